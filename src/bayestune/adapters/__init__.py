@@ -1,0 +1,13 @@
+"""Gaussian LoRA adapters as a PEFT method. Importing this registers the PEFT type "BLOB"."""
+
+from bayestune.adapters.config import BlobConfig as BlobConfig
+from bayestune.adapters.gaussian import GaussianLinear as GaussianLinear
+from bayestune.adapters.gaussian import drawn_weights as drawn_weights
+from bayestune.adapters.layers import gaussian_layers as gaussian_layers
+from bayestune.adapters.layers import is_merged as is_merged
+from bayestune.adapters.model import BlobModel as BlobModel
+from bayestune.adapters.noise import TrainingNoise as TrainingNoise
+from bayestune.adapters.noise import training_noise as training_noise
+from bayestune.adapters.registration import register
+
+register(BlobConfig, BlobModel)

@@ -1,0 +1,80 @@
+"""`BlobConfig`: LoRA's own settings and the three of a Gaussian posterior."""
+
+import os
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from peft import LoraConfig
+
+from bayestune.adapters.card import add_notice
+from bayestune.adapters.registration import BLOB
+from bayestune.errors import ConfigError
+
+Estimator = Literal["independent", "flipout", "flipout_token"]
+
+# What would make another forward than lora_B(lora_A(x)), or change the base weights under the posterior.
+_REFUSED = {
+    "use_dora": "DoRA reads the A matrix outside its forward, so a draw would not be one set of weights",
+    "target_parameters": "PEFT reads the A matrix of target_parameters without calling it, so no noise would reach it",
+    "ensure_weight_tying": "a tied embedding would stay a point while the head is Gaussian",
+    "velora_config": "its forward is not that of LoRA",
+    "alora_invocation_tokens": "its forward is not that of LoRA",
+    "use_qalora": "its forward is not that of LoRA",
+    "monteclora_config": "it is another variational posterior over the same matrix",
+    "use_bdlora": "its A matrix is block-diagonal",
+    "arrow_config": "its forward is not that of LoRA",
+    "kasa_config": "it changes the base weights",
+    "megatron_config": "tensor parallel layers would see different noise on each rank",
+}
+_INITS = (True, False, "gaussian", "orthogonal")
+
+
+@dataclass
+class BlobConfig(LoraConfig):
+    """Configuration of a BLoB adapter: everything `peft.LoraConfig` has, and the posterior over A.
+
+    ``q(A_ij) = N(M_ij, G_ij^4)``, prior ``N(0, prior_std^2)`` (BLoB, section 3.2). B stays a point.
+
+    Raises:
+        ConfigError: a value out of range, or a LoRA option under which the posterior could not be right.
+    """
+
+    prior_std: float = field(default=0.2, metadata={"help": "Standard deviation of the prior N(0, prior_std^2) of A."})
+    rho_init: float = field(
+        default=0.05, metadata={"help": "G starts uniform in [rho_init / sqrt 2, rho_init]; the std is G * G."}
+    )
+    estimator: Estimator = field(
+        default="independent",
+        metadata={
+            "help": "Training noise: 'independent', an own draw per row; 'flipout', one noise matrix with random "
+            "signs per row; 'flipout_token', signs per token as in the paper's released code, where the weights of a "
+            "forward are not one draw."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = BLOB
+        for name in ("prior_std", "rho_init"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise ConfigError(f"BlobConfig {name}: found {value!r}, expected a number above 0.")
+        if self.estimator not in get_args(Estimator):
+            raise ConfigError(
+                f"BlobConfig estimator: found {self.estimator!r}, expected one of {get_args(Estimator)}."
+            )
+        for name, reason in _REFUSED.items():
+            if getattr(self, name):
+                raise ConfigError(
+                    f"BlobConfig does not support {name}={getattr(self, name)!r}: {reason}. Leave it out."
+                )
+        if self.init_lora_weights not in _INITS:
+            raise ConfigError(
+                f"BlobConfig init_lora_weights: found {self.init_lora_weights!r}, expected one of {_INITS}; "
+                "the others change the base weights or replace A after the posterior is made."
+            )
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write adapter_config.json, and a note to the model card that `import bayestune` is needed to load it."""
+        super().save_pretrained(str(save_directory), **kwargs)
+        add_notice(save_directory)

@@ -1,0 +1,87 @@
+"""`BlobModel`: PEFT's LoRA model with Gaussian A matrices. The only file that uses PEFT's private injection hook."""
+
+from typing import Any
+
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from bayestune.adapters.config import BlobConfig
+from bayestune.adapters.gaussian import FullPrecisionLinear, GaussianLinear
+from bayestune.adapters.noise import TrainingNoise, find_clock
+from bayestune.errors import ConfigError
+
+# The last is the `out_proj` of nn.MultiheadAttention, which reads its weight and never calls it.
+_NOT_LINEAR = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, NonDynamicallyQuantizableLinear)
+
+
+class BlobModel(LoraModel):
+    """A LoRA model whose ``lora_A[adapter]`` is a `GaussianLinear`; B is kept in float32 beside it.
+
+    Every PEFT layer type calls ``lora_B(lora_A(dropout(x)))``, so one module serves plain and quantised bases alike.
+
+    Raises:
+        ConfigError: a target is not a linear layer, or its A matrix is not reached through its forward.
+    """
+
+    prefix: str = "lora_"
+    tuner_layer_cls = LoraLayer
+
+    def _post_injection_hook(self, model: nn.Module, config: BlobConfig, adapter_name: str) -> None:
+        super()._post_injection_hook(model, config, adapter_name)
+        if find_clock(model) is None:
+            model.register_forward_pre_hook(TrainingNoise(config.estimator), with_kwargs=True)
+
+    def _check_new_adapter_config(self, config: BlobConfig) -> None:
+        """Refuse before any module is touched, so that a model with other adapters stays as it was."""
+        super()._check_new_adapter_config(config)
+        for key, module in self.model.named_modules():
+            if config.target_modules is not None and isinstance(module, _NOT_LINEAR):
+                if self._check_target_module_exists(config, key):
+                    raise _not_linear(key, module)
+        clock = find_clock(self.model)
+        if clock is None or clock.estimator == config.estimator:
+            return
+        if any(isinstance(module, GaussianLinear) for module in self.model.modules()):
+            raise ConfigError(
+                f"the adapters of one model share their training noise: found estimator={config.estimator!r}, "
+                f"expected {clock.estimator!r} as in the adapter already there."
+            )
+        clock.estimator = config.estimator
+
+    def _create_and_replace(
+        self,
+        lora_config: BlobConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
+        layer = getattr(parent, target_name)
+        linear = layer.lora_A[adapter_name] if adapter_name in layer.lora_A else None
+        if not isinstance(linear, nn.Linear) or isinstance(layer, MultiheadAttention | ParamWrapper):
+            raise _not_linear(current_key, layer.get_base_layer())
+        gaussian = GaussianLinear.from_linear(
+            linear, name=current_key, prior_std=lora_config.prior_std, rho_init=lora_config.rho_init
+        )
+        # In the mode of the model around it: PEFT makes new layers in training mode, also on a model in evaluation.
+        layer.lora_A[adapter_name] = gaussian.train(self.model.training)
+        layer.lora_B[adapter_name] = FullPrecisionLinear.taking_over(layer.lora_B[adapter_name])
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: a weighted sum of Gaussians has variances that PEFT would not carry over."""
+        raise ConfigError(
+            "add_weighted_adapter would drop the variances of a BLOB adapter: "
+            "export means or draws with export_lora and combine those."
+        )
+
+
+def _not_linear(key: str, module: nn.Module) -> ConfigError:
+    return ConfigError(
+        f"target module {key!r} is a {type(module).__name__}: a posterior needs a linear layer whose A matrix is "
+        "called in the forward. Leave it out of target_modules."
+    )

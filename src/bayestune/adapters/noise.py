@@ -1,0 +1,122 @@
+"""Training noise: made before a forward, for all layers in one call, keyed and never global."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayestune.adapters.config import Estimator
+from bayestune.adapters.gaussian import GaussianLinear, LayerNoise
+from bayestune.adapters.layers import gaussian_layers, is_disabled, is_merged
+from bayestune.errors import DrawError
+from bayestune.functional import derive_seed, training_generator
+
+
+@dataclass
+class TrainingNoise:
+    """The clock of one model's training noise.
+
+    Before every forward in training mode each active Gaussian layer receives noise that is a pure function of
+    (`seed`, `step`, `micro`, `rank`, its place among the layers); then `micro` advances by one. A trainer sets `seed`
+    and `rank` once and (`step`, `micro` = 0) at the start of every update, which makes a resumed run exact. A forward
+    with the adapters disabled is that of the base model and counts for nothing.
+
+    `rows` is the number of independent draws of a forward: examples of the batch. None takes dimension 0 of the first
+    tensor input; set it when that dimension counts more than examples (choices flattened into rows). A layer whose
+    input cannot be split into that many equal runs along dimension 0 uses one draw for all of it, and so does a
+    layer inside an expert.
+
+    One backward must follow each forward when gradient checkpointing is on: a recomputation reads the noise of the
+    latest forward.
+    """
+
+    estimator: Estimator
+    seed: int = 0
+    rank: int = 0
+    step: int = 0
+    micro: int = 0
+    rows: int | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the base model."""
+        if not module.training or is_disabled(module):
+            return
+        layers = gaussian_layers(module)
+        if not layers:
+            return
+        if is_merged(module):
+            raise DrawError("a merged adapter cannot be trained or sampled: call unmerge_adapter() first.")
+        rows = self.rows if self.rows is not None else _leading_size(args, kwargs)
+        key = (self.seed, self.step, self.micro, self.rank)
+        self.micro += 1
+        if self.estimator == "flipout_token":
+            noise = _normal(layers, 1, key)
+            for name, layer in layers.items():
+                layer.noise = LayerNoise(noise[name], token_seed=derive_seed("signs", *key, name))
+            return
+        noise = _normal(layers, rows, key) if self.estimator == "independent" else _flipout(layers, rows, key)
+        for name, layer in layers.items():
+            layer.noise = LayerNoise(noise[name])
+
+
+def training_noise(model: nn.Module) -> TrainingNoise:
+    """The clock of `model`'s training noise.
+
+    Raises:
+        DrawError: the model has no Gaussian layer, so it has no such clock.
+    """
+    for module in model.modules():
+        clock = find_clock(module)
+        if clock is not None:
+            return clock
+    raise DrawError("this model has no Gaussian adapter: make it with get_peft_model(base, BlobConfig(...)).")
+
+
+def find_clock(base: nn.Module) -> TrainingNoise | None:
+    """The clock hooked to `base` itself, if there is one."""
+    return next((hook for hook in base._forward_pre_hooks.values() if isinstance(hook, TrainingNoise)), None)
+
+
+def _leading_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return value.shape[0]
+    raise DrawError(
+        "the model was called without a tensor, so the number of rows is unknown: set training_noise(model).rows."
+    )
+
+
+def _normal(layers: Mapping[str, GaussianLinear], rows: int, key: tuple[int, int, int, int]) -> dict[str, Tensor]:
+    """Standard normal noise [rows, r, n] for every layer, from one generator call a device."""
+    noise: dict[str, Tensor] = {}
+    for place, (device, names) in enumerate(_by_device(layers).items()):
+        sizes = [rows * layers[name].weight.numel() for name in names]
+        generator = training_generator(*key, device, place)
+        flat = torch.randn(sum(sizes), generator=generator, device=device, dtype=layers[names[0]].weight.dtype)
+        for name, part in zip(names, flat.split(sizes), strict=True):
+            noise[name] = part.view(rows, *layers[name].weight.shape)
+    return noise
+
+
+def _flipout(layers: Mapping[str, GaussianLinear], rows: int, key: tuple[int, int, int, int]) -> dict[str, Tensor]:
+    """``t u^T * E``: one normal E a batch, signs u [rows, n] and t [rows, r] a row (Wen et al. 2018, equation 4)."""
+    shared = _normal(layers, 1, key)
+    noise: dict[str, Tensor] = {}
+    for place, (device, names) in enumerate(_by_device(layers).items()):
+        generator = torch.Generator(device).manual_seed(derive_seed("signs", *key, place))
+        sizes = [rows * size for name in names for size in layers[name].weight.shape]
+        flat = torch.randint(0, 2, (sum(sizes),), generator=generator, device=device)
+        signs = iter((flat.to(layers[names[0]].weight.dtype) * 2 - 1).split(sizes))
+        for name in names:
+            t, u = next(signs).view(rows, -1, 1), next(signs).view(rows, 1, -1)
+            noise[name] = shared[name] * t * u
+    return noise
+
+
+def _by_device(layers: Mapping[str, GaussianLinear]) -> dict[torch.device, list[str]]:
+    groups: dict[torch.device, list[str]] = {}
+    for name, layer in layers.items():
+        groups.setdefault(layer.weight.device, []).append(name)
+    return groups

@@ -1,0 +1,34 @@
+"""The PEFT type "BLOB": the one place that touches PEFT's enumeration of methods.
+
+PEFT has no public way for another package to add a member, and several of its code paths, and transformers', read
+`peft_type.value`, so a plain string will not do.
+"""
+
+from peft import PeftType
+from peft.utils import register_peft_method
+
+_NAME = "BLOB"
+
+
+def _add_member() -> PeftType:
+    if _NAME in PeftType.__members__:
+        raise ImportError(
+            "this version of peft already has a method named BLOB, which is not bayestune's; "
+            "install a peft version in the range that bayestune's metadata asks for."
+        )
+    member = str.__new__(PeftType, _NAME)
+    member._name_ = member._value_ = _NAME
+    member._sort_order_ = len(PeftType.__members__)
+    PeftType._member_names_.append(_NAME)
+    PeftType._member_map_[_NAME] = member
+    PeftType._value2member_map_[_NAME] = member
+    type.__setattr__(PeftType, _NAME, member)
+    return member
+
+
+BLOB = _add_member()
+
+
+def register(config_cls: type, model_cls: type) -> None:
+    """Make `get_peft_model`, `PeftConfig.from_pretrained` and the Auto classes know the method."""
+    register_peft_method(name="blob", config_cls=config_cls, model_cls=model_cls, prefix="lora_")

@@ -1,0 +1,29 @@
+"""Exceptions a user can cause. Each carries one line: what was found, what was expected, where, what to do."""
+
+
+class BayestuneError(Exception):
+    """Base class of every error this library raises on purpose."""
+
+
+class ConfigError(BayestuneError, ValueError):
+    """A setting, flag or combination of settings that cannot be right."""
+
+
+class DataError(BayestuneError, ValueError):
+    """A file, row or field of the data that cannot be used as it is."""
+
+
+class TaskError(BayestuneError, ValueError):
+    """A task that does not fit the model or the tokenizer."""
+
+
+class PosteriorError(BayestuneError, ValueError):
+    """A saved posterior that is incomplete, altered, or made for another base model."""
+
+
+class DrawError(BayestuneError, RuntimeError):
+    """Sampling was asked of a model that cannot be sampled."""
+
+
+class TrainingError(BayestuneError, RuntimeError):
+    """Training was stopped before it could do harm."""
