@@ -1,0 +1,137 @@
+"""Reliability diagrams: what is drawn is what the metrics say, the bytes are reproducible, nothing global moves."""
+
+import importlib.util
+import math
+import sys
+import xml.etree.ElementTree as ElementTree
+
+import matplotlib as mpl
+import pytest
+import torch
+
+from bayestune import metrics
+from bayestune.errors import ConfigError, DataError
+from bayestune.report import plots
+
+
+def predictions(temperature, seed, rows=300, classes=4):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, classes, generator=generator, dtype=torch.float64)
+    labels = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
+    return (logits * temperature).log_softmax(1), labels
+
+
+CURVES = {"MLE": predictions(3.0, 0), "BLoB, N = 0": predictions(0.4, 1), "BLoB, N = 10": predictions(1.0, 2)}
+
+
+def panels(figure):
+    """The upper and the lower axes of each panel, left to right."""
+    count = len(figure.axes) // 2
+    return list(zip(figure.axes[:count], figure.axes[count:], strict=True))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("diagram")
+    plots.reliability_diagram(CURVES, folder / "a.png", folder / "a.svg")
+    return folder
+
+
+def test_one_panel_a_method_in_the_order_given_with_its_ece():
+    found = panels(plots.reliability_figure(CURVES))
+    expected = [f"{name}\nECE {100 * metrics.ece(*curve):.1f} %" for name, curve in CURVES.items()]
+    assert [above.get_title() for above, _ in found] == expected
+    left = [above.get_position().x0 for above, _ in found]
+    assert left == sorted(left) and len(set(left)) == len(CURVES)
+
+
+@pytest.mark.parametrize("name", CURVES)
+@pytest.mark.parametrize("bins", [15, 10])
+def test_bars_are_accuracy_gap_and_share_of_each_bin(name, bins):
+    log_probs, labels = CURVES[name]
+    bin_values = metrics.reliability_bins(log_probs, labels, bins=bins)
+    full = bin_values.counts > 0
+    [(above, below)] = panels(plots.reliability_figure({name: (log_probs, labels)}, bins=bins))
+    accuracy, over, under = above.containers
+    assert [bar.get_height() for bar in accuracy] == pytest.approx(bin_values.accuracy[full].tolist())
+    assert [bar.get_x() for bar in accuracy] == bin_values.edges[:-1][full].tolist()
+    bottoms, gap = bin_values.accuracy[full], (bin_values.confidence - bin_values.accuracy)[full]
+    for bars, side in ((over, gap > 0), (under, gap < 0)):
+        assert [bar.get_height() for bar in bars] == pytest.approx(gap[side].tolist())
+        assert [bar.get_y() for bar in bars] == bottoms[side].tolist()
+    shares = torch.tensor([bar.get_height() for bar in below.containers[0]])
+    assert shares.tolist() == pytest.approx((bin_values.counts / len(labels)).tolist())
+    assert (gap.abs() * shares[full]).sum().item() == pytest.approx(metrics.ece(log_probs, labels, bins=bins))
+    mean_accuracy, mean_confidence = (line.get_xdata()[0] for line in below.lines)
+    assert mean_accuracy == pytest.approx(metrics.accuracy(log_probs, labels))
+    assert mean_confidence == pytest.approx(log_probs.amax(1).exp().mean().item())
+
+
+def test_the_diagonal_and_the_whole_unit_square_are_shown():
+    for above, below in panels(plots.reliability_figure(CURVES)):
+        diagonal = above.lines[0]
+        assert diagonal.get_xydata().tolist() == [[0, 0], [1, 1]]
+        assert above.get_xlim() == above.get_ylim() == below.get_xlim() == (0, 1)
+        assert below.get_ylim()[0] == 0
+
+
+def test_files_are_a_png_and_a_well_formed_svg(saved):
+    assert (saved / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert ElementTree.parse(saved / "a.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
+
+
+def test_bytes_are_the_same_again_whatever_the_user_has_set(saved):
+    with mpl.rc_context({"svg.hashsalt": None, "font.size": 20, "axes.facecolor": "black"}):
+        plots.reliability_diagram(dict(CURVES), str(saved / "b.png"), str(saved / "b.svg"))
+    for suffix in ("png", "svg"):
+        assert (saved / f"a.{suffix}").read_bytes() == (saved / f"b.{suffix}").read_bytes()
+
+
+def test_pyplot_is_never_needed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    spec = importlib.util.spec_from_file_location("plots_without_pyplot", plots.__file__)
+    fresh = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fresh)
+    fresh.reliability_diagram({"MLE": CURVES["MLE"]}, tmp_path / "c.png", tmp_path / "c.svg")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_no_global_state_of_matplotlib_moves():
+    with mpl.rc_context({"font.size": 33}):
+        before = dict(mpl.rcParams)
+        plots.reliability_figure(CURVES)
+        with pytest.raises(DataError):
+            plots.reliability_figure({})
+        assert dict(mpl.rcParams) == before and mpl.rcParams["font.size"] == 33
+
+
+def test_curves_may_differ_in_rows_and_classes_and_names_are_not_mathematics():
+    curves = {
+        "p_0 costs $5 or $6": predictions(1.0, 0, rows=1),
+        "one class": (torch.zeros(7, 1), torch.zeros(7).long()),
+    }
+    (first, first_below), (_, second_below) = panels(plots.reliability_figure(curves))
+    assert first.get_title().startswith("p_0 costs $5 or $6\n") and not first.title.get_parse_math()
+    assert first_below.get_xlabel() == "confidence (1 row)"
+    assert second_below.get_xlabel() == "confidence (7 rows)"
+
+
+def test_what_cannot_be_drawn_is_refused_and_nothing_is_written(tmp_path):
+    log_probs, labels = predictions(1.0, 0)
+    broken = log_probs.clone()
+    broken[3] = math.nan
+    paths = (tmp_path / "a.png", tmp_path / "a.svg")
+    with pytest.raises(DataError, match="at least one method"):
+        plots.reliability_diagram({}, *paths)
+    with pytest.raises(DataError, match="row 3 "):
+        plots.reliability_diagram({"good": (log_probs, labels), "bad": (broken, labels)}, *paths)
+    with pytest.raises(ConfigError, match="bins is 0"):
+        plots.reliability_diagram({"good": (log_probs, labels)}, *paths, bins=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    spec = importlib.util.spec_from_file_location("plots_without_matplotlib", plots.__file__)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'bayestune\[report\]'"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
