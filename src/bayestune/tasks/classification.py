@@ -1,0 +1,84 @@
+"""Classification of a sentence, or a pair of sentences, by the head of AutoModelForSequenceClassification."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from bayestune.errors import TaskError
+from bayestune.tasks.base import Task, labels_of, pad_encodings, widen
+from bayestune.tasks.data import AnyRow, Row
+from bayestune.tasks.datasets import DatasetSpec, dataset
+
+
+def classification(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    data: str | Path | None = None,
+    max_tokens: int = 256,
+    classes: int | None = None,
+) -> Task:
+    """Classification for AutoModelForSequenceClassification (the RoBERTa runs of BLoB, arXiv 2406.11675).
+
+    Args:
+        name: a known data set (rte, mrpc, cola, wic, boolq), or a folder of yours in `data`.
+        data: the data folder; None for the Hugging Face Hub.
+        max_tokens: longest sequence; longer rows are refused.
+        classes: of a data set of yours; by default counted over the labels of its files.
+
+    Raises:
+        DataError: unknown data set. TaskError: its choices differ from row to row, so that they are no classes.
+    """
+    return Classification(dataset(name, data, classes=classes), tokenizer, data=data, max_tokens=max_tokens)
+
+
+class Classification(Task):
+    """Sequences tokenizer(text, text_pair); for fixed choices (BoolQ), tokenizer(question, passage)."""
+
+    kind = "text"
+
+    def __init__(
+        self, spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, *, data: str | Path | None, max_tokens: int
+    ) -> None:
+        if spec.kind == "choice" and spec.fixed_choices is None:
+            raise TaskError(f"data set {spec.name}: choices differ by row, expected classes; use multiple choice")
+        super().__init__(spec, tokenizer, data=data, max_tokens=max_tokens)
+
+    def example(self, row: AnyRow) -> dict[str, Any]:
+        self.spec.check(row)
+        first, second = (row.question, row.passage) if isinstance(row, Row) else (row.text, row.text_pair)
+        encoded = self.tokenizer(first, second, padding=False, truncation=False, verbose=False)
+        example = {"id": row.id, "encoding": dict(encoded), "label": row.target}
+        self.refuse_if_too_long(row, self.tokens(example))
+        return example
+
+    def tokens(self, example: dict[str, Any]) -> int:
+        return len(example["encoding"]["input_ids"])
+
+    def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """What the tokenizer gives, [rows, tokens], padded on the right."""
+        return {**pad_encodings([example["encoding"] for example in examples], self.pad_id), **labels_of(examples)}
+
+    def logits(self, model: Any, batch: dict[str, Tensor]) -> Float[Tensor, "rows classes"]:
+        self._check_padding(model, batch["attention_mask"])
+        inputs = {key: tensor for key, tensor in batch.items() if key in self.tokenizer.model_input_names}
+        logits = widen(model(**inputs).logits)
+        if logits.shape[1] != self.classes:
+            raise TaskError(
+                f"data set {self.name}: the model has {logits.shape[1]} labels, expected {self.classes}; "
+                f"load it with num_labels={self.classes}"
+            )
+        return logits
+
+    def _check_padding(self, model: Any, attention_mask: Tensor) -> None:
+        """Some heads find the last token, and some models their positions, by the model's own pad id."""
+        theirs = model.config.pad_token_id
+        if theirs is not None and theirs != self.pad_id and not bool(attention_mask.all()):
+            raise TaskError(
+                f"the model pads with id {theirs} and the tokenizer with {self.pad_id}, expected the same; "
+                f"set model.config.pad_token_id = {self.pad_id}"
+            )

@@ -1,0 +1,209 @@
+"""The data sets known by name, a user's own folders, and where their splits are."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from bayestune.errors import DataError
+from bayestune.tasks import hub
+from bayestune.tasks.data import AnyRow, Row, check_together, parse_row, read_rows, shown
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""What a data set or a split may be called: it becomes part of a path."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSpec:
+    """What is known of a data set.
+
+    `folder`: its folder under the data folder. `classes`: the largest number of choices, or of labels. `splits`: file
+    stems to look for, in order, where they differ from the split's own name. `evaluation`: the split usually reported.
+    `fixed_choices`: the answers, where they are the same for all rows. `blank`: every question has one `_` to fill.
+    `source`: where it is on the Hub; None for a data set of the user's.
+    """
+
+    name: str
+    folder: str
+    kind: Literal["choice", "text"]
+    classes: int
+    splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    evaluation: str = "dev"
+    fixed_choices: tuple[str, ...] | None = None
+    blank: bool = False
+    source: hub.HubSource | None = None
+
+    def check(self, row: AnyRow) -> None:
+        """Refuse, with a DataError naming the row and the field, a row that cannot belong to this data set."""
+        if isinstance(row, Row) != (self.kind == "choice"):
+            found, expected = ("text", "question") if self.kind == "choice" else ("question", "text")
+            raise row.fault(found, f"a row with '{found}'", f"rows with '{expected}', as {self.name} has")
+        if not isinstance(row, Row):
+            if row.label is not None and row.label >= self.classes:
+                raise row.fault("label", str(row.label), f"0..{self.classes - 1} ({self.classes} classes)")
+            return
+        if len(row.choices) > self.classes:
+            raise row.fault("choices", f"{len(row.choices)} choices", f"at most {self.classes}, as {self.name} has")
+        if self.fixed_choices is not None and row.choices != self.fixed_choices:
+            raise row.fault("choices", shown(list(row.choices)), shown(list(self.fixed_choices)))
+        if self.blank and row.question.count("_") != 1:
+            raise row.fault("question", f"{row.question.count('_')} blanks '_'", "exactly one")
+
+
+_ARC_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
+_GLUE_SPLITS = {"train": "train", "dev": "validation"}
+
+
+def _winogrande(size: str) -> DatasetSpec:
+    source = hub.HubSource(
+        repository="allenai/winogrande",
+        configuration=f"winogrande_{size}",
+        splits={"train": "train", f"train_{size}": "train", "dev": "validation"},
+        convert=hub.winogrande,
+    )
+    splits = {"train": (f"train_{size}",)}
+    return DatasetSpec(
+        name=f"winogrande_{size}",
+        folder="winogrande",
+        kind="choice",
+        classes=2,
+        splits=splits,
+        blank=True,
+        source=source,
+    )
+
+
+def _lettered(name: str, repository: str, configuration: str, classes: int) -> DatasetSpec:
+    source = hub.HubSource(
+        repository=repository, configuration=configuration, splits=_ARC_SPLITS, convert=hub.lettered
+    )
+    return DatasetSpec(name=name, folder=name, kind="choice", classes=classes, source=source)
+
+
+def _boolq() -> DatasetSpec:
+    source = hub.HubSource(repository="google/boolq", configuration=None, splits=_GLUE_SPLITS, convert=hub.boolq)
+    return DatasetSpec(
+        name="boolq",
+        folder="boolq",
+        kind="choice",
+        classes=2,
+        splits={"train": ("train", "train_questions")},
+        fixed_choices=("False", "True"),
+        source=source,
+    )
+
+
+def _mmlu(name: str) -> DatasetSpec:
+    source = hub.HubSource(
+        repository="cais/mmlu",
+        configuration=name.removeprefix("mmlu_"),
+        splits={"dev": "dev", "validation": "validation", "test": "test"},
+        convert=hub.mmlu,
+    )
+    return DatasetSpec(name=name, folder=name, kind="choice", classes=4, evaluation="test", source=source)
+
+
+def _sentences(name: str, repository: str, convert: hub.Converter) -> DatasetSpec:
+    source = hub.HubSource(repository=repository, configuration=name, splits=_GLUE_SPLITS, convert=convert)
+    return DatasetSpec(name=name, folder=name, kind="text", classes=2, source=source)
+
+
+KNOWN: tuple[DatasetSpec, ...] = (
+    _winogrande("s"),
+    _winogrande("m"),
+    _lettered("arc_easy", "allenai/ai2_arc", "ARC-Easy", 5),
+    _lettered("arc_challenge", "allenai/ai2_arc", "ARC-Challenge", 5),
+    _lettered("openbookqa", "allenai/openbookqa", "main", 4),
+    _boolq(),
+    _sentences("rte", "nyu-mll/glue", hub.glue),
+    _sentences("mrpc", "nyu-mll/glue", hub.glue),
+    _sentences("cola", "nyu-mll/glue", hub.glue),
+    _sentences("wic", "aps/super_glue", hub.wic),
+)
+"""The data sets known by name; besides these, any `mmlu_<subject>`."""
+
+
+def dataset(name: str, data: str | Path | None = None, *, classes: int | None = None) -> DatasetSpec:
+    """What is known of the data set `name`; a name that is not known is a folder of the user's in `data`.
+
+    Args:
+        classes: of a data set of the user's; by default counted over all its files, which are read.
+
+    Raises:
+        DataError: neither known nor a folder in `data`, with the known names and the folder looked for.
+    """
+    for spec in KNOWN:
+        if spec.name == name:
+            return spec
+    if re.fullmatch(r"mmlu_[a-z_]+", name):
+        return _mmlu(name)
+    folder = None if data is None or not NAME.fullmatch(name) else Path(data) / name
+    if folder is not None and folder.is_dir():
+        return _own(name, folder, classes)
+    known = ", ".join([spec.name for spec in KNOWN] + ["mmlu_<subject>"])
+    looked = "no data folder was given (data=, --data DIR)" if data is None else f"no folder {Path(data) / name}"
+    raise DataError(f"unknown data set {shown(name)}: not one of {known}; and {looked}")
+
+
+def _own(name: str, folder: Path, classes: int | None) -> DatasetSpec:
+    rows = [row for path in _files(folder) for row in read_rows(path, labelled=False)]
+    if not rows:
+        raise DataError(f"{folder}: found no .jsonl or .jsonl.gz file, expected one a split, such as train.jsonl")
+    if isinstance(rows[0], Row):
+        counted = max(len(row.choices) for row in rows if isinstance(row, Row))
+    else:
+        counted = max((row.target + 1 for row in rows if row.target is not None), default=0)
+    if (classes or counted) < 2:
+        raise DataError(f"{folder}: found {counted} classes in its labels, expected at least 2; label more rows")
+    kind = "choice" if isinstance(rows[0], Row) else "text"
+    return DatasetSpec(name=name, folder=name, kind=kind, classes=classes or counted)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")])
+
+
+def load_rows(name: str, split: str, data: str | Path | None = None) -> list[AnyRow]:
+    """The labelled rows of a split; `"dev+test"` is both, one after the other.
+
+    From `data/<folder>/<split>.jsonl[.gz]`, or, without `data`, from the Hugging Face Hub (package `datasets`). Both
+    go through the same checks. `train` of winogrande_s is `train_s`; of boolq it is `train`, or else
+    `train_questions`, which has no passages.
+
+    Raises:
+        DataError: unknown data set, missing split (with the path), or a row that is wrong (with place, id and field).
+        ConfigError: the Hub is needed and `datasets` is not installed.
+    """
+    return rows_of(dataset(name, data), split, data)
+
+
+def rows_of(spec: DatasetSpec, split: str, data: str | Path | None = None) -> list[AnyRow]:
+    """As `load_rows`, for a data set that has been looked up."""
+    rows: list[AnyRow] = []
+    for part in split.split("+"):
+        if data is not None:
+            rows += read_rows(_split_file(spec, part, Path(data)))
+        elif spec.source is not None:
+            rows += [parse_row(fields, where=place) for place, fields in hub.fetch(spec.source, part)]
+    check_together(rows)
+    for row in rows:
+        spec.check(row)
+    return rows
+
+
+def _split_file(spec: DatasetSpec, split: str, data: Path) -> Path:
+    folder = data / spec.folder
+    if not NAME.fullmatch(split):
+        raise DataError(f"{folder}: found split {shown(split)}, expected a name such as train, dev or dev+test")
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; data set {spec.name} is looked for there")
+    for stem in spec.splits.get(split, (split,)):
+        found = [path for path in (folder / f"{stem}.jsonl", folder / f"{stem}.jsonl.gz") if path.is_file()]
+        if len(found) == 2:
+            raise DataError(f"{found[0]}: found both this and {found[1].name}, expected one of them; remove the other")
+        if found:
+            return found[0]
+    stem = spec.splits.get(split, (split,))[-1]
+    there = ", ".join(path.name for path in _files(folder)) or "no split"
+    raise DataError(f"{folder / stem}.jsonl: no such file, nor {stem}.jsonl.gz; the folder has {there}")
