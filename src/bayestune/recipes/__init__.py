@@ -1,0 +1,1 @@
+"""Hyper-parameters of published experiments: one module a paper, one function a setting."""

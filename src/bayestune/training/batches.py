@@ -1,0 +1,47 @@
+"""Rows of a task as a data set, and batches that know which rows they hold."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from bayestune.tasks import AnyRow, Row, Task
+
+ROW = "bayestune_row"
+"""Key of a batch: the numbers of its rows in the data set, so that an error can name them."""
+
+
+class Examples(Dataset[tuple[int, dict[str, Any]]]):
+    """Tokenised rows of a task, each with its number.
+
+    Raises:
+        DataError: a row has no label, or the task cannot score it.
+    """
+
+    def __init__(self, task: Task, rows: Sequence[AnyRow]) -> None:
+        for row in rows:
+            if row.target is None:
+                raise row.fault(
+                    "answer" if isinstance(row, Row) else "label", "nothing", "a label to train or evaluate on"
+                )
+        self.ids = [row.id for row in rows]
+        self._examples = [task.example(row) for row in rows]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> tuple[int, dict[str, Any]]:
+        return index, self._examples[index]
+
+
+class Collator:
+    """`task.collate`, with the row numbers under the key `ROW`."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+
+    def __call__(self, items: Sequence[tuple[int, dict[str, Any]]]) -> dict[str, Tensor]:
+        batch = self._task.collate([example for _, example in items])
+        return {**batch, ROW: torch.tensor([index for index, _ in items])}

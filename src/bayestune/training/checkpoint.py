@@ -1,0 +1,213 @@
+"""Checkpoints of the Trainer as safetensors and JSON only: no pickle is ever written or opened.
+
+A checkpoint folder holds, beside PEFT's adapter folder(s) and the Trainer's own `trainer_state.json`:
+
+========================  ==================================================================
+optimizer.safetensors     tensors of the optimiser's state, named "<parameter number>.<name>"
+training.json             settings that fix the course of the run, parameter groups, scheduler
+rng_<rank>.safetensors    states of torch (CPU and CUDA) and numpy generators
+rng_<rank>.json           the rest of numpy's state, and Python's
+========================  ==================================================================
+
+JSON keeps the floats exactly, so a resumed run repeats the uninterrupted one bit for bit.
+"""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer
+
+from bayestune.errors import ConfigError, PosteriorError, TrainingError
+
+FORMAT = 1
+ADAPTER = "adapter_model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+TRAINING = "training.json"
+
+
+class SafeTrainer(Trainer):
+    """`transformers.Trainer` for adapters, with every pickle of its checkpoints replaced.
+
+    Raises:
+        TrainingError: on resuming, a file is missing, or was written under other settings than those of this run.
+        PosteriorError: on resuming, the adapter weights do not fit the model.
+    """
+
+    def course(self) -> dict[str, Any]:
+        """Settings that must be the same for a resumed run to repeat the uninterrupted one; JSON values."""
+        args = self.args
+        return {
+            "seed": args.seed,
+            "data_seed": args.data_seed,
+            "processes": args.world_size,
+            "batch_size": args.per_device_train_batch_size,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        }
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if self.args.should_save:
+            # PEFT would ask the network whether the base has other embeddings; they are never adapted here.
+            folder = output_dir or self.args.output_dir
+            assert folder is not None
+            _adapter_model(self.model).save_pretrained(folder, save_embedding_layers=False)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.args.should_save:
+            return
+        optimizer, scheduler = self._stateful()
+        state = optimizer.state_dict()
+        tensors, rest = _split(state["state"])
+        save_file(tensors, Path(output_dir) / OPTIMIZER)
+        _write_json(
+            Path(output_dir) / TRAINING,
+            {
+                "format": FORMAT,
+                "course": {**self.course(), "step": self.state.global_step},
+                "optimizer": {"param_groups": state["param_groups"], "state": rest},
+                "scheduler": scheduler.state_dict(),
+            },
+        )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        saved = _read_json(Path(checkpoint) / TRAINING)
+        if saved["format"] != FORMAT:
+            raise TrainingError(f"{checkpoint}/{TRAINING}: found format {saved['format']}, expected {FORMAT}.")
+        for name, value in {**self.course(), "step": self.state.global_step}.items():
+            if saved["course"].get(name) != value:
+                raise TrainingError(
+                    f"{checkpoint} was written with {name}={saved['course'].get(name)!r}, this run has {value!r}: "
+                    "it could not continue the same run. Use the same setting, or start anew from its adapter."
+                )
+        tensors = load_file(_existing(Path(checkpoint) / OPTIMIZER))
+        state: dict[int, dict[str, Any]] = {int(key): value for key, value in saved["optimizer"]["state"].items()}
+        for key, tensor in tensors.items():
+            number, name = key.split(".", 1)
+            state.setdefault(int(number), {})[name] = tensor
+        optimizer, scheduler = self._stateful()
+        optimizer.load_state_dict({"state": state, "param_groups": saved["optimizer"]["param_groups"]})
+        scheduler.load_state_dict(saved["scheduler"])
+
+    def _stateful(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        assert isinstance(self.optimizer, torch.optim.Optimizer)
+        assert isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LRScheduler)
+        return self.optimizer, self.lr_scheduler
+
+    def _save_scaler(self, output_dir: str) -> None:
+        """Nothing to save: there is no loss scaling without fp16, which is refused."""
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Nothing to load."""
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        save_random_state(Path(output_dir) / f"rng_{self.args.process_index}", self.args.device)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_random_state(Path(checkpoint) / f"rng_{self.args.process_index}", self.args.device)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        adapter_model = _adapter_model(self.model if model is None else model)
+        for adapter in adapter_model.active_adapters:
+            folder = Path(resume_from_checkpoint)
+            load_adapter(adapter_model, adapter, folder if adapter == "default" else folder / adapter)
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def load_adapter(model: PeftModel, adapter: str, folder: Path) -> None:
+    """Put the weights of `folder` into `adapter` of `model`: exactly the same tensors and shapes, or none.
+
+    Raises:
+        TrainingError: the folder has no `adapter_model.safetensors`.
+        PosteriorError: a tensor is missing, superfluous, or of another shape.
+    """
+    loaded = load_file(_existing(folder / ADAPTER))
+    expected = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    for name in sorted(loaded.keys() | expected.keys()):
+        found = tuple(loaded[name].shape) if name in loaded else "nothing"
+        wanted = tuple(expected[name].shape) if name in expected else "nothing"
+        if found != wanted:
+            raise PosteriorError(f"{folder / ADAPTER}, tensor {name}: found {found}, expected {wanted}.")
+    set_peft_model_state_dict(model, loaded, adapter_name=adapter)
+
+
+def save_random_state(stem: Path, device: torch.device) -> None:
+    """Write the states of Python's, numpy's and torch's global generators to `stem`.safetensors and `stem`.json."""
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64))}
+    if device.type == "cuda":
+        tensors["cuda"] = torch.cuda.get_rng_state(device)
+    save_file(tensors, stem.with_name(stem.name + ".safetensors"))
+    numpy_rest = [name, int(position), int(has_gauss), float(cached)]
+    _write_json(stem.with_name(stem.name + ".json"), {"numpy": numpy_rest, "python": random.getstate()})
+
+
+def load_random_state(stem: Path, device: torch.device) -> None:
+    """Undo `save_random_state`.
+
+    Raises:
+        TrainingError: a file is missing, as after a run with another number of processes.
+    """
+    tensors = load_file(_existing(stem.with_name(stem.name + ".safetensors")))
+    rest = _read_json(stem.with_name(stem.name + ".json"))
+    version, internal, gauss = rest["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, position, has_gauss, cached = rest["numpy"]
+    np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(tensors["torch"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["cuda"], device)
+
+
+def _adapter_model(model: nn.Module | None) -> PeftModel:
+    assert isinstance(model, PeftModel)
+    return model
+
+
+def _split(state: dict[int, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """An optimiser's state as tensors named "<number>.<name>" and the values that are none."""
+    tensors: dict[str, Tensor] = {}
+    rest: dict[str, dict[str, Any]] = {}
+    for number, values in state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{number}.{name}"] = value.contiguous()
+            else:
+                rest.setdefault(str(number), {})[name] = value
+    return tensors, rest
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    try:
+        text = json.dumps(content)
+    except TypeError as error:
+        raise ConfigError(
+            f"{path.name} cannot hold the state of this optimiser or learning-rate scheduler ({error}): "
+            "use adamw_torch and a scheduler with plain numbers."
+        ) from error
+    path.write_text(text, encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(_existing(path).read_text(encoding="utf-8"))
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise TrainingError(
+            f"{path.parent} cannot be resumed: found no {path.name}. Expected a complete checkpoint of this trainer; "
+            "pickled files are not read. Choose another checkpoint."
+        )
+    return path

@@ -1,0 +1,59 @@
+"""What `BayesTrainer` refuses before it starts, by name and with what to do."""
+
+from peft import PeftModel
+from torch import nn
+from transformers import TrainingArguments
+
+from bayestune.errors import ConfigError
+from bayestune.training.kl import KLSettings
+
+_OPTIMISERS = ("adamw_torch", "adamw_torch_fused", "sgd")
+_ORDERS = ("random", "sequential")
+
+
+def check_arguments(args: TrainingArguments) -> None:
+    """Refuse by name what would silently train something else."""
+    kwargs = args.activation_checkpointing_kwargs
+    refused = {
+        "fp16": (args.fp16, "the KL step is taken outside the loss scaler; use bf16=True"),
+        "deepspeed": (args.deepspeed, "it owns the optimiser step; use DDP"),
+        "fsdp": (args.fsdp, "its checkpoints are pickled; use DDP, or KLCallback on a plain Trainer"),
+        "push_to_hub": (args.push_to_hub, "it uploads a pickle of the arguments; use model.push_to_hub() afterwards"),
+        "bf16_full_eval": (args.bf16_full_eval, "it would leave the base model cast; use bf16=True"),
+        "fp16_full_eval": (args.fp16_full_eval, "it would leave the base model cast; use bf16=True"),
+        "label_smoothing_factor": (args.label_smoothing_factor, "the loss is the task's; leave it 0"),
+        "auto_find_batch_size": (args.auto_find_batch_size, "it restarts from half-trained weights; set a batch size"),
+        "activation_checkpointing_kwargs": (
+            isinstance(kwargs, dict) and kwargs.get("preserve_rng_state") is False and kwargs,
+            "dropout would differ in the recomputation and gradients be wrong; leave out preserve_rng_state",
+        ),
+    }
+    for name, (value, reason) in refused.items():
+        if value:
+            raise ConfigError(f"BayesTrainer does not support {name}={value!r}: {reason}.")
+    if args.optim not in _OPTIMISERS:
+        raise ConfigError(f"BayesTrainer optim: found {str(args.optim)!r}, expected one of {_OPTIMISERS}.")
+    if args.train_sampling_strategy not in _ORDERS:
+        raise ConfigError(
+            f"BayesTrainer train_sampling_strategy: found {args.train_sampling_strategy!r}, "
+            f"expected one of {_ORDERS}: the order of the others cannot be resumed."
+        )
+    if args.n_gpu > 1:
+        raise ConfigError(
+            f"found {args.n_gpu} GPUs in one process: launch with torchrun, or show the process one GPU."
+        )
+
+
+def check_model(model: nn.Module, gaussian: bool, kl: KLSettings | None, train_draws: int) -> None:
+    if not isinstance(model, PeftModel):
+        raise ConfigError(
+            f"model: found a {type(model).__name__}, expected a PEFT model: get_peft_model(base, BlobConfig(...))."
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError("model: no parameter is trainable; load the posterior with trainable=True.")
+    if train_draws < 1:
+        raise ConfigError(f"train_draws: found {train_draws}, expected at least 1.")
+    if not gaussian and (kl is not None or train_draws > 1):
+        raise ConfigError(
+            "kl and train_draws have no effect on a plain LoRA model: leave them out, or use BlobConfig."
+        )

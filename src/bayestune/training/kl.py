@@ -1,0 +1,186 @@
+r"""The KL term of the objective as a decoupled step, in the manner of the weight decay of AdamW.
+
+The released BLoB code has two optimisers: AdamW moves the means M and B along the gradient of the mean negative
+log-likelihood (NLL); plain SGD moves G along NLL + pi KL, and M along pi KL. The gradient of the KL is known in
+closed form, so the second optimiser needs no backward pass and no state: `KLCallback` takes its step right after
+AdamW's,
+
+    M <- M - eta pi M / s_p^2
+    G <- G - eta (dNLL/dG + pi (2 G^3 / s_p^2 - 2 / G)),
+
+with ``eta`` the KL learning rate, following the main schedule, and ``pi`` the KL weight of this update.
+
+How the weights relate to the ELBO. With the mean NLL over rows as the loss, the negative ELBO per row of a training
+set of N rows is ``mean NLL + KL / N``: `elbo_kl_weight(N)`. The paper's weights instead count the whole KL once a
+cycle of M updates (they add up to about 1 over a cycle), on average ``N / M`` times as strong: for N > M the posterior
+is a tempered one, closer to the prior. G's fixed point is that of the weighted objective.
+M's is not, since AdamW rescales the NLL gradient and not the KL's, just as decoupled decay is not an L2 penalty; with
+`optim="sgd"` and equal learning rates both are.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from bayestune.adapters import GaussianLinear, TrainingNoise, gaussian_layers, training_noise
+from bayestune.errors import ConfigError
+from bayestune.functional import clamp_rho, gaussian_kl_gradient, paper_kl_weight
+
+Schedule = Callable[[int, int], float]
+"""KL weight of update `step` (from 0) in cycles of `cycle` updates."""
+
+
+def elbo_kl_weight(rows: int) -> Schedule:
+    """The constant weight ``1 / rows``: mean NLL + weight * KL is then the negative ELBO per row, in nats.
+
+    Raises:
+        ConfigError: `rows`, the number of training rows, is not positive.
+    """
+    if rows < 1:
+        raise ConfigError(f"elbo_kl_weight rows: found {rows}, expected the number of training rows, at least 1.")
+    return lambda step, cycle: 1.0 / rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLSettings:
+    """How the KL enters training.
+
+    Attributes:
+        cycle: M, updates in one cycle of KL weights; `functional.cycle_steps(rows, batch_size)` is the paper's.
+        schedule: weight of each update; `paper_kl_weight`, `uniform_kl_weight` and `linear_kl_weight` of
+            `bayestune.functional`, `elbo_kl_weight(rows)`, or your own function of (step, cycle).
+        learning_rate: eta of the SGD step, at the peak of the main learning-rate schedule, which it follows.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    cycle: int
+    schedule: Schedule = paper_kl_weight
+    learning_rate: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.cycle < 1:
+            raise ConfigError(f"KLSettings cycle: found {self.cycle}, expected a number of updates, at least 1.")
+        if not 0 <= self.learning_rate < math.inf:
+            raise ConfigError(f"KLSettings learning_rate: found {self.learning_rate}, expected 0 or more.")
+
+
+@torch.no_grad()
+def kl_step(layer: GaussianLinear, *, rate: float, weight: float, along_nll: bool) -> None:
+    """One step of plain SGD on ``weight * KL`` for M and G of `layer`, in place (module docstring).
+
+    Args:
+        rate: learning rate eta of this update.
+        weight: KL weight pi of this update.
+        along_nll: whether G also moves along its NLL gradient, `layer.rho.grad`; M never does.
+
+    The KL part stops at the minimum of the KL, ``|G| = sqrt(s_p)``, where a G near 0, whose gradient is
+    ``-2 / G``, would jump far past it. ``|G|`` stays at or above `RHO_FLOOR`.
+    """
+    d_mean, d_rho = gaussian_kl_gradient(layer.weight, layer.rho, layer.prior_std)
+    layer.weight.sub_(d_mean, alpha=rate * weight)
+    best = torch.full_like(layer.rho, math.sqrt(layer.prior_std)).copysign(layer.rho)
+    to_best = best - layer.rho
+    step = (-rate * weight * d_rho).clamp(min=to_best.clamp(max=0), max=to_best.clamp(min=0))
+    if along_nll and layer.rho.grad is not None:
+        step.sub_(layer.rho.grad, alpha=rate)
+    layer.rho.copy_(clamp_rho(layer.rho + step))
+
+
+class KLCallback(TrainerCallback):
+    """Adds the KL term to `transformers.Trainer` or TRL's `SFTTrainer`, after every optimiser step.
+
+    It also keeps the clock of the training noise (seed, step, rank) and M, G and B in float32. Where G is
+    among the optimiser's parameters, as in a plain Trainer, the optimiser has already moved it along the NLL and
+    only the KL part is added here; `BayesTrainer` leaves G to this callback, as the paper does.
+
+    Gradient clipping, if it is on, acts on the NLL gradients of M, G and B together, not on the KL.
+
+    Raises:
+        ConfigError: when training begins: no Gaussian layer, fp16, DeepSpeed, or weight decay on G.
+    """
+
+    def __init__(self, settings: KLSettings) -> None:
+        self.settings = settings
+        self._layers: list[GaussianLinear] = []
+        self._noise: TrainingNoise | None = None
+        self._along_nll = True
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        _restore_float32(kwargs["model"])
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        if args.fp16:
+            raise ConfigError("fp16=True scales the loss, and the KL step is taken outside the scaler: use bf16=True.")
+        if args.deepspeed:
+            raise ConfigError("DeepSpeed owns the optimiser step, so the KL step cannot follow it: train without it.")
+        _restore_float32(model)
+        self._layers = list(gaussian_layers(model).values())
+        if not self._layers:
+            raise ConfigError(
+                "KLCallback found no Gaussian layer in the model: make it with get_peft_model(base, BlobConfig(...)), "
+                "or leave the callback out for plain LoRA."
+            )
+        self._along_nll = not _optimised(self._layers, optimizer)
+        self._noise = training_noise(model)
+        self._noise.seed, self._noise.rank = args.seed, args.process_index
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self._noise is not None
+        self._noise.step, self._noise.micro = state.global_step, 0
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        group = kwargs["optimizer"].param_groups[0]
+        rate = self.settings.learning_rate * group["lr"] / group.get("initial_lr", args.learning_rate)
+        weight = self.settings.schedule(state.global_step, self.settings.cycle)
+        for layer in self._layers:
+            kl_step(layer, rate=rate, weight=weight, along_nll=self._along_nll)
+
+
+def _optimised(layers: list[GaussianLinear], optimizer: torch.optim.Optimizer) -> bool:
+    """Whether G of all `layers` (True) or of none (False) is among the optimiser's parameters."""
+    rhos = {id(layer.rho) for layer in layers}
+    found: set[int] = set()
+    for index, group in enumerate(optimizer.param_groups):
+        here = rhos & {id(parameter) for parameter in group["params"]}
+        if here and group.get("weight_decay", 0.0):
+            raise ConfigError(
+                f"parameter group {index} decays G (rho) with weight_decay={group['weight_decay']}, which pulls the "
+                "posterior to a point: use BayesTrainer, set weight_decay=0, or put rho in a group without decay."
+            )
+        found |= here
+    if found and found != rhos:
+        raise ConfigError(
+            f"the optimiser holds G (rho) of {len(found)} of {len(rhos)} Gaussian layers: give it all of them or none."
+        )
+    return bool(found)
+
+
+def _restore_float32(model: nn.Module) -> None:
+    """Widen adapter weights that something cast to half: bf16 loses updates below 1e-4 of a weight near 0.05."""
+    for module in model.modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        for adapter in module.active_adapters:
+            for part in (module.lora_A, module.lora_B):
+                if adapter not in part:
+                    continue
+                for parameter in part[adapter].parameters():
+                    if parameter.dtype in (torch.float16, torch.bfloat16):
+                        parameter.data = parameter.data.float()

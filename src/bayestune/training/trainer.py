@@ -1,0 +1,264 @@
+"""`BayesTrainer`: transformers' Trainer for a posterior over adapter weights (or plain LoRA, the MLE)."""
+
+import copy
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+
+from bayestune.adapters import gaussian_layers, training_noise
+from bayestune.errors import ConfigError, DataError, TrainingError
+from bayestune.functional import cycle_steps, std
+from bayestune.metrics import accuracy, nll
+from bayestune.tasks import AnyRow, Task
+from bayestune.training.batches import ROW, Collator, Examples
+from bayestune.training.checkpoint import SafeTrainer
+from bayestune.training.checks import check_arguments, check_model
+from bayestune.training.kl import KLCallback, KLSettings
+
+
+class BayesTrainer(SafeTrainer):
+    """Minimises ``mean NLL + pi KL`` over a task's rows: a BLoB posterior, or the MLE for a plain LoRA model.
+
+    The NLL, in nats, is averaged over all rows of an update (all micro-batches and processes) and, with
+    `train_draws` = K, over K independent draws of the weights per row: the mean of the K NLLs, never the NLL of
+    averaged logits. AdamW moves M, B and `modules_to_save`; the KL and G are the business of `KLCallback` (see
+    `training.kl`; BLoB, arXiv 2406.11675, and its released code). Weight decay spares M, which has the prior instead.
+    Evaluation during training is at the mean. Checkpoints hold safetensors and JSON only and resume bit for bit.
+
+    Args:
+        model: PEFT model with a BLOB or a LORA adapter.
+        task: owner of prompts, labels and logits.
+        args: of transformers; `remove_unused_columns` has no meaning here and `data_seed` defaults to `seed`.
+        train_rows: default `task.rows("train")`.
+        eval_rows: rows of `evaluate()`.
+        kl: default the paper's: `paper_kl_weight` in cycles of `cycle_steps(rows, batch)` updates, rate 0.01.
+        train_draws: K, draws of the weights per row and update.
+        callbacks: as in Trainer.
+
+    Raises:
+        ConfigError: a setting that cannot be right, named with what to do.
+        DataError: a training row without a label, or one that the task cannot score.
+        TrainingError: a loss or gradient became NaN or infinite; raised before the update.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PeftModel,
+        *,
+        task: Task,
+        args: TrainingArguments,
+        train_rows: Sequence[AnyRow] | None = None,
+        eval_rows: Sequence[AnyRow] | None = None,
+        kl: KLSettings | None = None,
+        train_draws: int = 1,
+        callbacks: Sequence[TrainerCallback] | None = None,
+    ) -> None:
+        check_arguments(args)
+        args = copy.copy(args)
+        args.remove_unused_columns = False
+        args.data_seed = args.seed if args.data_seed is None else args.data_seed
+        self.task, self.train_draws = task, train_draws
+        self._gaussian = gaussian_layers(model)
+        self._noise = training_noise(model) if self._gaussian else None
+        check_model(model, bool(self._gaussian), kl, train_draws)
+        train = Examples(task, task.rows("train") if train_rows is None else train_rows)
+        if not len(train):
+            raise DataError("found no training row, expected at least one.")
+        self._train_ids = train.ids
+        own: list[TrainerCallback] = []
+        if self._gaussian:
+            batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+            kl = kl or KLSettings(cycle=cycle_steps(len(train), batch, processes=args.world_size))
+            own = [KLCallback(kl)]
+        self.kl = kl
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=Collator(task),
+            train_dataset=train,
+            eval_dataset=None if eval_rows is None else Examples(task, eval_rows),
+            compute_metrics=_scores,
+            callbacks=[*own, *(callbacks or [])],
+        )
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ConfigError("the accelerate configuration asks for DeepSpeed or FSDP: not supported, use DDP.")
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW (or plain SGD) over M, B and the trained heads; G is in none of its groups."""
+        if self.optimizer is None:
+            module = self.model if model is None else model
+            assert isinstance(module, nn.Module)
+            rhos = {id(layer.rho) for layer in self._gaussian.values()}
+            means = {id(layer.weight) for layer in self._gaussian.values()}
+            decayed = set(self.get_decay_parameter_names(module))
+            groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+            for name, parameter in module.named_parameters():
+                if parameter.requires_grad and id(parameter) not in rhos:
+                    groups[name in decayed and id(parameter) not in means].append(parameter)
+            optimiser, settings = Trainer.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = optimiser(
+                [
+                    {"params": parameters, "weight_decay": self.args.weight_decay if decay else 0.0}
+                    for decay, parameters in groups.items()
+                    if parameters
+                ],
+                **settings,
+            )
+        return self.optimizer
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], int]:
+        """The micro-batches of one update, and the number of rows in them, over all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        rows = sum(len(batch[ROW]) for batch in batches)
+        if self.args.world_size > 1:
+            gathered = self.accelerator.gather(torch.tensor(rows, device=device))
+            assert isinstance(gathered, Tensor)
+            rows = int(gathered.sum())
+        return batches, rows
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """This micro-batch's share of the mean NLL of the update, in nats.
+
+        ``processes / (K rows) * sum_k sum_i -log p(y_i | x_i, theta_ki)``, with `num_items_in_batch` the rows of the
+        update over all processes (default: those of `inputs`); gradients are averaged over processes afterwards.
+        With `return_outputs` also the NLLs, [K, rows].
+        """
+        batch = dict(inputs)
+        index = batch.pop(ROW)
+        draws, rows = self.train_draws, len(index)
+        if draws > 1:
+            batch = {name: tensor.repeat(draws, *[1] * (tensor.dim() - 1)) for name, tensor in batch.items()}
+        nll = self._row_nll(model, batch, draws * rows).view(draws, rows)
+        self._refuse_nonfinite_loss(nll, index)
+        total = rows if num_items_in_batch is None else int(num_items_in_batch)
+        processes = 1 if num_items_in_batch is None else self.args.world_size
+        loss = nll.sum() * (processes / (draws * total))
+        return (loss, nll) if return_outputs else loss
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self._refuse_nonfinite_gradient()
+        return loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Mean NLL, task logits [rows, classes] and labels [rows] of a batch, at the posterior mean."""
+        batch = self._prepare_inputs(inputs)
+        labels = batch["labels"]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = self.task.logits(model, {name: value for name, value in batch.items() if name != ROW})
+        loss = F.cross_entropy(logits.double(), labels)
+        return (loss, None, None) if prediction_loss_only else (loss, logits.detach(), labels)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Trainer's, leaving no trace: modes and the global generator are as before, also after an exception.
+
+        The metrics `accuracy` and `nll` are means over rows, and `loss` is that NLL, also over several processes.
+        """
+        assert self.model is not None
+        modes = [(module, module.training) for module in self.model.modules()]
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices=devices):
+                output = super().evaluation_loop(*args, **kwargs)
+        finally:
+            for module, training in modes:
+                module.training = training
+        assert output.metrics is not None
+        # Trainer's own loss is a mean of batch means, in which the rows of a short last batch count more.
+        output.metrics.update(
+            {k.removesuffix("nll") + "loss": v for k, v in output.metrics.items() if k.endswith("_nll")}
+        )
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's, with `nll` (mean NLL, nats), `kl` (nats, whole posterior) and `std` (mean) in training logs."""
+        if "loss" in logs:
+            logs = {**logs, "nll": logs["loss"], **self._posterior_state()}
+        super().log(logs, start_time)
+
+    def course(self) -> dict[str, Any]:
+        """See `SafeTrainer.course`; adds the rows, the draws and the KL's weight at this step."""
+        course = {
+            **super().course(),
+            "train_draws": self.train_draws,
+            "rows": len(self._train_ids),
+            "row_ids": hashlib.sha256("\n".join(self._train_ids).encode("utf-8", "surrogatepass")).hexdigest(),
+        }
+        if self.kl is not None:
+            course["kl_cycle"], course["kl_learning_rate"] = self.kl.cycle, self.kl.learning_rate
+            course["kl_weight"] = self.kl.schedule(self.state.global_step, self.kl.cycle)
+        return course
+
+    def _row_nll(self, model: nn.Module, batch: dict[str, Tensor], rows: int) -> Tensor:
+        if self._noise is None:
+            return self.task.loss(model, batch)
+        self._noise.rows = rows
+        try:
+            return self.task.loss(model, batch)
+        finally:
+            self._noise.rows = None
+
+    @torch.no_grad()
+    def _posterior_state(self) -> dict[str, float]:
+        layers = self._gaussian.values()
+        if not layers:
+            return {}
+        entries = sum(layer.rho.numel() for layer in layers)
+        return {
+            "kl": math.fsum(layer.kl().item() for layer in layers),
+            "std": math.fsum(std(layer.rho.double()).sum().item() for layer in layers) / entries,
+        }
+
+    def _refuse_nonfinite_loss(self, nll: Tensor, index: Tensor) -> None:
+        bad = ~nll.detach().isfinite()
+        if bad.any():
+            draw, row = (int(i) for i in bad.nonzero()[0])
+            raise TrainingError(
+                f"step {self.state.global_step}: the NLL of row {self._train_ids[int(index[row])]!r} is "
+                f"{nll[draw, row].item()} ({int(bad.any(0).sum())} such rows in the batch), expected a finite number. "
+                "Nothing was updated; look at that row, or lower the learning rate."
+            )
+
+    def _refuse_nonfinite_gradient(self) -> None:
+        assert self.model is not None
+        named = [(name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None]
+        if not named or torch.stack([grad.isfinite().all() for _, grad in named]).all():
+            return
+        bad = [name for name, grad in named if not grad.isfinite().all()]
+        raise TrainingError(
+            f"step {self.state.global_step}: the NLL gradient of {bad[0]} ({len(bad)} of {len(named)} parameters) is "
+            "not finite. Nothing was updated; lower the learning rate, or train in float32."
+        )
+
+
+def _scores(evaluated: EvalPrediction) -> dict[str, float]:
+    logits, labels = (torch.as_tensor(values) for values in (evaluated.predictions, evaluated.label_ids))
+    log_probs = logits.double().log_softmax(-1)
+    return {"accuracy": accuracy(log_probs, labels), "nll": nll(log_probs, labels)}

@@ -1,0 +1,259 @@
+"""Checkpoints: a resumed run is the uninterrupted one, bit for bit, and no pickle is written or opened."""
+
+import json
+import random
+import shutil
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+
+from bayestune.errors import PosteriorError, TrainingError
+from bayestune.tasks import Row
+from bayestune.training import BayesTrainer, KLSettings
+from bayestune.training.checkpoint import load_random_state, save_random_state
+from training.toys import TASK, arguments, double_blob, lora, rows
+
+STEPS = 8  # 10 rows, 2 a micro-batch, 2 micro-batches an update: 3 updates an epoch, the last of one micro-batch
+CANARIES = (
+    "adapter_model.bin", "pytorch_model.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state.pth",
+    "rng_state_0.pth", "training_args.bin", "scaler.pt",
+)  # fmt: skip
+
+
+def run(
+    output: Path, *, resume: Path | None = None, method: str = "blob", start: int = 0, **settings: Any
+) -> BayesTrainer:
+    """Train for `STEPS` updates, saving after each; `start` seeds the adapter before training."""
+    model = double_blob(start, lora_dropout=0.3) if method == "blob" else lora(start, lora_dropout=0.3)
+    args = arguments(output, **{"max_steps": STEPS, "gradient_accumulation_steps": 2, "save_strategy": "steps",
+                                "save_steps": 1, "warmup_steps": 2, **settings})  # fmt: skip
+    kl = KLSettings(cycle=3) if method == "blob" else None
+    trainer = BayesTrainer(model, task=TASK, args=args, train_rows=rows(10), eval_rows=rows(3), kl=kl)
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    return trainer
+
+
+@pytest.fixture(scope="module", params=["blob", "lora"])
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, BayesTrainer]:
+    """The uninterrupted run."""
+    output = tmp_path_factory.mktemp(request.param)
+    return request.param, output, run(output, method=request.param)
+
+
+def losses(trainer: BayesTrainer) -> list[dict[str, Any]]:
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5, 6, STEPS - 1])  # 3 and 6 are the ends of epochs
+def test_resumed_run_is_the_whole_run(whole: tuple[str, Path, BayesTrainer], tmp_path: Path, step: int) -> None:
+    method, output, trainer = whole
+    torch.manual_seed(step)  # whatever the process did before
+    resumed = run(tmp_path, resume=output / f"checkpoint-{step}", method=method, start=1)
+    assert losses(resumed) == losses(trainer)
+    files = ["adapter_model.safetensors", "optimizer.safetensors", "training.json", "rng_0.safetensors"]
+    for later in range(step + 1, STEPS + 1):
+        theirs, ours = output / f"checkpoint-{later}", tmp_path / f"checkpoint-{later}"
+        for name in files:
+            assert (ours / name).read_bytes() == (theirs / name).read_bytes(), (later, name)
+        # Python's own generator is moved by the type checks of the test suite: compare numpy's part alone.
+        rests = [json.loads((folder / "rng_0.json").read_text())["numpy"] for folder in (ours, theirs)]
+        assert rests[0] == rests[1]
+
+
+def test_random_states_round_trip(tmp_path: Path) -> None:
+    before = [random.getstate(), np.random.get_state(), torch.get_rng_state()]
+    try:
+        np.random.standard_normal()  # leaves a second normal number in numpy's cache
+        save_random_state(tmp_path / "rng_0", torch.device("cpu"))
+        expected = [np.random.standard_normal(), torch.rand(()).item()]
+        saved = random.getstate()
+        random.random()
+        np.random.seed(1)
+        load_random_state(tmp_path / "rng_0", torch.device("cpu"))
+        assert [np.random.standard_normal(), torch.rand(()).item()] == expected
+        assert random.getstate()[0] == saved[0] and random.getstate()[2] == saved[2]
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+def test_optimiser_state_round_trips_before_its_first_step(
+    whole: tuple[str, Path, BayesTrainer], tmp_path: Path
+) -> None:
+    method, output, trainer = whole
+    state = trainer.optimizer.state_dict()
+    trainer._load_optimizer_and_scheduler(str(output / f"checkpoint-{STEPS}"))
+    again = trainer.optimizer.state_dict()
+    assert again["param_groups"] == [{**g, "betas": list(g["betas"])} for g in state["param_groups"]]
+    for number, values in state["state"].items():
+        for name, value in values.items():
+            assert (
+                torch.equal(value, again["state"][number][name]) and value.dtype == again["state"][number][name].dtype
+            )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seed": 6}, "seed=5"),
+        ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps=2"),
+        ({"per_device_train_batch_size": 1}, "batch_size=2"),
+    ],
+)
+def test_other_settings_are_refused_by_name(
+    whole: tuple[str, Path, BayesTrainer], tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    method, output, _ = whole
+    with pytest.raises(TrainingError, match=message):
+        run(tmp_path, resume=output / "checkpoint-2", method=method, **settings)
+
+
+def test_other_rows_and_other_kl_are_refused(whole: tuple[str, Path, BayesTrainer], tmp_path: Path) -> None:
+    method, output, trainer = whole
+    args = arguments(tmp_path, max_steps=STEPS, gradient_accumulation_steps=2)
+    others = [
+        Row(id=f"other-{row.id}", question=row.question, choices=row.choices, answer=row.answer) for row in rows(10)
+    ]
+    kls = [KLSettings(cycle=3), KLSettings(cycle=4), KLSettings(cycle=3, schedule=lambda step, cycle: 0.3)]
+    cases = [("row_ids", others, kls[0]), ("kl_cycle", rows(10), kls[1]), ("kl_weight", rows(10), kls[2])]
+    for message, data, kl in cases if method == "blob" else [("row_ids", others, None)]:
+        model = double_blob() if method == "blob" else lora()
+        other = BayesTrainer(model, task=TASK, args=args, train_rows=data, kl=kl)
+        with pytest.raises(TrainingError, match=message):
+            other.train(resume_from_checkpoint=str(output / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.safetensors", "training.json", "rng_0.json"])
+def test_incomplete_checkpoint_is_refused(whole: tuple[str, Path, BayesTrainer], tmp_path: Path, name: str) -> None:
+    method, output, _ = whole
+    checkpoint = tmp_path / "checkpoint-2"
+    shutil.copytree(output / "checkpoint-2", checkpoint)
+    (checkpoint / name).unlink()
+    with pytest.raises(TrainingError, match=name):
+        run(tmp_path / "new", resume=checkpoint, method=method)
+
+
+@pytest.mark.parametrize("fault", ["missing", "extra", "shape"])
+def test_adapter_that_does_not_fit_is_refused(
+    whole: tuple[str, Path, BayesTrainer], tmp_path: Path, fault: str
+) -> None:
+    method, output, _ = whole
+    checkpoint = tmp_path / "checkpoint-2"
+    shutil.copytree(output / "checkpoint-2", checkpoint)
+    tensors = load_file(checkpoint / "adapter_model.safetensors")
+    name = sorted(tensors)[0]
+    if fault == "missing":
+        del tensors[name]
+    elif fault == "extra":
+        tensors["surplus"] = torch.zeros(1)
+    else:
+        tensors[name] = tensors[name][:-1].contiguous()
+    save_file(tensors, checkpoint / "adapter_model.safetensors")
+    with pytest.raises(PosteriorError, match="surplus" if fault == "extra" else name):
+        run(tmp_path / "new", resume=checkpoint, method=method)
+
+
+class Watch:
+    """Names of the files opened while `active`; an audit hook, which Python has no way to remove."""
+
+    def __init__(self) -> None:
+        self.active = False
+        self.opened: set[str] = set()
+        sys.addaudithook(self._hook)
+
+    def _hook(self, event: str, args: tuple[Any, ...]) -> None:
+        if self.active and event == "open" and isinstance(args[0], str | Path):
+            self.opened.add(Path(args[0]).name)
+
+
+class PlantCanaries(TrainerCallback):
+    """After each save, puts files that torch.load would take for its own into the checkpoint."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.watch.active = False
+        plant(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        self.watch.active = True
+
+
+class Payload:
+    """Unpickling it makes a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.target,)
+
+
+def plant(checkpoint: Path) -> None:
+    written = {path.name for path in checkpoint.iterdir()}
+    assert {Path(name).suffix for name in written} <= {".safetensors", ".json", ".md"}, written
+    for name in CANARIES:
+        torch.save(Payload(checkpoint / "canary-ran"), checkpoint / name)
+
+
+@pytest.mark.parametrize("method", ["blob", "lora"])
+def test_P9_no_pickle_is_written_or_opened(tmp_path: Path, method: str) -> None:
+    watch = Watch()
+    watch.active = True
+    model = double_blob() if method == "blob" else lora()
+    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    args = arguments(tmp_path, load_best_model_at_end=True, metric_for_best_model="loss", **settings)
+    for resume in (None, str(tmp_path / "checkpoint-2")):
+        trainer = BayesTrainer(
+            model, task=TASK, args=args, train_rows=rows(6), eval_rows=rows(3), callbacks=[PlantCanaries(watch)]
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        assert trainer.state.best_model_checkpoint is not None
+        shutil.rmtree(tmp_path / "checkpoint-3")
+    trainer.save_model(str(tmp_path / "final"))
+    watch.active = False
+    plant(tmp_path / "final")
+    assert {"training.json", "rng_0.json", "trainer_state.json"} <= watch.opened
+    assert watch.opened & set(CANARIES) == set()
+    assert list(tmp_path.rglob("canary-ran")) == []
+
+
+def test_P9_pickled_checkpoint_is_refused_unopened(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint-2"
+    checkpoint.mkdir()
+    plant(checkpoint)
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": 2}))
+    watch = Watch()
+    watch.active = True
+    with pytest.raises(TrainingError, match="adapter_model.safetensors"):
+        run(tmp_path / "new", resume=checkpoint)
+    watch.active = False
+    assert watch.opened & set(CANARIES) == set()
+    assert not (checkpoint / "canary-ran").exists()
+
+
+def test_the_canary_sings(tmp_path: Path) -> None:
+    """The planted files are seen, and run code, where something does open them: their silence means something."""
+    plant(tmp_path)
+    watch = Watch()
+    watch.active = True
+    torch.load(tmp_path / "optimizer.pt", weights_only=False)
+    watch.active = False
+    assert "optimizer.pt" in watch.opened
+    assert (tmp_path / "canary-ran").exists()
+
+
+def test_floats_survive_json_exactly(whole: tuple[str, Path, BayesTrainer]) -> None:
+    _, output, trainer = whole
+    saved = json.loads((output / f"checkpoint-{STEPS}" / "training.json").read_text())
+    rates = [group["lr"] for group in saved["optimizer"]["param_groups"]]
+    assert [struct.pack("d", rate) for rate in rates] == [
+        struct.pack("d", group["lr"]) for group in trainer.optimizer.param_groups
+    ]

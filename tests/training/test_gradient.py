@@ -1,0 +1,181 @@
+"""The gradient that reaches the optimiser is that of the stated objective."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from bayestune.adapters import drawn_weights, gaussian_layers, training_noise
+from bayestune.functional import (
+    gaussian_kl,
+    gaussian_kl_gradient,
+    linear_kl_weight,
+    paper_kl_weight,
+    uniform_kl_weight,
+)
+from bayestune.training import KLSettings
+from training.toys import TASK, Recorder, arguments, double_blob, lora, rows, trained
+
+EPSILON = torch.finfo(torch.float64).eps
+
+
+@pytest.mark.parametrize(("draws", "accumulation", "dropout"), [(1, 1, 0.0), (4, 1, 0.5), (1, 3, 0.5), (4, 3, 0.0)])
+def test_S3_gradient_equals_finite_differences(tmp_path: Path, draws: int, accumulation: int, dropout: float) -> None:
+    model = double_blob(layers=1, lora_dropout=dropout)
+    trainer = Recorder(
+        model,
+        task=TASK,
+        args=arguments(tmp_path, gradient_accumulation_steps=accumulation),
+        train_rows=rows(2 * accumulation - 1),
+        train_draws=draws,
+    )
+    trainer.train()
+    restore(model, trainer.before[0])
+    layers, weight = gaussian_layers(model), 0.25
+    gradients = dict(trainer.gradients[0])
+    for name, parameter in model.named_parameters():
+        for layer in layers.values():
+            kl_gradient = gaussian_kl_gradient(layer.weight.detach(), layer.rho.detach(), layer.prior_std)
+            for part, gradient in zip((layer.weight, layer.rho), kl_gradient, strict=True):
+                if parameter is part:
+                    gradients[name] = gradients[name] + weight * gradient
+
+    clock = training_noise(model)
+
+    def objective() -> float:
+        total = 0.0
+        for seen in trainer.micros:
+            torch.set_rng_state(seen.random_state)
+            clock.step, clock.micro = seen.step, seen.micro
+            total += trainer.compute_loss(model, seen.inputs, num_items_in_batch=seen.rows).item()
+        return total + weight * sum(
+            gaussian_kl(layer.weight, layer.rho, layer.prior_std).item() for layer in layers.values()
+        )
+
+    with torch.random.fork_rng(), torch.no_grad():
+        model.train()
+        worst = max(excess for _, excess in differences(model, gradients, objective))
+    assert worst <= 1.0
+
+
+def differences(
+    model: torch.nn.Module, gradients: dict[str, torch.Tensor], objective: Callable[[], float], step: float = 1e-6
+) -> Iterator[tuple[str, float]]:
+    """|central difference - gradient| over its bound, for 200 coordinates spread over M, G and B.
+
+    The bound is 1e-6 of the gradient plus what rounding of the objective leaves of a difference.
+    """
+    parameters = dict(model.named_parameters())
+    kinds = [[n for n in gradients if part in n] for part in ("lora_A.default.weight", "lora_A.default.rho", "lora_B")]
+    generator = torch.Generator().manual_seed(0)
+    rounding = 32 * EPSILON * abs(objective()) / step
+    for i in range(200):
+        names = kinds[i % 3]
+        name = names[int(torch.randint(len(names), (), generator=generator))]
+        flat = parameters[name].view(-1)
+        at = int(torch.randint(flat.numel(), (), generator=generator))
+        value, gradient = flat[at].item(), gradients[name].view(-1)[at].item()
+        flat[at] = value + step
+        above = objective()
+        flat[at] = value - step
+        below = objective()
+        flat[at] = value
+        yield name, abs((above - below) / (2 * step) - gradient) / (1e-6 * abs(gradient) + rounding)
+
+
+def test_S5_loss_is_the_mean_of_the_nlls_of_the_draws(tmp_path: Path) -> None:
+    model, draws, data = double_blob(), 4, rows(3)
+    trainer = Recorder(model, task=TASK, args=arguments(tmp_path), train_rows=data, train_draws=draws)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
+    model.train()
+    loss = trainer.compute_loss(model, batch).item()
+
+    layers = gaussian_layers(model)
+    noise = {name: layer.noise.epsilon for name, layer in layers.items()}
+    model.eval()
+    log_likelihoods = torch.zeros(draws, 3, dtype=torch.float64)
+    logits = torch.zeros(draws, 3, 4, dtype=torch.float64)
+    with torch.no_grad():
+        for draw in range(draws):
+            for row in range(3):
+                single = TASK.collate([TASK.example(data[row])])
+                weights = {layer: layer.drawn(noise[name][draw * 3 + row]) for name, layer in layers.items()}
+                with drawn_weights(weights):
+                    log_likelihoods[draw, row] = TASK.loss(model, single)[0]
+                    logits[draw, row] = TASK.logits(model, single)[0]
+    assert abs(loss - log_likelihoods.mean().item()) <= 1e-12
+    labels = torch.tensor([row.answer for row in data])
+    of_mean_logits = torch.nn.functional.cross_entropy(logits.mean(0), labels).item()
+    assert loss - of_mean_logits > 1e-3  # Jensen: the two are told apart
+
+
+@pytest.mark.parametrize("size", [1, 5, 7, 11])
+@pytest.mark.parametrize(("batch", "accumulation"), [(1, 1), (3, 1), (3, 3), (64, 1), (1, 64)])
+def test_S17_updates_add_up_to_the_epoch(tmp_path: Path, size: int, batch: int, accumulation: int) -> None:
+    """sum over updates of rows x loss = sum of the NLL of all rows, whatever the micro-batches."""
+    model, data = lora(), rows(size)
+    args = arguments(
+        tmp_path,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=1,
+        max_steps=-1,
+        learning_rate=1e-300,
+    )
+    trainer = Recorder(model, task=TASK, args=args, train_rows=data)
+    trainer.train()
+    with torch.no_grad():
+        expected = TASK.loss(model.eval(), TASK.collate([TASK.example(row) for row in data])).sum().item()
+    found = sum(loss * seen.rows for loss, seen in zip(trainer.losses, trainer.micros, strict=True))
+    assert abs(found - expected) <= 1e-10
+    assert sum(len(seen.inputs["labels"]) for seen in trainer.micros) == size
+
+
+def test_S17_accumulated_gradient_is_that_of_one_batch(tmp_path: Path) -> None:
+    gradients = []
+    for batch, accumulation in [(7, 1), (3, 3)]:
+        args = arguments(tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
+        trainer = Recorder(lora(), task=TASK, args=args, train_rows=rows(7))
+        trainer.train()
+        gradients.append(trainer.gradients[0])
+    whole, pieces = gradients
+    assert whole.keys() == pieces.keys()
+    assert max((whole[name] - pieces[name]).abs().max().item() for name in whole) <= 1e-14
+
+
+@pytest.mark.parametrize("cycle", [1, 2, 40, 100_000])
+@pytest.mark.parametrize("schedule", [paper_kl_weight, uniform_kl_weight, linear_kl_weight])
+def test_S17_weights_of_a_cycle_count_the_kl_once(schedule: Callable[[int, int], float], cycle: int) -> None:
+    settings = KLSettings(cycle=cycle, schedule=schedule)
+    total = sum(settings.schedule(step, cycle) for step in range(3 * cycle, 4 * cycle))
+    missing = 1 / (2.0 ** (cycle + 1) - 1) if schedule is paper_kl_weight and cycle < 1000 else 0.0
+    assert abs(total + missing - 1) <= 1e-10
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_N8_checkpointing_leaves_the_gradients_alone(tmp_path: Path, dropout: float) -> None:
+    """Reentrant or not, the recomputed forward sees the same noise and the same dropout."""
+    gradients = []
+    for settings in [
+        {},
+        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
+        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+    ]:
+        model = double_blob(lora_dropout=dropout)
+        model.enable_input_require_grads()
+        args = arguments(tmp_path, gradient_accumulation_steps=2, **settings)
+        trainer = Recorder(model, task=TASK, args=args, train_rows=rows(4))
+        trainer.train()
+        assert model.get_base_model().is_activation_checkpointing == bool(settings)
+        gradients.append(trainer.gradients[0])
+    for other in gradients[1:]:
+        assert max((gradients[0][name] - other[name]).abs().max().item() for name in gradients[0]) <= 1e-14
+
+
+def restore(model: torch.nn.Module, parameters: dict[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in parameters:
+                parameter.copy_(parameters[name])
+    assert all(torch.equal(value, parameters[name]) for name, value in trained(model).items())

@@ -1,0 +1,146 @@
+"""The KL step: closed form, its guards, and `KLCallback` on a plain Trainer."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
+
+from bayestune.adapters import gaussian_layers, training_noise
+from bayestune.errors import ConfigError
+from bayestune.functional import RHO_FLOOR, gaussian_kl
+from bayestune.training import KLCallback, KLSettings, elbo_kl_weight
+from bayestune.training.kl import kl_step
+from models import LLAMA
+from training.toys import TASK, arguments, double_blob, lora, rows, trained
+
+
+class PlainTrainer(Trainer):
+    """transformers' Trainer with a task's loss: every parameter, G too, is in the optimiser."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        return TASK.loss(model, inputs).mean()
+
+
+def plain_trainer(model: Any, output: Path, callbacks: list[TrainerCallback], **settings: Any) -> PlainTrainer:
+    return PlainTrainer(
+        model=model,
+        args=arguments(output, remove_unused_columns=False, **settings),
+        train_dataset=[TASK.example(row) for row in rows(4)],
+        data_collator=TASK.collate,
+        callbacks=callbacks,
+    )
+
+
+@pytest.mark.parametrize("along_nll", [True, False])
+def test_kl_step_is_sgd_through_autograd(along_nll: bool) -> None:
+    model = double_blob()
+    layer = next(iter(gaussian_layers(model).values()))
+    nll_gradient = torch.randn(layer.rho.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (0.25 * gaussian_kl(layer.weight, layer.rho, layer.prior_std)).backward()
+    expected_mean = layer.weight - 0.01 * layer.weight.grad
+    expected_rho = layer.rho - 0.01 * (layer.rho.grad + (nll_gradient if along_nll else 0))
+    layer.rho.grad = nll_gradient
+    kl_step(layer, rate=0.01, weight=0.25, along_nll=along_nll)
+    assert (layer.weight - expected_mean).abs().max() <= 1e-15
+    assert (layer.rho - expected_rho).abs().max() <= 1e-15
+
+
+def test_kl_step_stops_at_the_minimum_and_keeps_the_floor() -> None:
+    model = double_blob()
+    layer = next(iter(gaussian_layers(model).values()))
+    best = math.sqrt(layer.prior_std)
+    with torch.no_grad():
+        layer.rho.fill_(1e-3)
+        layer.rho[0] = -1e-3
+        layer.rho[1] = 0.0
+        layer.rho[2] = 50.0
+    kl_step(layer, rate=0.01, weight=0.5, along_nll=False)
+    assert (layer.rho[0] + best).abs().max() <= 1e-14
+    assert (layer.rho[1:] - best).abs().max() <= 1e-14
+
+    layer.rho.grad = layer.rho.detach().clone()
+    kl_step(layer, rate=1.0, weight=0.0, along_nll=True)
+    assert torch.equal(layer.rho.abs(), torch.full_like(layer.rho, RHO_FLOOR))
+
+
+def test_N1_an_update_of_1e_5_moves_G() -> None:
+    model = get_peft_model(LLAMA.build().bfloat16(), LLAMA.config())
+    layer = next(iter(gaussian_layers(model).values()))
+    with torch.no_grad():
+        layer.rho.fill_(0.05)
+    layer.rho.grad = torch.full_like(layer.rho, 1e-3)
+    before = layer.rho.detach().clone()
+    kl_step(layer, rate=0.01, weight=0.0, along_nll=True)
+    moved = before - layer.rho
+    assert (moved - 1e-5).abs().max() <= 1e-8
+
+
+def test_elbo_weight_is_one_over_rows() -> None:
+    assert [elbo_kl_weight(8)(step, 3) for step in (0, 5)] == [0.125, 0.125]
+    with pytest.raises(ConfigError, match="found 0"):
+        elbo_kl_weight(0)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"cycle": 0}, {"cycle": 1, "learning_rate": -1.0}, {"cycle": 1, "learning_rate": math.nan}]
+)
+def test_settings_out_of_range_are_refused(setting: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        KLSettings(**setting)
+
+
+def test_callback_adds_the_kl_to_a_plain_trainer(tmp_path: Path) -> None:
+    """Same noise, same data: the difference the callback makes is one KL step at the optimiser's parameters."""
+    after: list[dict[str, Tensor]] = []
+    for callbacks in ([], [KLCallback(KLSettings(cycle=2))]):
+        model = double_blob()
+        training_noise(model).seed = 5  # the seed of the arguments, which the callback sets itself
+        plain_trainer(model, tmp_path, callbacks).train()
+        if not callbacks:
+            for layer in gaussian_layers(model).values():
+                kl_step(layer, rate=0.01, weight=2 / 7, along_nll=False)
+        after.append(trained(model))
+    assert all(torch.equal(after[0][name], after[1][name]) for name in after[0])
+
+
+def test_callback_follows_the_schedule_and_the_clock(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def schedule(step: int, cycle: int) -> float:
+        noise = training_noise(model)
+        seen.append((step, noise.step))
+        return 0.0
+
+    model = double_blob()
+    settings = KLSettings(cycle=3, schedule=schedule)
+    plain_trainer(model, tmp_path, [KLCallback(settings)], max_steps=3, gradient_accumulation_steps=2).train()
+    assert seen == [(0, 0), (1, 1), (2, 2)]
+    assert training_noise(model).seed == 5
+
+
+def test_N9_decay_of_G_is_refused(tmp_path: Path) -> None:
+    trainer = plain_trainer(double_blob(), tmp_path, [KLCallback(KLSettings(cycle=3))], weight_decay=0.01)
+    with pytest.raises(ConfigError, match="weight_decay=0.01"):
+        trainer.train()
+
+
+def test_callback_without_gaussian_layers_is_refused(tmp_path: Path) -> None:
+    trainer = plain_trainer(lora(), tmp_path, [KLCallback(KLSettings(cycle=3))])
+    with pytest.raises(ConfigError, match="no Gaussian layer"):
+        trainer.train()
+
+
+def test_N1_callback_restores_float32(tmp_path: Path) -> None:
+    model = get_peft_model(LLAMA.build().bfloat16(), LLAMA.config())
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()  # what SFTTrainer does on a quantised base
+    plain_trainer(model, tmp_path, [KLCallback(KLSettings(cycle=3))])
+    assert {value.dtype for value in trained(model).values()} == {torch.float32}
