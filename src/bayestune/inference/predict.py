@@ -1,0 +1,172 @@
+"""`predict`: probabilities averaged over draws, several draws in one forward."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from bayestune.adapters import GaussianLinear, drawn_weights
+from bayestune.errors import ConfigError, DataError
+from bayestune.inference.draws import evaluation_mode, stacked_weights
+from bayestune.tasks import AnyRow, Task
+
+CPU_TOKENS = 2048
+"""Tokens of one stacked forward on a CPU: beyond the cache, stacking draws no longer pays."""
+
+Weights = dict[GaussianLinear, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Answers of a posterior to some rows. Probabilities sum to 1 over the classes; entropies are in nats.
+
+    Attributes:
+        ids: the rows' ids, in the order given.
+        draw_log_probs: log p(class | row, draw k), float64 on the CPU; one slice, the mean's, when `draws` is 0.
+        labels: the right classes, or None if some row has none.
+        draws, seed, task: how the answers were made.
+    """
+
+    ids: tuple[str, ...]
+    draw_log_probs: Float[Tensor, "slices rows classes"]
+    labels: Int[Tensor, " rows"] | None
+    draws: int
+    seed: int
+    task: str
+
+    @property
+    def log_probs(self) -> Float[Tensor, "rows classes"]:
+        """The predictive ``log p(y|x) = logsumexp_k log p(y|x, theta_k) - log K`` (BLoB, equation 12)."""
+        return self.draw_log_probs.logsumexp(0) - math.log(self.draw_log_probs.shape[0])
+
+    @property
+    def probs(self) -> Float[Tensor, "rows classes"]:
+        """The predictive probabilities."""
+        return self.log_probs.exp()
+
+    @property
+    def answer(self) -> Int[Tensor, " rows"]:
+        """The most probable class of each row."""
+        return self.log_probs.argmax(-1)
+
+    @property
+    def total(self) -> Float[Tensor, " rows"]:
+        """Entropy of the predictive, ``H[p(y|x)]``."""
+        return torch.special.entr(self.probs).sum(-1)
+
+    @property
+    def aleatoric(self) -> Float[Tensor, " rows"]:
+        """Mean entropy of the draws, ``1/K sum_k H[p(y|x, theta_k)]``."""
+        return torch.special.entr(self.draw_log_probs.exp()).sum(-1).mean(0)
+
+    @property
+    def epistemic(self) -> Float[Tensor, " rows"]:
+        """Mutual information of answer and weights, ``total - aleatoric``, at least 0."""
+        return (self.total - self.aleatoric).clamp(min=0)
+
+
+def predict(
+    model: nn.Module,
+    task: Task,
+    rows: Sequence[AnyRow],
+    *,
+    draws: int = 10,
+    seed: int = 0,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> Prediction:
+    """Answer `rows` with `draws` draws of the posterior; ``draws=0`` answers with its mean.
+
+    ``p(y|x) = 1/K sum_k softmax(logits(x; M + G^2 * noise(seed, k)))``. Draws are stacked in the batch and share the
+    base model's matrix products; how many at once is chosen from the free memory and halved when it runs out. Draw k
+    is the same function whatever `draws`, `batch_size` and the other rows are. The model's modes, weights and the
+    global random state are left as they were. Put ``torch.autocast`` around the call for half precision.
+
+    Raises:
+        ConfigError: `draws` or `batch_size` out of range.
+        DataError: no rows, or a row that cannot be scored; names the row.
+        DrawError: draws were asked of a model without an (unmerged) Gaussian adapter.
+    """
+    if draws < 0 or batch_size < 1:
+        raise ConfigError(f"predict: found draws={draws}, batch_size={batch_size}, expected at least 0 and 1.")
+    if not rows:
+        raise DataError("predict: found no rows, expected at least one.")
+    examples = [task.example(row) for row in rows]
+    longest_first = sorted(range(len(rows)), key=lambda i: -task.tokens(examples[i]))
+    logits = torch.empty(max(draws, 1), len(rows), task.classes, dtype=torch.float64)
+    with evaluation_mode(model), torch.inference_mode():
+        weights = stacked_weights(model, range(draws), seed) if draws else {}
+        todo = [longest_first[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+        with tqdm(total=len(rows), desc="predict", unit="row", disable=not progress) as bar:
+            while todo:
+                places = todo.pop(0)
+                batch = task.collate([examples[i] for i in places])
+                answer = _answer_or_split(model, task, batch, weights, len(logits))
+                if answer is None:
+                    half = len(places) // 2
+                    todo[:0] = [places[:half], places[half:]]
+                    continue
+                logits[:, places] = answer.double().cpu()
+                bar.update(len(places))
+    labels = [row.target for row in rows]
+    return Prediction(
+        ids=tuple(row.id for row in rows),
+        draw_log_probs=logits.log_softmax(-1),
+        labels=None if None in labels else torch.tensor(labels),
+        draws=draws,
+        seed=seed,
+        task=task.name,
+    )
+
+
+def _answer_or_split(
+    model: nn.Module, task: Task, batch: dict[str, Tensor], weights: Weights, slices: int
+) -> Tensor | None:
+    """Logits [slices, rows, classes] of one batch; None if it has to be split because memory ran out at one draw."""
+    device = next(model.parameters()).device
+    batch = {key: value.to(device) for key, value in batch.items()}
+    at_once = 1 if slices == 1 else min(slices, _draws_at_once(model, batch, weights))
+    while True:
+        try:
+            return torch.cat([_stacked(model, task, batch, weights, part) for part in _parts(slices, at_once)])
+        except torch.OutOfMemoryError as error:
+            if at_once > 1:
+                at_once = at_once // 2
+            elif len(next(iter(batch.values()))) > 1:
+                return None
+            else:
+                raise torch.OutOfMemoryError(
+                    f"predict: one row at one draw does not fit into the memory of {device} "
+                    f"({batch['input_ids'].numel()} tokens): use a larger device or shorter rows."
+                ) from error
+
+
+def _parts(draws: int, at_once: int) -> Iterator[slice]:
+    return (slice(start, min(start + at_once, draws)) for start in range(0, draws, at_once))
+
+
+def _stacked(model: nn.Module, task: Task, batch: dict[str, Tensor], weights: Weights, part: slice) -> Tensor:
+    """Logits [draws of `part`, rows, classes] in one forward: the rows repeated, the draw outermost."""
+    count = part.stop - part.start
+    repeated = {key: value.repeat(count, *[1] * (value.dim() - 1)) for key, value in batch.items()}
+    drawn = {layer: weight[part] if count > 1 else weight[part.start] for layer, weight in weights.items()}
+    with drawn_weights(drawn):
+        return task.logits(model, repeated).unflatten(0, (count, -1))
+
+
+def _draws_at_once(model: nn.Module, batch: dict[str, Tensor], weights: Weights) -> int:
+    """How many draws to stack: all that fit a quarter of the free memory; one where experts see a choice of tokens."""
+    if any(layer.routed for layer in weights):
+        return 1
+    tokens = batch["input_ids"].numel()
+    device = batch["input_ids"].device
+    if device.type != "cuda":
+        return max(1, CPU_TOKENS // tokens)
+    free, _ = torch.cuda.mem_get_info(device)
+    hidden = model.config.get_text_config().hidden_size
+    # One layer's activations at a time: about 24 hidden vectors a token (attention, the widest of the MLP, copies).
+    return max(1, int(free / 4 / (24 * hidden * 4 * tokens)))

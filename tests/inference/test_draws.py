@@ -1,0 +1,265 @@
+"""A draw is one function: the same weights for every token, with a cache or without, and gone afterwards."""
+
+import copy
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import DynamicCache
+
+from bayestune.adapters import BlobConfig, gaussian_layers, training_noise
+from bayestune.errors import DrawError
+from bayestune.functional import prediction_noise, std
+from bayestune.inference import draw
+from models import LLAMA, blob, llama
+from probes import bayesian_sum, double_llama, output_of, z_bound
+
+IDS = LLAMA.inputs(rows=3, tokens=9)["input_ids"]
+
+
+def logits(model: torch.nn.Module, ids: Tensor = IDS) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def cached_logits(model: PeftModel) -> Tensor:
+    """As `logits`, three tokens first and then one at a time, from a cache; training noise starts afresh each time."""
+    cache, parts = DynamicCache(), []
+    with torch.no_grad():
+        for part in (IDS[:, :3], *IDS[:, 3:].split(1, dim=1)):
+            training_noise(model).micro = 0
+            parts.append(model(input_ids=part, past_key_values=cache, use_cache=True).logits)
+    training_noise(model).micro = 0
+    return torch.cat(parts, dim=1)
+
+
+def test_a_draw_is_the_mean_plus_named_noise() -> None:
+    model = bayesian_sum().eval()
+    eye = torch.eye(4, dtype=torch.float64)
+    for name, layer in gaussian_layers(model).items():
+        noise = prediction_noise(7, 2, name, (2, 4)).double()
+        with draw(model, index=2, seed=7), output_of(layer) as outputs:
+            model(eye)
+        assert torch.allclose(outputs[0].T, layer.weight + std(layer.rho) * noise, rtol=1e-14, atol=1e-14)
+
+
+def test_S10_draws_are_standard_normal_and_independent() -> None:
+    model, count = bayesian_sum(), 1200
+    eye, samples = torch.eye(4, dtype=torch.float64), []
+    layers = gaussian_layers(model)
+    with output_of(layers["left"]) as left, output_of(layers["right"]) as right:
+        for index in range(count):
+            with draw(model, index=index % 600, seed=index // 600):
+                model.base_model(eye)
+    for layer, outputs in ((layers["left"], left), (layers["right"], right)):
+        samples.append(((torch.stack(outputs).transpose(1, 2) - layer.weight) / std(layer.rho)).flatten(1).detach())
+    unit = torch.cat(samples, dim=1)
+    columns = unit.shape[1]
+    z = z_bound(columns * (columns + 8) // 2)
+    assert unit.mean(0).abs().max() <= z / math.sqrt(count)
+    assert (unit.var(0) - 1).abs().max() <= z * math.sqrt(2 / count)
+    assert ((unit**4).mean(0) - 3).abs().max() <= z * math.sqrt(96 / count)
+    products = unit.T @ unit / count
+    assert (products - products.diagonal().diag()).abs().max() <= z / math.sqrt(count)
+    assert (unit[1:] * unit[:-1]).mean(0).abs().max() <= z / math.sqrt(count - 1)
+    assert (unit[:600] * unit[600:]).mean(0).abs().max() <= z / math.sqrt(600)
+
+
+def test_a_layer_has_the_same_draw_whatever_else_is_adapted() -> None:
+    found = []
+    for targets in (["q_proj"], ["q_proj", "v_proj", "lm_head"]):
+        model = blob(LLAMA, target_modules=targets)
+        layer = gaussian_layers(model)["model.layers.0.self_attn.q_proj"]
+        with torch.no_grad():
+            layer.weight.zero_(), layer.rho.fill_(1.0)
+        with draw(model, index=3), output_of(layer) as outputs:
+            logits(model)
+        found.append(outputs[0])
+    assert torch.equal(*found)
+
+
+def test_S11_equal_tokens_get_equal_perturbations() -> None:
+    model = double_llama()
+    layer = gaussian_layers(model)["model.layers.0.self_attn.q_proj"]  # its input is the token alone
+    with output_of(layer) as outputs:
+        logits(model, torch.tensor([[5, 9, 5, 5], [7, 7, 9, 5]]))
+        with draw(model, index=1):
+            logits(model, torch.tensor([[5, 9, 5, 5], [7, 7, 9, 5]]))
+    shift = outputs[1] - outputs[0]
+    for one, two in [((0, 0), (0, 2)), ((0, 0), (0, 3)), ((0, 0), (1, 3)), ((1, 0), (1, 1)), ((0, 1), (1, 2))]:
+        assert (shift[one] - shift[two]).abs().max() <= 1e-12 < shift[one].abs().min()
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_S11_a_cache_changes_nothing_within_a_draw(dtype: torch.dtype, bound: float) -> None:
+    model = double_llama().to(dtype)
+    with draw(model, index=4):
+        assert (logits(model) - cached_logits(model)).abs().max() <= bound
+
+
+def test_S11_generation_is_that_of_one_draw() -> None:
+    model = double_llama()
+    with draw(model, index=4):
+        found = model.generate(
+            input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=8, do_sample=False, eos_token_id=None
+        )
+        expected = IDS
+        for _ in range(8):
+            expected = torch.cat([expected, logits(model, expected)[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("estimator", ["independent", "flipout"])
+def test_S11_training_noise_of_a_row_is_one_draw(estimator: str) -> None:
+    model = double_llama(estimator=estimator).train()
+    assert (logits(model) - cached_logits(model)).abs().max() <= 1e-10
+
+
+def test_S11_the_parity_option_is_not_one_draw() -> None:
+    model = double_llama(estimator="flipout_token").train()
+    assert (logits(model) - cached_logits(model)).abs().max() > 1e-2
+    with draw(model, index=4):  # it is an option of training: draws do not know it
+        assert (logits(model) - cached_logits(model)).abs().max() <= 1e-10
+
+
+def test_S14_with_b_at_zero_every_draw_is_the_base_bit_for_bit() -> None:
+    model = get_peft_model(llama(), LLAMA.config())
+    expected = logits(llama().eval())
+    for index in range(3):
+        with draw(model, index=index):
+            assert torch.equal(logits(model), expected)
+
+
+def test_S15_a_disabled_adapter_within_a_draw_is_the_base_bit_for_bit() -> None:
+    model, expected = blob(LLAMA), logits(llama().eval())
+    with draw(model), model.disable_adapter():
+        assert torch.equal(logits(model), expected)
+    with model.disable_adapter(), draw(model):
+        assert torch.equal(logits(model), expected)
+    with draw(model):
+        assert not torch.equal(logits(model), expected)
+
+
+def test_S15_a_merged_adapter_has_no_draws() -> None:
+    model = blob(LLAMA).eval()
+    model.merge_adapter()
+    with pytest.raises(DrawError, match="merged"), draw(model):
+        pass
+    model.unmerge_adapter()
+    with draw(model):
+        logits(model)
+
+
+def test_a_model_without_a_posterior_has_no_draws() -> None:
+    plain = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(DrawError, match="no active Gaussian adapter"), draw(plain):
+        pass
+
+
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("training", [True, False])
+def test_P13_an_exception_inside_restores_mean_and_modes(failure: type[BaseException], training: bool) -> None:
+    model = blob(LLAMA).train(training)
+    model.get_submodule("base_model.model.model.layers.0").eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(failure), draw(model, index=1):
+        logits(model)
+        assert not any(module.training for module in model.modules())
+        raise failure
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model.eval()
+    assert torch.equal(logits(model), logits(blob(LLAMA).eval()))
+
+
+def test_P13_a_draw_that_cannot_start_changes_nothing() -> None:
+    model = blob(LLAMA).train()
+    model.merge_adapter()
+    with pytest.raises(DrawError), draw(model):
+        pass
+    assert all(module.training for module in model.modules())
+
+
+def test_K6_draws_nest() -> None:
+    model, other = blob(LLAMA).eval(), blob(LLAMA, seed=5).eval()
+    alone = {}
+    for index in (1, 2):
+        with draw(model, index=index):
+            alone[index] = logits(model)
+    with draw(other, index=1):
+        alone[3] = logits(other)
+    with draw(model, index=1):
+        with draw(model, index=2):
+            assert torch.equal(logits(model), alone[2])
+        assert torch.equal(logits(model), alone[1])
+        with draw(other, index=1):
+            assert torch.equal(logits(other), alone[3])
+            assert torch.equal(logits(model), alone[1])
+        assert torch.equal(logits(other), logits(blob(LLAMA, seed=5).eval()))
+    assert not torch.equal(alone[1], alone[2])
+
+
+def test_K6_a_deep_copy_is_a_model_of_its_own() -> None:
+    model = blob(LLAMA)
+    with draw(model, index=1):
+        expected, clone = logits(model), copy.deepcopy(model)
+        assert torch.equal(logits(clone), logits(blob(LLAMA).eval()))  # the draw is the original's
+    with draw(clone, index=1):
+        assert torch.equal(logits(clone), expected)
+    training_noise(clone).seed = 9
+    assert training_noise(model).seed == 0 and training_noise(model).micro == 0
+    clone.train()
+    assert not torch.equal(logits(clone), logits(model))
+    assert (training_noise(clone).micro, training_noise(model).micro) == (1, 1)
+    with torch.no_grad():
+        for layer in gaussian_layers(clone).values():
+            layer.weight.add_(1.0)
+    with draw(model, index=1):
+        assert torch.equal(logits(model), expected)
+
+
+def test_K4_an_adapter_moves_the_global_state_as_plain_lora_does() -> None:
+    states, matrices = [], []
+    for config in (
+        LoraConfig(r=4, target_modules=["q_proj", "lm_head"]),
+        BlobConfig(r=4, target_modules=["q_proj", "lm_head"]),
+    ):
+        base = llama()
+        with torch.random.fork_rng():
+            torch.manual_seed(4)
+            model = get_peft_model(base, config)
+            states.append(torch.get_rng_state())
+        matrices.append([value for name, value in model.named_parameters() if name.endswith("lora_A.default.weight")])
+    assert torch.equal(*states)
+    assert all(torch.equal(one, two) for one, two in zip(*matrices, strict=True)) and len(matrices[0]) == 3
+
+
+@pytest.mark.parametrize("estimator", ["independent", "flipout", "flipout_token"])
+def test_K4_draws_and_training_noise_leave_the_global_state_alone(estimator: str) -> None:
+    model = blob(LLAMA, estimator=estimator)
+    before = torch.get_rng_state()
+    with draw(model, index=1):
+        logits(model)
+    first = logits(model)
+    assert torch.equal(torch.get_rng_state(), before)
+    training_noise(model).micro = 0
+    with torch.random.fork_rng():
+        torch.manual_seed(99)
+        assert torch.equal(first, logits(model))
+
+
+def test_K4_dropout_moves_the_global_state_as_in_plain_lora() -> None:
+    states = []
+    for config in (
+        LLAMA.config(lora_dropout=0.5),
+        LoraConfig(r=4, target_modules=list(LLAMA.targets), lora_dropout=0.5),
+    ):
+        model = get_peft_model(llama(), config).train()
+        with torch.random.fork_rng():
+            torch.manual_seed(4)
+            logits(model)
+            states.append(torch.get_rng_state())
+    assert torch.equal(*states)
