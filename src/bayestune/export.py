@@ -1,0 +1,146 @@
+"""A posterior as ordinary LoRA adapters: one folder for the mean and one for each draw.
+
+They need nothing of this library: plain PEFT and the servers that read LoRA folders load them.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from bayestune.adapters import GaussianLinear
+from bayestune.errors import ConfigError
+from bayestune.functional import prediction_noise
+from bayestune.posteriors.folder import new_folder
+from bayestune.posteriors.manifest import CONFIG_FILE, TENSOR_FILE, file_record, versions, write_manifest
+from bayestune.posteriors.state import (
+    active_adapter,
+    adapter_config,
+    adapter_tensors,
+    check_values,
+    lora_layers,
+    owned_heads,
+    settings_fault,
+)
+
+
+def export_lora(
+    model: nn.Module, path: str | os.PathLike[str], *, draws: int = 10, seed: int = 0, overwrite: bool = False
+) -> list[Path]:
+    """Write the mean and `draws` draws of the active adapter as plain LoRA folders under `path`.
+
+    Draw k is ``A = M + G^2 * noise(seed, k, layer)``, the very weights of ``draw(model, index=k, seed=seed)``; B is
+    that of the posterior. The rank-stabilised scale alpha/sqrt(r) is folded into B (times sqrt(r)), so that programs
+    that know only alpha/r agree. The seed and the index are in the header of each safetensors file, the hashes in the
+    manifest beside the folders. The whole of `path` appears at once or not at all.
+
+    Args:
+        model: a PeftModel with one active adapter; of plain LoRA only the mean (``draws=0``) can be exported.
+        path: the folder to make.
+        draws: number of draws; 0 writes the mean alone.
+        seed: seed of the draws.
+        overwrite: replace a folder that bayestune wrote before.
+
+    Returns:
+        The folders written: ``path/mean``, ``path/draw_0``, ``path/draw_1``, ...
+
+    Raises:
+        ConfigError: `path` exists, `draws` is not a count, the adapter has nothing to draw from, or has settings that
+            plain LoRA cannot express.
+        PosteriorError: the adapter holds NaN, infinities, or a standard deviation of 0.
+    """
+    model, adapter, kind = active_adapter(model)
+    if draws < 0:
+        raise ConfigError(f"draws: found {draws}, expected 0 (the mean alone) or more.")
+    if draws and kind == "point":
+        raise ConfigError(
+            f"draws: found {draws}, but adapter {adapter!r} is plain LoRA, a point without a posterior: pass draws=0."
+        )
+    fault = settings_fault(json.loads(json.dumps(adapter_config(model, adapter).to_dict(), default=sorted)), kind)
+    if fault:
+        raise ConfigError(f"the adapter cannot be exported as plain LoRA: {fault}.")
+    check_values(adapter_tensors(model, adapter))
+    indices: list[int | None] = [None, *range(draws)]
+    names = ["mean" if index is None else f"draw_{index}" for index in indices]
+    config = _plain_config(model, adapter)
+    with new_folder(path, overwrite=overwrite) as folder:
+        for name, index in zip(names, indices, strict=True):
+            _write(folder / name, config, _plain_tensors(model, adapter, seed, index), seed, index)
+        files = [f"{name}/{file}" for name in names for file in (CONFIG_FILE, TENSOR_FILE)]
+        content = {
+            **versions(),
+            "exported": {"kind": kind, "draws": draws, "seed": seed},
+            "notes": _notes(model, adapter),
+            "files": {file: file_record(folder / file) for file in files},
+        }
+        write_manifest(folder, content=content)
+    return [Path(path) / name for name in names]
+
+
+def _plain_tensors(model: PeftModel, adapter: str, seed: int, index: int | None) -> dict[str, Tensor]:
+    """The tensors of the mean (`index` None) or of one draw, by their keys in a LoRA file."""
+    tensors = {key: t for key, t in adapter_tensors(model, adapter).items() if not key.endswith(".lora_A.rho")}
+    rank_stabilised = adapter_config(model, adapter).use_rslora
+    for path, layer in lora_layers(model, adapter).items():
+        gaussian = layer.lora_A[adapter] if adapter in layer.lora_A else None
+        if index is not None and isinstance(gaussian, GaussianLinear):
+            noise = prediction_noise(seed, index, gaussian.name, tuple(gaussian.weight.shape))
+            tensors[f"base_model.model.{path}.lora_A.weight"] = gaussian.drawn(noise).detach()
+        for key in (f"base_model.model.{path}.lora_B.weight", f"base_model.model.{path}.lora_embedding_B"):
+            if rank_stabilised and key in tensors:
+                tensors[key] = tensors[key] * math.sqrt(layer.r[adapter])
+    return {key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}
+
+
+def _plain_config(model: PeftModel, adapter: str) -> dict[str, Any]:
+    """The adapter_config.json of the plain LoRA adapter."""
+    config = adapter_config(model, adapter)
+    plain = LoraConfig(
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        inference_mode=True,
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        rank_pattern=config.rank_pattern,
+        alpha_pattern=config.alpha_pattern,
+        fan_in_fan_out=config.fan_in_fan_out,
+        modules_to_save=config.modules_to_save,
+    )
+    return plain.to_dict() | {"target_modules": _targets(model, adapter)}
+
+
+def _targets(model: PeftModel, adapter: str) -> list[str]:
+    """Names that match the adapted layers and no other module: their last components where these suffice."""
+    layers = lora_layers(model, adapter).keys()
+    modules = [name for name, _ in model.get_base_model().named_modules()]
+    shared = {name.rpartition(".")[2] for name in modules if name not in layers}
+    return sorted({name if name.rpartition(".")[2] in shared else name.rpartition(".")[2] for name in layers})
+
+
+def _write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], seed: int, index: int | None) -> None:
+    folder.mkdir()
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    source = {"draw": "mean"} if index is None else {"draw": str(index), "seed": str(seed)}
+    save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt", **source})
+
+
+def _notes(model: PeftModel, adapter: str) -> list[str]:
+    config = adapter_config(model, adapter)
+    notes = []
+    if owned_heads(model, adapter):
+        notes.append(
+            f"modules_to_save {owned_heads(model, adapter)} are stored as PEFT stores them; programs that serve LoRA "
+            "only, such as vLLM, refuse an adapter with such modules."
+        )
+    if config.rank_pattern or config.alpha_pattern:
+        notes.append(
+            "rank_pattern or alpha_pattern is set; programs with one rank and alpha for all layers misread it."
+        )
+    return notes

@@ -1,0 +1,123 @@
+"""Folders that appear on disk whole or not at all, and JSON that is read with limits."""
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bayestune.errors import ConfigError
+
+MANIFEST = "bayestune_manifest.json"
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
+    """Yield an empty folder beside `path` that takes its place when the block ends without an exception.
+
+    Everything is flushed to disk before the renames. An older folder is moved aside first and removed last, so a
+    crash leaves the old one or the new one whole; where it falls between the two renames, the old one waits beside
+    `path` and `existing_folder` finds it. With `overwrite` only an empty folder, or one holding a bayestune
+    manifest, is replaced.
+
+    Raises:
+        ConfigError: `path` exists and must not be replaced, or is a link.
+    """
+    target = Path(os.path.abspath(path))
+    aside = _aside(target)
+    if aside.is_dir() and not os.path.lexists(target):
+        os.rename(aside, target)
+    _check_target(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+    work.mkdir()
+    try:
+        yield work
+        _flush(work)
+        _publish(work, target, aside)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def existing_folder(path: str | os.PathLike[str]) -> Path:
+    """`path`, or the older folder that an interrupted replacement of `path` left beside it."""
+    target = Path(os.path.abspath(path))
+    aside = _aside(target)
+    return aside if aside.is_dir() and not os.path.lexists(target) else target
+
+
+def strict_json(text: bytes, *, limit: int) -> Any:
+    """Parse at most `limit` bytes of JSON.
+
+    Raises:
+        ValueError: too long, too deep, not UTF-8, not JSON, a key given twice, or NaN and infinities.
+    """
+    if len(text) > limit:
+        raise ValueError(f"{len(text)} bytes of JSON, expected at most {limit}")
+    try:
+        return json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("JSON nested too deeply") from None
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not os.path.lexists(target):
+        return
+    if not overwrite:
+        raise ConfigError(f"{target} exists already: choose another path, or pass overwrite=True to replace it.")
+    if target.is_symlink():
+        raise ConfigError(f"{target} is a symbolic link, which is not replaced: pass the path it points to.")
+    if not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).is_file()):
+        raise ConfigError(
+            f"{target} is not a folder that bayestune wrote (it holds no {MANIFEST}), so overwrite=True does not "
+            "replace it: remove it by hand, or choose another path."
+        )
+
+
+def _publish(work: Path, target: Path, aside: Path) -> None:
+    try:
+        if target.exists():
+            shutil.rmtree(aside, ignore_errors=True)  # what a crash after an earlier replacement left
+            os.rename(target, aside)
+        os.rename(work, target)
+    except BaseException:
+        if aside.is_dir() and not os.path.lexists(target):
+            os.rename(aside, target)
+        raise
+    try:
+        _flush_entry(target.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
+
+
+def _flush(folder: Path) -> None:
+    for entry in (*folder.rglob("*"), folder):
+        _flush_entry(entry)
+
+
+def _flush_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")

@@ -1,0 +1,200 @@
+"""The tensors and settings of one adapter: read off the modules, and checked one by one."""
+
+import copy
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from bayestune.adapters import BlobConfig
+from bayestune.errors import ConfigError, PosteriorError
+
+KINDS: dict[str, type[LoraConfig]] = {"blob": BlobConfig, "point": LoraConfig}
+PEFT_TYPES = {"blob": "BLOB", "point": "LORA"}
+MAX_RANK = 1 << 16
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_NUMBER = (int, float)
+_TEXT = (str, type(None))
+# Settings that may have any value of these types. Every other one must be as the configuration class has it by
+# default: some change the base weights, some make another forward, one names a module for PEFT to import.
+_FREE: dict[str, tuple[type, ...]] = {
+    "peft_type": (str,),
+    "peft_version": _TEXT,
+    "task_type": _TEXT,
+    "base_model_name_or_path": _TEXT,
+    "revision": _TEXT,
+    "auto_mapping": (dict, type(None)),
+    "inference_mode": (bool,),
+    "r": (int,),
+    "lora_alpha": _NUMBER,
+    "lora_dropout": _NUMBER,
+    "target_modules": (list, str),
+    "exclude_modules": (list, *_TEXT),
+    "layers_to_transform": (list, int, type(None)),
+    "layers_pattern": (list, *_TEXT),
+    "rank_pattern": (dict,),
+    "alpha_pattern": (dict,),
+    "modules_to_save": (list, type(None)),
+    "fan_in_fan_out": (bool,),
+    "use_rslora": (bool,),
+    "init_lora_weights": (bool, str),
+    "prior_std": _NUMBER,
+    "rho_init": _NUMBER,
+    "estimator": (str,),
+}
+_INITS = (True, False, "gaussian", "orthogonal")  # the others change the base weights
+
+
+def active_adapter(model: nn.Module) -> tuple[PeftModel, str, str]:
+    """`model` itself, the name of its active adapter, and its kind: "blob" or "point" (plain LoRA).
+
+    Raises:
+        ConfigError: not a PeftModel, not exactly one active adapter, a name unfit for a path, or another PEFT method.
+    """
+    if not isinstance(model, PeftModel):
+        raise ConfigError(f"found a {type(model).__name__}, expected a PeftModel: make one with get_peft_model.")
+    if len(model.active_adapters) != 1:
+        raise ConfigError(f"active adapters: found {model.active_adapters}, expected one: call set_adapter(name).")
+    name = model.active_adapters[0]
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"adapter name: found {name!r}, expected at most 64 letters, digits and . _ - only.")
+    config = model.peft_config[name]
+    for kind, config_class in KINDS.items():
+        if type(config) is config_class:
+            return model, name, kind
+    raise ConfigError(f"adapter {name!r}: found a {type(config).__name__}, expected a BlobConfig or a LoraConfig.")
+
+
+def adapter_config(model: PeftModel, adapter: str) -> LoraConfig:
+    """The configuration of an adapter that `active_adapter` has accepted."""
+    config = model.peft_config[adapter]
+    assert isinstance(config, LoraConfig)
+    return config
+
+
+def adapter_tensors(model: PeftModel, adapter: str) -> dict[str, Tensor]:
+    """Every tensor that belongs to `adapter`, by the key it has in a saved file.
+
+    The keys come from where the modules stand, so an adapter may be called anything.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            for part in module.adapter_layer_names:
+                container = model.get_submodule(f"{path}.{part}")
+                if isinstance(container, nn.ModuleDict) and adapter in container:
+                    tensors |= {f"{path}.{part}.{k}": v for k, v in container[adapter].state_dict().items()}
+                elif isinstance(container, nn.ParameterDict) and adapter in container:
+                    tensors[f"{path}.{part}"] = container[adapter].detach()
+        elif isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
+            tensors |= {f"{path}.{k}": v for k, v in module.modules_to_save[adapter].state_dict().items()}
+    return tensors
+
+
+def lora_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
+    """The layers that `adapter` adapts, by their path in the base model."""
+    modules = model.get_base_model().named_modules()
+    return {path: module for path, module in modules if isinstance(module, LoraLayer) and adapter in module.r}
+
+
+def owned_heads(model: PeftModel, adapter: str) -> list[str]:
+    """Names, in the base model, of the modules that `adapter` replaces as a whole (`modules_to_save`)."""
+    return [
+        path
+        for path, module in model.get_base_model().named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save
+    ]
+
+
+def describe(tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
+    """``{key: [shape, dtype]}``, as JSON holds it."""
+    return {key: [list(t.shape), str(t.dtype).removeprefix("torch.")] for key, t in sorted(tensors.items())}
+
+
+def tensor_fault(expected: Mapping[str, list[Any]], found: Mapping[str, list[Any]]) -> str | None:
+    """The first difference between two descriptions of tensors, in words; None where they agree."""
+    for key in sorted(expected.keys() - found.keys()):
+        return f"tensor {key!r} is missing"
+    for key in sorted(found.keys() - expected.keys()):
+        return f"tensor {key!r} is not one that the base and the configuration ask for"
+    for key, (shape, dtype) in expected.items():
+        if found[key][0] != shape:
+            return f"tensor {key!r}: found shape {found[key][0]}, expected {shape}"
+        if found[key][1] != dtype:
+            return f"tensor {key!r}: found {found[key][1]}, expected {dtype} (load the base in that dtype)"
+    return None
+
+
+def value_fault(tensors: Mapping[str, Tensor]) -> str | None:
+    """The first tensor whose values cannot be those of a posterior, in words; None where there is none."""
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            return f"tensor {key!r} holds NaN or infinite values"
+        if key.endswith(".lora_A.rho") and not torch.all(tensor != 0):
+            return f"tensor {key!r} holds zeros, a standard deviation of 0: expected |rho| > 0"
+    return None
+
+
+def check_values(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a trained adapter whose values cannot be those of a posterior.
+
+    Raises:
+        PosteriorError: a tensor holds NaN, infinities, or a standard deviation of 0.
+    """
+    fault = value_fault(tensors)
+    if fault:
+        raise PosteriorError(f"{fault}: this adapter is not written. Go back to the last good checkpoint.")
+
+
+def settings_fault(values: Any, kind: str) -> str | None:
+    """The first setting of an adapter_config.json that is not supported, in words; None where there is none."""
+    if not isinstance(values, dict):
+        return f"found a {type(values).__name__}, expected a JSON object"
+    if values.get("peft_type") != PEFT_TYPES[kind]:
+        return f"peft_type: found {values.get('peft_type')!r}, expected {PEFT_TYPES[kind]!r} for a {kind!r} posterior"
+    defaults = json.loads(json.dumps(KINDS[kind]().to_dict()))
+    for name, value in {**defaults, **values}.items():
+        if name not in defaults:
+            return f"{name}: not a setting of {KINDS[kind].__name__} here; if a newer peft wrote it, upgrade peft"
+        if name in _FREE:
+            if type(value) not in _FREE[name]:
+                return f"{name}: found {value!r}, expected {' or '.join(t.__name__ for t in _FREE[name])}"
+        elif value != defaults[name]:
+            return f"{name}: found {value!r}, expected {defaults[name]!r}, the only value a saved posterior may have"
+    for rank in (values.get("r", 1), *values.get("rank_pattern", {}).values()):
+        if type(rank) is not int or not 1 <= rank <= MAX_RANK:
+            return f"rank: found {rank!r}, expected 1 to {MAX_RANK}"
+    if values.get("init_lora_weights", True) not in _INITS:
+        return f"init_lora_weights: found {values['init_lora_weights']!r}, expected one of {_INITS}"
+    return None
+
+
+def skeleton(base: nn.Module, config: LoraConfig, *, autocast: bool) -> PeftModel:
+    """A copy of `base` without its weights, carrying the adapter that `config` describes; `base` is not touched."""
+    memo: dict[int, Any] = {}
+    for parameter in base.parameters():
+        plain = type(parameter) is nn.Parameter
+        memo[id(parameter)] = (
+            nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad) if plain else parameter
+        )
+    for buffer in base.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta") if type(buffer) is Tensor else buffer
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT will say the same again of the base itself
+        return adapted(copy.deepcopy(base, memo), copy.deepcopy(config), autocast=autocast)
+
+
+def adapted(base: nn.Module, config: LoraConfig, *, autocast: bool) -> PeftModel:
+    """`base` with a new adapter as `config` describes it; the global random state is put back where it was."""
+    with torch.random.fork_rng(devices=[]):
+        model = get_peft_model(base, config, autocast_adapter_dtype=autocast)
+    assert isinstance(model, PeftModel)
+    return model
