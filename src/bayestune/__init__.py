@@ -1,0 +1,20 @@
+"""Bayesian LoRA fine-tuning: train a posterior over adapters, get calibrated answers, keep it as a file, serve it.
+
+Importing this package registers the PEFT type "BLOB".
+"""
+
+from bayestune import metrics as metrics
+from bayestune import posteriors as posteriors
+from bayestune import tasks as tasks
+from bayestune.adapters import BlobConfig as BlobConfig
+from bayestune.experiment import Experiment as Experiment
+from bayestune.export import export_lora as export_lora
+from bayestune.inference import Prediction as Prediction
+from bayestune.inference import Scores as Scores
+from bayestune.inference import draw as draw
+from bayestune.inference import evaluate as evaluate
+from bayestune.inference import predict as predict
+from bayestune.posteriors import load_posterior as load_posterior
+from bayestune.posteriors import save_posterior as save_posterior
+from bayestune.training import BayesTrainer as BayesTrainer
+from bayestune.training import KLCallback as KLCallback

@@ -1,0 +1,136 @@
+"""`bayestune evaluate`, `predict` and `export`: what a trained run is for."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bayestune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from bayestune.experiment import Run
+    from bayestune.inference import Prediction
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that `bayestune train` made.")]
+Data = Annotated[str | None, typer.Option(help="Folder of data sets; default: that of the run.")]
+Draws = Annotated[int | None, typer.Option(help="Draws to average, 0 for the mean; default: as trained (10).")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the draws.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in --output.")]
+
+
+def evaluate(
+    run: RunFolder,
+    data: Data = None,
+    split: Annotated[str | None, typer.Option(help="Such as dev+test; default: that of the run.")] = None,
+    draws: Draws = None,
+    seed: Seed = 0,
+    ood: Annotated[
+        str | None,
+        typer.Option(help="Other data sets, with commas, as name or name:split, to be told apart."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Score a run: accuracy, NLL, ECE and Brier with 95 % intervals, and how well uncertainty finds other data."""
+    from bayestune.experiment import load_run, score_table
+    from bayestune.inference import evaluate as scores_of
+
+    loaded = load_run(run, data=data)
+    count = _draws(loaded, draws)
+    chosen = split or loaded.experiment.eval_split
+    assert chosen is not None
+    prediction = loaded.predict(loaded.task.rows(chosen), draws=count, seed=seed, progress=True)
+    others = {name: _other(loaded, name, prediction, seed) for name in (ood.split(",") if ood else [])}
+    scores = scores_of(prediction)
+    if as_json:
+        answer = {**scores.as_dict(), "task": loaded.task.name, "split": chosen, "seed": seed}
+        print(json.dumps({**answer, "method": loaded.experiment.method, **({"ood": others} if others else {})}))
+        return
+    print(score_table({f"{loaded.experiment.method} N={count}": scores}))
+    for name, other in others.items():
+        found = f"accuracy {other['accuracy']:.3f}, NLL {other['nll']:.3f}, epistemic {other['epistemic']:.4f} nats"
+        print(f"{name}: {found} (here {prediction.epistemic.mean():.4f}), AUROC {other['auroc_epistemic']:.3f}")
+
+
+def predict(
+    run: RunFolder,
+    input: Annotated[Path, typer.Option(help="Rows, .jsonl or .jsonl.gz; labels are not needed.")],
+    output: Annotated[Path, typer.Option(help="File for the answers, one JSON object a row.")],
+    data: Data = None,
+    draws: Draws = None,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Answer rows: probabilities, the answer's index, and total, aleatoric and epistemic uncertainty in nats."""
+    if output.exists() and not overwrite:
+        raise ConfigError(f"--output {output}: the file exists; choose another, or pass --overwrite.")
+    if not output.parent.is_dir():
+        raise ConfigError(f"--output {output}: found no folder {output.parent}, expected one.")
+
+    from bayestune.experiment import load_run, write_text
+    from bayestune.tasks import Row, read_rows
+
+    rows = read_rows(input, labelled=False)
+    loaded = load_run(run, data=data)
+    loaded.task.check(rows)
+    prediction = loaded.predict(rows, draws=_draws(loaded, draws), seed=seed, progress=True)
+    probs = prediction.probs.tolist()
+    lines = []
+    for i, row in enumerate(rows):
+        answer: dict[str, Any] = {
+            "id": row.id,
+            "probs": probs[i][: len(row.choices)] if isinstance(row, Row) else probs[i],
+            "answer": int(prediction.answer[i]),
+            "total": float(prediction.total[i]),
+            "aleatoric": float(prediction.aleatoric[i]),
+            "epistemic": float(prediction.epistemic[i]),
+        }
+        lines.append(json.dumps(answer, ensure_ascii=False) + "\n")
+    write_text(output, "".join(lines))
+    print(f"{output}: {len(lines)} rows")
+
+
+def export(
+    run: RunFolder,
+    output: Annotated[Path, typer.Option(help="Folder to make: mean, draw_0, draw_1, ...")],
+    draws: Draws = None,
+    seed: Seed = 0,
+    data: Data = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write the mean and draws of a run as ordinary LoRA adapters, for PEFT and for servers."""
+    from bayestune.experiment import load_run
+    from bayestune.export import export_lora
+
+    loaded = load_run(run, data=data)
+    for folder in export_lora(loaded.model, output, draws=_draws(loaded, draws), seed=seed, overwrite=overwrite):
+        print(folder)
+
+
+def _draws(loaded: "Run", draws: int | None) -> int:
+    """What was asked for, or else the run's own number; plain LoRA has nothing to draw from."""
+    if draws is not None:
+        return draws
+    return 0 if loaded.experiment.method == "mle" else loaded.experiment.draws
+
+
+def _other(loaded: "Run", name: str, known: "Prediction", seed: int) -> dict[str, Any]:
+    """Scores on another data set, and the AUROC of telling its rows (positive) from `known` by their uncertainty."""
+    import torch
+
+    from bayestune import metrics
+    from bayestune.experiment import other_task
+    from bayestune.inference import evaluate as scores_of
+
+    dataset, _, split = name.partition(":")
+    task = other_task(loaded, dataset)
+    split = split or task.spec.evaluation
+    prediction = loaded.predict(task.rows(split), draws=known.draws, seed=seed, task=task, progress=True)
+    positive = torch.tensor([False] * len(known.ids) + [True] * len(prediction.ids))
+    return {
+        **scores_of(prediction).as_dict(),
+        "split": split,
+        "epistemic": float(prediction.epistemic.mean()),
+        "auroc_epistemic": metrics.auroc(torch.cat([known.epistemic, prediction.epistemic]), positive),
+        "auroc_total": metrics.auroc(torch.cat([known.total, prediction.total]), positive),
+    }

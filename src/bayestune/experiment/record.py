@@ -1,0 +1,84 @@
+"""What is written beside a result, so that it can be judged and repeated: versions, hashes, hardware."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bayestune.errors import ConfigError
+from bayestune.tasks import AnyRow
+
+_PACKAGES = ("bayestune", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that take part in the numbers."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _PACKAGES}}
+
+
+def hardware() -> dict[str, Any]:
+    """Machine, processor cores, threads used by torch, and the device that trains."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": device,
+    }
+
+
+def rows_sha256(rows: Sequence[AnyRow]) -> str:
+    """SHA-256 of the rows' content, in order, wherever they were read from."""
+    digest = hashlib.sha256()
+    for row in rows:
+        fields = {name: value for name, value in vars(row).items() if name != "where" and value is not None}
+        digest.update(json.dumps(fields, sort_keys=True, ensure_ascii=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all: a temporary file in the same folder, then a rename."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ConfigError: no such file, or not one JSON object; `what` says what the file should be.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file, expected {what}.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read as {what}: {error}.") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: found a {type(content).__name__}, expected {what}.")
+    return content
