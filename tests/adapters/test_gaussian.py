@@ -1,0 +1,315 @@
+"""Noise of the Gaussian layer: its moments, what shares it and what does not, and where it must be absent."""
+
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+
+from bayestune.adapters import GaussianLinear, drawn_weights, gaussian_layers, noise, training_noise
+from bayestune.errors import DrawError
+from bayestune.functional import RHO_FLOOR, std
+from models import LLAMA, blob, llama
+from probes import Sum, bayesian_sum, double_llama, output_of, z_bound
+
+ESTIMATORS = ("independent", "flipout", "flipout_token")
+ROWWISE = ("independent", "flipout")
+
+
+def sampled_matrices(model: PeftModel, rows: int) -> dict[str, Tensor]:
+    """A of every row, [rows, r, n] a layer, seen through one training forward: the image of the unit vectors."""
+    found = {}
+    layers = gaussian_layers(model)
+    size = next(iter(layers.values())).in_features
+    inputs = torch.eye(size, dtype=torch.float64).expand(rows, size, size)
+    handles = [
+        layer.register_forward_hook(lambda _, args, output, name=name: found.update({name: output.detach()}))
+        for name, layer in layers.items()
+    ]
+    model(inputs)
+    for handle in handles:
+        handle.remove()
+    return {name: output.transpose(1, 2) for name, output in found.items()}
+
+
+def standardised(model: PeftModel, matrices: dict[str, Tensor]) -> Tensor:
+    """(A - M) / G^2 of all layers side by side, [draws, entries]."""
+    layers = gaussian_layers(model)
+    parts = [((matrices[name] - layer.weight) / std(layer.rho)).flatten(1) for name, layer in layers.items()]
+    return torch.cat(parts, dim=1).detach()
+
+
+def assert_standard_normal(samples: Tensor) -> None:
+    """Mean, variance and kurtosis of every column, and the correlation of every two, within the standard errors."""
+    count, columns = samples.shape
+    z = z_bound(columns * (columns + 6) // 2)
+    assert samples.mean(0).abs().max() <= z / math.sqrt(count)
+    assert (samples.var(0) - 1).abs().max() <= z * math.sqrt(2 / count)
+    assert ((samples**4).mean(0) - 3).abs().max() <= z * math.sqrt(96 / count)  # var(e^4) = 105 - 9
+    products = samples.T @ samples / count
+    assert (products - products.diagonal().diag()).abs().max() <= z / math.sqrt(count)
+
+
+def test_S10_independent_noise_of_rows_is_standard_normal() -> None:
+    model = bayesian_sum()
+    samples = standardised(model, sampled_matrices(model, 20_000))
+    assert_standard_normal(samples)
+    consecutive = (samples[1:] * samples[:-1]).mean(0)
+    assert consecutive.abs().max() <= z_bound(samples.shape[1]) / math.sqrt(len(samples) - 1)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_S10_noise_of_consecutive_forwards_is_standard_normal(estimator: str) -> None:
+    model = bayesian_sum(estimator=estimator)
+    samples = torch.cat([standardised(model, sampled_matrices(model, 1)) for _ in range(1200)])
+    assert_standard_normal(samples)
+    consecutive = (samples[1:] * samples[:-1]).mean(0)
+    assert consecutive.abs().max() <= z_bound(samples.shape[1]) / math.sqrt(len(samples) - 1)
+
+
+def test_S10_noise_of_steps_micro_steps_ranks_and_seeds_is_uncorrelated() -> None:
+    model, rows = bayesian_sum(), 2000
+    clock = training_noise(model)
+    keys = [(0, 0, 0, 0), (0, 0, 1, 0), (0, 1, 0, 0), (0, 0, 0, 1), (1, 0, 0, 0), (0, 0, 0, 0)]
+    samples = []
+    for seed, step, micro, rank in keys:
+        clock.seed, clock.step, clock.micro, clock.rank = seed, step, micro, rank
+        samples.append(standardised(model, sampled_matrices(model, rows)).flatten())
+        assert clock.micro == micro + 1
+    assert torch.equal(samples[0], samples.pop())
+    products = torch.stack(samples) @ torch.stack(samples).T / samples[0].numel()
+    assert (products - products.diagonal().diag()).abs().max() <= z_bound(20) / math.sqrt(samples[0].numel())
+
+
+@pytest.mark.parametrize("estimator", ROWWISE)
+def test_S10_layers_on_several_devices_have_streams_of_their_own(
+    estimator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = {torch.device("cpu"): ["left"], torch.device("cpu", 0): ["right"]}  # as two cards would be
+    monkeypatch.setattr(noise, "_by_device", lambda layers: places)
+    model = bayesian_sum(estimator=estimator)
+    samples = standardised(model, sampled_matrices(model, 2000)).view(2000, 2, -1)
+    left, right = samples.unbind(1)
+    assert not torch.equal(left, right)
+    if estimator == "independent":
+        assert (left * right).mean().abs() <= z_bound(1) / math.sqrt(left.numel())
+    else:
+        assert not torch.equal(left.sign() * left[:1].sign(), right.sign() * right[:1].sign())
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_S12_perturbations_have_mean_zero_the_right_variance_and_no_covariance_across_rows(estimator: str) -> None:
+    count, rows = 1500, 3
+    model = bayesian_sum(estimator=estimator)
+    layer = gaussian_layers(model)["left"]
+    x = torch.randn(rows, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with output_of(layer) as outputs:
+        for _ in range(count):
+            model.base_model(x)
+    perturbation = torch.stack(outputs) - F.linear(x, layer.weight.detach())  # [count, rows, r]
+    variance = F.linear(x.square(), std(layer.rho.detach()).square())
+    unit = (perturbation / variance.sqrt()).flatten(1)
+    z = z_bound(unit.shape[1] * (unit.shape[1] + 3) // 2)
+    assert unit.mean(0).abs().max() <= z / math.sqrt(count)
+    assert (unit.square().mean(0) - 1).abs().max() <= z * (unit.square().std(0) / math.sqrt(count)).max()
+    products = unit[:, :, None] * unit[:, None, :]
+    error = products.std(0) / math.sqrt(count)
+    mean = products.mean(0)
+    assert ((mean - mean.diagonal().diag()).abs() <= z * error).all()
+
+
+def two_equal_positions(estimator: str) -> Tensor:
+    """Perturbations [rows, r * layers, 2] of two tokens that are the same, of one sequence each row."""
+    model = bayesian_sum(estimator=estimator)
+    layer = gaussian_layers(model)["left"]
+    token = torch.randn(500, 1, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    other = torch.randn(500, 1, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    with output_of(layer) as outputs:
+        model(torch.cat([token, other, token], dim=1))
+    mean = F.linear(token, layer.weight.detach())
+    return (outputs[0][:, [0, 2]] - mean).transpose(1, 2)
+
+
+@pytest.mark.parametrize("estimator", ROWWISE)
+def test_S11_equal_tokens_of_a_row_get_equal_perturbations(estimator: str) -> None:
+    first, second = two_equal_positions(estimator).unbind(-1)
+    assert (first - second).abs().max() <= 1e-13
+    assert first.abs().min() > 0
+
+
+def test_S11_the_parity_option_perturbs_every_token_by_itself() -> None:
+    first, second = two_equal_positions("flipout_token").flatten(0, 1).unbind(-1)
+    products = first * second
+    assert products.mean().abs() <= z_bound(1) * products.std() / math.sqrt(len(products))
+    assert not torch.allclose(first, second)
+
+
+@pytest.mark.parametrize("estimator", ROWWISE)
+def test_S13_one_dropout_mask_for_mean_and_noise(estimator: str) -> None:
+    model = bayesian_sum(estimator=estimator, lora_dropout=0.5, target_modules=["left"])
+    x = torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        found = model(x)
+        torch.manual_seed(5)
+        dropped = F.dropout(x, 0.5)
+    layer = gaussian_layers(model)["left"]
+    assert layer.noise is not None
+    up = model.base_model.model.left.lora_B["default"].weight
+    a = layer.weight + std(layer.rho) * layer.noise.epsilon
+    with model.disable_adapter():
+        base = model(x)
+    expected = base + torch.einsum("btn,brn,mr->btm", dropped, a, up) * 1.5  # alpha / r = 3 / 2
+    assert (found - expected).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_S13_where_dropout_leaves_nothing_there_is_no_noise(estimator: str) -> None:
+    model = bayesian_sum(Sum(1, 3), estimator=estimator, lora_dropout=0.5, target_modules=["left"])
+    x = torch.ones(200, 3, 1, dtype=torch.float64)
+    with output_of(gaussian_layers(model)["left"]) as outputs, torch.random.fork_rng():
+        torch.manual_seed(5)
+        model(x)
+        torch.manual_seed(5)
+        kept = F.dropout(x, 0.5) != 0
+    assert torch.equal(outputs[0] != 0, kept.expand_as(outputs[0]))
+    assert 0 < kept.sum() < kept.numel()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_S14_without_variance_training_is_plain_lora(estimator: str) -> None:
+    model = blob(LLAMA, estimator=estimator)
+    with torch.no_grad():
+        for layer in gaussian_layers(model).values():
+            layer.rho.fill_(RHO_FLOOR)
+    ids = LLAMA.inputs()["input_ids"]
+    noisy = model.train()(input_ids=ids).logits
+    assert (noisy - model.eval()(input_ids=ids).logits).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_S14_with_b_at_zero_training_is_the_base_bit_for_bit(estimator: str) -> None:
+    model = blob(LLAMA, estimator=estimator)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    ids = LLAMA.inputs()["input_ids"]
+    assert torch.equal(model(input_ids=ids).logits, llama().eval()(input_ids=ids).logits)
+
+
+def test_S15_evaluation_mode_is_the_mean_and_deterministic() -> None:
+    model = blob(LLAMA).eval()
+    ids = LLAMA.inputs()["input_ids"]
+    first = model(input_ids=ids).logits
+    model.train()(input_ids=ids)
+    model.eval()
+    assert torch.equal(first, model(input_ids=ids).logits)
+    with drawn_weights({layer: layer.weight.detach() for layer in gaussian_layers(model).values()}):
+        assert torch.equal(first, model(input_ids=ids).logits)
+    assert training_noise(model).micro == 1
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_S15_a_disabled_adapter_is_the_base_bit_for_bit(estimator: str, mode: bool) -> None:
+    model = blob(LLAMA, estimator=estimator).train(mode)
+    ids = LLAMA.inputs()["input_ids"]
+    with model.disable_adapter():
+        assert torch.equal(model(input_ids=ids).logits, llama().eval()(input_ids=ids).logits)
+
+
+def test_S15_a_merged_adapter_cannot_be_trained() -> None:
+    model = blob(LLAMA)
+    ids = LLAMA.inputs()["input_ids"]
+    model.merge_adapter()
+    with pytest.raises(DrawError, match="merged"):
+        model(input_ids=ids)
+    model.eval()(input_ids=ids)
+    model.train().unmerge_adapter()
+    model(input_ids=ids)
+
+
+@pytest.mark.parametrize("estimator", ROWWISE)
+def test_choices_flattened_into_rows_share_the_draw_of_their_row(estimator: str) -> None:
+    model = double_llama(estimator=estimator).train()
+    clock = training_noise(model)
+    ids = LLAMA.inputs(rows=2, tokens=5)["input_ids"].repeat_interleave(3, dim=0)  # 2 rows of 3 choices, all equal
+    clock.rows = 2
+    first = model(input_ids=ids).logits.unflatten(0, (2, 3))
+    assert (first - first[:, :1]).abs().max() <= 1e-12
+    assert (model(input_ids=ids[::3].repeat(2, 1)).logits[0] - first[0, 0]).abs().max() > 1e-3
+    clock.rows, clock.micro = None, 0
+    apart = model(input_ids=ids).logits.unflatten(0, (2, 3))
+    assert (apart[:, 0] - apart[:, 1]).abs().amax((1, 2)).min() > 1e-3
+
+
+def test_a_layer_fed_with_flattened_tokens_keeps_one_draw_a_row() -> None:
+    class Flattening(Sum):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+    model = bayesian_sum()
+    x = torch.randn(4, 5, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = model(x)
+    model.base_model.model.__class__ = Flattening
+    training_noise(model).micro = 0
+    assert (model(x) - expected).abs().max() <= 1e-12
+
+
+class Routed(nn.Module):
+    """Half of the tokens of a batch, in an order of its own, go through the one expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(4, 3, bias=False)])
+        self.chosen: Callable[[int], Tensor] = lambda count: torch.arange(count).flip(0)[: count // 2]
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        out = x.new_zeros(len(flat), 3)
+        chosen = self.chosen(len(flat))
+        out[chosen] = self.experts[0](flat[chosen])
+        return out.unflatten(0, x.shape[:2])
+
+
+@pytest.fixture
+def routed() -> Iterator[tuple[PeftModel, GaussianLinear]]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = bayesian_sum(Routed(), target_modules=["experts.0"])
+    yield model, gaussian_layers(model)["experts.0"]
+
+
+def test_tokens_routed_to_an_expert_share_one_draw(routed: tuple[PeftModel, GaussianLinear]) -> None:
+    model, layer = routed
+    x = torch.ones(4, 6, 4, dtype=torch.float64)
+    with output_of(layer) as outputs:
+        model(x)
+    assert layer.routed and layer.noise is not None and layer.noise.epsilon.shape[0] == 4
+    assert (outputs[0] - outputs[0][0]).abs().max() <= 1e-13
+
+
+def test_stacked_draws_refuse_a_layer_that_sees_other_rows() -> None:
+    model = bayesian_sum().eval()
+    layer = gaussian_layers(model)["left"]
+    stacked = layer.weight.detach().expand(4, -1, -1)
+    with drawn_weights({layer: stacked}), pytest.raises(DrawError, match="6 rows for 4 stacked draws"):
+        model(torch.ones(6, 2, 4, dtype=torch.float64))
+
+
+def test_a_part_of_the_model_called_by_itself_in_training_is_refused() -> None:
+    model = bayesian_sum()
+    with pytest.raises(DrawError, match="got no noise"):
+        model.base_model.model.left(torch.ones(1, 4, dtype=torch.float64))
+
+
+def test_noise_needs_a_tensor_or_a_number_of_rows() -> None:
+    model = bayesian_sum()
+    with pytest.raises(DrawError, match="number of rows"):
+        model("text")
+    with pytest.raises(DrawError, match="no Gaussian adapter"):
+        training_noise(Sum(2, 2))

@@ -1,0 +1,428 @@
+"""The command line, end to end on a tiny Llama with a byte-level tokenizer, and what it refuses."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer.main
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from bayestune import demo
+from bayestune.cli.app import app, invoke
+from bayestune.experiment import Experiment, load_run
+from toys import pretrained_llama, questions, write_data, write_rows
+
+STEPS, DRAWS = 6, 3
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with llama/ (model and tokenizer), data/ and run/, a BLoB run trained by the command line."""
+    folder = tmp_path_factory.mktemp("world")
+    pretrained_llama(folder / "llama")
+    write_data(folder / "data")
+    assert invoke([*train_arguments(folder), "--output", str(folder / "run")]) == 0
+    return folder
+
+
+def train_arguments(world: Path, **changes: Any) -> list[str]:
+    """`bayestune train ...` without --output; a change to None leaves a flag out."""
+    flags: dict[str, Any] = {
+        "model": world / "llama",
+        "task": "colours",
+        "data": world / "data",
+        "steps": STEPS,
+        "batch-size": 4,
+        "learning-rate": 0.01,
+        "rho-init": 0.5,
+        "draws": DRAWS,
+        "max-tokens": 200,
+    } | {name.replace("_", "-"): value for name, value in changes.items()}
+    return [
+        "train",
+        *(part for name, value in flags.items() if value is not None for part in (f"--{name}", str(value))),
+    ]
+
+
+def answers(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+# The whole way: train, evaluate, predict, export.
+
+
+def test_train_leaves_a_run_folder(world: Path) -> None:
+    assert {path.name for path in (world / "run").iterdir()} == {"posterior", "experiment.json", "result.json"}
+    result = json.loads((world / "run" / "result.json").read_text())
+    assert result["methods"].keys() == {"blob_n0", f"blob_n{DRAWS}"}
+    for scores in result["methods"].values():
+        assert {"accuracy", "nll", "ece", "brier", "rows", "draws", "intervals"} <= scores.keys()
+        assert scores["rows"] == 10
+    assert result["sha256"]["adapter"] == snapshot(world / "run")["posterior/adapter_model.safetensors"]
+    assert result["rows"] == {"train": 16, "eval": 10} and result["steps"] == STEPS
+    assert result["experiment"]["target_modules"] == ["q_proj", "v_proj", "lm_head"]
+    assert {"torch", "transformers", "peft", "bayestune", "python"} <= result["versions"].keys()
+
+
+def test_evaluate_json_is_one_object_with_the_scores_of_training(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert invoke(["evaluate", str(world / "run"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"accuracy", "nll", "ece", "brier", "rows", "draws", "task", "split", "seed"} <= found.keys()
+    assert (found["task"], found["split"], found["draws"]) == ("colours", "dev", DRAWS)
+    trained = json.loads((world / "run" / "result.json").read_text())["methods"][f"blob_n{DRAWS}"]
+    assert {name: found[name] for name in trained} == trained
+
+
+def test_evaluate_takes_split_draws_and_other_data(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--split", "train+dev", "--draws", "0", "--ood", "others,colours:train", "--json"]
+    assert invoke(["evaluate", str(world / "run"), *flags]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["rows"], found["draws"], found["split"]) == (26, 0, "train+dev")
+    assert found["ood"].keys() == {"others", "colours:train"}
+    assert found["ood"]["others"]["rows"] == 6 and found["ood"]["others"]["split"] == "dev"
+    assert 0 <= found["ood"]["others"]["auroc_total"] <= 1
+
+
+def test_evaluate_prints_a_table(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(["evaluate", str(world / "run"), "--ood", "others"]) == 0
+    out = capsys.readouterr().out
+    assert "NLL" in out and f"blob N={DRAWS}" in out and "others: accuracy" in out
+
+
+def test_predict_writes_one_object_a_row(world: Path, tmp_path: Path) -> None:
+    rows = questions(50, 7)
+    for row in rows:
+        del row["answer"]
+    source, output = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "answers.jsonl"
+    assert invoke(["predict", str(world / "run"), "--input", str(source), "--output", str(output)]) == 0
+    found = answers(output)
+    assert [row["id"] for row in found] == [row["id"] for row in rows]
+    for row, answer in zip(rows, found, strict=True):
+        assert list(answer) == ["id", "probs", "answer", "total", "aleatoric", "epistemic"]
+        assert len(answer["probs"]) == len(row["choices"])
+        assert sum(answer["probs"]) == pytest.approx(1, abs=1e-12)
+        assert answer["answer"] == max(range(len(answer["probs"])), key=answer["probs"].__getitem__)
+        assert answer["total"] == pytest.approx(answer["aleatoric"] + answer["epistemic"], abs=1e-12)
+    assert max(answer["epistemic"] for answer in found) > 0
+
+
+def test_predict_replaces_its_output_only_when_told(world: Path, tmp_path: Path, capsys: Any) -> None:
+    source, output = write_rows(tmp_path / "rows.jsonl", questions(50, 2)), tmp_path / "answers.jsonl"
+    output.write_text("mine")
+    command = ["predict", str(world / "run"), "--input", str(source), "--output", str(output)]
+    assert invoke(command) == 2
+    assert output.read_text() == "mine" and "--overwrite" in capsys.readouterr().err
+    assert invoke([*command, "--overwrite"]) == 0
+    assert len(answers(output)) == 2
+
+
+def test_export_writes_adapters_that_plain_peft_answers_alike_with(world: Path, tmp_path: Path) -> None:
+    command = ["export", str(world / "run"), "--output", str(tmp_path / "served"), "--draws", "2", "--seed", "5"]
+    assert invoke(command) == 0
+    trained = load_run(world / "run")
+    rows = trained.task.rows("dev")
+    expected = trained.predict(rows, draws=2, seed=5).draw_log_probs
+    for index in range(2):
+        base = AutoModelForCausalLM.from_pretrained(world / "llama")
+        plain = PeftModel.from_pretrained(base, tmp_path / "served" / f"draw_{index}").eval()
+        with torch.no_grad():
+            batch = trained.task.collate([trained.task.example(row) for row in rows])
+            logits = trained.task.logits(plain, batch).double().log_softmax(-1)
+        assert (logits.exp() - expected[index].exp()).abs().max() < 1e-6
+
+
+def test_the_posterior_folder_is_what_peft_loads(world: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(world / "llama")
+    model = PeftModel.from_pretrained(base, world / "run" / "posterior")
+    assert model.peft_config["default"].peft_type.value == "BLOB"
+
+
+def test_mle_trains_plain_lora(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert invoke([*train_arguments(world, method="mle"), "--output", str(run)]) == 0
+    assert json.loads((run / "result.json").read_text())["methods"].keys() == {"mle"}
+    assert json.loads((run / "posterior" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert invoke(["evaluate", str(run)]) == 0
+    capsys.readouterr()
+    assert invoke(["evaluate", str(run), "--draws", "2"]) == 2
+    assert "Gaussian adapter" in capsys.readouterr().err
+
+
+def test_a_config_file_says_the_same_as_flags_and_flags_win(world: Path, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    settings = [f"model: {world / 'llama'}", "task: colours", f"data: {world / 'data'}", "batch_size: 4", "draws: 3"]
+    settings += ["learning_rate: 1e-2", "rho_init: 0.5", "max_tokens: 200", "steps: 999"]
+    config.write_text("\n".join(settings))
+    command = ["train", "--config", str(config), "--steps", str(STEPS), "--output", str(tmp_path / "run")]
+    assert invoke(command) == 0
+    there, here = (json.loads((folder / "run" / "result.json").read_text()) for folder in (world, tmp_path))
+    assert here["experiment"] == there["experiment"]
+    assert here["methods"] == there["methods"]
+    assert here["sha256"] == there["sha256"]
+
+
+def test_resume_ends_where_the_uninterrupted_run_ended(world: Path, tmp_path: Path, capsys: Any) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    command = train_arguments(world, checkpoint_steps=2)
+    assert invoke([*command, "--output", str(whole)]) == 0
+    shutil.copytree(whole, cut)
+    (cut / "result.json").unlink()
+    shutil.rmtree(cut / "posterior")
+    shutil.rmtree(cut / "checkpoints" / f"checkpoint-{STEPS}")
+    assert invoke([*train_arguments(world, checkpoint_steps=2, seed=1), "--output", str(cut), "--resume"]) == 2
+    assert "seed" in capsys.readouterr().err
+    assert invoke([*command, "--output", str(cut), "--resume"]) == 0
+    name = "posterior/adapter_model.safetensors"
+    assert snapshot(cut)[name] == snapshot(whole)[name]
+    assert invoke([*command, "--output", str(cut), "--resume"]) == 2
+    assert "finished" in capsys.readouterr().err
+
+
+def test_overwrite_replaces_the_whole_run(world: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert invoke([*train_arguments(world, checkpoint_steps=3), "--output", str(run)]) == 0
+    assert (run / "checkpoints").is_dir()
+    assert invoke([*train_arguments(world, method="mle"), "--output", str(run), "--overwrite"]) == 0
+    assert {path.name for path in run.iterdir()} == {"posterior", "experiment.json", "result.json"}
+    assert json.loads((run / "result.json").read_text())["method"] == "mle"
+
+
+# What is refused: exit 2, one line, nothing trained or written.
+
+BAD_ROWS = {
+    "label out of range": ('{"id": "r7", "question": "Q", "choices": ["a", "b"], "answer": 2}', ["r7", "answer", "2"]),
+    "label missing": ('{"id": "r7", "question": "Q", "choices": ["a", "b"]}', ["r7", "answer"]),
+    "label a letter": ('{"id": "r7", "question": "Q", "choices": ["a", "b"], "answer": "B"}', ["r7", "answer", "'B'"]),
+    "one choice": ('{"id": "r7", "question": "Q", "choices": ["a"], "answer": 0}', ["r7", "choices"]),
+    "cut off": ('{"id": "r7", "question": "Q", "choi', ["not one JSON object"]),
+    "too long": (
+        json.dumps({"id": "r7", "question": "long " * 80, "choices": ["a", "b"], "answer": 0}),
+        ["r7", "question", "tokens"],
+    ),
+}
+
+
+@pytest.mark.parametrize("split", ["train", "dev"])
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_bad_row_stops_training_before_it_begins(
+    world: Path, tmp_path: Path, capsys: Any, case: str, split: str
+) -> None:
+    line, words = BAD_ROWS[case]
+    data = write_data(tmp_path / "data")
+    (data / "colours" / "dev.jsonl.gz").unlink()
+    write_rows(data / "colours" / "dev.jsonl", questions(16, 4))
+    with (data / "colours" / f"{split}.jsonl").open("a") as file:
+        file.write(line + "\n")
+    refused(
+        tmp_path,
+        [*train_arguments(world, data=data), "--output", str(tmp_path / "run")],
+        [f"{split}.jsonl", *words],
+        capsys,
+    )
+
+
+REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "unknown model folder": ({"model": "./nowhere"}, ["nowhere", "no such folder"]),
+    "unknown data set": ({"task": "colors"}, ["colors", "openbookqa"]),
+    "no data folder": ({"data": "/no/such/folder"}, ["colours", "/no/such/folder"]),
+    "unknown split": ({"eval_split": "tset"}, ["tset"]),
+    "no steps": ({"steps": 0}, ["steps", "0"]),
+    "steps not a number": ({"steps": "ten"}, ["--steps"]),
+    "rate below zero": ({"learning_rate": -1}, ["learning_rate", "-1"]),
+    "unknown method": ({"method": "bolb"}, ["method", "bolb", "blob"]),
+    "unknown estimator": ({"estimator": "none"}, ["estimator", "none"]),
+    "more tokens than positions": ({"max_tokens": 300}, ["max_tokens", "300", "256"]),
+    "no such layer": ({"target_modules": "query"}, ["target_modules", "query"]),
+    "unknown flag": ({"stepz": 5}, ["--stepz", "--steps"]),
+    "nothing to resume": ({"resume": ""}, ["experiment.json"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_wrong_setting_is_refused(world: Path, tmp_path: Path, capsys: Any, case: str) -> None:
+    changes, words = REFUSED[case]
+    arguments = [*train_arguments(world, **changes), "--output", str(tmp_path / "run")]
+    refused(tmp_path, [argument for argument in arguments if argument], words, capsys)
+
+
+CONFIGS = {
+    "learning_rat: 0.1": ["learning_rat", "did you mean 'learning_rate'"],
+    "- model": ["list"],
+    "": ["nothing"],
+    "model: [": ["not YAML"],
+    "model: !!python/object/apply:os.getcwd []": ["not YAML"],
+    "task: colours": ["model"],
+    "steps: 1.5": ["steps", "1.5"],
+}
+
+
+@pytest.mark.parametrize("text", CONFIGS)
+def test_a_wrong_config_file_is_refused(world: Path, tmp_path: Path, capsys: Any, text: str) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(text if not text.startswith(("learning", "steps")) else f"model: m\ntask: t\n{text}")
+    refused(
+        tmp_path,
+        ["train", "--config", str(config), "--output", str(tmp_path / "run")],
+        [str(config), *CONFIGS[text]],
+        capsys,
+    )
+
+
+def test_an_output_that_is_not_empty_is_left_alone(world: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    command = [*train_arguments(world), "--output", str(tmp_path / "run")]
+    refused(tmp_path, command, ["not empty", "--overwrite"], capsys)
+    refused(tmp_path, [*command, "--overwrite"], ["no experiment.json"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["evaluate", "{tmp}"], ["result.json", "finished run"]),
+        (["evaluate", "{run}", "--split", "tset"], ["tset"]),
+        (["evaluate", "{run}", "--ood", "colors"], ["colors"]),
+        (["evaluate", "{run}", "--draws", "-1"], ["draws", "-1"]),
+        (["predict", "{run}", "--input", "{tmp}/none.jsonl", "--output", "{tmp}/a"], ["none.jsonl"]),
+        (["predict", "{run}", "--input", "{tmp}/bad.jsonl", "--output", "{tmp}/a"], ["bad.jsonl:2", "r9", "choices"]),
+        (["predict", "{run}", "--input", "{tmp}/bad.jsonl", "--output", "{tmp}/no/a"], ["{tmp}/no"]),
+        (["export", "{run}", "--output", "{tmp}/bad.jsonl"], ["bad.jsonl"]),
+        (["demo", "--output", "{tmp}"], ["bad.jsonl"]),
+        (["demo", "--output", "{tmp}/bad.jsonl"], ["a file"]),
+        (["demo", "--output", "{tmp}/d", "--seed", "-1"], ["--seed"]),
+        (["trian"], ["trian", "train"]),
+        (["export", "{run}"], ["--output"]),
+    ],
+)
+def test_a_wrong_use_of_a_run_is_refused(
+    world: Path, tmp_path: Path, capsys: Any, arguments: list[str], words: list[str]
+) -> None:
+    write_rows(tmp_path / "bad.jsonl", [*questions(0, 1), {"id": "r9", "question": "Q", "choices": "ab"}])
+    places = {"tmp": tmp_path, "run": world / "run"}
+    before = snapshot(world)
+    refused(tmp_path, [part.format(**places) for part in arguments], [word.format(**places) for word in words], capsys)
+    assert snapshot(world) == before
+
+
+def refused(folder: Path, arguments: Sequence[str], words: Sequence[str], capsys: Any) -> None:
+    """The command exits with 2, says why in one line on stderr, and changes nothing in `folder`."""
+    before = snapshot(folder)
+    capsys.readouterr()
+    assert invoke(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    for word in words:
+        assert word in err, (word, err)
+    assert snapshot(folder) == before
+
+
+def test_X1_code_in_a_model_folder_is_not_run(world: Path, tmp_path: Path, capsys: Any) -> None:
+    shutil.copytree(world / "llama", tmp_path / "model")
+    canary = tmp_path / "canary"
+    (tmp_path / "model" / "code_canary.py").write_text(
+        "import pathlib\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
+        f"pathlib.Path({str(canary)!r}).touch()\n"
+        "class CanaryConfig(LlamaConfig):\n    model_type = 'zzcanary'\nclass Canary(LlamaForCausalLM):\n    pass\n"
+    )
+    file = tmp_path / "model" / "config.json"
+    config = json.loads(file.read_text())
+    for model_type in ("zzcanary", "llama"):
+        code = {"AutoConfig": "code_canary.CanaryConfig", "AutoModelForCausalLM": "code_canary.Canary"}
+        extra = {"auto_map": code, "trust_remote_code": True, "model_type": model_type}
+        file.write_text(json.dumps(config | extra))
+        command = [*train_arguments(world, model=tmp_path / "model", steps=1), "--output", str(tmp_path / model_type)]
+        assert invoke(command) == (2 if model_type == "zzcanary" else 0)
+        assert not canary.exists()
+    assert "zzcanary" in capsys.readouterr().err
+
+
+# Errors and signals.
+
+
+def test_training_that_diverges_stops_with_3(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert invoke([*train_arguments(world, learning_rate=1e30), "--output", str(run)]) == 3
+    last = capsys.readouterr().err.rstrip("\n").split("\n")[-1]
+    assert "training stopped: step" in last
+    assert not (run / "posterior").exists() and not (run / "result.json").exists()
+
+
+def test_an_internal_error_is_1_and_shows_its_place_when_asked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise ZeroDivisionError("of our making")
+
+    monkeypatch.setattr(demo, "run_demo", fail)
+    command = ["demo", "--output", str(tmp_path / "demo")]
+    assert invoke(command) == 1
+    err = capsys.readouterr().err
+    assert "ZeroDivisionError" in err and "Traceback" not in err and err.count("\n") == 1
+    assert invoke([*command, "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_signals_have_their_exit_codes_and_the_handler_is_put_back(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupt(*args: Any, seed: int, **kwargs: Any) -> None:
+        os.kill(os.getpid(), seed)
+        raise AssertionError("the signal did not arrive")
+
+    monkeypatch.setattr(demo, "run_demo", interrupt)
+    handler = signal.getsignal(signal.SIGTERM)
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        assert invoke(["demo", "--output", str(tmp_path / "demo"), "--seed", str(int(number))]) == code
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+# The surface.
+
+
+def test_the_flags_are_these() -> None:
+    commands = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
+    flags = {name: {option.name for option in command.params} for name, command in commands.items()}
+    run_flags = {"output", "config", "resume", "overwrite"}
+    assert flags == {
+        "train": {field.name for field in dataclasses.fields(Experiment)} | run_flags,
+        "evaluate": {"run", "data", "split", "draws", "seed", "ood", "as_json"},
+        "predict": {"run", "input", "output", "data", "draws", "seed", "overwrite"},
+        "export": {"run", "output", "data", "draws", "seed", "overwrite"},
+        "demo": {"output", "seed", "overwrite"},
+    }
+
+
+def test_help_names_the_commands_and_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(["--help"]) == 0
+    out = capsys.readouterr().out
+    for word in ("train", "evaluate", "predict", "export", "demo", "Exit codes", "130", "143"):
+        assert word in out
+
+
+def test_the_program_starts_and_exits_as_a_process() -> None:
+    code = "from bayestune.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "evaluate", "/nowhere"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: /nowhere")
+    assert "Traceback" not in done.stderr

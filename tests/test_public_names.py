@@ -1,0 +1,61 @@
+"""What `import bayestune` offers, and what it costs."""
+
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bayestune
+
+NAMES = [
+    "BayesTrainer",
+    "BlobConfig",
+    "Experiment",
+    "KLCallback",
+    "Prediction",
+    "Scores",
+    "draw",
+    "evaluate",
+    "export_lora",
+    "load_posterior",
+    "metrics",
+    "posteriors",
+    "predict",
+    "save_posterior",
+    "tasks",
+]
+
+
+def test_the_public_names_are_these() -> None:
+    assert sorted(bayestune.__all__) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_public_name_is_there_and_documented(name: str) -> None:
+    thing = getattr(bayestune, name)
+    assert (thing.__doc__ or "").strip(), f"bayestune.{name} has no docstring"
+    assert name in dir(bayestune)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no_such_name"):
+        bayestune.no_such_name  # noqa: B018
+
+
+def test_the_package_is_typed_and_versioned() -> None:
+    assert (Path(bayestune.__file__).parent / "py.typed").is_file()
+    assert importlib.metadata.version("bayestune") == "0.1.0"
+
+
+def test_importing_bayestune_teaches_peft_the_type() -> None:
+    code = "import bayestune; from peft import PeftConfig, PeftType; print(PeftType('BLOB').value)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "BLOB"
+
+
+def test_import_reads_no_optional_package() -> None:
+    code = "import sys, bayestune; print([m for m in ('matplotlib', 'typer', 'datasets', 'trl') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
