@@ -12,6 +12,7 @@ install_import_hook("bayestune", "beartype.beartype")  # before anything imports
 
 from pathlib import Path  # noqa: E402
 
+import peft  # noqa: E402, F401  here, where warnings are no errors yet: what it and its kin warn of on import is theirs
 import pytest  # noqa: E402
 import torch  # noqa: E402
 

@@ -99,7 +99,7 @@ def test_evaluate_takes_split_draws_and_other_data(world: Path, capsys: pytest.C
     found = json.loads(capsys.readouterr().out)
     assert (found["rows"], found["draws"], found["split"]) == (26, 0, "train+dev")
     assert found["ood"].keys() == {"others", "colours:train"}
-    assert found["ood"]["others"]["rows"] == 6 and found["ood"]["others"]["split"] == "dev"
+    assert (found["ood"]["others"]["rows"], found["ood"]["colours:train"]["rows"]) == (6, 16)
     assert 0 <= found["ood"]["others"]["auroc_total"] <= 1
 
 
@@ -192,6 +192,8 @@ def test_resume_ends_where_the_uninterrupted_run_ended(world: Path, tmp_path: Pa
     assert invoke([*train_arguments(world, checkpoint_steps=2, seed=1), "--output", str(cut), "--resume"]) == 2
     assert "seed" in capsys.readouterr().err
     assert invoke([*command, "--output", str(cut), "--resume"]) == 0
+    bar = capsys.readouterr().err
+    assert f" 4/{STEPS} " in bar and f" 1/{STEPS} " not in bar  # it went on, and did not start anew
     name = "posterior/adapter_model.safetensors"
     assert snapshot(cut)[name] == snapshot(whole)[name]
     assert invoke([*command, "--output", str(cut), "--resume"]) == 2
@@ -354,7 +356,7 @@ def test_X1_code_in_a_model_folder_is_not_run(world: Path, tmp_path: Path, capsy
         command = [*train_arguments(world, model=tmp_path / "model", steps=1), "--output", str(tmp_path / model_type)]
         assert invoke(command) == (2 if model_type == "zzcanary" else 0)
         assert not canary.exists()
-    assert "zzcanary" in capsys.readouterr().err
+        assert "needs code of its own" in capsys.readouterr().err or model_type == "llama"
 
 
 # Errors and signals.

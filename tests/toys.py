@@ -111,4 +111,5 @@ def bert_config(vocabulary: int) -> BertConfig:
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=256,
+        pad_token_id=vocabulary - 1,
     )

@@ -1,4 +1,4 @@
-"""`bayestune demo`: plain LoRA and BLoB on the same rows with the same budget, from a model and data in the package."""
+"""`bayestune demo`: plain LoRA and BLoB on the same rows with the same budget, offline, packaged model and data."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ SETTINGS: dict[str, Any] = {
     "learning_rate": 2e-3,
     "lora_alpha": 16,
     "kl_schedule": "elbo",
-    "kl_learning_rate": 0.01,
+    "kl_learning_rate": 0.03,
     "draws": 10,
 }
 NAMES = {"mle": "MLE", "blob_n0": "BLoB N=0", "blob_n10": "BLoB N=10"}
@@ -51,7 +51,9 @@ def run_demo(output: str | Path, *, seed: int = 0, overwrite: bool = False) -> d
     results = {method: _train(method, seed, output / method, overwrite) for method in ("mle", "blob")}
     scores = {key: value for result in results.values() for key, value in result.scores.items()}
     predictions = {key: value for result in results.values() for key, value in result.predictions.items()}
-    _section(f"Same {SETTINGS['steps']} updates on the same 150 questions, seed {seed}; scored on the test questions")
+    _section(
+        f"Same {SETTINGS['steps']} updates on the same training questions, seed {seed}; scored on the test questions"
+    )
     print(score_table({NAMES[key]: value for key, value in scores.items()}))
     _section(f"The first {SHOWN} test questions: probability of each choice (* is right), epistemic part in nats")
     trained = load_run(output / "blob")
@@ -115,12 +117,12 @@ def _show_questions(rows: Sequence[AnyRow], mle: Prediction, blob: Prediction) -
         print(f"    epistemic {blob.epistemic[i]:.3f} of total {blob.total[i]:.3f} nats\n")
 
 
-def _out_of_distribution(folder: Path, known: Prediction, seed: int) -> dict[str, float]:
+def _out_of_distribution(folder: Path, known: Prediction, seed: int) -> dict[str, int | float]:
     """Mean uncertainty on known and unknown subjects (nats), and how well it tells them apart (AUROC)."""
     trained = load_run(folder)
     unknown = trained.predict(trained.task.rows("ood"), draws=known.draws, progress=True)
     positive = torch.tensor([False] * len(known.ids) + [True] * len(unknown.ids))
-    found: dict[str, float] = {"rows": len(unknown.ids)}
+    found: dict[str, int | float] = {"rows": len(unknown.ids)}
     for name, (a, b) in {
         "total": (known.total, unknown.total),
         "epistemic": (known.epistemic, unknown.epistemic),
@@ -132,7 +134,7 @@ def _out_of_distribution(folder: Path, known: Prediction, seed: int) -> dict[str
     return found
 
 
-def _show_ood(ood: Mapping[str, Mapping[str, float]]) -> None:
+def _show_ood(ood: Mapping[str, Mapping[str, int | float]]) -> None:
     for key, found in ood.items():
         for name in ("epistemic", "total"):
             if name in found:

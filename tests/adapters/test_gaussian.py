@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from bayestune.adapters import GaussianLinear, drawn_weights, gaussian_layers, noise, training_noise
+from bayestune.adapters import BlobConfig, GaussianLinear, drawn_weights, gaussian_layers, noise, training_noise
 from bayestune.errors import DrawError
 from bayestune.functional import RHO_FLOOR, std
 from models import LLAMA, blob, llama
@@ -51,6 +51,24 @@ def assert_standard_normal(samples: Tensor) -> None:
     assert ((samples**4).mean(0) - 3).abs().max() <= z * math.sqrt(96 / count)  # var(e^4) = 105 - 9
     products = samples.T @ samples / count
     assert (products - products.diagonal().diag()).abs().max() <= z / math.sqrt(count)
+
+
+def test_rho_starts_uniform_in_its_interval_whatever_the_global_state() -> None:
+    found = []
+    for seed in (0, 1):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = get_peft_model(Sum(500, 3), BlobConfig(r=8, target_modules=["left", "right"], rho_init=0.05))
+        found.append(torch.stack([layer.rho.detach().double() for layer in gaussian_layers(model).values()]))
+    assert torch.equal(*found)
+    unit = (found[0] / 0.05 - 0.5**0.5) / (1 - 0.5**0.5)  # uniform in [0, 1]
+    left, right = unit.flatten(1) - 0.5
+    z, count = z_bound(5), left.numel()
+    assert -1e-6 <= unit.min() and unit.max() <= 1 + 1e-6
+    for part in (left, right):
+        assert part.mean().abs() <= z * math.sqrt(1 / 12 / count)
+        assert (part.square().mean() - 1 / 12).abs() <= z * math.sqrt(1 / 180 / count)
+    assert (left * right).mean().abs() <= z / 12 / math.sqrt(count)
 
 
 def test_S10_independent_noise_of_rows_is_standard_normal() -> None:

@@ -53,15 +53,14 @@ class Sequences(Letters):
     name = "sequences"
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        batch = super().collate(examples)
-        ids = batch["input_ids"].unsqueeze(1).repeat(1, CLASSES, 1)
-        ids[:, :, -1] = torch.tensor([4, 4, 6, 7])  # the first two choices are the same sequence
-        return {"input_ids": ids}
+        flat = {key: value.unsqueeze(1).repeat(1, CLASSES, 1) for key, value in super().collate(examples).items()}
+        flat["input_ids"][:, :, -1] = torch.tensor([4, 4, 6, 7])  # the first two choices are the same sequence
+        return flat
 
     def logits(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         self.forwards.append(len(batch["input_ids"]))
-        flat = batch["input_ids"].flatten(0, 1)
-        return model(input_ids=flat, use_cache=False).logits[:, -1, 5].unflatten(0, (-1, CLASSES))
+        inputs = {name: tensor.flatten(0, 1) for name, tensor in batch.items() if name != "present"}
+        return model(**inputs, use_cache=False).logits[:, -1, 5].unflatten(0, (-1, CLASSES))
 
 
 class Fixed(Letters):

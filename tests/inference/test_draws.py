@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -219,6 +220,16 @@ def test_K6_a_deep_copy_is_a_model_of_its_own() -> None:
             layer.weight.add_(1.0)
     with draw(model, index=1):
         assert torch.equal(logits(model), expected)
+
+
+def test_K6_a_pickled_model_has_the_same_draws() -> None:
+    model = blob(LLAMA).eval()
+    clone = pickle.loads(pickle.dumps(model))
+    for index in range(2):
+        with draw(model, index=index), draw(clone, index=index):
+            assert torch.equal(logits(model), logits(clone))
+    training_noise(clone.train()).seed = training_noise(model.train()).seed = 3
+    assert torch.equal(logits(model), logits(clone))
 
 
 def test_K4_an_adapter_moves_the_global_state_as_plain_lora_does() -> None:

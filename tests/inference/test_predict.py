@@ -227,17 +227,17 @@ class Short(Letters):
     "fails",
     [
         lambda call, rows: call == 1,
-        lambda call, rows: call in (1, 2, 3),
+        lambda call, rows: call in (1, 2),
         lambda call, rows: call == 3,
         lambda call, rows: rows > 2,
         lambda call, rows: rows > 1,
     ],
-    ids=["first", "first three", "third", "more than two", "more than one"],
+    ids=["first", "first two", "third", "more than two", "more than one"],
 )
 def test_R1_answers_are_the_same_when_memory_runs_out(draws: int, fails: Callable[[int, int], bool]) -> None:
     model, task = double_llama(), Short(fails)
-    expected = predict(model, Letters(), rows(7), draws=draws, batch_size=4)
-    found = predict(model, task, rows(7), draws=draws, batch_size=4)
+    expected = predict(model, Letters(), rows(10), draws=draws, batch_size=4)
+    found = predict(model, task, rows(10), draws=draws, batch_size=4)
     assert_close(found.draw_log_probs, expected.draw_log_probs, 1e-12)
     assert found.ids == expected.ids and 0 in task.forwards
 
@@ -247,7 +247,7 @@ def test_R1_when_one_row_at_one_draw_does_not_fit_predict_says_so(draws: int) ->
     model, task = double_llama().train(), Short(lambda call, rows: True)
     with pytest.raises(torch.OutOfMemoryError, match="one row at one draw does not fit into the memory of cpu"):
         predict(model, task, rows(7), draws=draws, batch_size=4)
-    assert 0 < len(task.forwards) <= 8
+    assert 0 < len(task.forwards) <= 9
     assert all(module.training for module in model.modules())
 
 

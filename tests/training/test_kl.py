@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback
 from bayestune.adapters import gaussian_layers, training_noise
 from bayestune.errors import ConfigError
 from bayestune.functional import RHO_FLOOR, gaussian_kl
-from bayestune.training import KLCallback, KLSettings, elbo_kl_weight
+from bayestune.training import BayesTrainer, KLCallback, KLSettings, elbo_kl_weight
 from bayestune.training.kl import kl_step
 from models import LLAMA
 from training.toys import TASK, arguments, double_blob, lora, rows, trained
@@ -129,6 +129,47 @@ def test_N9_decay_of_G_is_refused(tmp_path: Path) -> None:
     trainer = plain_trainer(double_blob(), tmp_path, [KLCallback(KLSettings(cycle=3))], weight_decay=0.01)
     with pytest.raises(ConfigError, match="weight_decay=0.01"):
         trainer.train()
+
+
+def test_learning_rate_of_zero_is_refused(tmp_path: Path) -> None:
+    trainer = plain_trainer(double_blob(), tmp_path, [KLCallback(KLSettings(cycle=3))], learning_rate=0.0)
+    with pytest.raises(ConfigError, match="learning_rate: found 0"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("kind", ["linear", "constant", "reduce_lr_on_plateau"])
+def test_the_rate_of_the_kl_is_a_share_of_the_peak(tmp_path: Path, kind: str) -> None:
+    """Only the KL moves G here: with weight 1 in one update out of four, G tells which rate was used."""
+    model = double_blob()
+    layer = next(iter(gaussian_layers(model).values()))
+    expected = double_blob()
+    reference = gaussian_layers(expected)[layer.name]
+    shares = {"linear": [1.0, 0.75, 0.5, 0.25], "constant": [1.0] * 4, "reduce_lr_on_plateau": [1.0] * 4}[kind]
+    settings = KLSettings(cycle=4, schedule=lambda step, cycle: 1e-3, learning_rate=0.01)
+    evaluation = (
+        {"eval_strategy": "no"} if kind != "reduce_lr_on_plateau" else {"eval_strategy": "steps", "eval_steps": 9}
+    )
+    trainer = BayesTrainer(
+        model,
+        task=TASK,
+        args=arguments(tmp_path, max_steps=4, lr_scheduler_type=kind, **evaluation),
+        train_rows=rows(4),
+        eval_rows=rows(2),
+        kl=settings,
+        callbacks=[ForgetNll()],
+    )
+    trainer.train()
+    for share in shares:
+        kl_step(reference, rate=0.01 * share, weight=1e-3, along_nll=False)
+    assert (layer.rho - reference.rho).abs().max() <= 1e-15
+
+
+class ForgetNll(TrainerCallback):
+    """Drops the NLL gradient of G before the KL step."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for layer in gaussian_layers(kwargs["model"]).values():
+            layer.rho.grad = None
 
 
 def test_callback_without_gaussian_layers_is_refused(tmp_path: Path) -> None:

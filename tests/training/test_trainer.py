@@ -174,7 +174,7 @@ def test_N1_adapters_stay_float32_on_a_half_base(tmp_path: Path, autocast: bool)
         {"label_smoothing_factor": 0.1},
         {"auto_find_batch_size": True},
         {"optim": "adafactor"},
-        {"train_sampling_strategy": "group_by_length"},
+        {"train_sampling_strategy": "batch_rebalance"},
         {"activation_checkpointing_kwargs": {"preserve_rng_state": False}},
     ],
     ids=lambda settings: next(iter(settings)),

@@ -11,6 +11,7 @@ from bayestune.errors import ConfigError
 if TYPE_CHECKING:
     from bayestune.experiment import Run
     from bayestune.inference import Prediction
+    from bayestune.tasks import AnyRow, Task
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that `bayestune train` made.")]
 Data = Annotated[str | None, typer.Option(help="Folder of data sets; default: that of the run.")]
@@ -39,8 +40,10 @@ def evaluate(
     count = _draws(loaded, draws)
     chosen = split or loaded.experiment.eval_split
     assert chosen is not None
-    prediction = loaded.predict(loaded.task.rows(chosen), draws=count, seed=seed, progress=True)
-    others = {name: _other(loaded, name, prediction, seed) for name in (ood.split(",") if ood else [])}
+    rows = loaded.task.rows(chosen)
+    unknown = {name: _unknown(loaded, name) for name in (ood.split(",") if ood else [])}
+    prediction = loaded.predict(rows, draws=count, seed=seed, progress=True)
+    others = {name: _compared(loaded, *found, prediction, seed) for name, found in unknown.items()}
     scores = scores_of(prediction)
     if as_json:
         answer = {**scores.as_dict(), "task": loaded.task.name, "split": chosen, "seed": seed}
@@ -114,22 +117,28 @@ def _draws(loaded: "Run", draws: int | None) -> int:
     return 0 if loaded.experiment.method == "mle" else loaded.experiment.draws
 
 
-def _other(loaded: "Run", name: str, known: "Prediction", seed: int) -> dict[str, Any]:
-    """Scores on another data set, and the AUROC of telling its rows (positive) from `known` by their uncertainty."""
-    import torch
-
-    from bayestune import metrics
+def _unknown(loaded: "Run", name: str) -> tuple["Task", list["AnyRow"]]:
+    """The task and the rows of another data set, `name` or `name:split`, checked."""
     from bayestune.experiment import other_task
-    from bayestune.inference import evaluate as scores_of
 
     dataset, _, split = name.partition(":")
     task = other_task(loaded, dataset)
-    split = split or task.spec.evaluation
-    prediction = loaded.predict(task.rows(split), draws=known.draws, seed=seed, task=task, progress=True)
-    positive = torch.tensor([False] * len(known.ids) + [True] * len(prediction.ids))
+    rows = task.rows(split or task.spec.evaluation)
+    task.check(rows)
+    return task, rows
+
+
+def _compared(loaded: "Run", task: "Task", rows: list["AnyRow"], known: "Prediction", seed: int) -> dict[str, Any]:
+    """Scores on other rows, and the AUROC of telling them (positive) from `known` by their uncertainty."""
+    import torch
+
+    from bayestune import metrics
+    from bayestune.inference import evaluate as scores_of
+
+    prediction = loaded.predict(rows, draws=known.draws, seed=seed, task=task, progress=True)
+    positive = torch.tensor([False] * len(known.ids) + [True] * len(rows))
     return {
         **scores_of(prediction).as_dict(),
-        "split": split,
         "epistemic": float(prediction.epistemic.mean()),
         "auroc_epistemic": metrics.auroc(torch.cat([known.epistemic, prediction.epistemic]), positive),
         "auroc_total": metrics.auroc(torch.cat([known.total, prediction.total]), positive),

@@ -76,6 +76,10 @@ def find_backbone(model: str) -> Backbone:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # whatever a configuration that does not fit makes transformers raise
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"model {model!r}: it needs code of its own, expected none; such code is not run."
+            ) from error
         raise ConfigError(f"model {model!r}: neither a usable folder nor a Hugging Face id: {_line(error)}") from error
     return Backbone(source=source, config=config, tokenizer=tokenizer, family=_family(model, config))
 

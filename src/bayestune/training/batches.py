@@ -28,6 +28,7 @@ class Examples(Dataset[tuple[int, dict[str, Any]]]):
                 )
         self.ids = [row.id for row in rows]
         self._examples = [task.example(row) for row in rows]
+        self.lengths = [task.tokens(example) for example in self._examples]
 
     def __len__(self) -> int:
         return len(self.ids)

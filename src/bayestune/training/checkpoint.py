@@ -46,6 +46,7 @@ class SafeTrainer(Trainer):
         return {
             "seed": args.seed,
             "data_seed": args.data_seed,
+            "order": args.train_sampling_strategy,
             "processes": args.world_size,
             "batch_size": args.per_device_train_batch_size,
             "gradient_accumulation_steps": args.gradient_accumulation_steps,

@@ -8,7 +8,7 @@ from bayestune.errors import ConfigError
 from bayestune.training.kl import KLSettings
 
 _OPTIMISERS = ("adamw_torch", "adamw_torch_fused", "sgd")
-_ORDERS = ("random", "sequential")
+_ORDERS = ("random", "sequential", "group_by_length")
 
 
 def check_arguments(args: TrainingArguments) -> None:

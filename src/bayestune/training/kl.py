@@ -133,6 +133,11 @@ class KLCallback(TrainerCallback):
                 "KLCallback found no Gaussian layer in the model: make it with get_peft_model(base, BlobConfig(...)), "
                 "or leave the callback out for plain LoRA."
             )
+        if not _peak_rate(optimizer.param_groups[0], args) > 0:
+            raise ConfigError(
+                "learning_rate: found 0, expected more: the KL's learning rate follows the main schedule, as a share "
+                "of its peak. To train G alone, give a very small rate."
+            )
         self._along_nll = not _optimised(self._layers, optimizer)
         self._noise = training_noise(model)
         self._noise.seed, self._noise.rank = args.seed, args.process_index
@@ -147,10 +152,15 @@ class KLCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         group = kwargs["optimizer"].param_groups[0]
-        rate = self.settings.learning_rate * group["lr"] / group.get("initial_lr", args.learning_rate)
+        rate = self.settings.learning_rate * group["lr"] / _peak_rate(group, args)
         weight = self.settings.schedule(state.global_step, self.settings.cycle)
         for layer in self._layers:
             kl_step(layer, rate=rate, weight=weight, along_nll=self._along_nll)
+
+
+def _peak_rate(group: dict[str, Any], args: TrainingArguments) -> float:
+    """The main learning rate without its schedule; ReduceLROnPlateau does not keep it in the group."""
+    return group.get("initial_lr", args.learning_rate)
 
 
 def _optimised(layers: list[GaussianLinear], optimizer: torch.optim.Optimizer) -> bool:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
@@ -22,6 +23,7 @@ from bayestune.training.batches import ROW, Collator, Examples
 from bayestune.training.checkpoint import SafeTrainer
 from bayestune.training.checks import check_arguments, check_model
 from bayestune.training.kl import KLCallback, KLSettings
+from bayestune.training.order import LengthGrouped
 
 
 class BayesTrainer(SafeTrainer):
@@ -74,7 +76,7 @@ class BayesTrainer(SafeTrainer):
         train = Examples(task, task.rows("train") if train_rows is None else train_rows)
         if not len(train):
             raise DataError("found no training row, expected at least one.")
-        self._train_ids = train.ids
+        self._train_ids, self._train_lengths = train.ids, train.lengths
         own: list[TrainerCallback] = []
         if self._gaussian:
             batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -115,6 +117,13 @@ class BayesTrainer(SafeTrainer):
                 **settings,
             )
         return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        assert self.args.data_seed is not None
+        return LengthGrouped(self._train_lengths, batch_size=rows, seed=self.args.data_seed)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device

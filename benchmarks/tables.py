@@ -1,0 +1,79 @@
+"""Make the tables of README.md from results/*.json: nothing in them is typed by hand.
+
+    python benchmarks/tables.py            # rewrite the parts of README.md between the markers
+    python benchmarks/tables.py --check    # exit 1 if they differ from what results/ gives
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+METRICS = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE", "brier": "Brier"}
+NAMES = {"mle": "plain LoRA (MLE)", "blob_n0": "BLoB, mean (N=0)", "blob_n10": "BLoB, N=10"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    readme = ROOT / "README.md"
+    before = readme.read_text(encoding="utf-8")
+    after = before
+    for name, table in {"demo": demo_table(), "real": real_table()}.items():
+        after = between(after, name, table)
+    if options.check:
+        sys.exit(0 if after == before else "README.md: a table differs from results/; run benchmarks/tables.py")
+    readme.write_text(after, encoding="utf-8")
+
+
+def between(text: str, name: str, table: str) -> str:
+    """`text` with what stands between the markers of `name` replaced by `table`."""
+    begin, end = f"<!-- {name}: made by benchmarks/tables.py -->\n", f"<!-- end {name} -->"
+    head, found, rest = text.partition(begin)
+    _, closed, tail = rest.partition(end)
+    if not (found and closed):
+        raise SystemExit(f"README.md: found no pair of markers for {name!r}")
+    return f"{head}{begin}\n{table}\n{end}{tail}"
+
+
+def demo_table() -> str:
+    """One line a seed and method, from results/demo/seed*.json."""
+    lines = [f"| seed | method | {' | '.join(METRICS.values())} |", "|---|---|---|---|---|---|"]
+    for record in load("demo"):
+        for method, scores in record["methods"].items():
+            cells = [f"{scores[m]:.3f} [{', '.join(f'{end:.3f}' for end in scores['intervals'][m])}]" for m in METRICS]
+            lines.append(f"| {record['seed']} | {NAMES[method]} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def real_table() -> str:
+    """Mean and standard deviation over seeds, one line a task and method, from results/real/*.json."""
+    lines = [f"| task | method | {' | '.join(METRICS.values())} | rows | seeds |", "|---|---|---|---|---|---|---|---|"]
+    records = load("real")
+    for task in sorted({record["task"] for record in records}):
+        for method, name in NAMES.items():
+            found = [r["methods"][method] for r in records if r["task"] == task and method in r["methods"]]
+            if found:
+                cells = [spread(scores[m] for scores in found) for m in METRICS]
+                lines.append(f"| {task} | {name} | {' | '.join(cells)} | {found[0]['rows']} | {len(found)} |")
+    return "\n".join(lines) + "\n"
+
+
+def spread(values: Iterable[float]) -> str:
+    """Mean ± standard deviation (n - 1)."""
+    values = list(values)
+    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
+    return f"{statistics.mean(values):.3f} ± {deviation:.3f}"
+
+
+def load(group: str) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "results" / group).glob("*.json"))]
+
+
+if __name__ == "__main__":
+    main()

