@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bayestune.adapters import BlobConfig, GaussianLinear, drawn_weights, gaussian_layers, noise, training_noise
 from bayestune.errors import DrawError
-from bayestune.functional import RHO_FLOOR, std
+from bayestune.functional import RHO_FLOOR
 from models import LLAMA, blob, llama
 from probes import Sum, bayesian_sum, double_llama, output_of, z_bound
 
@@ -38,7 +38,7 @@ def sampled_matrices(model: PeftModel, rows: int) -> dict[str, Tensor]:
 def standardised(model: PeftModel, matrices: dict[str, Tensor]) -> Tensor:
     """(A - M) / G^2 of all layers side by side, [draws, entries]."""
     layers = gaussian_layers(model)
-    parts = [((matrices[name] - layer.weight) / std(layer.rho)).flatten(1) for name, layer in layers.items()]
+    parts = [((matrices[name] - layer.weight) / layer.rho**2).flatten(1) for name, layer in layers.items()]
     return torch.cat(parts, dim=1).detach()
 
 
@@ -128,7 +128,7 @@ def test_S12_perturbations_have_mean_zero_the_right_variance_and_no_covariance_a
         for _ in range(count):
             model.base_model(x)
     perturbation = torch.stack(outputs) - F.linear(x, layer.weight.detach())  # [count, rows, r]
-    variance = F.linear(x.square(), std(layer.rho.detach()).square())
+    variance = F.linear(x.square(), layer.rho.detach() ** 4)
     unit = (perturbation / variance.sqrt()).flatten(1)
     z = z_bound(unit.shape[1] * (unit.shape[1] + 3) // 2)
     assert unit.mean(0).abs().max() <= z / math.sqrt(count)
@@ -137,6 +137,18 @@ def test_S12_perturbations_have_mean_zero_the_right_variance_and_no_covariance_a
     error = products.std(0) / math.sqrt(count)
     mean = products.mean(0)
     assert ((mean - mean.diagonal().diag()).abs() <= z * error).all()
+
+
+@pytest.mark.parametrize("estimator", ["flipout", "flipout_token"])
+def test_S12_both_sides_of_the_shared_noise_get_signs(estimator: str) -> None:
+    """t * ((G^2 * E)(u * x)) of one x: 2^4 signs u times 2^2 signs t, of which (u, t) and (-u, -t) are the same."""
+    model = bayesian_sum(estimator=estimator)
+    layer = gaussian_layers(model)["left"]
+    x = torch.ones(500, 4, dtype=torch.float64)
+    with output_of(layer) as outputs:
+        model(x)
+    perturbation = outputs[0] - F.linear(x, layer.weight.detach())
+    assert len((perturbation * 1e8).round().unique(dim=0)) == 32
 
 
 def two_equal_positions(estimator: str) -> Tensor:
@@ -177,7 +189,7 @@ def test_S13_one_dropout_mask_for_mean_and_noise(estimator: str) -> None:
     layer = gaussian_layers(model)["left"]
     assert layer.noise is not None
     up = model.base_model.model.left.lora_B["default"].weight
-    a = layer.weight + std(layer.rho) * layer.noise.epsilon
+    a = layer.weight + layer.rho**2 * layer.noise.epsilon
     with model.disable_adapter():
         base = model(x)
     expected = base + torch.einsum("btn,brn,mr->btm", dropped, a, up) * 1.5  # alpha / r = 3 / 2
@@ -185,10 +197,12 @@ def test_S13_one_dropout_mask_for_mean_and_noise(estimator: str) -> None:
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_S13_where_dropout_leaves_nothing_there_is_no_noise(estimator: str) -> None:
+def test_S13_noise_is_where_dropout_leaves_something_and_nowhere_else(estimator: str) -> None:
     model = bayesian_sum(Sum(1, 3), estimator=estimator, lora_dropout=0.5, target_modules=["left"])
-    x = torch.ones(200, 3, 1, dtype=torch.float64)
-    with output_of(gaussian_layers(model)["left"]) as outputs, torch.random.fork_rng():
+    x, layer = torch.ones(200, 3, 1, dtype=torch.float64), gaussian_layers(model)["left"]
+    with torch.no_grad():
+        layer.weight.zero_()
+    with output_of(layer) as outputs, torch.random.fork_rng():
         torch.manual_seed(5)
         model(x)
         torch.manual_seed(5)

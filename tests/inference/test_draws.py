@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from bayestune.adapters import BlobConfig, gaussian_layers, training_noise
 from bayestune.errors import DrawError
-from bayestune.functional import prediction_noise, std
+from bayestune.functional import prediction_noise
 from bayestune.inference import draw
 from models import LLAMA, blob, llama
 from probes import bayesian_sum, double_llama, output_of, z_bound
@@ -43,7 +43,7 @@ def test_a_draw_is_the_mean_plus_named_noise() -> None:
         noise = prediction_noise(7, 2, name, (2, 4)).double()
         with draw(model, index=2, seed=7), output_of(layer) as outputs:
             model(eye)
-        assert torch.allclose(outputs[0].T, layer.weight + std(layer.rho) * noise, rtol=1e-14, atol=1e-14)
+        assert torch.allclose(outputs[0].T, layer.weight + layer.rho**2 * noise, rtol=1e-14, atol=1e-14)
 
 
 def test_S10_draws_are_standard_normal_and_independent() -> None:
@@ -55,7 +55,7 @@ def test_S10_draws_are_standard_normal_and_independent() -> None:
             with draw(model, index=index % 600, seed=index // 600):
                 model.base_model(eye)
     for layer, outputs in ((layers["left"], left), (layers["right"], right)):
-        samples.append(((torch.stack(outputs).transpose(1, 2) - layer.weight) / std(layer.rho)).flatten(1).detach())
+        samples.append(((torch.stack(outputs).transpose(1, 2) - layer.weight) / layer.rho**2).flatten(1).detach())
     unit = torch.cat(samples, dim=1)
     columns = unit.shape[1]
     z = z_bound(columns * (columns + 8) // 2)
