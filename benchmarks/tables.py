@@ -1,7 +1,7 @@
 """Make the tables of README.md from results/*.json: nothing in them is typed by hand.
 
-    python benchmarks/tables.py            # rewrite the parts of README.md between the markers
-    python benchmarks/tables.py --check    # exit 1 if they differ from what results/ gives
+python benchmarks/tables.py            # rewrite the parts of README.md between the markers
+python benchmarks/tables.py --check    # exit 1 if they differ from what results/ gives
 """
 
 import argparse

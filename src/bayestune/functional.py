@@ -18,17 +18,15 @@ RHO_FLOOR = 1e-4
 
 
 def std(rho: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Standard deviation of each weight, ``Omega = G * G`` (BLoB, section 3.2). Shape of `rho`, never negative."""
+    """Standard deviation of each weight, ``Omega = G * G`` (BLoB, arXiv 2406.11675). Shape of `rho`, never negative."""
     return rho * rho
 
 
-def gaussian_kl(
-    mean: Float[Tensor, "*shape"], rho: Float[Tensor, "*shape"], prior_std: float
-) -> Float[Tensor, ""]:
+def gaussian_kl(mean: Float[Tensor, "*shape"], rho: Float[Tensor, "*shape"], prior_std: float) -> Float[Tensor, ""]:
     r"""KL divergence of the posterior from the prior, in nats, summed over all entries.
 
     ``KL = sum log(s_p / Omega) + (Omega^2 + M^2) / (2 s_p^2) - 1/2`` with ``Omega = G^2``
-    (BLoB, equation 8). Computed and returned in float64 whatever the dtype of the inputs, since the terms of
+    (BLoB, arXiv 2406.11675). Computed and returned in float64 whatever the dtype of the inputs, since the terms of
     billions of weights are added up. It is ``inf`` where some G is 0: the prior is not a point.
     """
     m, omega = mean.double(), std(rho.double())
@@ -64,7 +62,7 @@ def cycle_steps(rows: int, batch_size: int, *, gamma: float = 8.0, processes: in
 def paper_kl_weight(step: int, cycle: int) -> float:
     """Weight pi_i of the KL in update `step` (counted from 0) of cycles of `cycle` updates.
 
-    ``pi_i = 2^i / (2^(M+1) - 1)``, ``i = step mod M + 1`` (BLoB, section 3.3; released code): 1/2 in the last update
+    ``pi_i = 2^i / (2^(M+1) - 1)``, ``i = step mod M + 1`` (BLoB, released code): 1/2 in the last update
     of a cycle, 1/4 in the one before. They add up to ``1 - 1/(2^(M+1) - 1)`` over a cycle; written so that no power
     overflows for any M.
     """

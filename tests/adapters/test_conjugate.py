@@ -284,7 +284,9 @@ def full_weight_kl(layer: GaussianLinear, base: Tensor, up: Tensor) -> Tensor:
         return MultivariateNormal(basis.T @ mean, covariance_matrix=root @ root.T)
 
     posterior = on_range((base + up @ layer.weight).T.flatten(), (layer.rho**2).T.flatten())
-    return kl_divergence(posterior, on_range(base.T.flatten(), torch.full((lift.shape[1],), PRIOR_STD).double()))
+    return kl_divergence(
+        posterior, on_range(base.T.flatten(), torch.full((lift.shape[1],), PRIOR_STD, dtype=torch.float64))
+    )
 
 
 @pytest.mark.parametrize("scaling", [1.0, 1.5])

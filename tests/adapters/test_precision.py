@@ -154,6 +154,7 @@ def test_the_meta_device(half: torch.dtype) -> None:
     inputs = {"input_ids": LLAMA.inputs()["input_ids"].to("meta")}
     model = blob(LLAMA).to(half).eval()
     shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in adapter_state(model).items()}
+    assert {dtype for _, dtype in shapes.values()} == {torch.float32}
     model.to("meta")
     assert all(parameter.is_meta for parameter in model.parameters())
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in adapter_state(model).items()} == shapes

@@ -19,7 +19,7 @@ def test_every_row_comes_once_and_the_ragged_batch_last(rows: int, batch: int) -
 
 
 def test_a_batch_holds_rows_of_similar_length() -> None:
-    """With 400 rows in one pool, batch b of the sorted rows holds lengths b*8 .. b*8+7: a spread of 7, whatever the seed."""
+    """With 400 rows in one pool, a batch is eight neighbours of the sorted rows: lengths with a spread of 7."""
     order = list(LengthGrouped(range(400), batch_size=8, seed=0))
     batches = [order[i : i + 8] for i in range(0, 400, 8)]
     assert all(max(part) - min(part) == 7 for part in batches)

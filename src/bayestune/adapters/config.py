@@ -33,7 +33,7 @@ _INITS = (True, False, "gaussian", "orthogonal")
 class BlobConfig(LoraConfig):
     """Configuration of a BLoB adapter: everything `peft.LoraConfig` has, and the posterior over A.
 
-    ``q(A_ij) = N(M_ij, G_ij^4)``, prior ``N(0, prior_std^2)`` (BLoB, section 3.2). B stays a point.
+    ``q(A_ij) = N(M_ij, G_ij^4)``, prior ``N(0, prior_std^2)`` (BLoB, arXiv 2406.11675). B stays a point.
 
     Raises:
         ConfigError: a value out of range, or a LoRA option under which the posterior could not be right.

@@ -85,7 +85,7 @@ class FullPrecisionLinear(nn.Linear):
 
 
 class GaussianLinear(FullPrecisionLinear):
-    """``h = A x`` with ``A_ij ~ N(M_ij, G_ij^4)``, independent (BLoB, section 3.2).
+    """``h = A x`` with ``A_ij ~ N(M_ij, G_ij^4)``, independent (BLoB, arXiv 2406.11675).
 
     Attributes:
         weight: the mean M, [r, n].
@@ -104,7 +104,7 @@ class GaussianLinear(FullPrecisionLinear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, name: str, prior_std: float, rho_init: float) -> "GaussianLinear":
-        """Take over a LoRA A matrix as the mean, with ``G ~ U(rho_init / sqrt 2, rho_init)`` (BLoB, appendix B).
+        """Take over a LoRA A matrix as the mean, with ``G ~ U(rho_init / sqrt 2, rho_init)`` (BLoB, released code).
 
         G is a fixed function of `name` and the shape: it neither reads nor moves the global random state, so the mean
         starts exactly where plain LoRA with the same seed starts.

@@ -40,7 +40,7 @@ class Prediction:
 
     @property
     def log_probs(self) -> Float[Tensor, "rows classes"]:
-        """The predictive ``log p(y|x) = logsumexp_k log p(y|x, theta_k) - log K`` (BLoB, equation 12)."""
+        """The predictive ``log p(y|x) = logsumexp_k log p(y|x, theta_k) - log K`` (BLoB, arXiv 2406.11675)."""
         return self.draw_log_probs.logsumexp(0) - math.log(self.draw_log_probs.shape[0])
 
     @property

@@ -25,7 +25,7 @@ def multiple_choice(
     max_tokens: int = 300,
     classes: int | None = None,
 ) -> Task:
-    """Multiple choice for a causal language model, zero-shot (the task of BLoB, arXiv 2406.11675, section 4).
+    """Multiple choice for a causal language model, zero-shot (the task of BLoB, arXiv 2406.11675).
 
     Args:
         name: a known data set, or a folder of yours in `data`. data: the data folder; None for the Hugging Face Hub.
