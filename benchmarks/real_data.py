@@ -46,12 +46,8 @@ def main() -> None:
                     tune(task, method, options)
                 else:
                     settings = {**COMMON, **TASKS[task], "task": task, "data": options.data, "method": method}
-                    cell(
-                        {**settings, "seed": seed, "eval_split": "dev+test"},
-                        f"{task}-{method}-seed{seed}",
-                        "real",
-                        options,
-                    )
+                    settings |= {"seed": seed, "eval_split": "dev+test"}
+                    cell(settings, f"{task}-{method}-seed{seed}", "real", options)
 
 
 def tune(task: str, method: str, options: argparse.Namespace) -> None:

@@ -48,7 +48,7 @@ def unit(path: Path) -> str:
 
 
 def imports(tree: ast.AST, package: str) -> Iterator[tuple[str, int]]:
-    """Full names of all modules (or names in modules) that are imported, wherever the statement stands, with its line."""
+    """Full names of all modules, or names in modules, that are imported anywhere in the file, with their lines."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:

@@ -18,7 +18,7 @@ RHO_FLOOR = 1e-4
 
 
 def std(rho: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Standard deviation of each weight, ``Omega = G * G`` (BLoB, arXiv 2406.11675). Shape of `rho`, never negative."""
+    """Standard deviation of each weight, ``Omega = G * G`` (BLoB, arXiv 2406.11675); never negative."""
     return rho * rho
 
 
