@@ -187,8 +187,7 @@ def test_resume_ends_where_the_uninterrupted_run_ended(world: Path, tmp_path: Pa
     assert invoke([*command, "--output", str(whole)]) == 0
     shutil.copytree(whole, cut)
     (cut / "result.json").unlink()
-    shutil.rmtree(cut / "posterior")
-    shutil.rmtree(cut / "checkpoints" / f"checkpoint-{STEPS}")
+    (cut / "checkpoints" / f"checkpoint-{STEPS}" / "training.json").unlink()  # it died while writing this one
     assert invoke([*train_arguments(world, checkpoint_steps=2, seed=1), "--output", str(cut), "--resume"]) == 2
     assert "seed" in capsys.readouterr().err
     assert invoke([*command, "--output", str(cut), "--resume"]) == 0

@@ -15,6 +15,7 @@ NAMES = [
     "BlobConfig",
     "Experiment",
     "KLCallback",
+    "KLSettings",
     "Prediction",
     "Scores",
     "draw",

@@ -18,3 +18,4 @@ from bayestune.posteriors import load_posterior as load_posterior
 from bayestune.posteriors import save_posterior as save_posterior
 from bayestune.training import BayesTrainer as BayesTrainer
 from bayestune.training import KLCallback as KLCallback
+from bayestune.training import KLSettings as KLSettings

@@ -58,6 +58,7 @@ CASES = {
     "bert_modules_to_save": Case(architecture=BERT, settings={"task_type": None, "modules_to_save": ["classifier"]}),
     "t5": Case(architecture=T5),
     "bfloat16": Case(architecture=LLAMA, dtype=torch.bfloat16),
+    "float16": Case(architecture=QWEN2, dtype=torch.float16),
     "bfloat16_head": Case(architecture=BERT, dtype=torch.bfloat16),
     "bfloat16_plain": Case(architecture=LLAMA, dtype=torch.bfloat16, plain=True),
     "float64": Case(architecture=QWEN2, dtype=torch.float64),

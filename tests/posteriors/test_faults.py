@@ -429,24 +429,32 @@ def test_P8_every_truncation_and_addition_is_refused(folder: Path, tensors_read:
 # P9: no pickle
 
 AUDITED: list[tuple[str, str]] = []
-_LISTENING = [False]
 
 
-def _audit(event: str, args: tuple[Any, ...]) -> None:
-    if _LISTENING[0] and (event == "open" or event.startswith("pickle.")):
-        AUDITED.append((event, str(args[0])))
+class Listener:
+    """An audit hook, which Python cannot remove again: it is added once, and listens when it is told to."""
+
+    added = False
+    listening = False
+
+    def __call__(self, event: str, args: tuple[Any, ...]) -> None:
+        if self.listening and (event == "open" or event.startswith("pickle.")):
+            AUDITED.append((event, str(args[0])))
+
+
+LISTENER = Listener()
 
 
 @pytest.fixture
 def audited() -> Any:
     """Files opened and classes unpickled inside the test."""
-    if not _LISTENING[1:]:
-        sys.addaudithook(_audit)
-        _LISTENING.append(True)
+    if not LISTENER.added:
+        sys.addaudithook(LISTENER)
+        LISTENER.added = True
     AUDITED.clear()
-    _LISTENING[0] = True
+    LISTENER.listening = True
     yield AUDITED
-    _LISTENING[0] = False
+    LISTENER.listening = False
 
 
 class Canary:

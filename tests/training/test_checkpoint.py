@@ -118,13 +118,11 @@ def test_other_settings_are_refused_by_name(
 
 def test_other_rows_and_other_kl_are_refused(whole: tuple[str, Path, BayesTrainer], tmp_path: Path) -> None:
     method, output, trainer = whole
-    args = arguments(tmp_path, max_steps=STEPS, gradient_accumulation_steps=2)
-    others = [
-        Row(id=f"other-{row.id}", question=row.question, choices=row.choices, answer=row.answer) for row in rows(10)
-    ]
+    args = arguments(tmp_path, max_steps=STEPS, gradient_accumulation_steps=2, warmup_steps=2)
+    others = [Row(id=row.id, question=row.question[::-1], choices=row.choices, answer=row.answer) for row in rows(10)]
     kls = [KLSettings(cycle=3), KLSettings(cycle=4), KLSettings(cycle=3, schedule=lambda step, cycle: 0.3)]
-    cases = [("row_ids", others, kls[0]), ("kl_cycle", rows(10), kls[1]), ("kl_weight", rows(10), kls[2])]
-    for message, data, kl in cases if method == "blob" else [("row_ids", others, None)]:
+    cases = [("row_sha256", others, kls[0]), ("kl_cycle", rows(10), kls[1]), ("kl_weight", rows(10), kls[2])]
+    for message, data, kl in cases if method == "blob" else [("row_sha256", others, None)]:
         model = double_blob() if method == "blob" else lora()
         other = BayesTrainer(model, task=TASK, args=args, train_rows=data, kl=kl)
         with pytest.raises(TrainingError, match=message):

@@ -3,6 +3,7 @@
 from bayestune.adapters.config import BlobConfig as BlobConfig
 from bayestune.adapters.gaussian import GaussianLinear as GaussianLinear
 from bayestune.adapters.gaussian import drawn_weights as drawn_weights
+from bayestune.adapters.gaussian import row_major_sizes as row_major_sizes
 from bayestune.adapters.layers import gaussian_layers as gaussian_layers
 from bayestune.adapters.layers import is_merged as is_merged
 from bayestune.adapters.model import BlobModel as BlobModel

@@ -11,6 +11,7 @@ otherwise (evaluation mode)            the mean
 Shape legend: r rank, n inputs of the layer, rows examples of the batch, K stacked draws.
 """
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,35 +32,51 @@ class _ThreadDraw(threading.local):
     def __init__(self) -> None:
         # On the instance, not the class: torch.compile guards only what it finds there.
         self.weights: Mapping[int, Tensor] | None = None
+        self.sizes: frozenset[int] | None = None
 
 
 _ACTIVE = _ThreadDraw()
 
 
 @contextmanager
-def drawn_weights(weights: Mapping["GaussianLinear", Tensor]) -> Iterator[None]:
+def drawn_weights(
+    weights: Mapping["GaussianLinear", Tensor], *, sizes: frozenset[int] | None = None
+) -> Iterator[None]:
     """Inside, each layer of `weights` uses the matrix given: [r, n], or [K, r, n] for K stacked draws.
 
-    With K stacked draws the batch must hold K copies of the rows, the draw being the outermost index. Only the
-    current thread is affected. Contexts nest; the previous state is restored on exit, also after an exception.
+    With K stacked draws the batch must hold K copies of the rows, the draw being the outermost index; `sizes` are the
+    values that dimension 0 of a layer's input can then have (see `row_major_sizes`), None for any. Only the current
+    thread is affected. Contexts nest; the previous state is restored on exit, also after an exception.
     """
-    before = _ACTIVE.weights
-    _ACTIVE.weights = {**(before or {}), **{id(layer): weight for layer, weight in weights.items()}}
+    before = _ACTIVE.weights, _ACTIVE.sizes
+    _ACTIVE.weights = {**(before[0] or {}), **{id(layer): weight for layer, weight in weights.items()}}
+    _ACTIVE.sizes = sizes
     try:
         yield
     finally:
-        _ACTIVE.weights = before
+        _ACTIVE.weights, _ACTIVE.sizes = before
+
+
+def row_major_sizes(shape: tuple[int, ...], groups: int) -> frozenset[int]:
+    """What dimension 0 of a layer's input can be if it runs over rows first, for a model input of `shape`.
+
+    Rows, rows x choices, rows x choices x tokens, as far as they split into `groups` equal runs. An input of another
+    size (tokens first, relative positions, tokens packed together) cannot be told apart by rows.
+    """
+    sizes = {math.prod(shape[: i + 1]) for i in range(len(shape))} | {groups}
+    return frozenset(size for size in sizes if size % groups == 0)
 
 
 @dataclass(frozen=True)
 class LayerNoise:
-    """Training noise of one layer: `epsilon` [rows, r, n], standard normal.
+    """Training noise of one layer: `epsilon` [rows, r, n], standard normal, for inputs of one of the `sizes`.
 
     With `token_seed` (estimator "flipout_token") `epsilon` is [1, r, n], shared by the batch, and the signs of every
     token come from a generator seeded with it, so that a recomputed forward sees the same signs.
     """
 
     epsilon: Tensor
+    sizes: frozenset[int] = frozenset()
     token_seed: int | None = None
 
 
@@ -132,7 +149,7 @@ class GaussianLinear(FullPrecisionLinear):
     def forward(self, x: Tensor) -> Tensor:
         drawn = _ACTIVE.weights
         if drawn is not None and id(self) in drawn:
-            return _rowwise_linear(x, drawn[id(self)])
+            return _drawn_linear(x, drawn[id(self)], _ACTIVE.sizes)
         if not self.training:
             return F.linear(x, self.weight)
         if self.noise is None:
@@ -143,7 +160,7 @@ class GaussianLinear(FullPrecisionLinear):
         if self.noise.token_seed is not None:
             return self._token_flipout(x, self.noise.epsilon[0], self.noise.token_seed)
         epsilon = self.noise.epsilon
-        if self.routed or x.dim() < 2 or x.shape[0] % epsilon.shape[0]:
+        if self.routed or x.dim() < 2 or x.shape[0] not in self.noise.sizes:
             epsilon = epsilon[0]
         return _rowwise_linear(x, self.weight + std(self.rho) * epsilon)
 
@@ -160,6 +177,15 @@ class GaussianLinear(FullPrecisionLinear):
         return f"{super().extra_repr()}, prior_std={self.prior_std}"
 
 
+def _drawn_linear(x: Tensor, weight: Tensor, sizes: frozenset[int] | None) -> Tensor:
+    """``x A^T`` with one drawn A [r, n], or with K stacked ones, whose inputs must be K copies of the rows."""
+    if weight.dim() == 3 and (x.shape[0] % len(weight) if sizes is None else x.shape[0] not in sizes):
+        raise DrawError(
+            f"a layer got {x.shape[0]} rows for {len(weight)} stacked draws: expected the same rows for each draw."
+        )
+    return _rowwise_linear(x, weight)
+
+
 def _rowwise_linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x A^T`` for one matrix A [r, n], or for one matrix a group of rows, [groups, r, n].
 
@@ -167,10 +193,6 @@ def _rowwise_linear(x: Tensor, weight: Tensor) -> Tensor:
     """
     if weight.dim() == 2:
         return F.linear(x, weight)
-    if x.shape[0] % weight.shape[0]:
-        raise DrawError(
-            f"a layer got {x.shape[0]} rows for {weight.shape[0]} stacked draws: expected the same rows for each draw."
-        )
     grouped = x.reshape(weight.shape[0], -1, x.shape[-1])
     return torch.matmul(grouped, weight.transpose(1, 2)).reshape(*x.shape[:-1], weight.shape[1])
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bayestune.adapters.config import Estimator
-from bayestune.adapters.gaussian import GaussianLinear, LayerNoise
+from bayestune.adapters.gaussian import GaussianLinear, LayerNoise, row_major_sizes
 from bayestune.adapters.layers import gaussian_layers, is_disabled, is_merged
 from bayestune.errors import DrawError
 from bayestune.functional import derive_seed, training_generator
@@ -25,8 +25,8 @@ class TrainingNoise:
 
     `rows` is the number of independent draws of a forward: examples of the batch. None takes dimension 0 of the first
     tensor input; set it when that dimension counts more than examples (choices flattened into rows). A layer whose
-    input cannot be split into that many equal runs along dimension 0 uses one draw for all of it, and so does a
-    layer inside an expert.
+    input does not run over rows first (`row_major_sizes`: tokens first, relative positions, packed tokens) uses one
+    draw for all of it, and so does a layer inside an expert.
 
     One backward must follow each forward when gradient checkpointing is on: a recomputation reads the noise of the
     latest forward.
@@ -48,7 +48,8 @@ class TrainingNoise:
             return
         if is_merged(module):
             raise DrawError("a merged adapter cannot be trained or sampled: call unmerge_adapter() first.")
-        rows = self.rows if self.rows is not None else _leading_size(args, kwargs)
+        shape = _input_shape(args, kwargs)
+        rows = shape[0] if self.rows is None else self.rows
         key = (self.seed, self.step, self.micro, self.rank)
         self.micro += 1
         if self.estimator == "flipout_token":
@@ -58,7 +59,7 @@ class TrainingNoise:
             return
         noise = _normal(layers, rows, key) if self.estimator == "independent" else _flipout(layers, rows, key)
         for name, layer in layers.items():
-            layer.noise = LayerNoise(noise[name])
+            layer.noise = LayerNoise(noise[name], sizes=row_major_sizes(shape, rows))
 
 
 def training_noise(model: nn.Module) -> TrainingNoise:
@@ -79,13 +80,11 @@ def find_clock(base: nn.Module) -> TrainingNoise | None:
     return next((hook for hook in base._forward_pre_hooks.values() if isinstance(hook, TrainingNoise)), None)
 
 
-def _leading_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+def _input_shape(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and value.dim() > 0:
-            return value.shape[0]
-    raise DrawError(
-        "the model was called without a tensor, so the number of rows is unknown: set training_noise(model).rows."
-    )
+            return tuple(value.shape)
+    raise DrawError("the model was called without a tensor, so the number of rows is unknown: pass one.")
 
 
 def _normal(layers: Mapping[str, GaussianLinear], rows: int, key: tuple[int, int, int, int]) -> dict[str, Tensor]:

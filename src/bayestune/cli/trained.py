@@ -69,6 +69,9 @@ def predict(
         raise ConfigError(f"--output {output}: the file exists; choose another, or pass --overwrite.")
     if not output.parent.is_dir():
         raise ConfigError(f"--output {output}: found no folder {output.parent}, expected one.")
+    if output.is_dir() or output.resolve() == input.resolve():
+        found = "a folder" if output.is_dir() else "the file of --input"
+        raise ConfigError(f"--output {output}: found {found}, expected another file to write.")
 
     from bayestune.experiment import load_run, write_text
     from bayestune.tasks import Row, read_rows

@@ -18,8 +18,14 @@ _PACKAGES = ("bayestune", "torch", "transformers", "peft", "accelerate", "safete
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that take part in the numbers."""
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _PACKAGES}}
+    """Versions of Python and of the packages behind the numbers; "unknown" for one that is not installed."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # a source tree on the path
+            found[name] = "unknown"
+    return found
 
 
 def hardware() -> dict[str, Any]:

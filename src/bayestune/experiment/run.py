@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import PrinterCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from bayestune.errors import ConfigError
 from bayestune.experiment.backbone import (
@@ -31,7 +30,7 @@ from bayestune.functional import cycle_steps, linear_kl_weight, paper_kl_weight,
 from bayestune.inference import Prediction, Scores, evaluate, predict
 from bayestune.posteriors import load_posterior, save_posterior
 from bayestune.tasks import AnyRow, Task
-from bayestune.training import BayesTrainer, KLSettings, elbo_kl_weight
+from bayestune.training import BayesTrainer, KLSettings, elbo_kl_weight, last_complete
 
 POSTERIOR, CHECKPOINTS, RESULT, EXPERIMENT = "posterior", "checkpoints", "result.json", "experiment.json"
 
@@ -97,7 +96,7 @@ def run(
     model = add_adapter(base, experiment, new=new, task_type=task_type)
     _prepare(output, experiment, resume=resume)
     _train(model, task, train_rows, experiment, output, resume=resume, progress=progress)
-    save_posterior(model, output / POSTERIOR)
+    save_posterior(model, output / POSTERIOR, overwrite=resume)
     finished = Run(experiment=experiment, task=task, model=model)
     predictions = {
         key: finished.predict(eval_rows, draws=draws, progress=progress)
@@ -144,10 +143,20 @@ def load_run(folder: str | Path, *, data: str | Path | None = None) -> Run:
 
 
 def other_task(trained: Run, name: str) -> Task:
-    """Another data set, asked of a trained run in the same way and from the same data folder."""
-    experiment = trained.experiment
+    """Another data set, asked of a trained run in the same way and from the same data folder.
+
+    Raises:
+        ConfigError: it is scored in another way than the run's own task.
+    """
+    experiment, own = trained.experiment, trained.task
     assert experiment.max_tokens is not None
-    return build_task(find_backbone(experiment.model), name, experiment.data, experiment.max_tokens)
+    task = build_task(find_backbone(experiment.model), name, experiment.data, experiment.max_tokens)
+    if task.kind != own.kind or (task.kind == "text" and task.classes != own.classes):
+        raise ConfigError(
+            f"data set {name}: found kind {task.kind!r} with {task.classes} classes, expected {own.kind!r} with "
+            f"{own.classes} as in {own.name}, which the run was trained on."
+        )
+    return task
 
 
 def _resolve(experiment: Experiment, backbone: Backbone) -> tuple[Experiment, Task]:
@@ -230,8 +239,8 @@ def _train(
     with ProgressBar(f"train {experiment.method}", disable=not progress) as bar:
         trainer = BayesTrainer(model, task=task, args=arguments, train_rows=rows, kl=kl, callbacks=[bar])
         trainer.remove_callback(PrinterCallback)
-        last = get_last_checkpoint(str(checkpoints)) if resume and checkpoints.is_dir() else None
-        trainer.train(resume_from_checkpoint=last)
+        last = last_complete(checkpoints) if resume else None
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
     if not experiment.checkpoint_steps:
         checkpoints.rmdir()
 

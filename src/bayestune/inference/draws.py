@@ -27,8 +27,7 @@ def draw(model: nn.Module, *, index: int = 0, seed: int = 0) -> Iterator[None]:
     Raises:
         DrawError: the model has no Gaussian adapter, or it is merged into the base weights.
     """
-    layers = sampled_layers(model)
-    with evaluation_mode(model), drawn_weights(_weights(layers, [index], seed, stacked=False)):
+    with evaluation_mode(model), drawn_weights(_weights(_named(model), [index], seed, stacked=False)):
         yield
 
 
@@ -76,15 +75,26 @@ def stacked_weights(model: nn.Module, indices: Sequence[int], seed: int) -> dict
     Raises:
         DrawError: as `sampled_layers`.
     """
-    return _weights(sampled_layers(model), indices, seed, stacked=True)
+    return _weights(_named(model), indices, seed, stacked=True)
+
+
+def _named(model: nn.Module) -> list[tuple[str, GaussianLinear]]:
+    """Every Gaussian layer with the name of its noise: the active adapters', and each other's as if it were active.
+
+    The others are reached by `adapter_names=[...]` or a `set_adapter` inside the draw.
+    """
+    active = sampled_layers(model)
+    seen = {id(layer) for layer in active.values()}
+    others = [m for m in model.modules() if isinstance(m, GaussianLinear) and id(m) not in seen]
+    return [*active.items(), *((layer.name, layer) for layer in others)]
 
 
 def _weights(
-    layers: dict[str, GaussianLinear], indices: Sequence[int], seed: int, *, stacked: bool
+    layers: Sequence[tuple[str, GaussianLinear]], indices: Sequence[int], seed: int, *, stacked: bool
 ) -> dict[GaussianLinear, Tensor]:
     weights = {}
     with torch.no_grad():
-        for name, layer in layers.items():
+        for name, layer in layers:
             noise = torch.stack([prediction_noise(seed, k, name, tuple(layer.weight.shape)) for k in indices])
             weights[layer] = layer.drawn(noise if stacked else noise[0])
     return weights

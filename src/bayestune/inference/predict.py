@@ -9,8 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from bayestune.adapters import GaussianLinear, drawn_weights
-from bayestune.errors import ConfigError, DataError
+from bayestune.adapters import GaussianLinear, drawn_weights, row_major_sizes
+from bayestune.errors import ConfigError, DataError, DrawError, PosteriorError
 from bayestune.inference.draws import evaluation_mode, stacked_weights
 from bayestune.tasks import AnyRow, Task
 
@@ -82,7 +82,8 @@ def predict(
     """Answer `rows` with `draws` draws of the posterior; ``draws=0`` answers with its mean.
 
     ``p(y|x) = 1/K sum_k softmax(logits(x; M + G^2 * noise(seed, k)))``. Draws are stacked in the batch and share the
-    base model's matrix products; how many at once is chosen from the free memory and halved when it runs out. Draw k
+    base model's matrix products: on a GPU as many at once as fit a quarter of the free memory, on a CPU as many as
+    keep a forward within `CPU_TOKENS`; halved when a GPU's memory runs out. Draw k
     is the same function whatever `draws`, `batch_size` and the other rows are. The model's modes, weights and the
     global random state are left as they were. Put ``torch.autocast`` around the call for half precision.
 
@@ -90,6 +91,7 @@ def predict(
         ConfigError: `draws` or `batch_size` out of range.
         DataError: no rows, or a row that cannot be scored; names the row.
         DrawError: draws were asked of a model without an (unmerged) Gaussian adapter.
+        PosteriorError: the model's logits are not finite; names the row.
     """
     if draws < 0 or batch_size < 1:
         raise ConfigError(f"predict: found draws={draws}, batch_size={batch_size}, expected at least 0 and 1.")
@@ -110,7 +112,7 @@ def predict(
                     half = len(places) // 2
                     todo[:0] = [places[:half], places[half:]]
                     continue
-                logits[:, places] = answer.double().cpu()
+                logits[:, places] = _finite(answer.double().cpu(), [rows[i].id for i in places])
                 bar.update(len(places))
     labels = [row.target for row in rows]
     return Prediction(
@@ -123,6 +125,18 @@ def predict(
     )
 
 
+def _finite(logits: Tensor, ids: Sequence[str]) -> Tensor:
+    """The logits [slices, rows, classes], or an error that names the first row without a usable answer."""
+    bad = (logits.isnan() | logits.isposinf()).any(-1) | logits.isneginf().all(-1)
+    if bad.any():
+        row = ids[int(bad.any(0).nonzero()[0, 0])]
+        raise PosteriorError(
+            f"predict: the logits of row {row!r} are not finite ({int(bad.any(0).sum())} such rows in its batch): "
+            "the adapter's weights, or the precision, are too large or too small for this model."
+        )
+    return logits
+
+
 def _answer_or_split(
     model: nn.Module, task: Task, batch: dict[str, Tensor], weights: Weights, slices: int
 ) -> Tensor | None:
@@ -133,6 +147,10 @@ def _answer_or_split(
     while True:
         try:
             return torch.cat([_stacked(model, task, batch, weights, part) for part in _parts(slices, at_once)])
+        except DrawError:
+            if at_once == 1:
+                raise
+            at_once = 1  # a layer that sees tokens first or relative positions cannot tell stacked draws apart
         except torch.OutOfMemoryError as error:
             if at_once > 1:
                 at_once = at_once // 2
@@ -154,7 +172,8 @@ def _stacked(model: nn.Module, task: Task, batch: dict[str, Tensor], weights: We
     count = part.stop - part.start
     repeated = {key: value.repeat(count, *[1] * (value.dim() - 1)) for key, value in batch.items()}
     drawn = {layer: weight[part] if count > 1 else weight[part.start] for layer, weight in weights.items()}
-    with drawn_weights(drawn):
+    sizes = row_major_sizes(tuple(repeated["input_ids"].shape), count) if count > 1 else None
+    with drawn_weights(drawn, sizes=sizes):
         return task.logits(model, repeated).unflatten(0, (count, -1))
 
 

@@ -179,7 +179,7 @@ def _tensors(folder: Path, data: bytes, manifest: dict[str, Any]) -> dict[str, T
         size = int.from_bytes(data[:8], "little")
         strict_json(data[8 : 8 + size], limit=len(data))  # refuses a key given twice, which safetensors does not
         tensors = safetensors.torch.load(data)
-    except (ValueError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise PosteriorError(f"{path} is not a safetensors file ({error}): restore the folder.") from error
     fault = tensor_fault(manifest["tensors"], describe(tensors)) or value_fault(tensors)
     if fault:

@@ -1,5 +1,7 @@
 """Rows of a task as a data set, and batches that know which rows they hold."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +16,7 @@ ROW = "bayestune_row"
 
 
 class Examples(Dataset[tuple[int, dict[str, Any]]]):
-    """Tokenised rows of a task, each with its number.
+    """Tokenised rows of a task, each with its number; `sha256` is that of their ids, tokens and labels.
 
     Raises:
         DataError: a row has no label, or the task cannot score it.
@@ -28,6 +30,8 @@ class Examples(Dataset[tuple[int, dict[str, Any]]]):
                 )
         self.ids = [row.id for row in rows]
         self._examples = [task.example(row) for row in rows]
+        content = json.dumps(self._examples, sort_keys=True)
+        self.sha256 = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
         self.lengths = [task.tokens(example) for example in self._examples]
 
     def __len__(self) -> int:

@@ -32,6 +32,13 @@ OPTIMIZER = "optimizer.safetensors"
 TRAINING = "training.json"
 
 
+def last_complete(folder: Path) -> Path | None:
+    """The newest checkpoint in `folder` that holds all its files: not one that a run died while writing."""
+    files = (ADAPTER, OPTIMIZER, TRAINING, "trainer_state.json", "rng_0.json", "rng_0.safetensors")
+    found = [path for path in folder.glob("checkpoint-*") if all((path / name).is_file() for name in files)]
+    return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+
+
 class SafeTrainer(Trainer):
     """`transformers.Trainer` for adapters, with every pickle of its checkpoints replaced.
 
@@ -50,6 +57,12 @@ class SafeTrainer(Trainer):
             "processes": args.world_size,
             "batch_size": args.per_device_train_batch_size,
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "learning_rate": args.learning_rate,
+            "lr_scheduler_type": str(args.lr_scheduler_type),
+            "warmup_steps": args.warmup_steps,
+            "weight_decay": args.weight_decay,
+            "max_grad_norm": args.max_grad_norm,
+            "bf16": args.bf16,
         }
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:

@@ -146,6 +146,8 @@ class KLCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         assert self._noise is not None
+        for layer in self._layers:
+            layer.noise = None  # a part of the model called alone must not train on old noise
         self._noise.step, self._noise.micro = state.global_step, 0
 
     def on_optimizer_step(

@@ -1,7 +1,6 @@
 """`BayesTrainer`: transformers' Trainer for a posterior over adapter weights (or plain LoRA, the MLE)."""
 
 import copy
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -42,7 +41,7 @@ class BayesTrainer(SafeTrainer):
         train_rows: default `task.rows("train")`.
         eval_rows: rows of `evaluate()`.
         kl: default the paper's: `paper_kl_weight` in cycles of `cycle_steps(rows, batch)` updates, rate 0.01.
-        train_draws: K, draws of the weights per row and update.
+        train_draws: K, draws of the weights per row and update (uncorrelated, but not independent, with flipout).
         callbacks: as in Trainer.
 
     Raises:
@@ -76,7 +75,7 @@ class BayesTrainer(SafeTrainer):
         train = Examples(task, task.rows("train") if train_rows is None else train_rows)
         if not len(train):
             raise DataError("found no training row, expected at least one.")
-        self._train_ids, self._train_lengths = train.ids, train.lengths
+        self._train_ids, self._train_lengths, self._train_sha256 = train.ids, train.lengths, train.sha256
         own: list[TrainerCallback] = []
         if self._gaussian:
             batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -218,7 +217,7 @@ class BayesTrainer(SafeTrainer):
             **super().course(),
             "train_draws": self.train_draws,
             "rows": len(self._train_ids),
-            "row_ids": hashlib.sha256("\n".join(self._train_ids).encode("utf-8", "surrogatepass")).hexdigest(),
+            "row_sha256": self._train_sha256,
         }
         if self.kl is not None:
             course["kl_cycle"], course["kl_learning_rate"] = self.kl.cycle, self.kl.learning_rate
