@@ -31,7 +31,7 @@ class Classes(Letters):
 
 
 def rows() -> list[Row]:
-    words = ("why is it", "where", "who was the first", "ab")
+    words = ("why is it so", "where is it?", "who was that", "what is this")
     return [Row(id=str(i), question=word, choices=("a", "b", "c", "d"), answer=0) for i, word in enumerate(words)]
 
 
@@ -40,6 +40,7 @@ def deberta() -> PeftModel:
     config = DebertaV2Config(
         vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=4,
         relative_attention=True, pos_att_type=["c2p", "p2c"], share_att_key=True, position_buckets=8,
+        initializer_range=0.5,
     )  # fmt: skip
     return get_peft_model(
         DebertaV2ForSequenceClassification(config).eval(), BlobConfig(target_modules=["query_proj", "value_proj"])
@@ -49,8 +50,8 @@ def deberta() -> PeftModel:
 def longformer() -> PeftModel:
     """Its projections see tokens first, [tokens, rows, n]."""
     config = LongformerConfig(
-        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=4,
-        attention_window=4, max_position_embeddings=66, pad_token_id=1,
+        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, num_labels=4,
+        attention_window=[4, 4], initializer_range=0.5, max_position_embeddings=66, pad_token_id=1,
     )  # fmt: skip
     model = LongformerForSequenceClassification(config).eval()
     return get_peft_model(model, BlobConfig(target_modules=["query", "value"]))
@@ -64,6 +65,7 @@ def test_S16_stacked_equals_a_loop_in_layers_that_do_not_see_rows_first(make: An
         model = make()
     scatter(model)
     answer = predict(model, Classes(), rows(), draws=4, batch_size=4)
+    assert (answer.draw_log_probs[0] - answer.draw_log_probs[1]).abs().max() > 1e-3
     for index in range(4):
         with draw(model, index=index):
             alone = predict(model, Classes(), rows(), draws=0, batch_size=4)
