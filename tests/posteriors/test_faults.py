@@ -14,8 +14,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GraniteConfig, GraniteForCausalLM, PreTrainedModel
 
+from bayestune.adapters import BlobConfig
 from bayestune.errors import PosteriorError
 from bayestune.posteriors import load_posterior, save_posterior
 from bayestune.posteriors.manifest import file_record, read_manifest, write_manifest
@@ -118,7 +119,7 @@ def _changed_config(**settings: Any) -> PreTrainedModel:
             lambda: _changed_config(rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
             "rope_theta.: 500000.0",
         ),
-        (lambda: LLAMA.build(attention_bias=True), "has a parameter 'model.layers.0.self_attn.k_proj.bias'"),
+        (lambda: LLAMA.build(attention_bias=True), "found attention_bias=True, expected False"),
         (QWEN2.build, "found a Qwen2ForCausalLM, expected a LlamaForCausalLM"),
         (BERT.build, "found a BertForSequenceClassification, expected a LlamaForCausalLM"),
     ],
@@ -506,3 +507,21 @@ def test_an_architecture_is_known_by_every_kind_of_base(tmp_path: Path) -> None:
         save_posterior(blob(architecture), path)
         load_posterior(architecture.build(), path)
         refused(path, "parameters have other values", architecture.build(3))
+
+
+def test_P6_same_weights_in_another_function_are_refused(tmp_path: Path) -> None:
+    """A logit scale is no weight, and yet another model."""
+    scaled = [GraniteConfig(**_GRANITE, logits_scaling=scale) for scale in (1.0, 16.0)]
+    bases = []
+    for config in scaled:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            bases.append(GraniteForCausalLM(config))
+    save_posterior(get_peft_model(bases[0], BlobConfig(target_modules=["q_proj"])), tmp_path / "posterior")
+    with pytest.raises(PosteriorError, match="logits_scaling=16.0, expected 1.0"):
+        load_posterior(bases[1], tmp_path / "posterior")
+
+
+_GRANITE: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+}  # fmt: skip

@@ -13,15 +13,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 SAMPLES = 64
-_SETTINGS = (
-    ("model_type", "vocab_size", "type_vocab_size", "tie_word_embeddings", "is_encoder_decoder")
-    + ("hidden_size", "n_embd", "d_model", "d_kv", "head_dim", "intermediate_size", "n_inner", "d_ff")
-    + ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers")
-    + ("num_attention_heads", "n_head", "num_heads", "num_key_value_heads", "num_experts", "num_experts_per_tok")
-    + ("hidden_act", "hidden_activation", "activation_function", "feed_forward_proj")
-    + ("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "max_position_embeddings", "n_positions")
-    + ("rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "relative_attention_num_buckets")
+# Settings that do not change what given weights compute. All others count: a list of those that do would miss the next
+# architecture's logit scales or soft caps.
+_IRRELEVANT = frozenset(
+    ("_name_or_path", "_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "architectures")
+    + ("auto_map", "transformers_version", "dtype", "torch_dtype", "quantization_config", "use_cache", "torchscript")
+    + ("task_specific_params", "output_attentions", "output_hidden_states", "return_dict", "gradient_checkpointing")
+    + ("pruned_heads", "id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "initializer_range")
+    + ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id", "tokenizer_class")
+    + ("chunk_size_feed_forward",)
 )
+# Named first where several settings differ, since the others follow from them.
+_FIRST = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
 def fingerprint(model: nn.Module, *, heads: Collection[str] = ()) -> dict[str, Any]:
@@ -48,8 +51,13 @@ def fingerprint(model: nn.Module, *, heads: Collection[str] = ()) -> dict[str, A
 def settings(base: nn.Module) -> dict[str, Any]:
     """The part of `fingerprint` that needs no weights: ``architecture`` and ``config``."""
     config = base.config.to_dict() if isinstance(base, PreTrainedModel) else {}
-    shaping = {name: config[name] for name in _SETTINGS if name in config}
-    return {"architecture": type(base).__name__, "config": json.loads(json.dumps(shaping, default=str))}
+    return {"architecture": type(base).__name__, "config": json.loads(json.dumps(_relevant(config), default=str))}
+
+
+def _relevant(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that count, of nested configurations too."""
+    kept = {name: value for name, value in config.items() if name not in _IRRELEVANT and "drop" not in name}
+    return {name: _relevant(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
 def settings_difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
@@ -59,7 +67,8 @@ def settings_difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -
     """
     if found["architecture"] != expected["architecture"]:
         return f"found a {found['architecture']}, expected a {expected['architecture']}"
-    for name in (name for name in _SETTINGS if name in expected["config"] and name in found["config"]):
+    shared = expected["config"].keys() & found["config"].keys()
+    for name in (*(name for name in _FIRST if name in shared), *sorted(shared)):
         if found["config"][name] != expected["config"][name]:
             return f"found {name}={found['config'][name]!r}, expected {expected['config'][name]!r}"
     return None
