@@ -197,7 +197,7 @@ def _rowwise_linear(x: Tensor, weight: Tensor) -> Tensor:
     return torch.matmul(grouped, weight.transpose(1, 2)).reshape(*x.shape[:-1], weight.shape[1])
 
 
-def _at_least_float32(parameter: nn.Parameter) -> nn.Parameter:
-    if parameter.dtype in (torch.float32, torch.float64):
+def _at_least_float32(parameter: Tensor) -> nn.Parameter:
+    if isinstance(parameter, nn.Parameter) and parameter.dtype in (torch.float32, torch.float64):
         return parameter
     return nn.Parameter(parameter.detach().float(), requires_grad=parameter.requires_grad)

@@ -18,7 +18,7 @@ def _add_member() -> PeftType:
         )
     member = str.__new__(PeftType, _NAME)
     member._name_ = member._value_ = _NAME
-    member._sort_order_ = len(PeftType.__members__)
+    object.__setattr__(member, "_sort_order_", len(PeftType.__members__))
     PeftType._member_names_.append(_NAME)
     PeftType._member_map_[_NAME] = member
     PeftType._value2member_map_[_NAME] = member

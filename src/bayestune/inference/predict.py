@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -186,6 +187,7 @@ def _draws_at_once(model: nn.Module, batch: dict[str, Tensor], weights: Weights)
     if device.type != "cuda":
         return max(1, CPU_TOKENS // tokens)
     free, _ = torch.cuda.mem_get_info(device)
-    hidden = model.config.get_text_config().hidden_size
+    config: Any = model.config
+    hidden = config.get_text_config().hidden_size
     # One layer's activations at a time: about 24 hidden vectors a token (attention, the widest of the MLP, copies).
     return max(1, int(free / 4 / (24 * hidden * 4 * tokens)))
