@@ -65,10 +65,11 @@ def real_table() -> str:
 
 
 def spread(values: Iterable[float]) -> str:
-    """Mean ± standard deviation (n - 1)."""
+    """Mean ± standard deviation (n - 1); the value alone where there is one."""
     values = list(values)
-    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
-    return f"{statistics.mean(values):.3f} ± {deviation:.3f}"
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 
 def load(group: str) -> list[dict[str, Any]]:
