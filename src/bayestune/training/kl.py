@@ -108,6 +108,8 @@ class KLCallback(TrainerCallback):
     """
 
     def __init__(self, settings: KLSettings) -> None:
+        if not isinstance(settings, KLSettings):
+            raise ConfigError(f"KLCallback: found a {type(settings).__name__}, expected KLSettings(cycle=...).")
         self.settings = settings
         self._layers: list[GaussianLinear] = []
         self._noise: TrainingNoise | None = None
