@@ -11,7 +11,8 @@ from peft.tuners.lora import LoraLayer
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, PreTrainedModel, TorchAoConfig
 
 from bayestune.adapters import drawn_weights, gaussian_layers, training_noise
-from bayestune.inference.draws import draw, stacked_weights
+from bayestune.inference.draws import draw
+from bayestune.posteriors.variational import stacked_weights
 from models import LLAMA, adapter_state, assert_same, logits, scatter
 
 # 4-bit blocks hold 64 weights

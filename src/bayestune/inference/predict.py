@@ -3,22 +3,17 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from bayestune.adapters import GaussianLinear, drawn_weights, row_major_sizes
 from bayestune.errors import ConfigError, DataError, DrawError, PosteriorError
-from bayestune.inference.draws import evaluation_mode, stacked_weights
+from bayestune.inference.draws import evaluation_mode
+from bayestune.posteriors.base import Posterior, Sampler
+from bayestune.posteriors.variational import StackedDraws
 from bayestune.tasks import AnyRow, Task
-
-CPU_TOKENS = 2048
-"""Tokens of one stacked forward on a CPU: beyond the cache, stacking draws no longer pays."""
-
-Weights = dict[GaussianLinear, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +66,7 @@ class Prediction:
 
 
 def predict(
-    model: nn.Module,
+    model: nn.Module | Posterior,
     task: Task,
     rows: Sequence[AnyRow],
     *,
@@ -82,16 +77,17 @@ def predict(
 ) -> Prediction:
     """Answer `rows` with `draws` draws of the posterior; ``draws=0`` answers with its mean.
 
-    ``p(y|x) = 1/K sum_k softmax(logits(x; M + G^2 * noise(seed, k)))``. Draws are stacked in the batch and share the
-    base model's matrix products: on a GPU as many at once as fit a quarter of the free memory, on a CPU as many as
-    keep a forward within `CPU_TOKENS`; halved when a GPU's memory runs out. Draw k
-    is the same function whatever `draws`, `batch_size` and the other rows are. The model's modes, weights and the
-    global random state are left as they were. Put ``torch.autocast`` around the call for half precision.
+    ``p(y|x) = 1/K sum_k softmax(logits(x; theta_k) / T)`` with theta_k the draw (`seed`, k) and T the posterior's
+    temperature. A model with a BLOB adapter is its own posterior: its draws are stacked in the batch and share the
+    base model's matrix products, on a GPU as many at once as fit a quarter of the free memory, on a CPU as many as
+    keep a forward within 2048 tokens; halved when a GPU's memory runs out. Draw k is the same function whatever
+    `draws`, `batch_size` and the other rows are. The model's modes, weights and the global random state are left as
+    they were. Put ``torch.autocast`` around the call for half precision.
 
     Raises:
         ConfigError: `draws` or `batch_size` out of range.
         DataError: no rows, or a row that cannot be scored; names the row.
-        DrawError: draws were asked of a model without an (unmerged) Gaussian adapter.
+        DrawError: the posterior has no such draws, as a model without an (unmerged) Gaussian adapter has none.
         PosteriorError: the model's logits are not finite; names the row.
     """
     if draws < 0 or batch_size < 1:
@@ -100,25 +96,34 @@ def predict(
         raise DataError("predict: found no rows, expected at least one.")
     examples = [task.example(row) for row in rows]
     longest_first = sorted(range(len(rows)), key=lambda i: -task.tokens(examples[i]))
-    logits = torch.empty(max(draws, 1), len(rows), task.classes, dtype=torch.float64)
-    with evaluation_mode(model), torch.inference_mode():
-        weights = stacked_weights(model, range(draws), seed) if draws else {}
-        todo = [longest_first[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-        with tqdm(total=len(rows), desc="predict", unit="row", disable=not progress) as bar:
+    todo = [longest_first[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    module, temperature = (model.model, model.temperature) if isinstance(model, Posterior) else (model, 1.0)
+    device = next(module.parameters()).device
+    with evaluation_mode(module):
+        sampler = (
+            model.sampler(draws=draws, seed=seed)
+            if isinstance(model, Posterior)
+            else StackedDraws(module, draws=draws, seed=seed)
+        )
+        logits = torch.empty(sampler.slices, len(rows), task.classes, dtype=torch.float64)
+        with (
+            torch.inference_mode(not sampler.gradients),
+            tqdm(total=len(rows), desc="predict", unit="row", disable=not progress) as bar,
+        ):
             while todo:
                 places = todo.pop(0)
-                batch = task.collate([examples[i] for i in places])
-                answer = _answer_or_split(model, task, batch, weights, len(logits))
+                batch = {key: t.to(device) for key, t in task.collate([examples[i] for i in places]).items()}
+                answer = _answer_or_split(sampler, task, batch)
                 if answer is None:
                     half = len(places) // 2
                     todo[:0] = [places[:half], places[half:]]
                     continue
-                logits[:, places] = _finite(answer.double().cpu(), [rows[i].id for i in places])
+                logits[:, places] = _finite(answer.detach().double().cpu(), [rows[i].id for i in places])
                 bar.update(len(places))
     labels = [row.target for row in rows]
     return Prediction(
         ids=tuple(row.id for row in rows),
-        draw_log_probs=logits.log_softmax(-1),
+        draw_log_probs=(logits / temperature).log_softmax(-1),
         labels=None if None in labels else torch.tensor(labels),
         draws=draws,
         seed=seed,
@@ -138,16 +143,12 @@ def _finite(logits: Tensor, ids: Sequence[str]) -> Tensor:
     return logits
 
 
-def _answer_or_split(
-    model: nn.Module, task: Task, batch: dict[str, Tensor], weights: Weights, slices: int
-) -> Tensor | None:
+def _answer_or_split(sampler: Sampler, task: Task, batch: dict[str, Tensor]) -> Tensor | None:
     """Logits [slices, rows, classes] of one batch; None if it has to be split because memory ran out at one draw."""
-    device = next(model.parameters()).device
-    batch = {key: value.to(device) for key, value in batch.items()}
-    at_once = 1 if slices == 1 else min(slices, _draws_at_once(model, batch, weights))
+    at_once = min(sampler.slices, sampler.at_once(batch))
     while True:
         try:
-            return torch.cat([_stacked(model, task, batch, weights, part) for part in _parts(slices, at_once)])
+            return torch.cat([sampler.logits(task, batch, part) for part in _parts(sampler.slices, at_once)])
         except DrawError:
             if at_once == 1:
                 raise
@@ -155,39 +156,14 @@ def _answer_or_split(
         except torch.OutOfMemoryError as error:
             if at_once > 1:
                 at_once = at_once // 2
-            elif len(next(iter(batch.values()))) > 1:
+            elif len(batch["input_ids"]) > 1:
                 return None
             else:
                 raise torch.OutOfMemoryError(
-                    f"predict: one row at one draw does not fit into the memory of {device} "
+                    f"predict: one row at one draw does not fit into the memory of {batch['input_ids'].device} "
                     f"({batch['input_ids'].numel()} tokens): use a larger device or shorter rows."
                 ) from error
 
 
-def _parts(draws: int, at_once: int) -> Iterator[slice]:
-    return (slice(start, min(start + at_once, draws)) for start in range(0, draws, at_once))
-
-
-def _stacked(model: nn.Module, task: Task, batch: dict[str, Tensor], weights: Weights, part: slice) -> Tensor:
-    """Logits [draws of `part`, rows, classes] in one forward: the rows repeated, the draw outermost."""
-    count = part.stop - part.start
-    repeated = {key: value.repeat(count, *[1] * (value.dim() - 1)) for key, value in batch.items()}
-    drawn = {layer: weight[part] if count > 1 else weight[part.start] for layer, weight in weights.items()}
-    sizes = row_major_sizes(tuple(repeated["input_ids"].shape), count) if count > 1 else None
-    with drawn_weights(drawn, sizes=sizes):
-        return task.logits(model, repeated).unflatten(0, (count, -1))
-
-
-def _draws_at_once(model: nn.Module, batch: dict[str, Tensor], weights: Weights) -> int:
-    """How many draws to stack: all that fit a quarter of the free memory; one where experts see a choice of tokens."""
-    if any(layer.routed for layer in weights):
-        return 1
-    tokens = batch["input_ids"].numel()
-    device = batch["input_ids"].device
-    if device.type != "cuda":
-        return max(1, CPU_TOKENS // tokens)
-    free, _ = torch.cuda.mem_get_info(device)
-    config: Any = model.config
-    hidden = config.get_text_config().hidden_size
-    # One layer's activations at a time: about 24 hidden vectors a token (attention, the widest of the MLP, copies).
-    return max(1, int(free / 4 / (24 * hidden * 4 * tokens)))
+def _parts(draws: int, at_once: int) -> Iterator[range]:
+    return (range(start, min(start + at_once, draws)) for start in range(0, draws, at_once))

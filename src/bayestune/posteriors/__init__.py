@@ -1,4 +1,8 @@
-"""Posteriors: distributions over adapter weights, and the folders that keep them."""
+"""Posteriors: distributions over adapter weights, how they are obtained, and the folders that keep them."""
 
+from bayestune.posteriors.base import Posterior as Posterior
+from bayestune.posteriors.base import Sampler as Sampler
+from bayestune.posteriors.point import Point as Point
 from bayestune.posteriors.storage import load_posterior as load_posterior
 from bayestune.posteriors.storage import save_posterior as save_posterior
+from bayestune.posteriors.variational import Variational as Variational
