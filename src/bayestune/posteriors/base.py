@@ -50,20 +50,17 @@ class Posterior(ABC):
     Attributes:
         kind: what the manifest of its folder calls it.
         model: the model with the adapter at the mean (the mode, or the first member), in evaluation mode.
+        default_draws: draws of a prediction when none are asked for.
         temperature: T; every draw answers with ``softmax(logits / T)``. 1 unless `fit_temperature` set it.
     """
 
     kind: ClassVar[str]
+    default_draws: int
     model: PeftModel
     temperature: float
 
     def __init__(self, model: PeftModel, *, temperature: float = 1.0) -> None:
         self.model, self.temperature = model, temperature
-
-    @property
-    @abstractmethod
-    def default_draws(self) -> int:
-        """Draws of a prediction when none are asked for."""
 
     @abstractmethod
     def sampler(self, *, draws: int, seed: int) -> Sampler:
