@@ -36,6 +36,8 @@ CASES = {
     ),
     "rslora_float64": Case(architecture=LLAMA, settings={"use_rslora": True, "r": 3}, dtype=torch.float64),
     "float64": Case(architecture=GPT2, dtype=torch.float64),
+    "gaussian_ab": Case(architecture=LLAMA, settings={"distribution": "gaussian_ab"}),
+    "dropout": Case(architecture=GPT2, settings={"distribution": "dropout", "lora_dropout": 0.3}),
     "regex": Case(architecture=LLAMA, settings={"target_modules": r".*\.1\.self_attn\.(q|o)_proj"}),
     "some_layers": Case(architecture=QWEN2, settings={"target_modules": ["q_proj"], "layers_to_transform": [1]}),
     "several": Case(architecture=LLAMA, adapters=("default", "default2", "ad")),

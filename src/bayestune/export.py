@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bayestune.adapters import GaussianLinear
+from bayestune.adapters import RandomLinear
 from bayestune.errors import ConfigError
 from bayestune.functional import prediction_noise
 from bayestune.posteriors.folder import new_folder
@@ -34,10 +34,10 @@ def export_lora(
 ) -> list[Path]:
     """Write the mean and `draws` draws of the active adapter as plain LoRA folders under `path`.
 
-    Draw k is ``A = M + G^2 * noise(seed, k, layer)``, the very weights of ``draw(model, index=k, seed=seed)``; B is
-    that of the posterior. The rank-stabilised scale alpha/sqrt(r) is folded into B (times sqrt(r)), so that programs
-    that know only alpha/r agree. The seed and the index are in the header of each safetensors file, the hashes in the
-    manifest beside the folders. The whole of `path` appears at once or not at all.
+    Draw k is ``A = M + G^2 * noise(seed, k, layer)``, the very weights of ``draw(model, index=k, seed=seed)``; B,
+    unless it is random too, is that of the posterior. The rank-stabilised scale alpha/sqrt(r) is folded into B (times
+    sqrt(r)), so that programs that know only alpha/r agree. The seed and the index are in the header of each
+    safetensors file, the hashes in the manifest beside the folders. The whole of `path` appears at once or not at all.
 
     Args:
         model: a PeftModel with one active adapter; of plain LoRA only the mean (``draws=0``) can be exported.
@@ -84,13 +84,14 @@ def export_lora(
 
 def _plain_tensors(model: PeftModel, adapter: str, seed: int, index: int | None) -> dict[str, Tensor]:
     """The tensors of the mean (`index` None) or of one draw, by their keys in a LoRA file."""
-    tensors = {key: t for key, t in adapter_tensors(model, adapter).items() if not key.endswith(".lora_A.rho")}
+    tensors = {key: t for key, t in adapter_tensors(model, adapter).items() if not key.endswith(".rho")}
     rank_stabilised = adapter_config(model, adapter).use_rslora
     for path, layer in lora_layers(model, adapter).items():
-        gaussian = layer.lora_A[adapter] if adapter in layer.lora_A else None
-        if index is not None and isinstance(gaussian, GaussianLinear):
-            noise = prediction_noise(seed, index, gaussian.name, tuple(gaussian.weight.shape))
-            tensors[f"base_model.model.{path}.lora_A.weight"] = gaussian.drawn(noise).detach()
+        for part, matrices in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+            random = matrices[adapter] if adapter in matrices else None
+            if index is not None and isinstance(random, RandomLinear):
+                noise = prediction_noise(seed, index, random.name, tuple(random.weight.shape))
+                tensors[f"base_model.model.{path}.{part}.weight"] = random.drawn(noise).detach()
         for key in (f"base_model.model.{path}.lora_B.weight", f"base_model.model.{path}.lora_embedding_B"):
             if rank_stabilised and key in tensors:
                 tensors[key] = tensors[key] * math.sqrt(layer.r[adapter])

@@ -343,5 +343,5 @@ def test_noise_needs_a_tensor_or_a_number_of_rows() -> None:
     model = bayesian_sum()
     with pytest.raises(DrawError, match="number of rows"):
         model("text")
-    with pytest.raises(DrawError, match="no Gaussian adapter"):
+    with pytest.raises(DrawError, match="no random adapter"):
         training_noise(Sum(2, 2))

@@ -35,7 +35,7 @@ AUTO = {
 def plain_lora(model: PeftModel, base: nn.Module) -> PeftModel:
     """PEFT's own LoRA with the same settings, A = M and the same B: what the mean must equal."""
     settings = model.peft_config["default"].to_dict()
-    for name in ("peft_type", "prior_std", "rho_init", "estimator", "peft_version", "inference_mode"):
+    for name in ("peft_type", "prior_std", "rho_init", "estimator", "distribution", "peft_version", "inference_mode"):
         settings.pop(name)
     plain = get_peft_model(base, LoraConfig(**settings))
     result = plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.endswith(".rho")})

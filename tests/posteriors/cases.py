@@ -67,6 +67,8 @@ CASES = {
         settings={"rank_pattern": {"layers.0.self_attn.q_proj": 2, "v_proj": 3}, "alpha_pattern": {"q_proj": 5}},
     ),
     "rslora": Case(architecture=GPT2, settings={"use_rslora": True, "r": 3}),
+    "gaussian_ab": Case(architecture=LLAMA, settings={"distribution": "gaussian_ab"}),
+    "dropout": Case(architecture=GPT2, settings={"distribution": "dropout", "lora_dropout": 0.3}),
     "regex": Case(architecture=LLAMA, settings={"target_modules": r".*\.1\.self_attn\.(q|o)_proj"}),
     "some_layers": Case(architecture=QWEN2, settings={"target_modules": ["q_proj"], "layers_to_transform": [1]}),
     "all_linear": Case(architecture=LLAMA, settings={"target_modules": "all-linear"}),

@@ -1,4 +1,4 @@
-"""`BlobConfig`: LoRA's own settings and the three of a Gaussian posterior."""
+"""`BlobConfig`: LoRA's own settings and those of a posterior over its matrices."""
 
 import os
 from dataclasses import dataclass, field
@@ -11,6 +11,7 @@ from bayestune.adapters.registration import BLOB
 from bayestune.errors import ConfigError
 
 Estimator = Literal["independent", "flipout", "flipout_token"]
+Distribution = Literal["gaussian_a", "gaussian_ab", "dropout"]
 
 # What would make another forward than lora_B(lora_A(x)), or change the base weights under the posterior.
 _REFUSED = {
@@ -33,7 +34,10 @@ _INITS = (True, False, "gaussian", "orthogonal")
 class BlobConfig(LoraConfig):
     """Configuration of a BLoB adapter: everything `peft.LoraConfig` has, and the posterior over A.
 
-    ``q(A_ij) = N(M_ij, G_ij^4)``, prior ``N(0, prior_std^2)`` (BLoB, arXiv 2406.11675). B stays a point.
+    `distribution` "gaussian_a", BLoB (arXiv 2406.11675): ``q(A_ij) = N(M_ij, G_ij^4)``, prior ``N(0, prior_std^2)``;
+    B stays a point. "gaussian_ab", Bayes by backprop (arXiv 1505.05424) on both matrices: B likewise, its mean
+    starting at 0. "dropout", MC dropout (arXiv 1506.02142): ``A = M diag(z) / (1 - p)`` with masks z of p =
+    `lora_dropout`, one a draw; there is no prior and no KL.
 
     Raises:
         ConfigError: a value out of range, or a LoRA option under which the posterior could not be right.
@@ -51,6 +55,13 @@ class BlobConfig(LoraConfig):
             "forward are not one draw."
         },
     )
+    distribution: Distribution = field(
+        default="gaussian_a",
+        metadata={
+            "help": "What is random: 'gaussian_a', A (BLoB); 'gaussian_ab', A and B (Bayes by backprop); 'dropout', "
+            "the inputs of A that a draw keeps (MC dropout, with probability lora_dropout of losing each)."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,6 +74,11 @@ class BlobConfig(LoraConfig):
             raise ConfigError(
                 f"BlobConfig estimator: found {self.estimator!r}, expected one of {get_args(Estimator)}."
             )
+        if self.distribution not in get_args(Distribution):
+            raise ConfigError(
+                f"BlobConfig distribution: found {self.distribution!r}, expected one of {get_args(Distribution)}."
+            )
+        self._check_distribution()
         for name, reason in _REFUSED.items():
             if getattr(self, name):
                 raise ConfigError(
@@ -72,6 +88,22 @@ class BlobConfig(LoraConfig):
             raise ConfigError(
                 f"BlobConfig init_lora_weights: found {self.init_lora_weights!r}, expected one of {_INITS}; "
                 "the others change the base weights or replace A after the posterior is made."
+            )
+
+    def _check_distribution(self) -> None:
+        if self.distribution == "gaussian_ab" and self.lora_bias:
+            raise ConfigError("BlobConfig lora_bias: found True, expected False where B is random (gaussian_ab).")
+        if self.distribution != "dropout":
+            return
+        if not 0 < self.lora_dropout < 1:
+            raise ConfigError(
+                f"BlobConfig lora_dropout: found {self.lora_dropout!r}, expected a probability between 0 and 1, the "
+                "only spread that distribution='dropout' has."
+            )
+        if self.estimator != "independent":
+            raise ConfigError(
+                f"BlobConfig estimator: found {self.estimator!r}, expected 'independent' for distribution='dropout': "
+                "flipping signs needs noise that is symmetric."
             )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""`BlobModel`: PEFT's LoRA model with Gaussian A matrices. The only file that uses PEFT's private injection hook."""
+"""`BlobModel`: PEFT's LoRA model with random A matrices. The only file that uses PEFT's private injection hook."""
 
 from typing import Any
 
@@ -8,8 +8,10 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from bayestune.adapters.config import BlobConfig
-from bayestune.adapters.gaussian import FullPrecisionLinear, GaussianLinear
+from bayestune.adapters.dropout import DropoutLinear
+from bayestune.adapters.gaussian import GaussianLinear
 from bayestune.adapters.noise import TrainingNoise, find_clock
+from bayestune.adapters.random import FullPrecisionLinear, RandomLinear
 from bayestune.errors import ConfigError
 
 # The last is the `out_proj` of nn.MultiheadAttention, which reads its weight and never calls it.
@@ -17,7 +19,7 @@ _NOT_LINEAR = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttent
 
 
 class BlobModel(LoraModel):
-    """A LoRA model whose ``lora_A[adapter]`` is a `GaussianLinear`; B is kept in float32 beside it.
+    """A LoRA model whose ``lora_A[adapter]`` is a `RandomLinear`; B is kept in float32 beside it.
 
     Every PEFT layer type calls ``lora_B(lora_A(dropout(x)))``, so one module serves plain and quantised bases alike.
 
@@ -43,7 +45,7 @@ class BlobModel(LoraModel):
         clock = find_clock(self.model)
         if clock is None or clock.estimator == config.estimator:
             return
-        if any(isinstance(module, GaussianLinear) for module in self.model.modules()):
+        if any(isinstance(module, RandomLinear) for module in self.model.modules()):
             raise ConfigError(
                 f"the adapters of one model share their training noise: found estimator={config.estimator!r}, "
                 f"expected {clock.estimator!r} as in the adapter already there."
@@ -65,12 +67,12 @@ class BlobModel(LoraModel):
         linear = layer.lora_A[adapter_name] if adapter_name in layer.lora_A else None
         if not isinstance(linear, nn.Linear) or isinstance(layer, MultiheadAttention | ParamWrapper):
             raise _not_linear(current_key, layer.get_base_layer())
-        gaussian = GaussianLinear.from_linear(
-            linear, name=current_key, prior_std=lora_config.prior_std, rho_init=lora_config.rho_init
-        )
+        a, b = _matrices(linear, layer.lora_B[adapter_name], lora_config, current_key)
         # In the mode of the model around it: PEFT makes new layers in training mode, also on a model in evaluation.
-        layer.lora_A[adapter_name] = gaussian.train(self.model.training)
-        layer.lora_B[adapter_name] = FullPrecisionLinear.taking_over(layer.lora_B[adapter_name])
+        layer.lora_A[adapter_name] = a.train(self.model.training)
+        layer.lora_B[adapter_name] = b.train(self.model.training)
+        if lora_config.distribution == "dropout":
+            layer.lora_dropout[adapter_name] = nn.Identity()  # A itself is under the masks
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refused: a weighted sum of Gaussians has variances that PEFT would not carry over."""
@@ -78,6 +80,17 @@ class BlobModel(LoraModel):
             "add_weighted_adapter would drop the variances of a BLOB adapter: "
             "export means or draws with export_lora and combine those."
         )
+
+
+def _matrices(a: nn.Linear, b: nn.Linear, config: BlobConfig, name: str) -> tuple[nn.Linear, nn.Linear]:
+    """A and B of the adapted layer `name`, random as `config` says."""
+    if config.distribution == "dropout":
+        return DropoutLinear.from_linear(a, name=name, p=config.lora_dropout), FullPrecisionLinear.taking_over(b)
+    settings = {"prior_std": config.prior_std, "rho_init": config.rho_init}
+    gaussian = GaussianLinear.from_linear(a, name=name, **settings)
+    if config.distribution == "gaussian_a":
+        return gaussian, FullPrecisionLinear.taking_over(b)
+    return gaussian, GaussianLinear.from_linear(b, name=f"{name}.lora_B", **settings)
 
 
 def _not_linear(key: str, module: nn.Module) -> ConfigError:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from bayestune.adapters.config import Estimator
-from bayestune.adapters.gaussian import GaussianLinear, LayerNoise, row_major_sizes
-from bayestune.adapters.layers import gaussian_layers, is_disabled, is_merged
+from bayestune.adapters.layers import is_disabled, is_merged, random_layers
+from bayestune.adapters.random import LayerNoise, RandomLinear, row_major_sizes
 from bayestune.errors import DrawError
 from bayestune.functional import derive_seed, training_generator
 
@@ -18,7 +18,7 @@ from bayestune.functional import derive_seed, training_generator
 class TrainingNoise:
     """The clock of one model's training noise.
 
-    Before every forward in training mode each active Gaussian layer receives noise that is a pure function of
+    Before every forward in training mode each active random layer receives noise that is a pure function of
     (`seed`, `step`, `micro`, `rank`, its place among the layers); then `micro` advances by one. A trainer sets `seed`
     and `rank` once and (`step`, `micro` = 0) at the start of every update, which makes a resumed run exact. A forward
     with the adapters disabled is that of the base model and counts for nothing.
@@ -43,7 +43,7 @@ class TrainingNoise:
         """Forward pre-hook of the base model."""
         if not module.training or is_disabled(module):
             return
-        layers = gaussian_layers(module)
+        layers = random_layers(module)
         if not layers:
             return
         if is_merged(module):
@@ -66,13 +66,13 @@ def training_noise(model: nn.Module) -> TrainingNoise:
     """The clock of `model`'s training noise.
 
     Raises:
-        DrawError: the model has no Gaussian layer, so it has no such clock.
+        DrawError: the model has no random layer, so it has no such clock.
     """
     for module in model.modules():
         clock = find_clock(module)
         if clock is not None:
             return clock
-    raise DrawError("this model has no Gaussian adapter: make it with get_peft_model(base, BlobConfig(...)).")
+    raise DrawError("this model has no random adapter: make it with get_peft_model(base, BlobConfig(...)).")
 
 
 def find_clock(base: nn.Module) -> TrainingNoise | None:
@@ -87,7 +87,7 @@ def _input_shape(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int,
     raise DrawError("the model was called without a tensor, so the number of rows is unknown: pass one.")
 
 
-def _normal(layers: Mapping[str, GaussianLinear], rows: int, key: tuple[int, int, int, int]) -> dict[str, Tensor]:
+def _normal(layers: Mapping[str, RandomLinear], rows: int, key: tuple[int, int, int, int]) -> dict[str, Tensor]:
     """Standard normal noise [rows, r, n] for every layer, from one generator call a device."""
     noise: dict[str, Tensor] = {}
     for place, (device, names) in enumerate(_by_device(layers).items()):
@@ -99,7 +99,7 @@ def _normal(layers: Mapping[str, GaussianLinear], rows: int, key: tuple[int, int
     return noise
 
 
-def _flipout(layers: Mapping[str, GaussianLinear], rows: int, key: tuple[int, int, int, int]) -> dict[str, Tensor]:
+def _flipout(layers: Mapping[str, RandomLinear], rows: int, key: tuple[int, int, int, int]) -> dict[str, Tensor]:
     """``t u^T * E``: one normal E a batch, signs u [rows, n] and t [rows, r] a row (Wen et al. 2018, equation 4)."""
     shared = _normal(layers, 1, key)
     noise: dict[str, Tensor] = {}
@@ -114,7 +114,7 @@ def _flipout(layers: Mapping[str, GaussianLinear], rows: int, key: tuple[int, in
     return noise
 
 
-def _by_device(layers: Mapping[str, GaussianLinear]) -> dict[torch.device, list[str]]:
+def _by_device(layers: Mapping[str, RandomLinear]) -> dict[torch.device, list[str]]:
     groups: dict[torch.device, list[str]] = {}
     for name, layer in layers.items():
         groups.setdefault(layer.weight.device, []).append(name)

@@ -49,6 +49,7 @@ _FREE: dict[str, tuple[type, ...]] = {
     "prior_std": _NUMBER,
     "rho_init": _NUMBER,
     "estimator": (str,),
+    "distribution": (str,),
 }
 _INITS = (True, False, "gaussian", "orthogonal")  # the others change the base weights
 
@@ -138,7 +139,7 @@ def value_fault(tensors: Mapping[str, Tensor]) -> str | None:
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             return f"tensor {key!r} holds NaN or infinite values"
-        if key.endswith(".lora_A.rho") and not torch.all(tensor != 0):
+        if key.endswith((".lora_A.rho", ".lora_B.rho")) and not torch.all(tensor != 0):
             return f"tensor {key!r} holds zeros, a standard deviation of 0: expected |rho| > 0"
     return None
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bayestune.adapters import GaussianLinear, drawn_weights, gaussian_layers, is_merged, row_major_sizes
+from bayestune.adapters import RandomLinear, drawn_weights, is_merged, random_layers, row_major_sizes
 from bayestune.errors import DrawError
 from bayestune.functional import prediction_noise
 from bayestune.posteriors.base import Posterior, Sampler
@@ -21,7 +21,10 @@ CPU_TOKENS = 2048
 
 
 class Variational(Posterior):
-    """The distribution that a BLOB adapter holds: ``A = M + G^2 * noise(seed, k, layer)`` (BLoB, arXiv 2406.11675)."""
+    """The distribution that a BLOB adapter holds: draw k has the weights ``layer.drawn(noise(seed, k, layer.name))``.
+
+    For BLoB (arXiv 2406.11675) these are ``A = M + G^2 * noise``.
+    """
 
     kind = "blob"
     default_draws = 10
@@ -31,7 +34,7 @@ class Variational(Posterior):
 
 
 class StackedDraws(Sampler):
-    """Draws of every Gaussian layer of `model`, [draws, r, n] each; with ``draws=0`` the mean, of any model.
+    """Draws of every random layer of `model`, [draws, r, n] each; with ``draws=0`` the mean, of any model.
 
     Raises:
         DrawError: draws were asked of a model without an (unmerged) Gaussian adapter.
@@ -68,13 +71,13 @@ class StackedDraws(Sampler):
         return max(1, int(free / 4 / (24 * hidden * 4 * tokens)))
 
 
-def sampled_layers(model: nn.Module) -> dict[str, GaussianLinear]:
-    """The active Gaussian layers of `model`, by name.
+def sampled_layers(model: nn.Module) -> dict[str, RandomLinear]:
+    """The active random layers of `model`, by name.
 
     Raises:
         DrawError: there are none, or the adapter is merged.
     """
-    layers = gaussian_layers(model)
+    layers = random_layers(model)
     if not layers:
         raise DrawError(
             "the model has no active Gaussian adapter to draw from: use draws=0, or train one with BlobConfig."
@@ -84,8 +87,8 @@ def sampled_layers(model: nn.Module) -> dict[str, GaussianLinear]:
     return layers
 
 
-def stacked_weights(model: nn.Module, indices: Sequence[int], seed: int) -> dict[GaussianLinear, Tensor]:
-    """The A matrices of several draws, [len(indices), r, n] a layer, for `drawn_weights`.
+def stacked_weights(model: nn.Module, indices: Sequence[int], seed: int) -> dict[RandomLinear, Tensor]:
+    """The matrices of several draws, [len(indices), r, n] a layer, for `drawn_weights`.
 
     Raises:
         DrawError: as `sampled_layers`.
@@ -98,8 +101,8 @@ def stacked_weights(model: nn.Module, indices: Sequence[int], seed: int) -> dict
     return weights
 
 
-def single_weights(model: nn.Module, index: int, seed: int) -> dict[GaussianLinear, Tensor]:
-    """The A matrices of one draw, [r, n] a layer, for `drawn_weights`.
+def single_weights(model: nn.Module, index: int, seed: int) -> dict[RandomLinear, Tensor]:
+    """The matrices of one draw, [r, n] a layer, for `drawn_weights`.
 
     Raises:
         DrawError: as `sampled_layers`.
@@ -107,12 +110,12 @@ def single_weights(model: nn.Module, index: int, seed: int) -> dict[GaussianLine
     return {layer: weight[0] for layer, weight in stacked_weights(model, [index], seed).items()}
 
 
-def _named(model: nn.Module) -> list[tuple[str, GaussianLinear]]:
-    """Every Gaussian layer with the name of its noise: the active adapters', and each other's as if it were active.
+def _named(model: nn.Module) -> list[tuple[str, RandomLinear]]:
+    """Every random layer with the name of its noise: the active adapters', and each other's as if it were active.
 
     The others are reached by `adapter_names=[...]` or a `set_adapter` inside the draw.
     """
     active = sampled_layers(model)
     seen = {id(layer) for layer in active.values()}
-    others = [m for m in model.modules() if isinstance(m, GaussianLinear) and id(m) not in seen]
+    others = [m for m in model.modules() if isinstance(m, RandomLinear) and id(m) not in seen]
     return [*active.items(), *((layer.name, layer) for layer in others)]

@@ -44,7 +44,10 @@ def check_arguments(args: TrainingArguments) -> None:
         )
 
 
-def check_model(model: nn.Module, gaussian: bool, kl: KLSettings | None, train_draws: int) -> None:
+def check_model(
+    model: nn.Module, random: bool, gaussian: bool, kl: KLSettings | None, prior_std: float | None, train_draws: int
+) -> None:
+    """Refuse a model that cannot be trained, and settings that would have no effect on it."""
     if not isinstance(model, PeftModel):
         raise ConfigError(
             f"model: found a {type(model).__name__}, expected a PEFT model: get_peft_model(base, BlobConfig(...))."
@@ -53,7 +56,9 @@ def check_model(model: nn.Module, gaussian: bool, kl: KLSettings | None, train_d
         raise ConfigError("model: no parameter is trainable; load the posterior with trainable=True.")
     if train_draws < 1:
         raise ConfigError(f"train_draws: found {train_draws}, expected at least 1.")
-    if not gaussian and (kl is not None or train_draws > 1):
+    if (kl is not None and not gaussian) or (train_draws > 1 and not random):
         raise ConfigError(
             "kl and train_draws have no effect on a plain LoRA model: leave them out, or use BlobConfig."
         )
+    if prior_std is not None and random:
+        raise ConfigError("prior_std is the MAP's, of a point: a random adapter has that of BlobConfig(prior_std).")

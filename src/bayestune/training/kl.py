@@ -26,11 +26,12 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from bayestune.adapters import GaussianLinear, TrainingNoise, gaussian_layers, training_noise
+from bayestune.adapters import GaussianLinear, gaussian_layers
 from bayestune.errors import ConfigError
 from bayestune.functional import clamp_rho, gaussian_kl_gradient, paper_kl_weight
+from bayestune.training.clock import NoiseCallback
 
 Schedule = Callable[[int, int], float]
 """KL weight of update `step` (from 0) in cycles of `cycle` updates."""
@@ -94,7 +95,7 @@ def kl_step(layer: GaussianLinear, *, rate: float, weight: float, along_nll: boo
     layer.rho.copy_(clamp_rho(layer.rho + step))
 
 
-class KLCallback(TrainerCallback):
+class KLCallback(NoiseCallback):
     """Adds the KL term to `transformers.Trainer` or TRL's `SFTTrainer`, after every optimiser step.
 
     It also keeps the clock of the training noise (seed, step, rank) and M, G and B in float32. Where G is
@@ -110,9 +111,9 @@ class KLCallback(TrainerCallback):
     def __init__(self, settings: KLSettings) -> None:
         if not isinstance(settings, KLSettings):
             raise ConfigError(f"KLCallback: found a {type(settings).__name__}, expected KLSettings(cycle=...).")
+        super().__init__()
         self.settings = settings
         self._layers: list[GaussianLinear] = []
-        self._noise: TrainingNoise | None = None
         self._along_nll = True
 
     def on_init_end(
@@ -141,16 +142,7 @@ class KLCallback(TrainerCallback):
                 "of its peak. To train G alone, give a very small rate."
             )
         self._along_nll = not _optimised(self._layers, optimizer)
-        self._noise = training_noise(model)
-        self._noise.seed, self._noise.rank = args.seed, args.process_index
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        assert self._noise is not None
-        for layer in self._layers:
-            layer.noise = None  # a part of the model called alone must not train on old noise
-        self._noise.step, self._noise.micro = state.global_step, 0
+        super().on_train_begin(args, state, control, **kwargs)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
-from bayestune.adapters import gaussian_layers, training_noise
+from bayestune.adapters import gaussian_layers, random_layers, training_noise
 from bayestune.errors import ConfigError, DataError, TrainingError
 from bayestune.functional import cycle_steps, std
 from bayestune.metrics import accuracy, nll
@@ -21,12 +21,14 @@ from bayestune.tasks import AnyRow, Task
 from bayestune.training.batches import ROW, Collator, Examples
 from bayestune.training.checkpoint import SafeTrainer
 from bayestune.training.checks import check_arguments, check_model
+from bayestune.training.clock import NoiseCallback
 from bayestune.training.kl import KLCallback, KLSettings
 from bayestune.training.order import LengthGrouped
+from bayestune.training.prior import gaussian_penalty
 
 
 class BayesTrainer(SafeTrainer):
-    """Minimises ``mean NLL + pi KL`` over a task's rows: a BLoB posterior, or the MLE for a plain LoRA model.
+    """Minimises ``mean NLL + pi KL`` over a task's rows: a BLoB posterior; for a plain LoRA model the MLE, or the MAP.
 
     The NLL, in nats, is averaged over all rows of an update (all micro-batches and processes) and, with
     `train_draws` = K, over K independent draws of the weights per row: the mean of the K NLLs, never the NLL of
@@ -41,6 +43,8 @@ class BayesTrainer(SafeTrainer):
         train_rows: default `task.rows("train")`.
         eval_rows: rows of `evaluate()`.
         kl: default the paper's: `paper_kl_weight` in cycles of `cycle_steps(rows, batch)` updates, rate 0.01.
+        prior_std: s_p of the MAP: the loss is ``mean NLL + ||theta||^2 / (2 s_p^2 rows)`` over all trained weights of
+            a plain LoRA model, heads included. None for the MLE.
         train_draws: K, draws of the weights per row and update (uncorrelated, but not independent, with flipout).
         callbacks: as in Trainer.
 
@@ -61,6 +65,7 @@ class BayesTrainer(SafeTrainer):
         train_rows: Sequence[AnyRow] | None = None,
         eval_rows: Sequence[AnyRow] | None = None,
         kl: KLSettings | None = None,
+        prior_std: float | None = None,
         train_draws: int = 1,
         callbacks: Sequence[TrainerCallback] | None = None,
     ) -> None:
@@ -68,10 +73,10 @@ class BayesTrainer(SafeTrainer):
         args = copy.copy(args)
         args.remove_unused_columns = False
         args.data_seed = args.seed if args.data_seed is None else args.data_seed
-        self.task, self.train_draws = task, train_draws
-        self._gaussian = gaussian_layers(model)
-        self._noise = training_noise(model) if self._gaussian else None
-        check_model(model, bool(self._gaussian), kl, train_draws)
+        self.task, self.train_draws, self.prior_std = task, train_draws, prior_std
+        self._gaussian, random = gaussian_layers(model), random_layers(model)
+        self._noise = training_noise(model) if random else None
+        check_model(model, bool(random), bool(self._gaussian), kl, prior_std, train_draws)
         train = Examples(task, task.rows("train") if train_rows is None else train_rows)
         if not len(train):
             raise DataError("found no training row, expected at least one.")
@@ -81,6 +86,8 @@ class BayesTrainer(SafeTrainer):
             batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
             kl = kl or KLSettings(cycle=cycle_steps(len(train), batch, processes=args.world_size))
             own = [KLCallback(kl)]
+        elif random:
+            own = [NoiseCallback()]
         self.kl = kl
         super().__init__(
             model=model,
@@ -143,7 +150,7 @@ class BayesTrainer(SafeTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """This micro-batch's share of the mean NLL of the update, in nats.
+        """This micro-batch's share of the mean NLL of the update, in nats (with `prior_std`, of the MAP objective).
 
         ``processes / (K rows) * sum_k sum_i -log p(y_i | x_i, theta_ki)``, with `num_items_in_batch` the rows of the
         update over all processes (default: those of `inputs`); gradients are averaged over processes afterwards.
@@ -159,6 +166,10 @@ class BayesTrainer(SafeTrainer):
         total = rows if num_items_in_batch is None else int(num_items_in_batch)
         processes = 1 if num_items_in_batch is None else self.args.world_size
         loss = nll.sum() * (processes / (draws * total))
+        if self.prior_std is not None:
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            share = processes * rows / (total * len(self._train_ids))
+            loss = loss + gaussian_penalty(trained, self.prior_std) * share
         return (loss, nll) if return_outputs else loss
 
     def training_step(
@@ -219,6 +230,8 @@ class BayesTrainer(SafeTrainer):
             "rows": len(self._train_ids),
             "row_sha256": self._train_sha256,
         }
+        if self.prior_std is not None:
+            course["prior_std"] = self.prior_std
         if self.kl is not None:
             course["kl_cycle"], course["kl_learning_rate"] = self.kl.cycle, self.kl.learning_rate
             course["kl_weight"] = self.kl.schedule(self.state.global_step, self.kl.cycle)
