@@ -168,9 +168,3 @@ def test_training_noise_of_bbb_differs_between_the_two_matrices_and_the_rows() -
         noises.extend(layer.noise.epsilon.flatten(1))
     values = torch.cat([noise[:4] for noise in noises])
     assert len(values.unique()) == len(values) == 4 * 3 * 4
-
-
-@pytest.mark.parametrize("value", ["Dropout", "", None, 1, ["dropout"]], ids=repr)
-def test_an_unknown_distribution_is_refused_by_name(value: Any) -> None:
-    with pytest.raises(ConfigError, match="distribution: found .* expected one of .*gaussian_ab"):
-        BlobConfig(distribution=value)

@@ -87,6 +87,11 @@ def test_an_unknown_estimator(value: Any) -> None:
     refused(lambda: BlobConfig(estimator=value), "estimator", repr(value), "'independent', 'flipout', 'flipout_token'")
 
 
+@pytest.mark.parametrize("value", ["Dropout", "", None, 1, ["dropout"]], ids=repr)
+def test_an_unknown_distribution(value: Any) -> None:
+    refused(lambda: BlobConfig(distribution=value), "distribution", repr(value), "'gaussian_ab', 'dropout'")
+
+
 class Mixed(nn.Module):
     """Layers of every kind that PEFT adapts, in an order in which a linear one comes first."""
 

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bayestune.adapters import BlobConfig, gaussian_layers
+from bayestune.adapters import BlobConfig, gaussian_layers, random_layers
 from bayestune.errors import ConfigError, PosteriorError
 from bayestune.inference.draws import draw
 from bayestune.posteriors import folder as folder_module
