@@ -2,7 +2,9 @@
 
 from bayestune.posteriors.base import Posterior as Posterior
 from bayestune.posteriors.base import Sampler as Sampler
+from bayestune.posteriors.ensemble import Ensemble as Ensemble
 from bayestune.posteriors.point import Point as Point
+from bayestune.posteriors.storage import load as load
 from bayestune.posteriors.storage import load_posterior as load_posterior
 from bayestune.posteriors.storage import save_posterior as save_posterior
 from bayestune.posteriors.variational import Variational as Variational

@@ -18,8 +18,14 @@ FORMAT = 1
 STD = "rho * rho"
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
+PART_FILE = "posterior.safetensors"
 CARD = "README.md"
 _LIMIT = 1 << 24
+
+
+def member_folder(number: int) -> str:
+    """The folder, inside that of an ensemble, of its member `number`; member 0 has the folder itself."""
+    return f"member_{number}"
 
 
 def versions() -> dict[str, str]:
@@ -92,10 +98,9 @@ def read_files(folder: Path, records: dict[str, Any]) -> dict[str, bytes]:
     Raises:
         PosteriorError: a file is missing, added, a link, or differs in size or sha256.
     """
-    if records.keys() != {CONFIG_FILE, TENSOR_FILE}:
-        raise PosteriorError(
-            f"{folder / MANIFEST} lists files {sorted(records)}, expected {[CONFIG_FILE, TENSOR_FILE]}."
-        )
+    expected = _expected_files(records)
+    if records.keys() != expected:
+        raise PosteriorError(f"{folder / MANIFEST} lists files {sorted(records)}, expected {sorted(expected)}.")
     _check_entries(folder, {*records, MANIFEST, CARD})
     contents = {}
     for name, record in records.items():
@@ -112,12 +117,23 @@ def read_files(folder: Path, records: dict[str, Any]) -> dict[str, bytes]:
     return contents
 
 
+def _expected_files(records: Iterable[str]) -> set[str]:
+    """The files of a posterior with as many members, and as many parts, as `records` has."""
+    records = set(records)
+    members = len({name.partition("/")[0] for name in records if "/" in name})
+    folders = ["", *(f"{member_folder(number)}/" for number in range(1, members + 1))]
+    return {f + name for f in folders for name in (CONFIG_FILE, TENSOR_FILE)} | ({PART_FILE} & records)
+
+
 def _shape_fault(found: dict[str, Any]) -> str | None:
     """The first part of a manifest that is not of the form `save_posterior` writes; None where all are."""
     if not isinstance(found.get("posterior"), str) or "std" not in found:
         return "posterior or std"
     for name in ("base", "files", "tensors"):
         if not isinstance(found.get(name), dict):
+            return name
+    for name in ("settings", "parts"):  # not in folders of the first version
+        if not isinstance(found.setdefault(name, {}), dict):
             return name
     base = found["base"]
     if not isinstance(base.get("architecture"), str) or not isinstance(base.get("config"), dict):
@@ -138,8 +154,13 @@ def _is_hashes(value: Any) -> bool:
     return isinstance(value, str) and value.count(" ") == 2
 
 
-def _check_entries(folder: Path, allowed: Iterable[str]) -> None:
+def _check_entries(folder: Path, allowed: set[str]) -> None:
+    """That `folder` holds nothing but regular files called as in `allowed`, in folders that these need."""
     for entry in sorted(folder.iterdir()):
+        inside = {name.removeprefix(f"{entry.name}/") for name in allowed if name.startswith(f"{entry.name}/")}
+        if inside and entry.is_dir() and not entry.is_symlink():
+            _check_entries(entry, inside)
+            continue
         if entry.is_symlink():
             raise PosteriorError(f"{entry} is a symbolic link: copy the folder with its links resolved (cp -rL).")
         if entry.name not in allowed:

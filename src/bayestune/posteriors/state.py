@@ -16,8 +16,14 @@ from torch import Tensor, nn
 from bayestune.adapters import BlobConfig
 from bayestune.errors import ConfigError, PosteriorError
 
-KINDS: dict[str, type[LoraConfig]] = {"blob": BlobConfig, "point": LoraConfig}
-PEFT_TYPES = {"blob": "BLOB", "point": "LORA"}
+KINDS: dict[str, type[LoraConfig]] = {
+    "blob": BlobConfig,
+    "point": LoraConfig,
+    "ensemble": LoraConfig,
+    "swag": LoraConfig,
+    "laplace": LoraConfig,
+}
+"""The configuration of the adapter in the folder of each kind of posterior."""
 MAX_RANK = 1 << 16
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -68,9 +74,10 @@ def active_adapter(model: nn.Module) -> tuple[PeftModel, str, str]:
     if not _NAME.fullmatch(name):
         raise ConfigError(f"adapter name: found {name!r}, expected at most 64 letters, digits and . _ - only.")
     config = model.peft_config[name]
-    for kind, config_class in KINDS.items():
-        if type(config) is config_class:
-            return model, name, kind
+    if type(config) is BlobConfig:
+        return model, name, "blob"
+    if type(config) is LoraConfig:
+        return model, name, "point"
     raise ConfigError(f"adapter {name!r}: found a {type(config).__name__}, expected a BlobConfig or a LoraConfig.")
 
 
@@ -98,6 +105,13 @@ def adapter_tensors(model: PeftModel, adapter: str) -> dict[str, Tensor]:
         elif isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
             tensors |= {f"{path}.{k}": v for k, v in module.modules_to_save[adapter].state_dict().items()}
     return tensors
+
+
+def parameter_names(model: PeftModel, adapter: str) -> dict[str, str]:
+    """The name, in ``model.named_parameters()``, of each tensor of `adapter` that is a parameter, by its key."""
+    names = {parameter.data_ptr(): name for name, parameter in model.named_parameters()}
+    tensors = adapter_tensors(model, adapter)
+    return {key: names[tensor.data_ptr()] for key, tensor in tensors.items() if tensor.data_ptr() in names}
 
 
 def lora_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
@@ -159,8 +173,9 @@ def settings_fault(values: Any, kind: str) -> str | None:
     """The first setting of an adapter_config.json that is not supported, in words; None where there is none."""
     if not isinstance(values, dict):
         return f"found a {type(values).__name__}, expected a JSON object"
-    if values.get("peft_type") != PEFT_TYPES[kind]:
-        return f"peft_type: found {values.get('peft_type')!r}, expected {PEFT_TYPES[kind]!r} for a {kind!r} posterior"
+    peft_type = "BLOB" if kind == "blob" else "LORA"
+    if values.get("peft_type") != peft_type:
+        return f"peft_type: found {values.get('peft_type')!r}, expected {peft_type!r} for a {kind!r} posterior"
     defaults = json.loads(json.dumps(KINDS[kind]().to_dict()))
     for name, value in {**defaults, **values}.items():
         if name not in defaults:

@@ -15,18 +15,23 @@ from torch import Tensor, nn
 from bayestune.adapters import is_merged
 from bayestune.adapters.card import add_notice
 from bayestune.errors import ConfigError, PosteriorError
+from bayestune.posteriors.base import Posterior
 from bayestune.posteriors.fingerprint import fingerprint, settings, settings_difference, weights_difference
 from bayestune.posteriors.folder import existing_folder, new_folder, strict_json
 from bayestune.posteriors.manifest import (
     CONFIG_FILE,
+    PART_FILE,
     STD,
     TENSOR_FILE,
     file_record,
+    member_folder,
     read_files,
     read_manifest,
     versions,
     write_manifest,
 )
+from bayestune.posteriors.parts import assemble, write_parts
+from bayestune.posteriors.point import Point
 from bayestune.posteriors.state import (
     KINDS,
     active_adapter,
@@ -41,20 +46,22 @@ from bayestune.posteriors.state import (
     tensor_fault,
     value_fault,
 )
+from bayestune.posteriors.variational import Variational
 
 _CONFIG_LIMIT = 1 << 20
 
 
-def save_posterior(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Save the active adapter of `model` to the folder `path`, whole or not at all.
+def save_posterior(model: nn.Module | Posterior, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Save a posterior, or the active adapter of a model, to the folder `path`, whole or not at all.
 
     The folder is what PEFT itself writes (``PeftModel.from_pretrained`` loads it, after ``import bayestune``) plus a
     manifest with the sha256 of each file and a fingerprint of the base model, which `load_posterior` checks. A BLOB
-    adapter keeps M, G and B of every layer; a plain LoRA adapter is saved as a "point". Other adapters of the model
-    are not saved. Nothing is pickled.
+    adapter keeps M, G and B of every layer; a plain LoRA adapter is saved as a "point". What a posterior has beside
+    one adapter stands in files and folders of its own; for plain PEFT the folder then is its mean, or its first
+    member. Other adapters of the model are not saved. Nothing is pickled.
 
     Args:
-        model: a PeftModel with one active BLOB or LORA adapter, not merged.
+        model: a `Posterior`, or a PeftModel with one active BLOB or LORA adapter; not merged.
         path: the folder to make; its parents are made too.
         overwrite: replace a folder that bayestune wrote before. An interrupted save leaves the old one loadable.
 
@@ -62,7 +69,11 @@ def save_posterior(model: nn.Module, path: str | os.PathLike[str], *, overwrite:
         ConfigError: `path` exists, or the adapter has settings or a name that cannot be saved faithfully.
         PosteriorError: the adapter holds NaN, infinities, or a standard deviation of 0.
     """
-    model, adapter, kind = active_adapter(model)
+    posterior = model if isinstance(model, Posterior) else _of_adapter(model)
+    model, adapter, adapter_kind = active_adapter(posterior.model)
+    kind = posterior.kind
+    if KINDS[kind] is not KINDS[adapter_kind]:
+        raise ConfigError(f"a {kind!r} posterior on a {adapter_kind!r} adapter: found another adapter than its own.")
     tensors = adapter_tensors(model, adapter)
     _check_savable(model, tensors)
     with new_folder(path, overwrite=overwrite) as folder:
@@ -70,20 +81,33 @@ def save_posterior(model: nn.Module, path: str | os.PathLike[str], *, overwrite:
         if kind == "blob":
             add_notice(folder)
         _check_written(folder, kind, tensors)
+        parts = write_parts(posterior, folder)
         base = {"name": adapter_config(model, adapter).base_model_name_or_path, **fingerprint(model)}
         content = {
             **versions(),
             "posterior": kind,
             "std": STD if kind == "blob" else None,
             "base": base,
-            "files": {name: file_record(folder / name) for name in (CONFIG_FILE, TENSOR_FILE)},
+            "files": {name: file_record(folder / name) for name in sorted(_files(folder))},
             "tensors": describe(tensors),
+            **parts,
         }
         write_manifest(folder, content=content)
 
 
+def _of_adapter(model: nn.Module) -> Posterior:
+    found, _, kind = active_adapter(model)
+    return Variational(found) if kind == "blob" else Point(found)
+
+
+def _files(folder: Path) -> list[str]:
+    """The files that the manifest of `folder` is to vouch for."""
+    names = (CONFIG_FILE, TENSOR_FILE, PART_FILE)
+    return [str(path.relative_to(folder).as_posix()) for path in folder.rglob("*") if path.name in names]
+
+
 def load_posterior(base_model: nn.Module, path: str | os.PathLike[str], *, trainable: bool = False) -> PeftModel:
-    """Load what `save_posterior` wrote onto `base_model`, or fail before anything is changed.
+    """Load the adapter that `save_posterior` wrote onto `base_model`, or fail before anything is changed.
 
     Checked first: the manifest and its checksum, size and sha256 of each file, that no other file or link is there,
     every setting, the keys, shapes and dtypes that this base and the settings ask for, finite values, and that
@@ -101,16 +125,62 @@ def load_posterior(base_model: nn.Module, path: str | os.PathLike[str], *, train
 
     Raises:
         ConfigError: `base_model` already carries an adapter.
-        PosteriorError: the folder is incomplete, altered, of a newer format, or made for another base.
+        PosteriorError: the folder is incomplete, altered, of a newer format, or made for another base; or it holds
+            more than an adapter (members, variances, a temperature), which `load` reads.
     """
+    folder = existing_folder(path)
+    manifest, contents = _read(base_model, folder)
+    settings, kind = manifest["settings"], manifest["posterior"]
+    if kind not in ("blob", "point") or settings.get("temperature", 1.0) != 1.0:
+        found = f"a posterior of kind {kind!r}" + (f" with settings {settings}" if settings else "")
+        raise PosteriorError(
+            f"{folder}: found {found}, expected an adapter and no more: its model alone would answer otherwise. "
+            "Load it with bayestune.posteriors.load."
+        )
+    return _onto(base_model, folder, manifest, contents, trainable=trainable)
+
+
+def load(base_model: nn.Module, path: str | os.PathLike[str]) -> Posterior:
+    """Load a posterior of any kind that `save_posterior` wrote, for `predict`; frozen and in evaluation mode.
+
+    Everything is checked as by `load_posterior`, and every other file of the folder in the same way.
+
+    Raises:
+        ConfigError, PosteriorError: as `load_posterior`.
+    """
+    folder = existing_folder(path)
+    manifest, contents = _read(base_model, folder)
+    parts = _tensors(folder / PART_FILE, contents[PART_FILE], manifest["parts"]) if PART_FILE in contents else {}
+    members = []
+    for number in range(1, 1 + sum(name.endswith(f"/{TENSOR_FILE}") for name in contents)):
+        path = folder / member_folder(number)
+        data = contents[f"{path.name}/{TENSOR_FILE}"]
+        if contents[f"{path.name}/{CONFIG_FILE}"] != contents[CONFIG_FILE]:
+            raise PosteriorError(f"{path / CONFIG_FILE}: found other settings than those of member 0.")
+        members.append(_tensors(path / TENSOR_FILE, data, manifest["tensors"]))
+    model = _onto(base_model, folder, manifest, contents, trainable=False)
+    try:
+        return assemble(manifest["posterior"], model, manifest["settings"], parts, members)
+    except PosteriorError as error:
+        model.unload()
+        raise PosteriorError(f"{folder}: {error}") from error
+
+
+def _read(base_model: nn.Module, folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The checked manifest and files of a folder that is to be loaded onto `base_model`."""
     if isinstance(base_model, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in base_model.modules()):
         raise ConfigError("the base model already carries an adapter: load it anew, or call unload() first.")
-    folder = existing_folder(path)
     manifest = read_manifest(folder)
-    contents = read_files(folder, manifest["files"])
+    return manifest, read_files(folder, manifest["files"])
+
+
+def _onto(
+    base_model: nn.Module, folder: Path, manifest: dict[str, Any], contents: dict[str, bytes], *, trainable: bool
+) -> PeftModel:
+    """`base_model` with the adapter of a folder, or an error before it is changed."""
     config = _config(folder, contents[CONFIG_FILE], manifest)
     config.inference_mode = not trainable
-    tensors = _tensors(folder, contents[TENSOR_FILE], manifest)
+    tensors = _tensors(folder / TENSOR_FILE, contents[TENSOR_FILE], manifest["tensors"])
     half = any(".lora_" in key and t.dtype in (torch.float16, torch.bfloat16) for key, t in tensors.items())
     _check_fit(folder, base_model, config, tensors, manifest, autocast=not half)
     model = adapted(base_model, config, autocast=not half)
@@ -173,15 +243,14 @@ def _config(folder: Path, text: bytes, manifest: dict[str, Any]) -> LoraConfig:
         raise PosteriorError(f"{folder / CONFIG_FILE}: {_one_line(error)}") from error
 
 
-def _tensors(folder: Path, data: bytes, manifest: dict[str, Any]) -> dict[str, Tensor]:
-    path = folder / TENSOR_FILE
+def _tensors(path: Path, data: bytes, described: dict[str, Any]) -> dict[str, Tensor]:
     try:
         size = int.from_bytes(data[:8], "little")
         strict_json(data[8 : 8 + size], limit=len(data))  # refuses a key given twice, which safetensors does not
         tensors = safetensors.torch.load(data)
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise PosteriorError(f"{path} is not a safetensors file ({error}): restore the folder.") from error
-    fault = tensor_fault(manifest["tensors"], describe(tensors)) or value_fault(tensors)
+    fault = tensor_fault(described, describe(tensors)) or value_fault(tensors)
     if fault:
         raise PosteriorError(f"{path}: {fault}.")
     return tensors
