@@ -5,5 +5,6 @@ from bayestune.posteriors.base import Sampler as Sampler
 from bayestune.posteriors.point import Point as Point
 from bayestune.posteriors.storage import load_posterior as load_posterior
 from bayestune.posteriors.storage import save_posterior as save_posterior
+from bayestune.posteriors.swag import Swag as Swag
 from bayestune.posteriors.temperature import fit_temperature as fit_temperature
 from bayestune.posteriors.variational import Variational as Variational
