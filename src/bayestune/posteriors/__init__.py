@@ -7,4 +7,9 @@ from bayestune.posteriors.point import Point as Point
 from bayestune.posteriors.storage import load as load
 from bayestune.posteriors.storage import load_posterior as load_posterior
 from bayestune.posteriors.storage import save_posterior as save_posterior
+from bayestune.posteriors.swag import Swag as Swag
+from bayestune.posteriors.temperature import fit_temperature as fit_temperature
+from bayestune.posteriors.tfb import SigmaSearch as SigmaSearch
+from bayestune.posteriors.tfb import search_sigma as search_sigma
+from bayestune.posteriors.tfb import tfb as tfb
 from bayestune.posteriors.variational import Variational as Variational

@@ -4,4 +4,5 @@ from bayestune.training.checkpoint import last_complete as last_complete
 from bayestune.training.kl import KLCallback as KLCallback
 from bayestune.training.kl import KLSettings as KLSettings
 from bayestune.training.kl import elbo_kl_weight as elbo_kl_weight
+from bayestune.training.swag import SwagCallback as SwagCallback
 from bayestune.training.trainer import BayesTrainer as BayesTrainer

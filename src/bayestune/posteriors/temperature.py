@@ -1,0 +1,90 @@
+r"""Temperature scaling (Guo et al. 2017, arXiv 1706.04599, section 4.2), of the average over draws."""
+
+import math
+import warnings
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bayestune.errors import DataError
+from bayestune.metrics import row_nll
+
+LOWEST, HIGHEST = 0.01, 100.0
+"""Bounds of T."""
+
+_GRID = 65  # points in log T, T = 1 the middle one; neighbours are a factor 1.15 apart
+_WIDTH = 1e-8  # of log T, where the search ends: rounding of the NLL hides a finer minimum
+
+
+def fit_temperature(log_probs: Float[Tensor, "draws rows classes"], labels: Int[Tensor, " rows"] | None) -> float:
+    r"""The T > 0 that minimises the mean NLL, in nats, of ``1/K sum_k softmax(logits_k / T)`` on validation rows.
+
+    `log_probs` are those of a prediction at temperature 1, `Prediction.draw_log_probs`; they stand for the logits,
+    from which they differ by a constant a row. They may be -inf. One draw gives Guo et al.'s T and keeps every answer
+    as it is; with several the NLL is that of the average, and an answer may change. With one draw the NLL has one
+    minimum in log T; with several it may have more, so the best of a grid over [0.01, 100] is refined, by golden
+    section. 1 where no T is better than that beyond rounding. Warns where the minimum is at a bound, as where every
+    answer is right.
+
+    Example:
+        >>> fit_temperature(torch.tensor([[[0.9, 0.1]] * 4]).log(), torch.tensor([0, 0, 0, 1]))  # log 9 / log 3
+        2.0000...
+
+    Raises:
+        DataError: no draws, rows or labels, log-probabilities that are none, a label that is not a class, or one
+            that has probability 0 in every draw, and so at every T.
+    """
+    if labels is None:
+        raise DataError("fit_temperature: found rows without a label, expected one of the classes for every row.")
+    if log_probs.ndim != 3 or len(log_probs) == 0:
+        raise DataError(f"fit_temperature: log_probs {tuple(log_probs.shape)}, expected [draws, rows, classes].")
+    impossible = torch.stack([row_nll(draw, labels) for draw in log_probs]).isposinf().all(0)
+    if impossible.any():
+        row = int(impossible.nonzero()[0, 0])
+        raise DataError(f"fit_temperature: the label of row {row} has probability 0 at every temperature.")
+    log_probs, labels = log_probs.detach().cpu().double(), labels.detach().cpu().long()
+
+    def nll(log_t: float) -> float:
+        scaled = (log_probs / math.exp(log_t)).log_softmax(-1)
+        picked = scaled.gather(-1, labels.expand(len(scaled), -1)[..., None])[..., 0]
+        return -(picked.logsumexp(0) - math.log(len(scaled))).mean().item()
+
+    return _best(nll)
+
+
+def _best(nll: Callable[[float], float]) -> float:
+    """exp of the minimiser of `nll`, a function of log T."""
+    low, high = math.log(LOWEST), math.log(HIGHEST)
+    step = (high - low) / (_GRID - 1)
+    grid = [low + step * i for i in range(_GRID)]
+    centre = min(grid, key=nll)
+    found = _golden_section(nll, max(low, centre - step), min(high, centre + step))
+    at_one = nll(0.0)
+    if at_one - nll(found) <= 8 * torch.finfo(torch.float64).eps * max(1.0, abs(at_one)):
+        return 1.0
+    for bound, value in ((low, LOWEST), (high, HIGHEST)):
+        if abs(found - bound) <= 2 * _WIDTH:
+            warnings.warn(
+                f"fit_temperature: stopped at the bound T = {value}: up to there the NLL does not rise.", stacklevel=3
+            )
+            return value
+    return math.exp(found)
+
+
+def _golden_section(function: Callable[[float], float], low: float, high: float) -> float:
+    """The minimiser of `function`, of one minimum in [low, high], within `_WIDTH` (Kiefer 1953)."""
+    ratio = (math.sqrt(5) - 1) / 2
+    left, right = high - ratio * (high - low), low + ratio * (high - low)
+    f_left, f_right = function(left), function(right)
+    while high - low > _WIDTH:
+        if f_left <= f_right:
+            high, right, f_right = right, left, f_left
+            left = high - ratio * (high - low)
+            f_left = function(left)
+        else:
+            low, left, f_left = left, right, f_right
+            right = low + ratio * (high - low)
+            f_right = function(right)
+    return (low + high) / 2
