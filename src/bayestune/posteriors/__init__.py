@@ -2,6 +2,9 @@
 
 from bayestune.posteriors.base import Posterior as Posterior
 from bayestune.posteriors.base import Sampler as Sampler
+from bayestune.posteriors.laplace import Laplace as Laplace
+from bayestune.posteriors.laplace import fit_laplace as fit_laplace
+from bayestune.posteriors.linears import factor_bytes as factor_bytes
 from bayestune.posteriors.point import Point as Point
 from bayestune.posteriors.storage import load_posterior as load_posterior
 from bayestune.posteriors.storage import save_posterior as save_posterior
