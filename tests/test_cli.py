@@ -165,7 +165,7 @@ def test_mle_trains_plain_lora(world: Path, tmp_path: Path, capsys: pytest.Captu
     assert invoke(["evaluate", str(run)]) == 0
     capsys.readouterr()
     assert invoke(["evaluate", str(run), "--draws", "2"]) == 2
-    assert "Gaussian adapter" in capsys.readouterr().err
+    assert "plain LoRA is a point" in capsys.readouterr().err
 
 
 def test_a_config_file_says_the_same_as_flags_and_flags_win(world: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from bayestune import demo
 from bayestune.errors import ConfigError
 from bayestune.experiment import Experiment, backbone, embedded_model, load_run, run, score_table, write_json
 from bayestune.experiment.record import rows_sha256
-from bayestune.experiment.run import _kl_settings
+from bayestune.experiment.train import kl_settings
 from bayestune.inference import Scores
 from bayestune.tasks import read_rows
 from toys import pretrained_bert, pretrained_llama, questions, write_data, write_rows
@@ -67,7 +67,12 @@ def experiment(world: Path, **changes: Any) -> Experiment:
         ("learning_rate", float("nan")),
         ("learning_rate", float("inf")),
         ("prior_std", -0.2),
-        ("method", "bbb"),
+        ("method", "vi"),
+        ("members", 1),
+        ("lora_dropout", 0.0),
+        ("weight_decay", -1e-5),
+        ("tolerance", 0.0),
+        ("laplace_layers", "first"),
         ("precision", "fp16"),
         ("estimator", "antithetic"),
         ("kl_schedule", "cosine"),
@@ -113,13 +118,13 @@ def test_S17_the_kl_weights_of_every_schedule_add_up() -> None:
     """To 1 over a cycle, or 1 over an epoch for the ELBO (up to the paper's own 2^-M)."""
     for name in ("paper", "uniform", "linear"):
         given = Experiment(model="m", task="t", kl_schedule=name).resolved("causal")
-        kl = _kl_settings(given, rows=640)
+        kl = kl_settings(given, rows=640)
         assert kl is not None and kl.cycle == 316
         total = sum(kl.schedule(step, kl.cycle) for step in range(316, 632))
         assert total == pytest.approx(1, abs=1e-12)
-    kl = _kl_settings(Experiment(model="m", task="t", kl_schedule="elbo").resolved("causal"), rows=640)
+    kl = kl_settings(Experiment(model="m", task="t", kl_schedule="elbo").resolved("causal"), rows=640)
     assert kl is not None and kl.schedule(7, kl.cycle) * 640 == pytest.approx(1, abs=1e-15)
-    assert _kl_settings(Experiment(model="m", task="t", method="mle").resolved("causal"), rows=640) is None
+    assert kl_settings(Experiment(model="m", task="t", method="mle").resolved("causal"), rows=640) is None
 
 
 # Models.

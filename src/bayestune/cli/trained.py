@@ -114,10 +114,8 @@ def export(
 
 
 def _draws(loaded: "Run", draws: int | None) -> int:
-    """What was asked for, or else the run's own number; plain LoRA has nothing to draw from."""
-    if draws is not None:
-        return draws
-    return 0 if loaded.experiment.method == "mle" else loaded.experiment.draws
+    """What was asked for, or else the run's own number."""
+    return loaded.default_draws if draws is None else draws
 
 
 def _unknown(loaded: "Run", name: str) -> tuple["Task", list["AnyRow"]]:

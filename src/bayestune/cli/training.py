@@ -23,7 +23,12 @@ def train(
         str | None, typer.Option(help="Data set, known or a folder of --data; everyday is built in.")
     ] = None,
     data: Annotated[str | None, typer.Option(help="Folder of data sets; default: the Hugging Face Hub.")] = None,
-    method: Annotated[str | None, typer.Option(help="blob (default) or mle, plain LoRA.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="blob (default); mle, plain LoRA; map, dropout, ensemble, bbb; laplace, tfb or swag, from --adapter."
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights, row order and noise; default 0.")] = None,
     steps: Annotated[int | None, typer.Option(help="Updates; default 1000.")] = None,
     batch_size: Annotated[int | None, typer.Option(help=f"Rows an update; {_PAPER}.")] = None,
@@ -46,6 +51,34 @@ def train(
     eval_split: Annotated[str | None, typer.Option(help="Such as test or dev+test; default the usual one.")] = None,
     draws: Annotated[int | None, typer.Option(help="Draws in the evaluation; default 10.")] = None,
     checkpoint_steps: Annotated[int | None, typer.Option(help="Updates between checkpoints; default none.")] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="laplace, tfb, swag: run or LoRA folder to start from; default: one is trained first."),
+    ] = None,
+    lora_dropout: Annotated[float | None, typer.Option(help="dropout: share of inputs dropped; default 0.1.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="map: of AdamW; default 1e-5.")] = None,
+    map_prior_std: Annotated[
+        float | None, typer.Option(help="map: standard deviation of a Gaussian prior, instead of --weight-decay.")
+    ] = None,
+    members: Annotated[int | None, typer.Option(help="ensemble: how many; default 3.")] = None,
+    laplace_layers: Annotated[str | None, typer.Option(help="laplace: all (default) or last.")] = None,
+    laplace_predictive: Annotated[
+        str | None, typer.Option(help="laplace: mc, draws (default), or probit, in closed form.")
+    ] = None,
+    fit_split: Annotated[
+        str | None, typer.Option(help="laplace: rows for the prior precision; default: the marginal likelihood.")
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="tfb: how much the NLL may grow, as a share; default 0.003.")
+    ] = None,
+    anchor_rows: Annotated[int | None, typer.Option(help="tfb: rows of train that it is measured on.")] = None,
+    swag_steps: Annotated[int | None, typer.Option(help="swag: updates to collect weights from; default 100.")] = None,
+    swag_learning_rate: Annotated[
+        float | None, typer.Option(help="swag: constant rate of these updates; default 1e-4.")
+    ] = None,
+    temperature_split: Annotated[
+        str | None, typer.Option(help="Any method: rows to fit a temperature on, such as dev; default none.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --output.")] = False,
 ) -> None:
@@ -73,6 +106,19 @@ def train(
         "eval_split": eval_split,
         "draws": draws,
         "checkpoint_steps": checkpoint_steps,
+        "adapter": adapter,
+        "lora_dropout": lora_dropout,
+        "weight_decay": weight_decay,
+        "map_prior_std": map_prior_std,
+        "members": members,
+        "laplace_layers": laplace_layers,
+        "laplace_predictive": laplace_predictive,
+        "fit_split": fit_split,
+        "tolerance": tolerance,
+        "anchor_rows": anchor_rows,
+        "swag_steps": swag_steps,
+        "swag_learning_rate": swag_learning_rate,
+        "temperature_split": temperature_split,
     }
     settings = {} if config is None else read_config(config)
     settings.update({name: value for name, value in given.items() if value is not None})

@@ -165,8 +165,18 @@ def load_base(backbone: Backbone, task: Task, experiment: Experiment) -> tuple[P
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), new
 
 
+def new_head(base: PreTrainedModel, new: list[str], seed: int) -> None:
+    """Give the layers `new` of `base` other first weights, from `seed`, as the model's own class starts them."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        for name in new:
+            base.get_submodule(name).apply(base._init_weights)
+
+
 def add_adapter(base: PreTrainedModel, experiment: Experiment, *, new: list[str], task_type: str | None) -> PeftModel:
-    """A LoRA ("mle") or BLoB adapter on `base`, initialised from `seed`; the layers `new` are trained whole.
+    """A plain LoRA adapter or, for "dropout", "bbb" and "blob", a random one on `base`, initialised from `seed`.
+
+    The layers `new` are trained whole.
 
     Raises:
         ConfigError: as `BlobConfig`; or no layer of the model is called as in `target_modules`.
@@ -179,15 +189,16 @@ def add_adapter(base: PreTrainedModel, experiment: Experiment, *, new: list[str]
         "task_type": task_type,
     }
     config: LoraConfig
-    if experiment.method == "mle":
-        config = LoraConfig(**settings)
-    else:
-        config = BlobConfig(
-            **settings,
-            prior_std=experiment.prior_std,
-            rho_init=experiment.rho_init,
-            estimator=experiment.estimator,
-        )
+    gaussian = {name: getattr(experiment, name) for name in ("prior_std", "rho_init", "estimator")}
+    match experiment.method:
+        case "blob":
+            config = BlobConfig(**settings, **gaussian)
+        case "bbb":
+            config = BlobConfig(**settings, **gaussian, distribution="gaussian_ab")
+        case "dropout":
+            config = BlobConfig(**settings, distribution="dropout", lora_dropout=experiment.lora_dropout)
+        case _:
+            config = LoraConfig(**settings)
     with torch.random.fork_rng():
         torch.manual_seed(experiment.seed)
         try:

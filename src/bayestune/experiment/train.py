@@ -1,0 +1,100 @@
+"""One training run of an experiment: transformers' arguments, the KL, a progress bar, checkpoints."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+
+from bayestune.experiment.progress import ProgressBar
+from bayestune.experiment.settings import Experiment
+from bayestune.functional import cycle_steps, linear_kl_weight, paper_kl_weight, uniform_kl_weight
+from bayestune.tasks import AnyRow, Task
+from bayestune.training import BayesTrainer, KLSettings, elbo_kl_weight, last_complete
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """What an experiment trains with, whatever its method.
+
+    Attributes:
+        task, rows: what is trained on. checkpoints: folder, removed unless `checkpoint_steps` is set.
+        resume: go on from the last checkpoint. progress: show a bar on stderr.
+    """
+
+    experiment: Experiment
+    task: Task
+    rows: Sequence[AnyRow]
+    checkpoints: Path
+    resume: bool
+    progress: bool
+
+    def train(
+        self, model: PeftModel, *, label: str, callbacks: Sequence[TrainerCallback] = (), **arguments: Any
+    ) -> None:
+        """Train `model` in place; `arguments` replace those of `TrainingArguments` that the experiment gives."""
+        experiment = self.experiment
+        given = TrainingArguments(**{**_arguments(experiment, self.checkpoints), **arguments})
+        with ProgressBar(f"train {label}", disable=not self.progress) as bar:
+            trainer = BayesTrainer(
+                model,
+                task=self.task,
+                args=given,
+                train_rows=self.rows,
+                kl=kl_settings(experiment, len(self.rows)),
+                prior_std=experiment.map_prior_std if experiment.method == "map" else None,
+                callbacks=[*callbacks, bar],
+            )
+            trainer.remove_callback(PrinterCallback)
+            last = last_complete(self.checkpoints) if self.resume else None
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        if given.save_strategy == "no":
+            self.checkpoints.rmdir()  # the Trainer makes it all the same
+
+
+def kl_settings(experiment: Experiment, rows: int) -> KLSettings | None:
+    """The KL of "blob" and "bbb"; the other methods have none."""
+    if experiment.method not in ("blob", "bbb"):
+        return None
+    assert experiment.batch_size is not None and experiment.kl_learning_rate is not None
+    match experiment.kl_schedule:
+        case "paper":
+            schedule = paper_kl_weight
+        case "uniform":
+            schedule = uniform_kl_weight
+        case "linear":
+            schedule = linear_kl_weight
+        case "elbo":
+            schedule = elbo_kl_weight(rows)
+    return KLSettings(
+        cycle=cycle_steps(rows, experiment.batch_size), schedule=schedule, learning_rate=experiment.kl_learning_rate
+    )
+
+
+def _arguments(experiment: Experiment, checkpoints: Path) -> dict[str, Any]:
+    assert experiment.batch_size is not None and experiment.learning_rate is not None
+    decays = experiment.method == "map" and experiment.map_prior_std is None
+    return {
+        "output_dir": str(checkpoints),
+        "seed": experiment.seed,
+        "max_steps": experiment.steps,
+        "per_device_train_batch_size": experiment.batch_size,
+        "train_sampling_strategy": "group_by_length",
+        "learning_rate": experiment.learning_rate,
+        "warmup_steps": 0.06,
+        "weight_decay": experiment.weight_decay if decays else 0.0,
+        "adam_epsilon": 1e-6,
+        "max_grad_norm": 0.0,
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": experiment.precision == "bf16",
+        "save_strategy": "steps" if experiment.checkpoint_steps else "no",
+        "save_steps": max(1, experiment.checkpoint_steps),
+        "save_total_limit": 2,
+        "logging_steps": max(1, experiment.steps // 50),
+        "disable_tqdm": True,
+        "report_to": "none",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
