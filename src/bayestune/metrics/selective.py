@@ -1,7 +1,7 @@
 """Answering only when sure: the error of the rows whose confidence reaches a threshold, and their share.
 
-`confidence` [rows] is any score, higher for surer; `correct` [rows] is bool or 0/1. A threshold t accepts the rows with
-confidence >= t, so rows of equal confidence are accepted together or not at all. Coverage is the share of rows
+`confidence` [rows] is any score, higher for surer; `correct` [rows] is bool or 0/1. A threshold t accepts the rows
+with confidence >= t, so rows of equal confidence are accepted together or not at all. Coverage is the share of rows
 accepted, risk the share of wrong rows among them; both 0 to 1.
 
 All raise DataError, naming the first bad row: no rows, NaN, a `correct` that is not 0 or 1.
@@ -55,8 +55,8 @@ def aurc(confidence: Float[Tensor, " rows"], correct: Bool[Tensor, " rows"] | In
     """Area under the risk-coverage curve: the mean over rows i of the risk at the threshold confidence_i.
 
     ``AURC = 1/n sum_i risk({j: confidence_j >= confidence_i})`` (Geifman, Uziel and El-Yaniv 2019, arXiv 1805.08206),
-    the curve's integral as steps; 0 is best. An uninformative (constant) confidence has the error rate; e wrong rows of
-    n, all below the right ones and distinct, have ``1/n sum_{k=1..e} k / (n - e + k)``.
+    the curve's integral as steps; 0 is best. An uninformative (constant) confidence has the error rate; e wrong rows
+    of n, all below the right ones and distinct, have ``1/n sum_{k=1..e} k / (n - e + k)``.
     """
     coverage, risk = risk_coverage(confidence, correct)
     return (coverage.diff(prepend=coverage.new_zeros(1)) * risk).sum().item()
