@@ -112,8 +112,8 @@ def cell_path(results: str | Path, record: Cell) -> Path:
     return Path(results) / table / task / eval_task / f"{method}_n{draws}_seed{seed}.json"
 
 
-def read_cells(folder: str | Path) -> list[Cell]:
-    """All cells under `folder` (every .json file in it), checked, sorted by `KEY`.
+def read_cells(*folders: str | Path) -> list[Cell]:
+    """All cells under `folders` (every .json file in them), checked, sorted by `KEY`.
 
     What makes two cells comparable must be equal: of a table the model, of a (table, task) the training rows and the
     budget and size of an adapter (`SHARED`), of a (table, eval_task) the rows, of a (table, task, method) all settings
@@ -123,22 +123,26 @@ def read_cells(folder: str | Path) -> list[Cell]:
         ConfigError: no such folder, no cells in it; or a file that is no cell, twice the same cell, or a cell of
             another configuration, naming file and field.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ConfigError(f"{folder}: no such folder, expected one with cells (.json).")
     places: dict[tuple[Any, ...], Path] = {}
     cells: dict[tuple[Any, ...], Cell] = {}
-    for path in sorted(folder.rglob("*.json"), key=lambda path: path.relative_to(folder).parts):
+    for path in [path for folder in folders for path in _files(Path(folder))]:
         cell = read_json(path, "a cell of a table")
         check_cell(cell, where=str(path))
         key = tuple(cell[name] for name in KEY)
         if key in cells:
             raise ConfigError(f"{path}: the same {', '.join(KEY)} as {places[key]}; remove one of them.")
         places[key], cells[key] = path, cell
-    if not cells:
-        raise ConfigError(f"{folder}: found no .json file, expected cells.")
     _check_comparable(cells, places)
     return [cells[key] for key in sorted(cells)]
+
+
+def _files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder, expected one with cells (.json).")
+    found = sorted(folder.rglob("*.json"), key=lambda path: path.relative_to(folder).parts)
+    if not found:
+        raise ConfigError(f"{folder}: found no .json file, expected cells.")
+    return found
 
 
 def _check_comparable(cells: Mapping[tuple[Any, ...], Cell], places: Mapping[tuple[Any, ...], Path]) -> None:
