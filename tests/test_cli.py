@@ -416,13 +416,18 @@ def test_the_flags_are_these() -> None:
         "predict": {"run", "input", "output", "data", "draws", "seed", "overwrite"},
         "export": {"run", "output", "data", "draws", "seed", "overwrite"},
         "demo": {"output", "seed", "overwrite"},
+        "table": {
+            *("table", "data", "model", "seeds", "methods", "steps"),
+            *("results", "output", "dry_run", "rebuild"),
+        },
+        "report": {"results", "output", "overwrite"},
     }
 
 
 def test_help_names_the_commands_and_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert invoke(["--help"]) == 0
     out = capsys.readouterr().out
-    for word in ("train", "evaluate", "predict", "export", "demo", "Exit codes", "130", "143"):
+    for word in ("train", "evaluate", "predict", "export", "demo", "table", "report", "Exit codes", "130", "143"):
         assert word in out
 
 

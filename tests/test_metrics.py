@@ -15,6 +15,7 @@ from hypothesis.extra.numpy import arrays
 
 from bayestune import metrics
 from bayestune.errors import ConfigError, DataError
+from bayestune.metrics import ranking, scores
 
 BINS = 15
 SCORES = (metrics.accuracy, metrics.nll, metrics.ece, metrics.brier)
@@ -50,6 +51,14 @@ def assert_oracles(probs, labels, where):
     assert metrics.nll(log_probs, marks) == pytest.approx(oracle_nll(probs, labels), abs=1e-9)
     assert metrics.brier(log_probs, marks) == pytest.approx(oracle_brier(probs, labels), abs=1e-9)
     assert metrics.ece(log_probs, marks) == pytest.approx(oracle_ece(probs, labels, where), abs=1e-9)
+
+
+def unchecked_module(module):
+    """The module again, without the run-time check of annotations."""
+    spec = importlib.util.spec_from_file_location("unchecked", module.__file__)
+    unchecked = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(unchecked)
+    return unchecked
 
 
 def simulated(rows, classes, scale=2.0, seed=0):
@@ -265,9 +274,7 @@ def test_S19_no_rows_is_an_error():
 
 
 def test_S19_wrong_shapes_and_types_are_errors_without_a_type_checker():
-    spec = importlib.util.spec_from_file_location("unchecked_metrics", metrics.__file__)
-    unchecked = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(unchecked)
+    unchecked = unchecked_module(scores)
     log_probs, labels = simulated(4, 2)
     for bad_log_probs, bad_labels in (
         (log_probs, labels[:3]),
@@ -279,7 +286,7 @@ def test_S19_wrong_shapes_and_types_are_errors_without_a_type_checker():
         with pytest.raises(DataError, match="expected"):
             unchecked.ece(bad_log_probs, bad_labels)
     with pytest.raises(DataError, match="expected both"):
-        unchecked.auroc(log_probs[:, 0], labels[:3])
+        unchecked_module(ranking).auroc(log_probs[:, 0], labels[:3])
     with pytest.raises(DataError, match="expected \\[rows\\]"):
         unchecked.bootstrap_interval(log_probs)
 
@@ -342,7 +349,7 @@ def test_S21_intervals_are_keyed_by_the_seed_and_move_no_global_state(monkeypatc
     assert metrics.bootstrap_interval(metrics.row_nll(log_probs, labels), seed=1) == pytest.approx(found["nll"])
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert (np.random.get_state()[1] == numpy_state).all()
-    monkeypatch.setattr(metrics, "_COUNTS_HELD", 50 * 7)
+    monkeypatch.setattr(scores, "_COUNTS_HELD", 50 * 7)
     in_blocks = metrics.intervals(log_probs, labels, seed=1)
     for name, ends in found.items():
         assert in_blocks[name] == pytest.approx(ends, abs=1e-12)

@@ -13,6 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from bayestune.cli.reporting import report, table
 from bayestune.cli.trained import evaluate, export, predict
 from bayestune.cli.training import demo, train
 from bayestune.errors import BayestuneError, TrainingError
@@ -37,7 +38,7 @@ def program(
     """`main` takes --debug out of the arguments, wherever it stands; here it is declared for the help."""
 
 
-for command in (train, evaluate, predict, export, demo):
+for command in (train, evaluate, predict, export, demo, table, report):
     app.command()(command)
 
 

@@ -1,6 +1,9 @@
-"""One experiment: settings in, a run folder with a posterior and its scores out."""
+"""One experiment: settings in, a run folder with a posterior and its scores out; and cells, the records of tables."""
 
 from bayestune.experiment.backbone import embedded_model as embedded_model
+from bayestune.experiment.cells import cell_path as cell_path
+from bayestune.experiment.cells import cell_record as cell_record
+from bayestune.experiment.cells import read_cells as read_cells
 from bayestune.experiment.record import write_json as write_json
 from bayestune.experiment.record import write_text as write_text
 from bayestune.experiment.run import Result as Result

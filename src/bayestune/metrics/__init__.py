@@ -1,0 +1,25 @@
+"""Scores of predictions: of probabilities (`scores`), of rankings (`ranking`) and of answering only when sure
+(`selective`). Tensors in, numbers out; all raise DataError, a ValueError, on rows that cannot be scored.
+"""
+
+from bayestune.metrics.ranking import aupr as aupr
+from bayestune.metrics.ranking import auroc as auroc
+from bayestune.metrics.scores import EDGE_TOLERANCE as EDGE_TOLERANCE
+from bayestune.metrics.scores import SUM_TOLERANCE as SUM_TOLERANCE
+from bayestune.metrics.scores import ReliabilityBins as ReliabilityBins
+from bayestune.metrics.scores import accuracy as accuracy
+from bayestune.metrics.scores import bootstrap_interval as bootstrap_interval
+from bayestune.metrics.scores import brier as brier
+from bayestune.metrics.scores import ece as ece
+from bayestune.metrics.scores import impossible_labels as impossible_labels
+from bayestune.metrics.scores import intervals as intervals
+from bayestune.metrics.scores import nll as nll
+from bayestune.metrics.scores import reliability_bins as reliability_bins
+from bayestune.metrics.scores import row_accuracy as row_accuracy
+from bayestune.metrics.scores import row_brier as row_brier
+from bayestune.metrics.scores import row_nll as row_nll
+from bayestune.metrics.selective import Threshold as Threshold
+from bayestune.metrics.selective import aurc as aurc
+from bayestune.metrics.selective import binomial_interval as binomial_interval
+from bayestune.metrics.selective import risk_coverage as risk_coverage
+from bayestune.metrics.selective import threshold_for_error as threshold_for_error

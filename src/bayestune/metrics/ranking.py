@@ -1,0 +1,58 @@
+"""How well a score tells positive rows from negative ones, whatever its scale: only the order of scores counts.
+
+`scores` [rows] may be infinite; `positives` [rows] is bool or 0/1. All raise DataError on NaN, on any other label, and
+where either class has no rows.
+
+>>> auroc(torch.tensor([0.1, 0.4, 0.35, 0.8]), torch.tensor([0, 0, 1, 1]))
+0.75
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from bayestune.errors import DataError
+
+
+def auroc(scores: Float[Tensor, " rows"], positives: Bool[Tensor, " rows"] | Int[Tensor, " rows"]) -> float:
+    """Area under the ROC curve: P(positive above negative) + P(equal) / 2, from mid-ranks (Mann-Whitney)."""
+    values, marks = _checked("auroc", scores, positives)
+    positive_rows = int(marks.sum())
+    negative_rows = len(marks) - positive_rows
+    _, where, counts = values.unique(return_inverse=True, return_counts=True)
+    ranks = counts.cumsum(0).double() - (counts.double() - 1) / 2
+    rank_sum = ranks[where][marks].sum().item()
+    return (rank_sum - positive_rows * (positive_rows + 1) / 2) / (positive_rows * negative_rows)
+
+
+def aupr(scores: Float[Tensor, " rows"], positives: Bool[Tensor, " rows"] | Int[Tensor, " rows"]) -> float:
+    """Area under the precision-recall curve as average precision, sum_t (recall_t - recall_{t-1}) precision_t.
+
+    t runs over the distinct scores from high to low, so rows of equal score are found together and their order does
+    not count; nothing is interpolated. A score that says nothing has the share of positives, not one half.
+    """
+    values, marks = _checked("aupr", scores, positives)
+    distinct, where = values.unique(return_inverse=True)
+    rows = torch.bincount(where, minlength=len(distinct)).flip(0).cumsum(0).double()
+    new = torch.bincount(where, marks.double(), minlength=len(distinct)).flip(0)
+    return (new * (new.cumsum(0) / rows)).sum().item() / int(marks.sum())
+
+
+def _checked(name: str, scores: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
+    """Both on the CPU in float64 and bool, or DataError."""
+    if scores.shape != positives.shape or scores.ndim != 1:
+        found = f"scores {tuple(scores.shape)} and positives {tuple(positives.shape)}"
+        raise DataError(f"{name}: {found}, expected both [rows]")
+    values, marks = scores.detach().to("cpu", torch.float64), positives.detach().cpu()
+    if values.isnan().any():
+        row = int(values.isnan().nonzero()[0, 0])
+        raise DataError(f"{name}: the score of row {row} is NaN")
+    strange = (marks != 0) & (marks != 1)
+    if strange.any():
+        row = int(strange.nonzero()[0, 0])
+        raise DataError(f"{name}: positives of row {row} is {marks[row].item()}, expected 0 or 1")
+    positive_rows = int(marks.sum())
+    if positive_rows in (0, len(marks)):
+        found = f"{positive_rows} positive and {len(marks) - positive_rows} negative rows"
+        raise DataError(f"{name}: {found}, expected at least one of each")
+    return values, marks.bool()

@@ -1,0 +1,40 @@
+"""A table as Markdown."""
+
+import re
+
+from bayestune.report.views import Block, Table, Value
+
+
+def markdown(table: Table) -> str:
+    """The table as GitHub shows it: a heading, facts, one Markdown table a block, notes. Best bold, second underlined.
+
+    Texts are shown as they are: nothing in them becomes Markdown or HTML. Equal tables give equal bytes.
+    """
+    parts = [f"# {escaped(table.title)}", "\n".join(f"- {escaped(fact)}" for fact in table.facts)]
+    for block in table.blocks:
+        parts += [f"## {escaped(block.heading)}", _lines(block)]
+    parts.append("\n".join(f"- {escaped(note)}" for note in table.notes))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def escaped(text: str) -> str:
+    """`text` with a backslash before everything that Markdown, or HTML in it, would read as its own."""
+    return re.sub(r"([\\`*_\[\]<>|#&~$])", r"\\\1", text)
+
+
+def _lines(block: Block) -> str:
+    head = [block.corner, *block.columns]
+    lines = [_joined([escaped(text) for text in head]), _joined(["---", *["--:"] * len(block.columns)])]
+    for line in block.lines:
+        label = f"*{escaped(line.label)}*" if line.published else escaped(line.label)
+        lines.append(_joined([label, *(_value(value) for value in line.values)]))
+    return "\n".join(lines)
+
+
+def _joined(texts: list[str]) -> str:
+    return f"| {' | '.join(texts)} |"
+
+
+def _value(value: Value) -> str:
+    text = escaped(value.text)
+    return f"**{text}**" if value.best else f"<ins>{text}</ins>" if value.second else text

@@ -1,0 +1,76 @@
+"""Average precision against its definition in exact fractions and scikit-learn; what both rankings refuse."""
+
+import math
+from fractions import Fraction
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import sklearn.metrics
+import torch
+from hypothesis import given, settings
+from hypothesis.extra.numpy import arrays
+
+from bayestune import metrics
+from bayestune.errors import DataError
+
+
+def oracle_aupr(scores, positives):
+    """sum over thresholds from high to low of (recall gained) x precision, in fractions."""
+    total, recall = Fraction(0), Fraction(0)
+    for threshold in sorted(set(scores.tolist()), reverse=True):
+        found = scores >= threshold
+        now = Fraction(int(positives[found].sum()), int(positives.sum()))
+        total += (now - recall) * Fraction(int(positives[found].sum()), int(found.sum()))
+        recall = now
+    return float(total)
+
+
+@given(st.data(), st.integers(2, 40))
+@settings(deadline=None, derandomize=True)
+def test_S19_aupr_is_its_definition_in_fractions_with_ties(data, rows):
+    scores = data.draw(arrays(np.float64, rows, elements=st.sampled_from([-math.inf, -1, 0, 0.5, 2, math.inf])))
+    positives = data.draw(arrays(np.bool_, rows))
+    positives[:2] = [True, False]
+    found = metrics.aupr(torch.tensor(scores), torch.tensor(positives))
+    # At most 6 terms, each of a quotient, a product and a sum in float64.
+    assert found == pytest.approx(oracle_aupr(scores, positives), abs=1e-14)
+    finite = np.nan_to_num(scores, posinf=9, neginf=-9)
+    assert found == pytest.approx(sklearn.metrics.average_precision_score(positives, finite), abs=1e-14)
+
+
+def test_S19_aupr_agrees_with_scikit_learn_on_many_rows():
+    generator = torch.Generator().manual_seed(1)
+    for decimals in (1, 8):
+        scores = torch.randn(5000, generator=generator, dtype=torch.float64).round(decimals=decimals)
+        positives = scores + 2 * torch.randn(5000, generator=generator) > 2
+        expected = sklearn.metrics.average_precision_score(positives, scores)
+        assert metrics.aupr(scores, positives.long()) == pytest.approx(expected, abs=1e-12)
+
+
+def test_S19_aupr_of_known_rankings():
+    positives = torch.tensor([1, 1, 0, 0, 0])
+    assert metrics.aupr(torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0]), positives) == 1.0
+    assert metrics.aupr(torch.zeros(5), positives) == 0.4
+    worst = (1 / 4 + 2 / 5) / 2
+    assert metrics.aupr(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]), positives) == pytest.approx(worst, abs=1e-15)
+
+
+def test_S19_the_order_of_rows_does_not_count():
+    generator = torch.Generator().manual_seed(2)
+    scores = torch.randint(5, (60,), generator=generator).double()
+    positives = torch.randint(2, (60,), generator=generator)
+    order = torch.randperm(60, generator=generator)
+    assert metrics.aupr(scores[order], positives[order]) == metrics.aupr(scores, positives)
+
+
+@pytest.mark.parametrize("score", [metrics.auroc, metrics.aupr])
+def test_S19_what_cannot_be_ranked_is_refused_by_row(score):
+    name = score.__name__
+    with pytest.raises(DataError, match=f"{name}: the score of row 1 is NaN"):
+        score(torch.tensor([0.0, math.nan]), torch.tensor([True, False]))
+    with pytest.raises(DataError, match=f"{name}: positives of row 1 is 2, expected 0 or 1"):
+        score(torch.tensor([0.0, 1.0]), torch.tensor([0, 2]))
+    for positives in (torch.tensor([True, True]), torch.tensor([False, False])):
+        with pytest.raises(DataError, match=f"{name}: .* expected at least one of each"):
+            score(torch.tensor([0.0, 1.0]), positives)
