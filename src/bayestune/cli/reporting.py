@@ -1,10 +1,12 @@
 """`bayestune table` and `bayestune report`: what recorded cells show."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from bayestune.cli.config import read_config
 from bayestune.errors import ConfigError
 
 
@@ -17,22 +19,64 @@ def table(
     seeds: Annotated[str | None, typer.Option(help="Seeds, with commas; default 1,2,3.")] = None,
     methods: Annotated[str | None, typer.Option(help="Methods, with commas; default: all of the table.")] = None,
     steps: Annotated[int | None, typer.Option(help="Updates of each run; default: the paper's.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Training sets, with commas; default: all of the table.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with settings of `bayestune train` for every run; flags win.")
+    ] = None,
+    runs: Annotated[Path, typer.Option(help="Folder of the runs; tables share them.")] = Path("runs/tables"),
     results: Annotated[Path, typer.Option(help="Folder of the records, one JSON file a cell.")] = Path("results"),
     output: Annotated[Path, typer.Option(help="Folder for TABLE.md and TABLE.html.")] = Path("docs/tables"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say which runs are missing.")] = False,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Train nothing: make the table from --results.")] = False,
 ) -> None:
     """Make a table of the paper: every method, data set and seed, then the table as Markdown and HTML."""
-    from bayestune.experiment.layouts import layout
+    from bayestune.experiment.layouts import METHODS, layout
 
     layout(table)
-    if not rebuild:
-        raise ConfigError("table: found no --rebuild, expected it: tables are only made from recorded cells.")
-    given = {"data": data, "model": model, "seeds": seeds, "methods": methods, "steps": steps, "dry-run": dry_run}
-    for name, value in given.items():
-        if value:
-            raise ConfigError(f"table: found --{name} with --rebuild, expected one of them: it is for training.")
+    given = {"data": data, "model": model, "seeds": seeds, "methods": methods, "steps": steps, "tasks": tasks}
+    given |= {"config": config, "dry-run": dry_run}
+    if rebuild:
+        for name, value in given.items():
+            if value:
+                raise ConfigError(f"table: found --{name} with --rebuild, expected one of them: it is for training.")
+        rebuild_table(table, results, output)
+        return
+    settings = {} if config is None else read_config(config)
+    settings |= {name: given[name] for name in ("data", "model", "steps") if given[name] is not None}
+    if "model" not in settings:
+        raise ConfigError("table: found no --model, expected one (or --rebuild, which trains nothing).")
+
+    from bayestune.experiment.grid import Grid, plan, run_table
+
+    grid = Grid(
+        table=table,
+        seeds=_seeds(seeds or "1,2,3"),
+        methods=methods.split(",") if methods else list(METHODS),
+        tasks=tasks.split(",") if tasks else None,
+        settings=settings,
+        results=results,
+        runs=runs,
+        command=["bayestune", *sys.argv[1:]],
+    )
+    found = plan(grid)
+    took = "an unknown time" if found.seconds is None else f"about {found.seconds / 60:.0f} min"
+    print(f"{table}: {len(found.runs)} runs missing, for {found.cells} cells, {took}")
+    for line in found.left_out:
+        print(f"left out: {line}")
+    if dry_run:
+        return
+    run_table(grid, progress=True)
     rebuild_table(table, results, output)
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        seeds = [int(part) for part in text.split(",")]
+    except ValueError:
+        seeds = [-1]
+    if min(seeds) < 0:
+        raise ConfigError(f"--seeds: found {text!r}, expected whole numbers from 0 on, with commas, such as 1,2,3.")
+    return list(dict.fromkeys(seeds))
 
 
 def rebuild_table(name: str, results: Path, output: Path) -> None:

@@ -26,7 +26,8 @@ def train(
     method: Annotated[
         str | None,
         typer.Option(
-            help="blob (default); mle, plain LoRA; map, dropout, ensemble, bbb; laplace, tfb or swag, from --adapter."
+            help="blob (default); mle, plain LoRA; map, dropout, ensemble, bbb; laplace, tfb, swag or temperature, "
+            "from --adapter."
         ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights, row order and noise; default 0.")] = None,
@@ -53,7 +54,9 @@ def train(
     checkpoint_steps: Annotated[int | None, typer.Option(help="Updates between checkpoints; default none.")] = None,
     adapter: Annotated[
         str | None,
-        typer.Option(help="laplace, tfb, swag: run or LoRA folder to start from; default: one is trained first."),
+        typer.Option(
+            help="laplace, tfb, swag, temperature: run or LoRA folder to start from; default: one is trained first."
+        ),
     ] = None,
     lora_dropout: Annotated[float | None, typer.Option(help="dropout: share of inputs dropped; default 0.1.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="map: of AdamW; default 1e-5.")] = None,

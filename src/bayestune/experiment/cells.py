@@ -32,7 +32,7 @@ from bayestune.inference import Prediction, evaluate
 SHARED = ("steps", "batch_size", "rank", "lora_alpha", "target_modules", "max_tokens", "precision", "train_split")
 """Settings that all methods of a table have in common on one training set."""
 
-OWN = ("seed", "data", "draws", "method", "task", "checkpoint_steps", "eval_split", "model")
+OWN = ("seed", "data", "draws", "method", "task", "checkpoint_steps", "eval_split", "model", "adapter")
 """Settings that may differ between the cells of a method: named elsewhere in the cell, or of no effect on it."""
 
 
@@ -88,8 +88,8 @@ def cell_record(
         "uncertainty": _histograms(prediction),
         "steps": steps,
         "seconds": seconds,
-        "command": [_portable(part) for part in command],
-        "experiment": {name: _portable(value) for name, value in experiment.items()},
+        "command": [portable(part) for part in command],
+        "experiment": {name: portable(value) for name, value in experiment.items()},
         "sha256": dict(sha256),
         "versions": dict(versions),
         "hardware": dict(hardware),
@@ -242,7 +242,7 @@ def _rounded(values: Tensor) -> list[float | None]:
     return [None if math.isnan(value) else round(value, 6) for value in values.tolist()]
 
 
-def _portable(value: Any) -> Any:
+def portable(value: Any) -> Any:
     """A text without the machine's folders: "/home/me/data" and "--data=/home/me/data" keep only "data"."""
     if not isinstance(value, str):
         return value

@@ -81,7 +81,7 @@ def obtain(model: PeftModel, start: Start, training: Training, fit_rows: Sequenc
         training.train(model, label=experiment.method)
     model.eval()
     match experiment.method:
-        case "mle" | "map":
+        case "mle" | "map" | "temperature":
             return Point(model)
         case "dropout" | "bbb" | "blob":
             return Variational(model)

@@ -11,8 +11,8 @@ from bayestune.adapters.config import Estimator
 from bayestune.errors import ConfigError
 
 Family = Literal["causal", "encoder"]
-Method = Literal["mle", "map", "dropout", "ensemble", "bbb", "blob", "laplace", "tfb", "swag"]
-POST_HOC: tuple[Method, ...] = ("laplace", "tfb", "swag")
+Method = Literal["mle", "map", "dropout", "ensemble", "bbb", "blob", "laplace", "tfb", "swag", "temperature"]
+POST_HOC: tuple[Method, ...] = ("laplace", "tfb", "swag", "temperature")
 """Methods that start from a finished plain LoRA adapter."""
 Precision = Literal["float32", "bf16"]
 KLSchedule = Literal["paper", "uniform", "linear", "elbo"]
@@ -75,7 +75,8 @@ class Experiment:
         data: folder of data sets; None reads from the Hugging Face Hub.
         method: how the posterior is obtained. "mle" is plain LoRA; "map" the same with `weight_decay`, or with
             `map_prior_std`; "dropout" MC dropout of `lora_dropout`; "ensemble" `members` adapters; "bbb" a Gaussian
-            posterior over A and B; "blob" over A; "laplace", "tfb" and "swag" start from `adapter`.
+            posterior over A and B; "blob" over A; "laplace", "tfb", "swag" and "temperature", plain LoRA with the
+            temperature of `temperature_split`, start from `adapter`.
         steps: updates, of `batch_size` rows each.
         learning_rate: of AdamW (6 % warm-up, then linear to 0), for M, B and a new head.
         kl_learning_rate: of the SGD step on G and on the KL; it follows the same course.
@@ -86,8 +87,8 @@ class Experiment:
         precision: "bf16" trains and predicts under bfloat16 autocast; M, G and B stay float32.
         draws: draws of the posterior in the evaluation, which always includes the mean as well.
         checkpoint_steps: updates between checkpoints; 0 for none.
-        adapter: folder of a run, of a posterior or of a plain LoRA adapter that "laplace", "tfb" and "swag" start
-            from; None trains one first, as "mle" would.
+        adapter: folder of a run, of a posterior or of a plain LoRA adapter that a method starts from; None trains one
+            first, as "mle" would.
         lora_dropout: of "dropout": probability that an input of A is dropped.
         weight_decay: of AdamW, in "map"; the paper's 1e-5.
         map_prior_std: of "map": the prior N(0, s^2) of every trained weight as a term of the loss, instead of decay.
@@ -145,6 +146,8 @@ class Experiment:
                 _check(name, value)
         if self.adapter is not None and self.method not in POST_HOC:
             raise ConfigError(f"adapter: found one for method {self.method!r}, expected one of {', '.join(POST_HOC)}.")
+        if self.method == "temperature" and self.temperature_split is None:
+            raise ConfigError("temperature_split: found none, expected the rows to fit method 'temperature' on.")
 
     def resolved(self, family: Family) -> "Experiment":
         """The same with what depends on the kind of model filled in; target_modules, eval_split and data stay."""

@@ -1,5 +1,6 @@
 """`predict`: probabilities averaged over draws, several draws in one forward."""
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,16 @@ class Prediction:
     draws: int
     seed: int
     task: str
+
+    def first(self, draws: int) -> "Prediction":
+        """The prediction with the first `draws` draws of this one.
+
+        Raises:
+            ConfigError: there are not so many.
+        """
+        if not 1 <= draws <= self.draws:
+            raise ConfigError(f"first: found {draws} draws, expected 1 to {self.draws}, those of the prediction.")
+        return dataclasses.replace(self, draw_log_probs=self.draw_log_probs[:draws], draws=draws)
 
     @property
     def log_probs(self) -> Float[Tensor, "rows classes"]:

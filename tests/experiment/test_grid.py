@@ -1,0 +1,185 @@
+"""Tables run: the missing cells and no others, again after a stop, and never over another configuration."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bayestune.cli.app import invoke
+from bayestune.errors import ConfigError
+from bayestune.experiment.cells import read_cells
+from bayestune.experiment.grid import Grid, plan, run_table
+from bayestune.experiment.train import Training
+from toys import pretrained_bert, questions, write_rows
+
+pytestmark = pytest.mark.filterwarnings("ignore:fit_temperature. stopped at the bound:UserWarning")
+
+METHODS = ("mle", "blob", "ensemble", "laplace", "temperature")
+OTHERS = ("arc_challenge", "arc_easy", "mmlu_college_chemistry", "mmlu_college_physics")
+
+
+def four(start: int, count: int) -> list[dict[str, Any]]:
+    """Questions as in `questions`, all of four choices."""
+    rows = questions(start, count)
+    for row in rows:
+        row["choices"] = [*row["choices"], "white", "pink"][:4]
+    return rows
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with bert/ and data/, whose sets are called as those of table 2."""
+    folder = tmp_path_factory.mktemp("grid")
+    pretrained_bert(folder / "bert")
+    for place, split in enumerate(("train", "dev", "test")):
+        write_rows(folder / "data" / "openbookqa" / f"{split}.jsonl", four(20 * place, 12))
+    for place, name in enumerate(OTHERS):
+        write_rows(folder / "data" / name / "test.jsonl", four(100 + 20 * place, 6))
+    return folder
+
+
+@pytest.fixture
+def grid(world: Path, tmp_path: Path) -> Grid:
+    return make(world, tmp_path)
+
+
+def make(world: Path, place: Path, **changes: Any) -> Grid:
+    settings = {"model": str(world / "bert"), "data": str(world / "data"), "steps": 2, "batch_size": 4, "draws": 3}
+    settings |= {"max_tokens": 200, "members": 2, "rho_init": 0.5, **changes.pop("settings", {})}
+    given: dict[str, Any] = {
+        "table": "table2",
+        "seeds": (1, 2),
+        "methods": METHODS,
+        "tasks": None,
+        "settings": settings,
+        "results": place / "results",
+        "runs": place / "runs",
+        "command": ("bayestune", "table", "table2"),
+    }
+    return Grid(**{**given, **changes})
+
+
+def test_a_grid_makes_every_cell_once(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = plan(grid)
+    assert len(found.runs) == 10 and found.seconds is None
+    assert run_table(grid) == found.cells == 2 * 5 * (1 + 3 + 1 + 3 + 1)
+    cells = read_cells(grid.results / "table2")
+    assert len(cells) == found.cells
+    lines = {(cell["method"], cell["draws"]) for cell in cells}
+    drawn = {(method, draws) for method in ("blob", "laplace") for draws in (0, 2, 3)}
+    assert lines == drawn | {("mle", 0), ("ensemble", 2), ("temperature", 0)}
+    assert {cell["eval_task"] for cell in cells} == {"openbookqa", *OTHERS}
+    assert all(cell["experiment"]["eval_split"] == "test" and cell["steps"] == 2 for cell in cells)
+    monkeypatch.setattr(Training, "train", lambda *args, **kwargs: pytest.fail("trained again"))
+    assert plan(grid).runs == () and run_table(grid) == 0
+
+
+def test_post_hoc_methods_start_from_the_mle_of_their_seed(grid: Grid) -> None:
+    trained: list[str] = []
+    train = Training.train
+
+    def counting(self: Training, *args: Any, label: str, **rest: Any) -> None:
+        trained.append(label)
+        train(self, *args, label=label, **rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "train", counting)
+        run_table(make_like(grid, seeds=(1,), methods=("temperature", "laplace", "mle")))
+    assert trained == ["mle"]
+    adapter = json.loads((grid.runs / "openbookqa" / "laplace-seed1" / "experiment.json").read_text())["adapter"]
+    assert adapter == (grid.runs / "openbookqa" / "mle-seed1").as_posix()
+
+
+def make_like(grid: Grid, **changes: Any) -> Grid:
+    return Grid(**{**vars(grid), **changes})
+
+
+def test_a_killed_call_goes_on_with_the_missing_cells(grid: Grid) -> None:
+    grid = make_like(grid, methods=("mle", "blob"), seeds=(1,))
+    train = Training.train
+
+    def dying(self: Training, *args: Any, label: str, **rest: Any) -> None:
+        if label == "blob":
+            raise KeyboardInterrupt
+        train(self, *args, label=label, **rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "train", dying)
+        with pytest.raises(KeyboardInterrupt):
+            run_table(grid)
+    before = {path: path.read_bytes() for path in grid.results.rglob("*.json")}
+    assert len(before) == 5 and len(plan(grid).runs) == 1 and plan(grid).seconds is not None
+    assert run_table(grid) == 15
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_cells_that_were_lost_are_made_again_without_training(grid: Grid) -> None:
+    grid = make_like(grid, methods=("mle",), seeds=(1,))
+    run_table(grid)
+    lost = grid.results / "table2" / "openbookqa" / "arc_easy" / "mle_n0_seed1.json"
+    before = lost.read_bytes()
+    lost.unlink()
+    assert plan(grid).cells == 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "train", lambda *args, **kwargs: pytest.fail("trained again"))
+        assert run_table(grid) == 1
+    assert lost.read_bytes() == before
+
+
+@pytest.mark.parametrize("changed", [{"learning_rate": 0.3}, {"steps": 3}])
+def test_another_configuration_is_refused_and_nothing_is_overwritten(grid: Grid, changed: dict[str, Any]) -> None:
+    grid = make_like(grid, methods=("mle",), seeds=(1,))
+    run_table(grid)
+    other = make_like(grid, settings={**grid.settings, **changed}, seeds=(1, 2))
+    before = {path: path.read_bytes() for path in grid.results.rglob("*.json")}
+    name = next(iter(changed))
+    with pytest.raises(ConfigError, match=f"the cells in results have {name}="):
+        run_table(other)
+    shutil.rmtree(grid.results)
+    with pytest.raises(ConfigError, match=f"mle-seed1: found a run with {name}="):
+        run_table(other)
+    assert not any(path.exists() for path in before)
+
+
+def test_without_a_test_split_a_table_leaves_out_the_temperature(world: Path, tmp_path: Path) -> None:
+    write_rows(world / "data" / "rte" / "train.jsonl", [{"id": "a", "text": "x", "text_pair": "y", "label": 0}] * 1)
+    write_rows(world / "data" / "rte" / "dev.jsonl", [{"id": "b", "text": "u", "text_pair": "v", "label": 1}])
+    grid = make(world, tmp_path, table="roberta", tasks=("rte",), methods=("mle", "temperature"), seeds=(1,))
+    found = plan(grid)
+    assert [planned.experiment.eval_split for planned in found.runs] == ["dev"]
+    assert found.left_out == ("temperature on rte: no rows beside those it is scored on",)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["table3"], "table: found 'table3'"),
+        (["table2", "--seeds", "1,x"], "--seeds: found '1,x'"),
+        (["table2", "--seeds", "-1"], "--seeds: found '-1'"),
+        (["table2", "--methods", "mle,magic"], "--methods: found 'magic'"),
+        (["table2", "--tasks", "arc_easy"], "--tasks: found 'arc_easy'"),
+        (["table2", "--steps", "0"], "steps: found 0"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    world: Path, tmp_path: Path, arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = ["--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")]
+    model = ["--model", str(world / "bert"), "--data", str(world / "data")]
+    assert invoke(["table", *arguments, *places, *model]) == 2
+    error = capsys.readouterr().err
+    assert named in error and error.count("\n") == 1
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_dry_run_says_how_much_and_does_nothing(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = ["--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")]
+    model = ["--model", str(world / "bert"), "--data", str(world / "data")]
+    chosen = ["--methods", "mle,blob", "--seeds", "1,2,3"]
+    assert invoke(["table", "table2", "--dry-run", *chosen, *places, *model]) == 0
+    assert "table2: 6 runs missing, for 60 cells, an unknown time" in capsys.readouterr().out
+    assert not any(tmp_path.iterdir())
