@@ -277,6 +277,18 @@ def test_no_folder_and_an_empty_one_are_refused(tmp_path: Path) -> None:
         read_cells(tmp_path)
 
 
+def test_shares_may_be_one_rounding_above_one(cell: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "cell.json").write_text(json.dumps(changed(cell, "aurc", 1 + 2**-52)))
+    assert len(read_cells(tmp_path)) == 1
+
+
+def test_cells_of_several_folders_are_compared_too(tmp_path: Path) -> None:
+    save(tmp_path / "a", record(answers(rows=20)))
+    save(tmp_path / "b", record(answers(rows=20), seed=2, train_rows=7))
+    with pytest.raises(ConfigError, match=r"b/.*seed2\.json: field train_rows: found 7, expected 4952 as in .*a/"):
+        read_cells(tmp_path / "a", tmp_path / "b")
+
+
 def test_the_same_cell_twice_is_refused_naming_both(cell: dict[str, Any], tmp_path: Path) -> None:
     for name in ("a.json", "b.json"):
         (tmp_path / name).write_text(json.dumps(cell))

@@ -1,0 +1,196 @@
+"""Pages: texts from outside never become elements or attributes, nothing is fetched, the bytes are the same again."""
+
+import dataclasses
+import importlib.util
+import re
+import sys
+from collections import Counter
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from bayestune.report import html
+from bayestune.report.charts import area_key, histogram_chart, line_key, reliability_chart, risk_chart
+from bayestune.report.views import Block, Chart, Group, Line, Listing, Page, Section, Table, Value
+
+PAYLOADS = [
+    "<script>alert(1)</script>",
+    "</script>",
+    "</style><script>",
+    "</title>",
+    "</svg><img src=x onerror=alert(1)>",
+    '" onmouseover="alert(1)',
+    "' onmouseover='alert(1)",
+    "javascript:alert(1)",
+    "<!--",
+    "-->",
+    "<![CDATA[",
+    "&lt;script&gt;",
+    "{{ 7 * 7 }}{% raw %}",
+    "\u2028\u2029\u202e",
+    "x" * 100_000,
+]
+
+
+class Parsed(HTMLParser):
+    """Elements with their attributes in order, and all text outside of the style sheet."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, tuple[tuple[str, str | None], ...]]] = []
+        self.texts: list[str] = []
+        self.other: list[str] = []
+        self._style = False
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, tuple(attrs)))
+        self._style = tag == "style"
+
+    def handle_endtag(self, tag: str) -> None:
+        self._style = False
+
+    def handle_data(self, data: str) -> None:
+        if not self._style:
+            self.texts.append(data)
+
+    def handle_comment(self, data: str) -> None:
+        self.other.append(data)
+
+    def unknown_decl(self, data: str) -> None:
+        self.other.append(data)
+
+    def handle_pi(self, data: str) -> None:
+        self.other.append(data)
+
+    @property
+    def shape(self) -> list[tuple[str, tuple[str, ...]]]:
+        return [(tag, tuple(name for name, _ in attrs)) for tag, attrs in self.elements]
+
+
+def page(text: str) -> Page:
+    """A page with `text` in every place that holds a text from outside."""
+    value = Value(text=text, best=True)
+    block = Block(
+        heading=text,
+        corner=text,
+        columns=(text,),
+        lines=(Line(label=text, values=(value,)), Line(label=text, values=(Value(text=text),), published=True)),
+    )
+    table = Table(title=text, facts=(text,), blocks=(block,), notes=(text,))
+    charts = (
+        reliability_chart(text, text, counts=[1, 3], confidence=[0.4, 0.9], accuracy=[0.0, 0.5]),
+        risk_chart(text, text, [("line0", [0.5, 1.0], [0.1, 0.2])]),
+        histogram_chart(text, text, known=[1, 2], other=[2, 2], end=2.0, x_label=text),
+    )
+    group = Group(heading=text, keys=(line_key("line0", text), area_key("known", text)), charts=charts)
+    listing = Listing(heading=text, columns=(text,), lines=((text,),))
+    section = Section(heading=text, text=text, tables=(table,), groups=(group,), listings=(listing,))
+    return Page(title=text, facts=(text,), sections=(section,))
+
+
+def texts_of(value: Any) -> Counter[str]:
+    """How often each text is anywhere in a view."""
+    if isinstance(value, str):
+        return Counter([value])
+    parts = (
+        vars(value).values() if dataclasses.is_dataclass(value) else value if isinstance(value, list | tuple) else []
+    )
+    return sum((texts_of(part) for part in parts), Counter())
+
+
+@pytest.mark.parametrize("payload", PAYLOADS, ids=[payload[:12] for payload in PAYLOADS])
+def test_X5_a_text_from_outside_adds_no_element_and_no_attribute(payload: str) -> None:
+    plain, found = Parsed(html.page_html(page("plain"))), Parsed(html.page_html(page(payload)))
+    assert found.shape == plain.shape
+    assert found.other == plain.other == []
+    shown = "".join(found.texts)
+    # As often as in the page of a plain word.
+    assert shown.count(payload) == "".join(plain.texts).count("plain") > 20
+    for (_, before), (_, after) in zip(plain.elements, found.elements, strict=True):
+        for (name, old), (_, new) in zip(before, after, strict=True):
+            assert new == (old or "").replace("plain", payload), name
+
+
+def test_X5_nothing_can_be_fetched_or_run() -> None:
+    text = html.page_html(page("plain"))
+    found = Parsed(text)
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    assert ("meta", (("http-equiv", "Content-Security-Policy"), ("content", policy))) in found.elements
+    names = {tag for tag, _ in found.elements}
+    assert names & {"script", "link", "iframe", "object", "embed", "img", "base", "form", "a", "image", "use"} == set()
+    attributes = {name for _, attrs in found.elements for name, _ in attrs}
+    assert not any(name.startswith("on") for name in attributes)
+    assert attributes & {"src", "href", "xlink:href", "style", "srcset", "action"} == set()
+    assert not re.search(r"https?:|//|@import|url\(", text)
+
+
+def test_the_page_is_balanced_and_of_one_language() -> None:
+    text = html.page_html(page("plain"))
+    assert text.startswith('<!DOCTYPE html>\n<html lang="en">') and text.endswith("</html>\n")
+    for tag in ("html", "head", "body", "table", "tr", "td", "figure", "svg", "details", "ul", "li", "div", "span"):
+        assert len(re.findall(rf"<{tag}[ >]", text)) == text.count(f"</{tag}>"), tag
+
+
+def test_every_text_of_the_views_is_shown() -> None:
+    words = iter(range(10_000))
+
+    def named(value: Any) -> Any:
+        """The view with each text replaced by a word of its own."""
+        if isinstance(value, str):
+            return f"word{next(words)}." if value == "plain" else value
+        if isinstance(value, tuple):
+            return tuple(named(part) for part in value)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return type(value)(**{name: named(part) for name, part in vars(value).items()})
+        return value
+
+    view = named(page("plain"))
+    text = "".join(Parsed(html.page_html(view)).texts)
+    missing = [word for word in texts_of(view) if word.startswith("word") and word not in text]
+    assert missing == []
+
+
+def test_best_second_missing_and_published_are_seen() -> None:
+    values = (Value(text="1", best=True), Value(text="2", second=True), Value(text="-"), Value(text="4"))
+    lines = (Line(label="ours", values=values), Line(label="paper", values=values, published=True))
+    block = Block(heading="h", corner="", columns=("a", "b", "c", "d"), lines=lines)
+    text = html.table_html(Table(title="t", facts=(), blocks=(block,), notes=()))
+    looks = ['<span class="best">1', '<span class="second">2', '<span class="missing">-', "<span>4"]
+    assert all(text.count(look) == 2 for look in looks)
+    assert text.count('<tr class="published">') == 1
+    assert text.count("<h1>t</h1>") == 1
+
+
+def test_looks_are_known_to_the_style_sheet() -> None:
+    text = html.page_html(page("plain"))
+    sheet = re.search(r"<style>(.*)</style>", text, re.DOTALL)
+    assert sheet is not None
+    classes = {name for found in re.findall(r'class="([^"]*)"', text) for name in found.split()}
+    classes |= {f"line{k}" for k in range(8)} | {"dashed", "faint", "over", "under", "other"}
+    assert {name for name in classes if f".{name}" not in sheet[1]} == set()
+
+
+def test_the_same_view_gives_the_same_bytes() -> None:
+    assert html.page_html(page("plain")) == html.page_html(page("plain"))
+
+
+def test_a_picture_says_what_it_shows() -> None:
+    chart: Chart = page("plain").sections[0].groups[0].charts[0]
+    labels = [
+        dict(attrs)["aria-label"]
+        for tag, attrs in Parsed(html.page_html(page("plain"))).elements
+        if tag == "svg" and "aria-label" in dict(attrs)
+    ]
+    assert labels[0] == f"{chart.y_label} against {chart.x_label} {chart.title}"
+    assert len(labels) == 3
+
+
+def test_without_jinja2_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    spec = importlib.util.spec_from_file_location("html_without_jinja2", html.__file__)
+    assert spec is not None and spec.loader is not None
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'bayestune\[report\]'"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
