@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+ORACLES := laplace-torch curvlinops-for-pytorch backpack-for-pytorch asdfghjkl einconv linear_operator unfoldNd
 RUNS := $(VENV)/.runs
 TESTS := $(VENV)/.tests
 
@@ -20,6 +21,7 @@ $(RUNS): pyproject.toml constraints.txt
 
 $(TESTS): $(RUNS)
 	$(PIP) install --constraint constraints.txt --editable '.[demo,test]'
+	$(PIP) install --constraint constraints.txt --no-deps $(ORACLES)
 	touch $(TESTS)
 
 demo: $(RUNS)
