@@ -39,7 +39,7 @@ _DECODER = {
 }
 
 
-def _seeded(make: Callable[[], PreTrainedModel], seed: int) -> PreTrainedModel:
+def seeded(make: Callable[[], PreTrainedModel], seed: int) -> PreTrainedModel:
     """Build a model with random weights that depend on `seed` alone; the global random state stays where it was."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -47,18 +47,18 @@ def _seeded(make: Callable[[], PreTrainedModel], seed: int) -> PreTrainedModel:
 
 
 def llama(seed: int = 0, **settings: Any) -> PreTrainedModel:
-    return _seeded(lambda: LlamaForCausalLM(LlamaConfig(**{**_DECODER, **settings})), seed)
+    return seeded(lambda: LlamaForCausalLM(LlamaConfig(**{**_DECODER, **settings})), seed)
 
 
 def qwen2(seed: int = 0, **settings: Any) -> PreTrainedModel:
-    return _seeded(lambda: Qwen2ForCausalLM(Qwen2Config(**{**_DECODER, **settings})), seed)
+    return seeded(lambda: Qwen2ForCausalLM(Qwen2Config(**{**_DECODER, **settings})), seed)
 
 
 def gpt2(seed: int = 0, **settings: Any) -> PreTrainedModel:
     """GPT-2: its linear layers are transformers' Conv1D, whose weight is stored [inputs, outputs]. No dropout."""
     config = {"vocab_size": VOCABULARY, "n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "n_positions": 64}
     config |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2}
-    return _seeded(lambda: GPT2LMHeadModel(GPT2Config(**{**config, **settings})), seed)
+    return seeded(lambda: GPT2LMHeadModel(GPT2Config(**{**config, **settings})), seed)
 
 
 def bert(seed: int = 0, **settings: Any) -> PreTrainedModel:
@@ -66,14 +66,14 @@ def bert(seed: int = 0, **settings: Any) -> PreTrainedModel:
     config = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 2}
     config |= {"num_attention_heads": 4, "max_position_embeddings": 64, "num_labels": 3}
     config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return _seeded(lambda: BertForSequenceClassification(BertConfig(**{**config, **settings})), seed)
+    return seeded(lambda: BertForSequenceClassification(BertConfig(**{**config, **settings})), seed)
 
 
 def t5(seed: int = 0, **settings: Any) -> PreTrainedModel:
     """T5, encoder and decoder. No dropout."""
     config = {"vocab_size": VOCABULARY, "d_model": HIDDEN, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
     config |= {"dropout_rate": 0.0, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
-    return _seeded(lambda: T5ForConditionalGeneration(T5Config(**{**config, **settings})), seed)
+    return seeded(lambda: T5ForConditionalGeneration(T5Config(**{**config, **settings})), seed)
 
 
 @dataclass(frozen=True, kw_only=True)

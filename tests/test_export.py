@@ -10,17 +10,21 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bayestune.adapters import gaussian_layers
-from bayestune.errors import ConfigError, PosteriorError
+from bayestune.errors import ConfigError, DrawError, PosteriorError
 from bayestune.export import export_lora
 from bayestune.functional import prediction_noise
 from bayestune.inference.draws import draw, evaluation_mode
-from bayestune.posteriors import load_posterior
-from models import BERT, GPT2, LLAMA, QWEN2, blob
+from bayestune.posteriors import Ensemble, Swag, fit_laplace, load_posterior
+from bayestune.posteriors.base import Substituted, SubstitutedDraws
+from bayestune.posteriors.state import adapter_tensors
+from bayestune.posteriors.swag import Moments, trained_weights
+from inference.cases import Letters, rows
+from models import BERT, GPT2, LLAMA, QWEN2, blob, scatter
 from posteriors.cases import Case
 
 DRAWS, SEED = 3, 11
@@ -275,3 +279,52 @@ def test_an_existing_folder_is_replaced_whole_and_only_if_asked(
     assert os.listdir(tmp_path) == ["e"] and len(os.listdir(tmp_path / "e")) == 5
     export_lora(blob(), tmp_path / "e", draws=1, overwrite=True)
     assert sorted(os.listdir(tmp_path / "e")) == ["bayestune_manifest.json", "draw_0", "mean"]
+
+
+def test_the_members_of_an_ensemble_are_exported_as_they_are(tmp_path: Path) -> None:
+    case = Case(architecture=LLAMA, plain=True)
+    models = [scatter(get_peft_model(case.base(), case.config()), seed=number).eval() for number in range(3)]
+    members = [{k: t.detach().clone() for k, t in adapter_tensors(model, "default").items()} for model in models]
+    posterior = Ensemble(models[0], members, temperature=2.0)
+    paths = export_lora(posterior, tmp_path / "out", draws=2)
+    assert [path.name for path in paths] == ["draw_0", "draw_1"]
+    inputs = LLAMA.inputs()
+    for number, path in enumerate(paths):
+        found = PeftModel.from_pretrained(case.base(), path).eval()
+        assert torch.equal(found(**inputs).logits, models[number](**inputs).logits)
+    notes = json.loads((tmp_path / "out" / "bayestune_manifest.json").read_text())["notes"]
+    assert any("temperature of 2.0" in note for note in notes)
+    with pytest.raises(DrawError, match="draws: found 4"):
+        export_lora(posterior, tmp_path / "more", draws=4)
+    with pytest.raises(DrawError, match="draws: found 0"):
+        export_lora(posterior, tmp_path / "more", draws=0)
+    assert not (tmp_path / "more").exists()
+
+
+def test_draws_of_swag_are_exported_as_they_predict(tmp_path: Path) -> None:
+    case = Case(architecture=BERT, plain=True)
+    model = scatter(get_peft_model(case.base(), case.config()), seed=0).eval()
+    moments = Moments(rank=3)
+    for number in range(4):
+        scatter(model, seed=number)
+        moments.add(trained_weights(model))
+    posterior = Swag.from_moments(model, moments)
+    inputs = BERT.inputs()
+    paths = export_lora(posterior, tmp_path / "out", draws=2, seed=5)
+    assert [path.name for path in paths] == ["mean", "draw_0", "draw_1"]
+    sampler = posterior.sampler(draws=2, seed=5)
+    assert isinstance(sampler, SubstitutedDraws)
+    wanted = [{}, *sampler.weights]
+    for path, weights in zip(paths, wanted, strict=True):
+        found = PeftModel.from_pretrained(case.base(), path).eval()
+        expected = Substituted(posterior.model, weights)(**inputs).logits
+        assert torch.equal(found(**inputs).logits, expected)
+
+
+def test_draws_of_a_linearised_model_are_no_weights(tmp_path: Path) -> None:
+    case = Case(architecture=LLAMA, plain=True)
+    model = scatter(get_peft_model(case.base(), case.config()), seed=0).eval()
+    posterior = fit_laplace(model, Letters(), rows(3))
+    with pytest.raises(ConfigError, match="'laplace' posterior, whose draws are no LoRA weights"):
+        export_lora(posterior, tmp_path / "out", draws=2)
+    assert [path.name for path in export_lora(posterior, tmp_path / "out", draws=0)] == ["mean"]

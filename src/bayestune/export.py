@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from bayestune.adapters import RandomLinear
 from bayestune.errors import ConfigError
 from bayestune.functional import prediction_noise
+from bayestune.posteriors import Ensemble, Posterior
+from bayestune.posteriors.base import SubstitutedDraws
 from bayestune.posteriors.folder import new_folder
 from bayestune.posteriors.manifest import CONFIG_FILE, TENSOR_FILE, file_record, versions, write_manifest
 from bayestune.posteriors.state import (
@@ -25,14 +27,20 @@ from bayestune.posteriors.state import (
     check_values,
     lora_layers,
     owned_heads,
+    parameter_names,
     settings_fault,
 )
 
 
 def export_lora(
-    model: nn.Module, path: str | os.PathLike[str], *, draws: int = 10, seed: int = 0, overwrite: bool = False
+    model: nn.Module | Posterior,
+    path: str | os.PathLike[str],
+    *,
+    draws: int = 10,
+    seed: int = 0,
+    overwrite: bool = False,
 ) -> list[Path]:
-    """Write the mean and `draws` draws of the active adapter as plain LoRA folders under `path`.
+    """Write the mean and `draws` draws of a posterior, or of a model's active adapter, as LoRA folders under `path`.
 
     Draw k is ``A = M + G^2 * noise(seed, k, layer)``, the very weights of ``draw(model, index=k, seed=seed)``; B,
     unless it is random too, is that of the posterior. The rank-stabilised scale alpha/sqrt(r) is folded into B (times
@@ -40,7 +48,9 @@ def export_lora(
     safetensors file, the hashes in the manifest beside the folders. The whole of `path` appears at once or not at all.
 
     Args:
-        model: a PeftModel with one active adapter; of plain LoRA only the mean (``draws=0``) can be exported.
+        model: a PeftModel with one active adapter, or a `Posterior`; of plain LoRA only the mean (``draws=0``) can be
+            exported; the draws of an ensemble are its members, and it has no mean. A temperature is not exported: the
+            manifest notes it.
         path: the folder to make.
         draws: number of draws; 0 writes the mean alone.
         seed: seed of the draws.
@@ -51,13 +61,16 @@ def export_lora(
 
     Raises:
         ConfigError: `path` exists, `draws` is not a count, the adapter has nothing to draw from, or has settings that
-            plain LoRA cannot express.
+            plain LoRA cannot express; or its draws are no weights, as those of a linearised model.
+        DrawError: an ensemble has fewer members.
         PosteriorError: the adapter holds NaN, infinities, or a standard deviation of 0.
     """
-    model, adapter, kind = active_adapter(model)
+    posterior = model if isinstance(model, Posterior) else None
+    model, adapter, kind = active_adapter(model.model if isinstance(model, Posterior) else model)
     if draws < 0:
         raise ConfigError(f"draws: found {draws}, expected 0 (the mean alone) or more.")
-    if draws and kind == "point":
+    weights = _whole_draws(posterior, adapter, draws, seed)
+    if draws and kind == "point" and weights is None:
         raise ConfigError(
             f"draws: found {draws}, but adapter {adapter!r} is plain LoRA, a point without a posterior: pass draws=0."
         )
@@ -65,26 +78,54 @@ def export_lora(
     if fault:
         raise ConfigError(f"the adapter cannot be exported as plain LoRA: {fault}.")
     check_values(adapter_tensors(model, adapter))
-    indices: list[int | None] = [None, *range(draws)]
+    mean = [] if isinstance(posterior, Ensemble) else [None]
+    indices: list[int | None] = [*mean, *range(draws)]
     names = ["mean" if index is None else f"draw_{index}" for index in indices]
     config = _plain_config(model, adapter)
     with new_folder(path, overwrite=overwrite) as folder:
         for name, index in zip(names, indices, strict=True):
-            _write(folder / name, config, _plain_tensors(model, adapter, seed, index), seed, index)
+            tensors = _plain_tensors(model, adapter, seed, index, weights or {})
+            _write(folder / name, config, tensors, seed, index)
         files = [f"{name}/{file}" for name in names for file in (CONFIG_FILE, TENSOR_FILE)]
         content = {
             **versions(),
-            "exported": {"kind": kind, "draws": draws, "seed": seed},
-            "notes": _notes(model, adapter),
+            "exported": {"kind": posterior.kind if posterior else kind, "draws": draws, "seed": seed},
+            "notes": [*_notes(model, adapter), *_temperature_note(posterior)],
             "files": {file: file_record(folder / file) for file in files},
         }
         write_manifest(folder, content=content)
     return [Path(path) / name for name in names]
 
 
-def _plain_tensors(model: PeftModel, adapter: str, seed: int, index: int | None) -> dict[str, Tensor]:
-    """The tensors of the mean (`index` None) or of one draw, by their keys in a LoRA file."""
+def _whole_draws(
+    posterior: Posterior | None, adapter: str, draws: int, seed: int
+) -> dict[int, dict[str, Tensor]] | None:
+    """For a posterior whose draws are whole sets of weights: those weights by index and key; None for the others."""
+    if (
+        posterior is None
+        or posterior.kind in ("point", "blob")
+        or (draws == 0 and not isinstance(posterior, Ensemble))
+    ):
+        return None
+    sampler = posterior.sampler(draws=draws, seed=seed)
+    if not isinstance(sampler, SubstitutedDraws):
+        raise ConfigError(
+            f"draws: found {draws} of a {posterior.kind!r} posterior, whose draws are no LoRA weights: pass draws=0."
+        )
+    keys = {name: key for key, name in parameter_names(posterior.model, adapter).items()}
+    return {k: {keys[name]: t for name, t in drawn.items()} for k, drawn in enumerate(sampler.weights)}
+
+
+def _plain_tensors(
+    model: PeftModel, adapter: str, seed: int, index: int | None, weights: dict[int, dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The tensors of the mean (`index` None) or of one draw, by their keys in a LoRA file.
+
+    `weights` are those of each draw, where a draw is a whole set of weights.
+    """
     tensors = {key: t for key, t in adapter_tensors(model, adapter).items() if not key.endswith(".rho")}
+    if index is not None:
+        tensors |= weights.get(index, {})
     rank_stabilised = adapter_config(model, adapter).use_rslora
     for path, layer in lora_layers(model, adapter).items():
         for part, matrices in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
@@ -130,6 +171,12 @@ def _write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], see
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     source = {"draw": "mean"} if index is None else {"draw": str(index), "seed": str(seed)}
     save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt", **source})
+
+
+def _temperature_note(posterior: Posterior | None) -> list[str]:
+    if posterior is None or posterior.temperature == 1.0:
+        return []
+    return [f"the posterior divides its logits by a temperature of {posterior.temperature}, which LoRA cannot hold."]
 
 
 def _notes(model: PeftModel, adapter: str) -> list[str]:

@@ -99,7 +99,9 @@ def predict(
 def export(
     run: RunFolder,
     output: Annotated[Path, typer.Option(help="Folder to make: mean, draw_0, draw_1, ...")],
-    draws: Draws = None,
+    draws: Annotated[
+        int | None, typer.Option(help="Draws to write, 0 for the mean alone; default: as trained (10).")
+    ] = None,
     seed: Seed = 0,
     data: Data = None,
     overwrite: Overwrite = False,
@@ -109,7 +111,7 @@ def export(
     from bayestune.export import export_lora
 
     loaded = load_run(run, data=data)
-    for folder in export_lora(loaded.model, output, draws=_draws(loaded, draws), seed=seed, overwrite=overwrite):
+    for folder in export_lora(loaded.posterior, output, draws=_draws(loaded, draws), seed=seed, overwrite=overwrite):
         print(folder)
 
 

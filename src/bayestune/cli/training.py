@@ -48,6 +48,9 @@ def train(
     kl_learning_rate: Annotated[float | None, typer.Option(help=f"Of the SGD step on G and the KL; {_PAPER}.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest row; default 300 or 256.")] = None,
     precision: Annotated[str | None, typer.Option(help="float32 (default) or bf16 autocast.")] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="Of the base: none (default), int8 or nf4, by bitsandbytes.")
+    ] = None,
     train_split: Annotated[str | None, typer.Option(help="Default train.")] = None,
     eval_split: Annotated[str | None, typer.Option(help="Such as test or dev+test; default the usual one.")] = None,
     draws: Annotated[int | None, typer.Option(help="Draws in the evaluation; default 10.")] = None,
@@ -105,6 +108,7 @@ def train(
         "kl_learning_rate": kl_learning_rate,
         "max_tokens": max_tokens,
         "precision": precision,
+        "quantization": quantization,
         "train_split": train_split,
         "eval_split": eval_split,
         "draws": draws,
@@ -132,6 +136,8 @@ def train(
     result = run(
         experiment, output, overwrite=overwrite, resume=resume, command=["bayestune", *sys.argv[1:]], progress=True
     )
+    if not result.scores:
+        return  # one of several processes, and not the one that evaluates
     print(score_table(result.scores))
     print(f"{result.output}: posterior/, experiment.json, result.json ({result.seconds:.0f} s)")
 

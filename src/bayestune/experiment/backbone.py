@@ -1,6 +1,7 @@
 """The pretrained model of an experiment: found, asked what it is, and loaded with an adapter."""
 
 import importlib.util
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import (
     AutoModelForMultipleChoice,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -148,6 +150,9 @@ def load_base(backbone: Backbone, task: Task, experiment: Experiment) -> tuple[P
         auto = AutoModelForMultipleChoice
     else:
         auto, kwargs = AutoModelForSequenceClassification, {"num_labels": task.classes}
+    device = _device()
+    if experiment.quantization != "none":
+        kwargs |= {"quantization_config": _quantized(experiment), "device_map": {"": device}}
     with torch.random.fork_rng():
         torch.manual_seed(experiment.seed)
         try:
@@ -162,7 +167,20 @@ def load_base(backbone: Backbone, task: Task, experiment: Experiment) -> tuple[P
         raise ConfigError(f"model {experiment.model!r}: its checkpoint has no weights for {', '.join(new)}.")
     if model.config.pad_token_id is None:
         model.config.pad_token_id = task.pad_id
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), new
+    return model if experiment.quantization != "none" else model.to(device), new
+
+
+def _device() -> str:
+    """The device of this process."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def _quantized(experiment: Experiment) -> BitsAndBytesConfig:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(f"quantization {experiment.quantization!r} needs the package bitsandbytes: install it.")
+    if experiment.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 
 
 def new_head(base: PreTrainedModel, new: list[str], seed: int) -> None:

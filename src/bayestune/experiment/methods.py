@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from bayestune.errors import ConfigError
 from bayestune.experiment.backbone import add_adapter, new_head
+from bayestune.experiment.processes import is_main
 from bayestune.experiment.settings import Experiment
 from bayestune.experiment.train import Training
 from bayestune.functional import derive_seed
@@ -146,7 +147,7 @@ def _ensemble(model: PeftModel, start: Start, training: Training) -> Ensemble:
         else:
             steps = dataclasses.replace(training, experiment=own, checkpoints=folder / f"steps_{number}")
             steps.train(model, label=f"member {number + 1} of {experiment.members}")
-            if experiment.checkpoint_steps:
+            if experiment.checkpoint_steps and is_main():
                 save_posterior(model, finished)
         members.append({key: t.detach().clone() for key, t in adapter_tensors(model, "default").items()})
     return _first_active(model, members)

@@ -20,6 +20,7 @@ from bayestune.experiment.backbone import (
     load_base,
 )
 from bayestune.experiment.methods import Start, autocast, begin, evaluations, obtain, tempered
+from bayestune.experiment.processes import is_main
 from bayestune.experiment.record import file_sha256, hardware, read_json, rows_sha256, versions, write_json
 from bayestune.experiment.settings import Experiment
 from bayestune.experiment.train import Training
@@ -82,6 +83,8 @@ def run(
     """Train and evaluate `experiment`; leave posterior/, experiment.json and, last of all, result.json in `output`.
 
     Every row of both splits is read, checked and tokenised before any weights are loaded or any file is touched.
+    Under `accelerate launch` the processes train together on batches of `batch_size` rows each; the main one alone
+    writes, evaluates and has scores to return.
 
     Args:
         overwrite: replace a run that is in `output`. resume: go on from the last of its checkpoints.
@@ -97,11 +100,13 @@ def run(
     assert experiment.eval_split is not None
     train_rows, eval_rows = _checked(task, experiment.train_split), _checked(task, experiment.eval_split)
     fit_rows, temperature_rows = _checked(task, experiment.fit_split), _checked(task, experiment.temperature_split)
-    _check_output(output, experiment, overwrite=overwrite, resume=resume)
+    if is_main():
+        _check_output(output, experiment, overwrite=overwrite, resume=resume)
     base, new = load_base(backbone, task, experiment)
     start = Start(base=base, new=new, task_type="CAUSAL_LM" if is_generative(backbone, task) else None)
     model = begin(start, experiment)
-    _prepare(output, experiment, resume=resume)
+    if is_main():
+        _prepare(output, experiment, resume=resume)
     training = Training(
         experiment=experiment,
         task=task,
@@ -111,6 +116,8 @@ def run(
         progress=progress,
     )
     posterior = obtain(model, start, training, fit_rows)
+    if not is_main():
+        return Result(experiment=experiment, output=output, scores={}, predictions={}, seconds=0.0)
     if not experiment.checkpoint_steps and training.checkpoints.is_dir():
         training.checkpoints.rmdir()
     if temperature_rows:

@@ -15,6 +15,7 @@ Method = Literal["mle", "map", "dropout", "ensemble", "bbb", "blob", "laplace", 
 POST_HOC: tuple[Method, ...] = ("laplace", "tfb", "swag", "temperature")
 """Methods that start from a finished plain LoRA adapter."""
 Precision = Literal["float32", "bf16"]
+Quantization = Literal["none", "int8", "nf4"]
 KLSchedule = Literal["paper", "uniform", "linear", "elbo"]
 
 LaplaceLayers = Literal["all", "last"]
@@ -23,6 +24,7 @@ LaplacePredictive = Literal["mc", "probit"]
 _CHOICES = {
     "method": Method,
     "precision": Precision,
+    "quantization": Quantization,
     "estimator": Estimator,
     "kl_schedule": KLSchedule,
     "laplace_layers": LaplaceLayers,
@@ -85,6 +87,7 @@ class Experiment:
         target_modules: layers that get an adapter; None for the attention's query and value (and an untied lm_head).
         max_tokens: longest sequence; longer rows are refused before training.
         precision: "bf16" trains and predicts under bfloat16 autocast; M, G and B stay float32.
+        quantization: of the base model, by bitsandbytes: "int8", as in the paper, or "nf4"; the adapters stay float32.
         draws: draws of the posterior in the evaluation, which always includes the mean as well.
         checkpoint_steps: updates between checkpoints; 0 for none.
         adapter: folder of a run, of a posterior or of a plain LoRA adapter that a method starts from; None trains one
@@ -122,6 +125,7 @@ class Experiment:
     kl_learning_rate: float | None = None
     max_tokens: int | None = None
     precision: Precision = "float32"
+    quantization: Quantization = "none"
     train_split: str = "train"
     eval_split: str | None = None
     draws: int = 10

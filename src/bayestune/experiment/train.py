@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
+from bayestune.experiment.processes import is_main, process_count
 from bayestune.experiment.progress import ProgressBar
 from bayestune.experiment.settings import Experiment
 from bayestune.functional import cycle_steps, linear_kl_weight, paper_kl_weight, uniform_kl_weight
@@ -38,7 +39,7 @@ class Training:
         """Train `model` in place; `arguments` replace those of `TrainingArguments` that the experiment gives."""
         experiment = self.experiment
         given = TrainingArguments(**{**_arguments(experiment, self.checkpoints), **arguments})
-        with ProgressBar(f"train {label}", disable=not self.progress) as bar:
+        with ProgressBar(f"train {label}", disable=not (self.progress and is_main())) as bar:
             trainer = BayesTrainer(
                 model,
                 task=self.task,
@@ -51,7 +52,7 @@ class Training:
             trainer.remove_callback(PrinterCallback)
             last = last_complete(self.checkpoints) if self.resume else None
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
-        if given.save_strategy == "no":
+        if given.save_strategy == "no" and is_main():
             self.checkpoints.rmdir()  # the Trainer makes it all the same
 
 
@@ -70,7 +71,9 @@ def kl_settings(experiment: Experiment, rows: int) -> KLSettings | None:
         case "elbo":
             schedule = elbo_kl_weight(rows)
     return KLSettings(
-        cycle=cycle_steps(rows, experiment.batch_size), schedule=schedule, learning_rate=experiment.kl_learning_rate
+        cycle=cycle_steps(rows, experiment.batch_size, processes=process_count()),
+        schedule=schedule,
+        learning_rate=experiment.kl_learning_rate,
     )
 
 

@@ -1,0 +1,114 @@
+"""The paper's recipes as files for `accelerate launch -m bayestune train`, run on tiny models by the same path."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import RobertaConfig, RobertaModel
+
+from bayestune.cli.app import invoke
+from bayestune.experiment import Experiment, load_run
+from bayestune.recipes.paper import llama2_7b, roberta
+from models import seeded
+from toys import byte_tokenizer, pretrained_llama, write_data, write_rows
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def settings(name: str) -> Experiment:
+    content = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text(encoding="utf-8"))
+    return Experiment.from_dict(content, where=name)
+
+
+@pytest.mark.parametrize("name", ["llama2_7b", "roberta"])
+def test_the_files_have_the_settings_of_the_recipes(name: str) -> None:
+    recipe = llama2_7b(1000) if name == "llama2_7b" else roberta(1000, max_steps=2000)
+    found = settings(name)
+    for field in ("prior_std", "rho_init", "estimator", "lora_alpha"):
+        assert getattr(found, field) == recipe.adapter[field]
+    assert found.rank == recipe.adapter["r"] and list(found.target_modules or ()) == recipe.adapter["target_modules"]
+    assert (found.steps, found.batch_size) == tuple(
+        recipe.arguments[key] for key in ("max_steps", "per_device_train_batch_size")
+    )
+    assert found.learning_rate == recipe.arguments["learning_rate"]
+    assert (found.kl_learning_rate, found.kl_schedule) == (recipe.kl.learning_rate, "paper")
+    assert (found.max_tokens, found.quantization) == (recipe.max_tokens, "int8" if recipe.load_in_8bit else "none")
+
+
+def pretrained_roberta(folder: Path) -> Path:
+    """A RoBERTa of two layers without a head, saved to `folder`."""
+    tokenizer = byte_tokenizer()
+    config = RobertaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=300,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    seeded(lambda: RobertaModel(config), 0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def pairs(start: int, count: int) -> list[dict[str, object]]:
+    return [
+        {"id": f"p{i}", "text": f"the cup is {i % 7}", "text_pair": f"it is {i % 5}", "label": i % 2}
+        for i in range(start, start + count)
+    ]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_llama_recipe_runs_on_an_int8_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("bitsandbytes", reason="int8 bases need bitsandbytes")
+    model, data = pretrained_llama(tmp_path / "model"), write_data(tmp_path / "data")
+    arguments = ["--config", str(EXAMPLES / "llama2_7b.yaml"), "--model", str(model), "--data", str(data)]
+    arguments += [
+        "--task",
+        "colours",
+        "--steps",
+        "3",
+        "--draws",
+        "2",
+        "--max-tokens",
+        "256",
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    assert invoke(["train", *arguments]) == 0, capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["experiment"]["quantization"] == "int8"
+    loaded = load_run(tmp_path / "run")
+    assert loaded.predict(loaded.task.rows("dev"), draws=2).probs.isfinite().all()
+
+
+def test_the_roberta_recipe_runs_under_accelerate_with_two_processes(tmp_path: Path) -> None:
+    model, data = pretrained_roberta(tmp_path / "model"), tmp_path / "data"
+    write_rows(data / "rte" / "train.jsonl", pairs(0, 80))
+    write_rows(data / "rte" / "dev.jsonl", pairs(80, 12))
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        "2",
+        "--cpu",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "bayestune"]
+    arguments = ["train", "--config", str(EXAMPLES / "roberta.yaml"), "--model", str(model), "--data", str(data)]
+    arguments += ["--steps", "3", "--draws", "2", "--output", str(tmp_path / "run")]
+    source = str(Path(__file__).parent.parent / "src")
+    environment = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*launch, *arguments], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("rows; 95 % bootstrap") == 1
+    record = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert record["methods"]["blob_n2"]["rows"] == 12
+    loaded = load_run(tmp_path / "run")
+    assert loaded.predict(loaded.task.rows("dev"), draws=2).probs.isfinite().all()
