@@ -24,7 +24,7 @@ def main() -> None:
     readme = ROOT / "README.md"
     before = readme.read_text(encoding="utf-8")
     after = before
-    for name, table in {"demo": demo_table(), "real": real_table()}.items():
+    for name, table in {"demo": demo_table(), "real": real_table(), "tuning": tuning_table()}.items():
         after = between(after, name, table)
     if options.check:
         sys.exit(0 if after == before else "README.md: a table differs from results/; run benchmarks/tables.py")
@@ -52,15 +52,31 @@ def demo_table() -> str:
 
 
 def real_table() -> str:
-    """Mean and standard deviation over seeds, one line a task and method, from results/real/*.json."""
-    lines = [f"| task | method | {' | '.join(METRICS.values())} | rows | seeds |", "|---|---|---|---|---|---|---|---|"]
+    """Mean and standard deviation over seeds, one line a task, budget and method, from results/real/*.json."""
+    heads = ["task", "updates", "method", *METRICS.values(), "rows", "seeds"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     records = load("real")
-    for task in sorted({record["task"] for record in records}):
+    for task, steps in sorted({(record["task"], record["steps"]) for record in records}):
         for method, name in NAMES.items():
-            found = [r["methods"][method] for r in records if r["task"] == task and method in r["methods"]]
+            runs = [r["methods"] for r in records if (r["task"], r["steps"]) == (task, steps)]
+            found = [scores[method] for scores in runs if method in scores]
             if found:
                 cells = [spread(scores[m] for scores in found) for m in METRICS]
-                lines.append(f"| {task} | {name} | {' | '.join(cells)} | {found[0]['rows']} | {len(found)} |")
+                lines.append(f"| {task} | {steps} | {name} | {' | '.join(cells)} | {found[0]['rows']} | {len(found)} |")
+    return "\n".join(lines) + "\n"
+
+
+def tuning_table() -> str:
+    """One line a setting, scored on rows cut from train, from results/tuning/*.json."""
+    heads = ["method", "learning rate", "KL weights", "KL rate", *METRICS.values(), "rows"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for record in load("tuning"):
+        settings = record["experiment"]
+        key = max(record["methods"])  # of BLoB, the draws rather than the mean
+        scores = record["methods"][key]
+        kl = ["", ""] if key == "mle" else [settings["kl_schedule"], f"{settings['kl_learning_rate']}"]
+        cells = [NAMES[key], f"{settings['learning_rate']}", *kl, *(f"{scores[m]:.3f}" for m in METRICS)]
+        lines.append(f"| {' | '.join(cells)} | {scores['rows']} |")
     return "\n".join(lines) + "\n"
 
 
