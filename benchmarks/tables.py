@@ -62,7 +62,9 @@ def real_table() -> str:
             found = [scores[method] for scores in runs if method in scores]
             if found:
                 cells = [spread(scores[m] for scores in found) for m in METRICS]
-                lines.append(f"| {task} | {steps} | {name} | {' | '.join(cells)} | {found[0]['rows']} | {len(found)} |")
+                lines.append(
+                    f"| {task} | {steps} | {name} | {' | '.join(cells)} | {found[0]['rows']} | {len(found)} |"
+                )
     return "\n".join(lines) + "\n"
 
 

@@ -428,3 +428,17 @@ def test_loading_warns_once_of_what_peft_warns_of(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
         load_posterior(BERT.build(), tmp_path / "p")
+
+
+def test_what_bayestune_did_not_write_is_never_in_the_way_of_an_overwrite(tmp_path: Path) -> None:
+    """The name under which the older folder waits may be taken: then nothing is removed or written."""
+    model = CASES["llama"].model()
+    save_posterior(model, tmp_path / "p")
+    (tmp_path / ".p.old").mkdir()
+    (tmp_path / ".p.old" / "thesis.txt").write_text("mine")
+    before = (tmp_path / "p" / "bayestune_manifest.json").read_bytes()
+    with pytest.raises(ConfigError, match=r"\.p\.old is in the way"):
+        save_posterior(model, tmp_path / "p", overwrite=True)
+    assert (tmp_path / ".p.old" / "thesis.txt").read_text() == "mine"
+    assert (tmp_path / "p" / "bayestune_manifest.json").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"p", ".p.old"}

@@ -1,5 +1,6 @@
 """Folders that appear on disk whole or not at all, and JSON that is read with limits."""
 
+import contextlib
 import json
 import os
 import secrets
@@ -24,10 +25,12 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Pat
     manifest, is replaced.
 
     Raises:
-        ConfigError: `path` exists and must not be replaced, or is a link.
+        ConfigError: `path` exists and must not be replaced, or is a link; or the place where the older folder waits
+            is taken by something that bayestune did not write.
     """
     target = Path(os.path.abspath(path))
     aside = _aside(target)
+    _check_aside(aside)
     if aside.is_dir() and not os.path.lexists(target):
         os.rename(aside, target)
     _check_target(target, overwrite)
@@ -64,6 +67,14 @@ def strict_json(text: bytes, *, limit: int) -> Any:
         raise ValueError("JSON nested too deeply") from None
 
 
+def _check_aside(aside: Path) -> None:
+    """Refuse to move or remove what an interrupted replacement cannot have left."""
+    if os.path.lexists(aside) and (aside.is_symlink() or not (aside / MANIFEST).is_file()):
+        raise ConfigError(
+            f"{aside} is in the way (an older folder would wait there) and holds no {MANIFEST}: move it away."
+        )
+
+
 def _check_target(target: Path, overwrite: bool) -> None:
     if not os.path.lexists(target):
         return
@@ -81,7 +92,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
 def _publish(work: Path, target: Path, aside: Path) -> None:
     try:
         if target.exists():
-            shutil.rmtree(aside, ignore_errors=True)  # what a crash after an earlier replacement left
+            _remove(aside)  # what a crash after an earlier replacement left
             os.rename(target, aside)
         os.rename(work, target)
     except BaseException:
@@ -91,7 +102,18 @@ def _publish(work: Path, target: Path, aside: Path) -> None:
     try:
         _flush_entry(target.parent)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        _remove(aside)
+
+
+def _remove(aside: Path) -> None:
+    """Remove the older folder under another name, so that a crash on the way leaves no half of it in its place."""
+    litter = aside.with_name(f"{aside.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with contextlib.suppress(OSError):  # not there, or not to be renamed: then as it is
+            os.rename(aside, litter)
+    finally:
+        for folder in (litter, aside):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _aside(target: Path) -> Path:
