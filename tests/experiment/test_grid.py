@@ -152,6 +152,12 @@ def test_without_a_test_split_a_table_leaves_out_the_temperature(world: Path, tm
     assert found.left_out == ("temperature on rte: no rows beside those it is scored on",)
 
 
+def test_data_sets_that_are_not_there_are_left_out_by_name(world: Path, tmp_path: Path) -> None:
+    found = plan(make(world, tmp_path, table="table1", methods=("mle",), seeds=(1,)))
+    assert [planned.experiment.task for planned in found.runs] == ["openbookqa"]
+    assert len(found.left_out) == 5 and all("boolq" in line for line in found.left_out if line.startswith("boolq"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

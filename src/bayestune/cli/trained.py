@@ -107,6 +107,9 @@ def export(
     overwrite: Overwrite = False,
 ) -> None:
     """Write the mean and draws of a run as ordinary LoRA adapters, for PEFT and for servers."""
+    if output.exists() and not overwrite:
+        raise ConfigError(f"--output {output}: it exists; choose another, or pass --overwrite.")
+
     from bayestune.experiment import load_run
     from bayestune.export import export_lora
 

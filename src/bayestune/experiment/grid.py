@@ -86,7 +86,11 @@ def plan(grid: Grid) -> Plan:
         for task in dict.fromkeys(
             column.task for column in columns if grid.tasks is None or column.task in grid.tasks
         ):
-            split = _eval_split(grid, backbone, task)
+            try:
+                split = _eval_split(grid, backbone, task)
+            except DataError as error:
+                left_out.append(f"{task}: {error}")
+                continue
             for method in sorted(grid.methods, key=lambda name: name in POST_HOC):
                 if method == "temperature" and split != "test":
                     left_out.append(f"temperature on {task}: no rows beside those it is scored on")
@@ -132,10 +136,20 @@ def _folder(grid: Grid, method: str, task: str, seed: int) -> Path:
 
 
 def _eval_split(grid: Grid, backbone: Backbone, name: str) -> str:
-    """The split that a run is scored on."""
+    """The split that a run is scored on.
+
+    Raises:
+        DataError: the data set is not there, or a row of its training split cannot be read.
+    """
+    task = build_task(backbone, name, grid.settings.get("data"), 8)
+    task.rows(str(grid.settings.get("train_split", "train")))
+    return _scored_split(grid, task)
+
+
+def _scored_split(grid: Grid, task: Task) -> str:
+    """`eval_split` where it is set, the labelled test split where there is one, or the usual split."""
     if grid.settings.get("eval_split"):
         return str(grid.settings["eval_split"])
-    task = build_task(backbone, name, grid.settings.get("data"), 8)
     try:
         task.rows("test")
     except DataError:
@@ -230,7 +244,7 @@ def _rows(grid: Grid, trained: Run, name: str) -> tuple[Task, list[AnyRow]]:
         assert experiment.eval_split is not None
         return trained.task, trained.task.rows(experiment.eval_split)
     task = other_task(trained, name)
-    rows = task.rows(_eval_split(grid, find_backbone(experiment.model), name))
+    rows = task.rows(_scored_split(grid, task))
     task.check(rows)
     return task, rows
 

@@ -105,8 +105,6 @@ def run(
     base, new = load_base(backbone, task, experiment)
     start = Start(base=base, new=new, task_type="CAUSAL_LM" if is_generative(backbone, task) else None)
     model = begin(start, experiment)
-    if is_main():
-        _prepare(output, experiment, resume=resume)
     training = Training(
         experiment=experiment,
         task=task,
@@ -115,6 +113,9 @@ def run(
         resume=resume,
         progress=progress,
     )
+    training.check()
+    if is_main():
+        _prepare(output, experiment, resume=resume)
     posterior = obtain(model, start, training, fit_rows)
     if not is_main():
         return Result(experiment=experiment, output=output, scores={}, predictions={}, seconds=0.0)

@@ -15,6 +15,7 @@ from bayestune.experiment.settings import Experiment
 from bayestune.functional import cycle_steps, linear_kl_weight, paper_kl_weight, uniform_kl_weight
 from bayestune.tasks import AnyRow, Task
 from bayestune.training import BayesTrainer, KLSettings, elbo_kl_weight, last_complete
+from bayestune.training.checks import check_arguments
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,14 @@ class Training:
     checkpoints: Path
     resume: bool
     progress: bool
+
+    def check(self) -> None:
+        """Refuse what cannot be trained on this machine, before anything is written.
+
+        Raises:
+            ConfigError: as `BayesTrainer`.
+        """
+        check_arguments(TrainingArguments(**_arguments(self.experiment, self.checkpoints)))
 
     def train(
         self, model: PeftModel, *, label: str, callbacks: Sequence[TrainerCallback] = (), **arguments: Any
