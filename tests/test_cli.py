@@ -418,7 +418,7 @@ def test_the_flags_are_these() -> None:
         "demo": {"output", "seed", "overwrite"},
         "table": {
             *("table", "data", "model", "seeds", "methods", "steps"),
-            *("results", "output", "dry_run", "rebuild"),
+            *("tasks", "config", "runs", "results", "output", "dry_run", "rebuild"),
         },
         "report": {"results", "output", "overwrite"},
     }

@@ -26,6 +26,7 @@ LEVELS = {
     "recipes": 5,
     "demo": 5,
     "cli": 6,
+    "__main__": 7,
 }
 HOME = {  # optional packages, and the only place that may import each
     "triton": "kernels/triton.py",

@@ -54,7 +54,7 @@ def test_rebuild_needs_nothing_but_the_cells(results: Path, tmp_path: Path) -> N
     [
         (["table9", "--rebuild"], "table: found 'table9', expected one of table1, table2, roberta."),
         (["<script>"], "table: found '<script>'"),
-        (["table1"], "expected it: tables are only made from recorded cells"),
+        (["table1"], "table: found no --model, expected one"),
         (["table1", "--rebuild", "--dry-run"], "found --dry-run with --rebuild"),
         (["table1", "--rebuild", "--seeds", "1"], "found --seeds with --rebuild"),
         (["table1", "--rebuild", "--steps", "few"], "Invalid value for '--steps'"),

@@ -107,9 +107,11 @@ def _publish(work: Path, target: Path, aside: Path) -> None:
 
 def _remove(aside: Path) -> None:
     """Remove the older folder under another name, so that a crash on the way leaves no half of it in its place."""
+    if not aside.is_dir():
+        return
     litter = aside.with_name(f"{aside.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with contextlib.suppress(OSError):  # not there, or not to be renamed: then as it is
+        with contextlib.suppress(OSError):  # then as it is
             os.rename(aside, litter)
     finally:
         for folder in (litter, aside):
