@@ -220,7 +220,7 @@ def _histogram(part: _Part, score: str) -> Chart:
                 total[b] += count
     return histogram_chart(
         part.label,
-        f"{_SCORES[score]}, AUROC {_spread_text(_AUROC[score], part.cells)} %",
+        f"{score}, AUROC {_spread_text(_AUROC[score], part.cells)} %",
         known=known,
         other=other,
         end=HISTOGRAM_ENDS[score],
