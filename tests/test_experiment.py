@@ -62,6 +62,8 @@ def experiment(world: Path, **changes: Any) -> Experiment:
         ("steps", True),
         ("steps", None),
         ("seed", -1),
+        ("seed", 2**32),
+        ("weight_decay", float("nan")),
         ("batch_size", 0),
         ("learning_rate", 0.0),
         ("learning_rate", float("nan")),

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import BertForMultipleChoice
 
 from bayestune.errors import BayestuneError, ConfigError
 from bayestune.experiment import Experiment, Result, load_run, run
@@ -166,12 +168,19 @@ def test_a_temperature_goes_on_top_of_any_method(world: Path, tmp_path: Path, me
         ({"method": "swag", "adapter": "MLE", "model": "LLAMA"}, "belongs to another base"),
         ({"method": "laplace", "fit_split": "never"}, "never"),
         ({"method": "mle", "temperature_split": "never"}, "never"),
+        (
+            {"method": "mle", "temperature_split": "train+dev"},
+            "temperature_split: found 'dev', which the run is scored",
+        ),
+        ({"method": "laplace", "fit_split": "dev"}, "fit_split: found 'dev', which the run is scored on"),
+        ({"method": "tfb", "adapter": "OUTPUT"}, "found the adapter to start from in it"),
     ],
 )
 def test_what_cannot_be_is_refused_and_nothing_is_overwritten(
     world: Path, mle: Result, tmp_path: Path, changes: dict[str, Any], named: str
 ) -> None:
     places = {"MLE": str(mle.output), "LLAMA": str(world / "llama"), "BLOB": str(tmp_path / "blob")}
+    places["OUTPUT"] = str(tmp_path / "run" / "posterior")
     if "BLOB" in changes.values():
         run(experiment(world, method="blob"), tmp_path / "blob")
     output = tmp_path / "run"
@@ -181,6 +190,55 @@ def test_what_cannot_be_is_refused_and_nothing_is_overwritten(
         settings = {key: places.get(value, value) for key, value in changes.items()}
         run(experiment(world, **settings), output, overwrite=True)
     assert before == {path: path.read_bytes() for path in sorted(output.rglob("*")) if path.is_file()}
+
+
+def test_the_probit_answer_is_not_that_of_the_mode(world: Path, mle: Result, tmp_path: Path) -> None:
+    given = experiment(world, method="laplace", adapter=str(mle.output), laplace_predictive="probit")
+    result = run(given, tmp_path / "run")
+    assert {key: scores.draws for key, scores in result.scores.items()} == {"laplace": 1}
+    mode, probit = mle.predictions["mle"].probs, result.predictions["laplace"].probs
+    assert not torch.equal(mode, probit)  # little: so small a model is sure of next to nothing
+
+
+def folder_of_another_program(world: Path, folder: Path, **settings: Any) -> Path:
+    """A plain PEFT adapter on the encoder, without a manifest."""
+    base = BertForMultipleChoice.from_pretrained(world / "bert")
+    config = LoraConfig(**{"r": 2, "target_modules": ["query"], "modules_to_save": ["classifier"], **settings})
+    scatter(get_peft_model(base, config), seed=3).save_pretrained(str(folder))
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:Some weights")
+@pytest.mark.parametrize("damage", ["json", "tensors", "regex", "shape", "nan", "head"])
+def test_a_damaged_adapter_of_another_program_is_one_error(world: Path, tmp_path: Path, damage: str) -> None:
+    settings = {"modules_to_save": None} if damage == "head" else {}
+    folder = folder_of_another_program(world, tmp_path / "lora", **settings)
+    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    content = json.loads(config.read_text())
+    tensors = load_file(weights)
+    key = next(iter(tensors))
+    if damage == "json":
+        config.write_text("{")
+    elif damage == "tensors":
+        weights.write_bytes(weights.read_bytes()[:-9])
+    elif damage == "regex":
+        config.write_text(json.dumps(content | {"target_modules": "(("}))
+    elif damage == "shape":
+        save_file(tensors | {key: tensors[key][:1].contiguous()}, weights)
+    elif damage == "nan":
+        save_file(tensors | {key: tensors[key] * torch.nan}, weights)
+    with pytest.raises(ConfigError, match=r"adapter .*lora"):
+        run(experiment(world, method="tfb", adapter=str(folder)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_adapter_in_half_precision_is_taken(world: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = folder_of_another_program(world, tmp_path / "lora")
+    weights = folder / "adapter_model.safetensors"
+    save_file({key: tensor.to(dtype) for key, tensor in load_file(weights).items()}, weights)
+    result = run(experiment(world, method="tfb", adapter=str(folder)), tmp_path / "run")
+    assert result.scores["tfb_n3"].rows == 10
 
 
 def test_a_laplace_fit_that_does_not_fit_in_memory_overwrites_nothing(

@@ -85,6 +85,7 @@ def export_lora(
     with new_folder(path, overwrite=overwrite) as folder:
         for name, index in zip(names, indices, strict=True):
             tensors = _plain_tensors(model, adapter, seed, index, weights or {})
+            check_values(tensors)
             _write(folder / name, config, tensors, seed, index)
         files = [f"{name}/{file}" for name in names for file in (CONFIG_FILE, TENSOR_FILE)]
         content = {

@@ -152,6 +152,27 @@ def test_without_a_test_split_a_table_leaves_out_the_temperature(world: Path, tm
     assert found.left_out == ("temperature on rte: no rows beside those it is scored on",)
 
 
+def test_a_call_killed_between_the_cells_of_a_run_makes_the_others(grid: Grid) -> None:
+    grid = make_like(grid, methods=("blob",), seeds=(1,))
+    run_table(grid)
+    cells = sorted(grid.results.rglob("*.json"))
+    for path in cells:
+        if "blob_n0" not in path.name:
+            path.unlink()
+    assert len(plan(grid).runs) == 1
+    run_table(grid)
+    assert sorted(grid.results.rglob("*.json")) == cells
+
+
+def test_a_method_alone_trains_the_adapter_that_it_starts_from(grid: Grid) -> None:
+    grid = make_like(grid, methods=("temperature",), seeds=(1,))
+    assert run_table(grid) == 5
+    assert (grid.runs / "openbookqa" / "mle-seed1" / "result.json").is_file()
+    other = make_like(grid, settings={**grid.settings, "steps": 3}, results=grid.results.with_name("other"))
+    with pytest.raises(ConfigError, match="mle-seed1: found a run with steps=2"):
+        run_table(make_like(other, methods=("laplace",)))
+
+
 def test_data_sets_that_are_not_there_are_left_out_by_name(world: Path, tmp_path: Path) -> None:
     found = plan(make(world, tmp_path, table="table1", methods=("mle",), seeds=(1,)))
     assert [planned.experiment.task for planned in found.runs] == ["openbookqa"]

@@ -47,6 +47,10 @@ def table(
         raise ConfigError("table: found no --model, expected one (or --rebuild, which trains nothing).")
 
     from bayestune.experiment.grid import Grid, plan, run_table
+    from bayestune.experiment.processes import process_count
+
+    if process_count() > 1:
+        raise ConfigError("table: found several processes, expected one: launch `bayestune train` for those.")
 
     grid = Grid(
         table=table,

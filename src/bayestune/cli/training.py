@@ -100,7 +100,7 @@ def train(
         "learning_rate": learning_rate,
         "rank": rank,
         "lora_alpha": lora_alpha,
-        "target_modules": None if target_modules is None else target_modules.split(","),
+        "target_modules": None if target_modules is None else [name.strip() for name in target_modules.split(",")],
         "prior_std": prior_std,
         "rho_init": rho_init,
         "estimator": estimator,

@@ -16,7 +16,6 @@ from bayestune.experiment.record import read_json, rows_sha256, write_json
 from bayestune.experiment.run import EXPERIMENT, RESULT, Run, load_run, other_task, run
 from bayestune.experiment.settings import POST_HOC, Experiment
 from bayestune.inference import Prediction
-from bayestune.posteriors import Ensemble, Point
 from bayestune.tasks import AnyRow, Task
 
 _FREE = ("data", "adapter", "target_modules", "checkpoint_steps")
@@ -53,6 +52,8 @@ class Planned:
     experiment: Experiment
     output: Path
     eval_tasks: tuple[str, ...]
+    start: "Planned | None" = None
+    """The run whose adapter this one starts from: made first if it is not there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +100,15 @@ def plan(grid: Grid) -> Plan:
                 asked = [column.eval_task for column in columns if column.task == task]
                 missing = [name for name in asked if not _is_there(there, experiment, name, backbone)]
                 if missing:
-                    runs.append(Planned(experiment=experiment, output=output, eval_tasks=tuple(missing)))
-                    cells += len(missing) * (1 if method in ("mle", "map", "temperature", "ensemble") else 3)
+                    start = None
+                    if method in POST_HOC:
+                        first, place = _experiment(grid, "mle", task, seed, split)
+                        start = Planned(experiment=first, output=place, eval_tasks=())
+                    planned = Planned(experiment=experiment, output=output, eval_tasks=tuple(missing), start=start)
+                    runs.append(planned)
+                    cells += len(missing) * len(_counts(experiment))
+    if left_out and not runs and not there:
+        raise ConfigError(f"{grid.table}: nothing can be trained; {left_out[0]}")
     return Plan(runs=tuple(runs), cells=cells, seconds=_expected(there, runs), left_out=tuple(dict.fromkeys(left_out)))
 
 
@@ -169,12 +177,25 @@ def _is_there(cells: Sequence[Cell], experiment: Experiment, eval_task: str, bac
     wanted = experiment.resolved(backbone.family).as_dict()
     for cell in found:
         for key, value in cell["experiment"].items():
-            if key not in _FREE and portable(wanted[key]) != value:
+            if key not in _FREE and portable(wanted.get(key)) != value:
                 raise ConfigError(
                     f"{experiment.method} on {experiment.task}, seed {experiment.seed}: the cells in results have "
-                    f"{key}={value!r}, found {portable(wanted[key])!r}; use other --results, or the same settings."
+                    f"{key}={value!r}, found {portable(wanted.get(key))!r}; use other --results, or the same settings."
                 )
-    return bool(found)
+    return {cell["draws"] for cell in found} >= _counts(experiment)
+
+
+def _counts(experiment: Experiment) -> set[int]:
+    """The numbers of draws of the cells of a run about one data set: mean, half and all, or the only one there is."""
+    match experiment.method:
+        case "mle" | "map" | "temperature":
+            return {0}
+        case "ensemble":
+            return {experiment.members}
+        case "laplace" if experiment.laplace_predictive == "probit":
+            return {1}
+        case _:
+            return {0, (experiment.draws + 1) // 2, experiment.draws}
 
 
 def _expected(there: Sequence[Cell], runs: Sequence[Planned]) -> float | None:
@@ -191,6 +212,8 @@ def _expected(there: Sequence[Cell], runs: Sequence[Planned]) -> float | None:
 
 def _cells(grid: Grid, planned: Planned, progress: bool) -> Iterator[Cell]:
     """Train the run, or load it if it is finished, and ask it about every data set that lacks its cells."""
+    if planned.start is not None:
+        _trained(planned.start, grid.command, progress)
     trained, result = _trained(planned, grid.command, progress)
     experiment = trained.experiment
     assert experiment.eval_split is not None
@@ -229,10 +252,10 @@ def _trained(planned: Planned, command: Sequence[str], progress: bool) -> tuple[
     trained = load_run(output, data=planned.experiment.data)
     wanted = planned.experiment.resolved(find_backbone(planned.experiment.model).family).as_dict()
     for name, value in trained.experiment.as_dict().items():
-        if name not in _FREE and wanted[name] != value:
+        if name not in _FREE and wanted.get(name) != value:
             raise ConfigError(
-                f"{output}: found a run with {name}={value!r}, expected {wanted[name]!r}: a run with other settings; "
-                "choose another --runs."
+                f"{output}: found a run with {name}={value!r}, expected {wanted.get(name)!r}: a run with other "
+                "settings; choose another --runs."
             )
     return trained, read_json(output / RESULT, "the record of a run")
 
@@ -250,11 +273,10 @@ def _rows(grid: Grid, trained: Run, name: str) -> tuple[Task, list[AnyRow]]:
 
 
 def _predictions(trained: Run, task: Task, rows: list[AnyRow], progress: bool) -> Iterator[Prediction]:
-    """At the mean, at half of the draws and at all of them; a point and an ensemble have one prediction."""
-    draws = trained.default_draws
-    if isinstance(trained.posterior, Point | Ensemble) or draws == 0:
-        yield trained.predict(rows, draws=draws, task=task, progress=progress)
-        return
-    yield trained.predict(rows, draws=0, task=task, progress=progress)
-    whole = trained.predict(rows, draws=draws, task=task, progress=progress)
-    yield from (whole.first(count) for count in sorted({(draws + 1) // 2, draws}))
+    """One for each of `_counts`; fewer draws are the first of the most."""
+    counts = sorted(_counts(trained.experiment))
+    if counts[0] == 0:
+        yield trained.predict(rows, draws=0, task=task, progress=progress)
+    if counts[-1] > 0:
+        whole = trained.predict(rows, draws=counts[-1], task=task, progress=progress)
+        yield from (whole.first(count) for count in counts if count > 0)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,13 +31,14 @@ from bayestune.posteriors import (
     save_posterior,
     tfb,
 )
-from bayestune.posteriors.folder import MANIFEST
+from bayestune.posteriors.folder import MANIFEST, strict_json
 from bayestune.posteriors.manifest import CONFIG_FILE, TENSOR_FILE
-from bayestune.posteriors.state import active_adapter, adapter_tensors, describe, settings_fault, tensor_fault
+from bayestune.posteriors.state import active_adapter, adapter_tensors, owned_heads, settings_fault, value_fault
 from bayestune.tasks import AnyRow, Task
 from bayestune.training import SwagCallback
 
 _SNAPSHOTS = 20
+_CONFIG_LIMIT = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,10 +95,11 @@ def obtain(model: PeftModel, start: Start, training: Training, fit_rows: Sequenc
 
 
 def evaluations(experiment: Experiment, posterior: Posterior) -> dict[str, int]:
-    """Number of draws of each evaluation, by its key."""
-    closed_form = experiment.method == "laplace" and experiment.laplace_predictive == "probit"
-    if closed_form or isinstance(posterior, Point | Ensemble):
-        return {experiment.method: 0 if closed_form else posterior.default_draws}
+    """Number of draws of each evaluation, by its key; a predictive in closed form has one."""
+    if experiment.method == "laplace" and experiment.laplace_predictive == "probit":
+        return {experiment.method: 1}
+    if isinstance(posterior, Point | Ensemble):
+        return {experiment.method: posterior.default_draws}
     return {f"{experiment.method}_n{draws}": draws for draws in (0, experiment.draws)}
 
 
@@ -214,16 +215,30 @@ def _finished(start: Start, folder: Path) -> PeftModel:
         if active_adapter(model)[2] != "point":
             raise ConfigError(f"adapter {folder}: found a posterior, expected plain LoRA, as method mle trains it.")
         return model
-    values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    try:
+        values = strict_json((folder / CONFIG_FILE).read_bytes(), limit=_CONFIG_LIMIT)
+    except ValueError as error:
+        raise ConfigError(f"adapter {folder / CONFIG_FILE}: cannot be read: {error}.") from error
     fault = settings_fault(values, "point")
     if fault:
         raise ConfigError(f"adapter {folder / CONFIG_FILE}: {fault}.")
     try:
+        found = load_file(folder / TENSOR_FILE)
         model = PeftModel.from_pretrained(start.base, folder)
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:  # whatever a damaged file makes safetensors, PEFT or re raise
         raise ConfigError(f"adapter {folder}: does not fit the base: {' '.join(str(error).split())[:300]}") from error
-    expected = describe(adapter_tensors(model, "default"))
-    fault = tensor_fault(expected, describe(load_file(folder / TENSOR_FILE)))
+    shapes = {key: list(tensor.shape) for key, tensor in adapter_tensors(model, "default").items()}
+    given = {key: list(tensor.shape) for key, tensor in found.items()}
+    wrong = sorted(key for key in shapes.keys() | given.keys() if shapes.get(key) != given.get(key))
+    if wrong:
+        what = f"found {given.get(wrong[0])}, expected {shapes.get(wrong[0])}"
+        raise ConfigError(f"adapter {folder / TENSOR_FILE}: tensor {wrong[0]!r}: {what}.")
+    fault = value_fault(found)
     if fault:
         raise ConfigError(f"adapter {folder / TENSOR_FILE}: {fault}.")
+    heads = set(start.new) - set(owned_heads(model, "default"))
+    if heads:
+        raise ConfigError(
+            f"adapter {folder}: found no weights of {min(heads)}, which this task needs beside the base."
+        )
     return model.eval()

@@ -1,5 +1,6 @@
 """`run`: preflight, train, save, evaluate, record; and `load_run`, its way back from disk."""
 
+import contextlib
 import dataclasses
 import shutil
 import time
@@ -120,10 +121,12 @@ def run(
     if not is_main():
         return Result(experiment=experiment, output=output, scores={}, predictions={}, seconds=0.0)
     if not experiment.checkpoint_steps and training.checkpoints.is_dir():
-        training.checkpoints.rmdir()
+        with contextlib.suppress(OSError):
+            training.checkpoints.rmdir()
+    save_posterior(posterior, output / POSTERIOR, overwrite=resume)
     if temperature_rows:
         posterior.temperature = tempered(posterior, task, temperature_rows, experiment)
-    save_posterior(posterior, output / POSTERIOR, overwrite=resume)
+        save_posterior(posterior, output / POSTERIOR, overwrite=True)
     finished = Run(experiment=experiment, task=task, posterior=posterior)
     predictions = {
         key: finished.predict(eval_rows, draws=draws, progress=progress)
@@ -194,6 +197,13 @@ def _resolve(experiment: Experiment, backbone: Backbone) -> tuple[Experiment, Ta
     task = build_task(backbone, experiment.task, experiment.data, experiment.max_tokens)
     targets = experiment.target_modules or default_targets(backbone)
     split = experiment.eval_split or task.spec.evaluation
+    for name in ("fit_split", "temperature_split"):
+        shared = set((vars(experiment)[name] or "").split("+")) & set(split.split("+"))
+        if shared:
+            raise ConfigError(
+                f"{name}: found {min(shared)!r}, which the run is scored on; choose other rows, or another "
+                "--eval-split."
+            )
     return dataclasses.replace(experiment, target_modules=targets, eval_split=split), task
 
 
@@ -206,6 +216,9 @@ def _checked(task: Task, split: str | None) -> list[AnyRow]:
 
 def _check_output(output: Path, experiment: Experiment, *, overwrite: bool, resume: bool) -> None:
     """Refuse to touch a folder that is not ours to touch."""
+    adapter = None if experiment.adapter is None else Path(experiment.adapter).resolve()
+    if adapter is not None and output.resolve() in (adapter, *adapter.parents):
+        raise ConfigError(f"output {output}: found the adapter to start from in it; choose another folder.")
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output {output}: found a file, expected a folder or nothing.")
     found = {path.name for path in output.iterdir()} if output.is_dir() else set()

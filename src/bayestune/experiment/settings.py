@@ -52,6 +52,7 @@ _ABOVE_ZERO = (
     "tolerance",
     "swag_learning_rate",
 )
+_LARGEST_SEED = 2**32 - 1  # numpy's
 _TEXTS = ("model", "task", "data", "train_split", "eval_split", "adapter", "fit_split", "temperature_split")
 
 _FAMILY_DEFAULTS: dict[Family, dict[str, Any]] = {
@@ -199,7 +200,7 @@ def _plain(name: str, value: Any) -> Any:
     """A value of a file as a field has it: YAML knows no tuple, and reads 1e-4 as a text."""
     if isinstance(value, list):
         return tuple(value)
-    if name in _ABOVE_ZERO and isinstance(value, str):
+    if name in (*_ABOVE_ZERO, "weight_decay", "lora_dropout") and isinstance(value, str):
         try:
             return float(value)
         except ValueError:
@@ -215,13 +216,15 @@ def _check(name: str, value: Any) -> None:
         raise ConfigError(f"{name}: found {value!r}, expected one of {', '.join(get_args(_CHOICES[name]))}.")
     if name in _WHOLE and (type(value) is not int or value < _WHOLE[name]):
         raise ConfigError(f"{name}: found {value!r}, expected a whole number, at least {_WHOLE[name]}.")
+    if name == "seed" and value > _LARGEST_SEED:
+        raise ConfigError(f"seed: found {value}, expected at most {_LARGEST_SEED}.")
     if name in _ABOVE_ZERO and (
         isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf
     ):
         raise ConfigError(f"{name}: found {value!r}, expected a number above 0.")
     if name == "lora_dropout" and not (isinstance(value, float) and 0 < value < 1):
         raise ConfigError(f"{name}: found {value!r}, expected a probability between 0 and 1.")
-    if name == "weight_decay" and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
+    if name == "weight_decay" and not (type(value) in (int, float) and 0 <= value < math.inf):
         raise ConfigError(f"{name}: found {value!r}, expected a number, at least 0.")
     if name == "target_modules" and not (
         isinstance(value, tuple) and value and all(isinstance(module, str) and module for module in value)

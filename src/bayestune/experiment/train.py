@@ -1,5 +1,6 @@
 """One training run of an experiment: transformers' arguments, the KL, a progress bar, checkpoints."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,7 +63,8 @@ class Training:
             last = last_complete(self.checkpoints) if self.resume else None
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         if given.save_strategy == "no" and is_main():
-            self.checkpoints.rmdir()  # the Trainer makes it all the same
+            with contextlib.suppress(OSError):  # something else put a file there
+                self.checkpoints.rmdir()  # the Trainer makes it all the same
 
 
 def kl_settings(experiment: Experiment, rows: int) -> KLSettings | None:
