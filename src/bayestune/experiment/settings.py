@@ -216,7 +216,7 @@ def _check(name: str, value: Any) -> None:
         raise ConfigError(f"{name}: found {value!r}, expected one of {', '.join(get_args(_CHOICES[name]))}.")
     if name in _WHOLE and (type(value) is not int or value < _WHOLE[name]):
         raise ConfigError(f"{name}: found {value!r}, expected a whole number, at least {_WHOLE[name]}.")
-    if name == "seed" and value > _LARGEST_SEED:
+    if name == "seed" and isinstance(value, int) and value > _LARGEST_SEED:
         raise ConfigError(f"seed: found {value}, expected at most {_LARGEST_SEED}.")
     if name in _ABOVE_ZERO and (
         isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf
@@ -224,7 +224,9 @@ def _check(name: str, value: Any) -> None:
         raise ConfigError(f"{name}: found {value!r}, expected a number above 0.")
     if name == "lora_dropout" and not (isinstance(value, float) and 0 < value < 1):
         raise ConfigError(f"{name}: found {value!r}, expected a probability between 0 and 1.")
-    if name == "weight_decay" and not (type(value) in (int, float) and 0 <= value < math.inf):
+    if name == "weight_decay" and (
+        isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf
+    ):
         raise ConfigError(f"{name}: found {value!r}, expected a number, at least 0.")
     if name == "target_modules" and not (
         isinstance(value, tuple) and value and all(isinstance(module, str) and module for module in value)
