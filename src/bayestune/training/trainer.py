@@ -217,7 +217,10 @@ class BayesTrainer(SafeTrainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's, with `nll` (mean NLL, nats), `kl` (nats, whole posterior) and `std` (mean) in training logs."""
+        """Trainer's, with `nll` (mean NLL, nats), `kl` (nats, whole posterior) and `std` (mean) in training logs.
+
+        With `prior_std` the logged `nll` is the MAP objective: it includes the penalty.
+        """
         if "loss" in logs:
             logs = {**logs, "nll": logs["loss"], **self._posterior_state()}
         super().log(logs, start_time)
