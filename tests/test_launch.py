@@ -86,7 +86,7 @@ def test_the_llama_recipe_runs_on_an_int8_base(tmp_path: Path, capsys: pytest.Ca
     assert loaded.predict(loaded.task.rows("dev"), draws=2).probs.isfinite().all()
 
 
-def test_the_roberta_recipe_runs_under_accelerate_with_two_processes(tmp_path: Path) -> None:
+def test_the_roberta_recipe_runs_under_accelerate_launch(tmp_path: Path) -> None:
     model, data = pretrained_roberta(tmp_path / "model"), tmp_path / "data"
     write_rows(data / "rte" / "train.jsonl", pairs(0, 80))
     write_rows(data / "rte" / "dev.jsonl", pairs(80, 12))
