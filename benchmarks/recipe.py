@@ -1,0 +1,253 @@
+"""What could beat the paper's recipe for BLoB: one change at a time, scored on rows cut from a train split.
+
+    python benchmarks/recipe.py --data DIR                        # every missing record in results/recipe
+    python benchmarks/recipe.py --data DIR --variants paper,elbo --seeds 1,2,3
+    python benchmarks/recipe.py --page                            # docs/recipe.md from the records; trains nothing
+
+Trains on the first 1000 rows of OpenBookQA's train split and scores its last 1000: dev and test are not read. Little
+data, about ten passes: plain LoRA is overconfident there. Every run has the same rows, order, updates and starting
+weights; what a variant changes is named in `VARIANTS`. A killed call goes on with the records that are missing.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainingArguments
+
+from bayestune import BayesTrainer, evaluate, predict, save_posterior
+from bayestune.adapters import gaussian_layers
+from bayestune.experiment import Experiment, write_json, write_text
+from bayestune.experiment.backbone import add_adapter, build_task, find_backbone, load_base
+from bayestune.experiment.record import hardware, read_json, rows_sha256, versions
+from bayestune.experiment.train import kl_settings
+from bayestune.functional import std
+
+ROOT = Path(__file__).parent.parent
+TASK, TRAIN_ROWS, HELD_OUT = "openbookqa", 1000, 1000
+SETTINGS: dict[str, Any] = {
+    "model": "minilm",
+    "task": TASK,
+    "steps": 300,
+    "batch_size": 32,
+    "learning_rate": 2e-3,
+    "kl_learning_rate": 2e-3,
+    "lora_alpha": 16,
+    "precision": "bf16",
+}
+METRICS = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE", "brier": "Brier"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One change to the recipe.
+
+    Attributes:
+        what: in words. settings: of `Experiment`. train_draws: of `BayesTrainer`.
+        adaptive: AdamW moves G along the NLL, instead of plain SGD; the KL's step stays SGD.
+        empirical: the prior of each layer is the one under which the KL is least, in every update.
+    """
+
+    what: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    train_draws: int = 1
+    adaptive: bool = False
+    empirical: bool = False
+
+
+ELBO = {"kl_schedule": "elbo", "kl_learning_rate": 0.03}
+VARIANTS = {
+    "mle": Variant(what="plain LoRA", settings={"method": "mle"}),
+    "paper": Variant(what="the paper's recipe"),
+    "kl-rate-0.005": Variant(what="KL rate 0.005", settings={"kl_learning_rate": 0.005}),
+    "kl-rate-0.01": Variant(what="KL rate 0.01", settings={"kl_learning_rate": 0.01}),
+    "uniform": Variant(what="uniform KL weights", settings={"kl_schedule": "uniform"}),
+    "elbo": Variant(what="KL weight 1/rows, KL rate 0.03", settings=ELBO),
+    "flipout": Variant(what="flipout, signs per row", settings={"estimator": "flipout"}),
+    "flipout-token": Variant(what="flipout, signs per token (released code)", settings={"estimator": "flipout_token"}),
+    "two-draws": Variant(what="two draws per row and update (twice the cost)", train_draws=2),
+    "wide-start": Variant(what="G starts twice as large", settings={"rho_init": 0.1}),
+    "prior-0.1": Variant(what="prior std 0.1", settings={"prior_std": 0.1}),
+    "prior-0.4": Variant(what="prior std 0.4", settings={"prior_std": 0.4}),
+    "empirical": Variant(what="empirical-Bayes prior per layer, KL weight 1/rows", settings=ELBO, empirical=True),
+    "adamw-g": Variant(what="G along the NLL by AdamW", adaptive=True),
+}
+
+
+class EmpiricalPrior(TrainerCallback):
+    """Sets the prior of each layer to the maximiser of the ELBO, ``s_p^2 = mean(M^2 + G^4)``, before every update."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for layer in gaussian_layers(kwargs["model"]).values():
+            square = layer.weight.detach().double().square() + std(layer.rho.detach().double()).square()
+            layer.prior_std = math.sqrt(square.mean().item())
+
+
+class AdaptiveTrainer(BayesTrainer):
+    """G is among AdamW's parameters, without decay; `KLCallback` then adds the KL's part alone."""
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if new:
+            assert self.model is not None
+            rhos = [layer.rho for layer in gaussian_layers(self.model).values()]
+            optimizer.add_param_group({"params": rhos, "weight_decay": 0.0, "lr": self.args.learning_rate})
+        return optimizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="folder with openbookqa/")
+    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--seeds", default="1")
+    parser.add_argument("--results", default=ROOT / "results" / "recipe", type=Path)
+    parser.add_argument("--runs", default=Path("runs/recipe"), type=Path, help="folder for the posteriors")
+    parser.add_argument("--page", action="store_true", help="write docs/recipe.md from the records")
+    options = parser.parse_args()
+    if options.page:
+        write_text(ROOT / "docs" / "recipe.md", page([read_json(p, "a record") for p in files(options.results)]))
+        return
+    if options.data is None:
+        parser.error("expected --data DIR or --page")
+    transformers.logging.set_verbosity_error()
+    names = options.variants.split(",")
+    if set(names) - set(VARIANTS):
+        parser.error(f"--variants: found {min(set(names) - set(VARIANTS))}, expected some of {', '.join(VARIANTS)}")
+    todo = [(name, int(seed)) for seed in options.seeds.split(",") for name in names]
+    missing = [cell for cell in todo if not record_path(options.results, *cell).exists()]
+    options.results.mkdir(parents=True, exist_ok=True)
+    for name, seed in tqdm(missing, desc="recipe", unit="run"):
+        record = measure(name, seed, options.data, options.runs)
+        write_json(record_path(options.results, name, seed), record)
+        tqdm.write(f"{name} seed {seed}: " + ", ".join(f"{k} NLL {s['nll']:.4f}" for k, s in record["scores"].items()))
+
+
+def record_path(folder: Path, name: str, seed: int) -> Path:
+    return folder / f"{name}-seed{seed}.json"
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.json"))
+
+
+def measure(name: str, seed: int, data: str, runs: Path) -> dict[str, Any]:
+    """Train the variant, keep its posterior, and score the held-out rows at the mean and with 10 draws."""
+    variant = VARIANTS[name]
+    backbone = find_backbone(SETTINGS["model"])
+    settings = {"method": "blob", **SETTINGS, **variant.settings, "seed": seed, "target_modules": ("query", "value")}
+    experiment = Experiment(**settings).resolved(backbone.family)
+    assert experiment.max_tokens is not None
+    task = build_task(backbone, TASK, data, experiment.max_tokens)
+    rows = task.rows("train")
+    train, held_out = rows[:TRAIN_ROWS], rows[-HELD_OUT:]
+    base, new = load_base(backbone, task, experiment)
+    model = add_adapter(base, experiment, new=new, task_type=None)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = (AdaptiveTrainer if variant.adaptive else BayesTrainer)(
+            model,
+            task=task,
+            args=arguments(experiment, folder),
+            train_rows=train,
+            kl=kl_settings(experiment, len(train)),
+            train_draws=variant.train_draws,
+            callbacks=[EmpiricalPrior()] if variant.empirical else [],
+        )
+        trainer.train()
+    seconds = time.monotonic() - started
+    model.eval()
+    save_posterior(model, runs / f"{name}-seed{seed}", overwrite=True)
+    counts = {"mle": 0} if experiment.method == "mle" else {"n0": 0, "n10": 10}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = {key: evaluate(predict(model, task, held_out, draws=n, seed=seed)) for key, n in counts.items()}
+    layers = gaussian_layers(model).values()
+    return {
+        "variant": name,
+        "seed": seed,
+        "scores": {key: value.as_dict() for key, value in scores.items()},
+        "std": statistics.mean(std(layer.rho).mean().item() for layer in layers) if layers else None,
+        "prior_std": statistics.mean(layer.prior_std for layer in layers) if layers else None,
+        "seconds": round(seconds, 1),
+        "command": ["python", "benchmarks/recipe.py", *sys.argv[1:]],
+        "experiment": {**experiment.as_dict(), "train_draws": variant.train_draws},
+        "adaptive": variant.adaptive,
+        "empirical": variant.empirical,
+        "sha256": {"train_rows": rows_sha256(train), "held_out": rows_sha256(held_out)},
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+
+
+def arguments(experiment: Experiment, folder: str) -> TrainingArguments:
+    """The arguments of a run of `bayestune train`, without its log."""
+    assert experiment.learning_rate is not None and experiment.batch_size is not None
+    return TrainingArguments(
+        output_dir=folder,
+        seed=experiment.seed,
+        max_steps=experiment.steps,
+        per_device_train_batch_size=experiment.batch_size,
+        train_sampling_strategy="group_by_length",
+        learning_rate=experiment.learning_rate,
+        warmup_steps=0.06,
+        adam_epsilon=1e-6,
+        max_grad_norm=0.0,
+        use_cpu=True,
+        bf16=experiment.precision == "bf16",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        report_to="none",
+    )
+
+
+def page(records: Sequence[dict[str, Any]]) -> str:
+    """The records as Markdown: a line a variant, and for its NLL the difference from the paper's recipe, by seed."""
+    heads = ["variant", "draws", *METRICS.values(), "NLL less the paper's, by seed", "std", "seconds"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    paper = {r["seed"]: r["scores"]["n10"]["nll"] for r in records if r["variant"] == "paper"}
+    for name, variant in VARIANTS.items():
+        mine = [r for r in records if r["variant"] == name]
+        for key in ("mle", "n0", "n10"):
+            found = [r for r in mine if key in r["scores"]]
+            if not found:
+                continue
+            cells = [spread([r["scores"][key][m] for r in found]) for m in METRICS]
+            less = ", ".join(f"{r['scores'][key]['nll'] - paper[r['seed']]:+.3f}" for r in found if r["seed"] in paper)
+            width = "" if found[0]["std"] is None else f"{statistics.mean(r['std'] for r in found):.4f}"
+            took = f"{statistics.mean(r['seconds'] for r in found):.0f}"
+            draws = {"mle": "0", "n0": "0", "n10": "10"}[key]
+            lines.append(f"| {variant.what} | {draws} | {' | '.join(cells)} | {less} | {width} | {took} |")
+    return INTRODUCTION + "\n" + "\n".join(lines) + "\n"
+
+
+def spread(values: Sequence[float]) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.3f}"
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+
+
+INTRODUCTION = f"""# The recipe of BLoB, one change at a time
+
+Made by `python benchmarks/recipe.py --page` from the records in `results/recipe`, one a variant and seed, each with the
+command that made it. MiniLM is trained on the first {TRAIN_ROWS} rows of OpenBookQA's train split, in
+{SETTINGS["steps"]} updates of {SETTINGS["batch_size"]} rows, and scored on the last {HELD_OUT} rows of that split.
+
+All runs of a seed share rows, order and starting weights, so the NLL (nats) is also given as the difference from the
+paper's recipe with 10 draws, seed by seed. Mean and standard deviation over seeds where there are several. "std" is the
+mean standard deviation of a weight of A; "seconds" is training alone, on one core that was not always alone.
+"""
+
+
+if __name__ == "__main__":
+    main()
