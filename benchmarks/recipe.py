@@ -239,13 +239,13 @@ def spread(values: Sequence[float]) -> str:
 
 INTRODUCTION = f"""# The recipe of BLoB, one change at a time
 
-Made by `python benchmarks/recipe.py --page` from the records in `results/recipe`, one a variant and seed, each with the
-command that made it. MiniLM is trained on the first {TRAIN_ROWS} rows of OpenBookQA's train split, in
+Made by `python benchmarks/recipe.py --page` from the records in `results/recipe`, one a variant and seed, with its
+command. MiniLM is trained on the first {TRAIN_ROWS} rows of OpenBookQA's train split, in
 {SETTINGS["steps"]} updates of {SETTINGS["batch_size"]} rows, and scored on the last {HELD_OUT} rows of that split.
 
 All runs of a seed share rows, order and starting weights, so the NLL (nats) is also given as the difference from the
-paper's recipe with 10 draws, seed by seed. Mean and standard deviation over seeds where there are several. "std" is the
-mean standard deviation of a weight of A; "seconds" is training alone, on one core that was not always alone.
+paper's recipe with 10 draws, seed by seed. Mean and standard deviation over seeds where there are several; "std" is
+the mean standard deviation of a weight of A; "seconds" is training alone, on one core that was not always alone.
 """
 
 
