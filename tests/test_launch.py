@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import RobertaConfig, RobertaModel
 
 from bayestune.cli.app import invoke
@@ -49,6 +51,8 @@ def pretrained_roberta(folder: Path) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=300,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
         pad_token_id=tokenizer.pad_token_id,
     )
     seeded(lambda: RobertaModel(config), 0).save_pretrained(folder)
@@ -86,29 +90,46 @@ def test_the_llama_recipe_runs_on_an_int8_base(tmp_path: Path, capsys: pytest.Ca
     assert loaded.predict(loaded.task.rows("dev"), draws=2).probs.isfinite().all()
 
 
-def test_the_roberta_recipe_runs_under_accelerate_launch(tmp_path: Path) -> None:
-    model, data = pretrained_roberta(tmp_path / "model"), tmp_path / "data"
+LAUNCHERS = {
+    "accelerate": ["accelerate.commands.launch", "--num_processes", "1", "--cpu", "--num_machines", "1"]
+    + ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"],
+    # What accelerate itself starts for several GPUs; on a CPU its launcher starts one process only.
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+}
+
+
+def launched(launcher: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`bayestune train` with the RoBERTa recipe on a tiny model and 80 rows, into folder/run."""
+    model, data = pretrained_roberta(folder / "model"), folder / "data"
     write_rows(data / "rte" / "train.jsonl", pairs(0, 80))
     write_rows(data / "rte" / "dev.jsonl", pairs(80, 12))
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--num_processes",
-        "2",
-        "--cpu",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "bayestune"]
-    arguments = ["train", "--config", str(EXAMPLES / "roberta.yaml"), "--model", str(model), "--data", str(data)]
-    arguments += ["--steps", "3", "--draws", "2", "--output", str(tmp_path / "run")]
+    launch = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "bayestune"]
+    train = ["train", "--config", str(EXAMPLES / "roberta.yaml"), "--model", str(model), "--data", str(data)]
+    train += ["--steps", "3", "--draws", "2", "--output", str(folder / "run"), *arguments]
     source = str(Path(__file__).parent.parent / "src")
     environment = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*launch, *arguments], capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run([*launch, *train], capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_roberta_recipe_runs_under_a_launcher(launcher: str, tmp_path: Path) -> None:
+    done = launched(launcher, tmp_path)
     assert done.stdout.count("rows; 95 % bootstrap") == 1
     record = json.loads((tmp_path / "run" / "result.json").read_text())
     assert record["methods"]["blob_n2"]["rows"] == 12
+    assert record["processes"] == (2 if launcher == "torchrun" else 1)
     loaded = load_run(tmp_path / "run")
     assert loaded.predict(loaded.task.rows("dev"), draws=2).probs.isfinite().all()
+
+
+def test_two_processes_train_what_one_trains_on_batches_twice_as_large(tmp_path: Path) -> None:
+    found = {}
+    for launcher, rows in {"accelerate": 8, "torchrun": 4}.items():
+        launched(launcher, tmp_path / launcher, "--method", "mle", "--batch-size", str(rows))
+        found[launcher] = load_file(tmp_path / launcher / "run" / "posterior" / "adapter_model.safetensors")
+    for key, one in found["accelerate"].items():
+        assert "lora_B" not in key or one.abs().max() > 1e-4  # it began at 0
+        # Three updates of at most the rate, 5e-4; gradients summed in another order differ by float32 rounding.
+        torch.testing.assert_close(found["torchrun"][key], one, rtol=0, atol=1e-3 * 3 * 5e-4)

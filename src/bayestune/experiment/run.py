@@ -21,7 +21,7 @@ from bayestune.experiment.backbone import (
     load_base,
 )
 from bayestune.experiment.methods import Start, autocast, begin, evaluations, obtain, tempered
-from bayestune.experiment.processes import is_main
+from bayestune.experiment.processes import is_main, process_count
 from bayestune.experiment.record import file_sha256, hardware, read_json, rows_sha256, versions, write_json
 from bayestune.experiment.settings import Experiment
 from bayestune.experiment.train import Training
@@ -144,6 +144,7 @@ def run(
         "command": list(command),
         "temperature": posterior.temperature,
         "steps": experiment.steps,
+        "processes": process_count(),
         "seconds": round(seconds, 1),
         "rows": {"train": len(train_rows), "eval": len(eval_rows)},
         "sha256": _hashes(backbone, train_rows, eval_rows, output),

@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase
 
 from bayestune.errors import TaskError
@@ -76,7 +77,8 @@ class Classification(Task):
 
     def _check_padding(self, model: Any, attention_mask: Tensor) -> None:
         """Some heads find the last token, and some models their positions, by the model's own pad id."""
-        theirs = model.config.pad_token_id
+        inner = model.module if isinstance(model, DistributedDataParallel) else model
+        theirs = inner.config.pad_token_id
         if theirs is not None and theirs != self.pad_id and not bool(attention_mask.all()):
             raise TaskError(
                 f"the model pads with id {theirs} and the tokenizer with {self.pad_id}, expected the same; "
