@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from bayestune import demo
 from bayestune.cli.app import app, invoke
+from bayestune.errors import BayestuneWarning
 from bayestune.experiment import Experiment, load_run
 from toys import pretrained_llama, questions, write_data, write_rows
 
@@ -437,3 +439,16 @@ def test_the_program_starts_and_exits_as_a_process() -> None:
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: /nowhere")
     assert "Traceback" not in done.stderr
+
+
+def test_our_own_warnings_are_shown_and_those_of_libraries_are_not(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warned(*args: Any, **kwargs: Any) -> int:
+        warnings.warn("old", DeprecationWarning, stacklevel=1)
+        warnings.warn("look at this", BayestuneWarning, stacklevel=1)
+        return 0
+
+    monkeypatch.setattr("bayestune.cli.app.app", warned)
+    assert invoke(["demo"]) == 0
+    assert capsys.readouterr().err == "warning: look at this\n"

@@ -137,15 +137,26 @@ def test_the_kind_of_model_is_read_from_its_architecture(world: Path) -> None:
     assert backbone.find_backbone(str(world / "bert")).family == "encoder"
 
 
-def test_default_layers_are_query_and_value_and_an_untied_head(world: Path) -> None:
+def test_default_layers_are_query_and_value_and_an_untied_head(world: Path, tmp_path: Path) -> None:
     llama, bert = (backbone.find_backbone(str(world / name)) for name in ("llama", "bert"))
-    assert backbone.default_targets(llama) == ("q_proj", "v_proj", "lm_head")
+    write_rows(tmp_path / "pairs" / "train.jsonl", [{"id": f"{i}", "text": "a", "label": i} for i in range(2)])
+    choices = {id(model): backbone.build_task(model, "colours", world / "data", 200) for model in (llama, bert)}
+    texts = backbone.build_task(llama, "pairs", tmp_path, 200)
+    assert backbone.default_targets(llama, choices[id(llama)]) == ("q_proj", "v_proj", "lm_head")
+    assert backbone.default_targets(llama, texts) == ("q_proj", "v_proj")  # its head is a new one, trained whole
     llama.config.tie_word_embeddings = True
-    assert backbone.default_targets(llama) == ("q_proj", "v_proj")
-    assert backbone.default_targets(bert) == ("query", "value")
+    assert backbone.default_targets(llama, choices[id(llama)]) == ("q_proj", "v_proj")
+    assert backbone.default_targets(bert, choices[id(bert)]) == ("query", "value")
     bert.config.model_type = "unheard-of"
     with pytest.raises(ConfigError, match="--target-modules"):
-        backbone.default_targets(bert)
+        backbone.default_targets(bert, choices[id(bert)])
+
+
+def test_one_misspelt_layer_among_others_is_refused(world: Path, tmp_path: Path) -> None:
+    given = experiment(world, target_modules=("query", "valeu"))
+    with pytest.raises(ConfigError, match="no layer 'valeu'; did you mean 'value'"):
+        run(given, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_checkpoint_without_all_weights_of_a_causal_model_is_refused(world: Path, tmp_path: Path) -> None:

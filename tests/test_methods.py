@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BertForMultipleChoice
 
-from bayestune.errors import BayestuneError, ConfigError
+from bayestune.errors import BayestuneError, ConfigError, PosteriorError
 from bayestune.experiment import Experiment, Result, load_run, run
 from bayestune.experiment import backbone as backbones
 from bayestune.posteriors import Ensemble, Laplace, Swag, Variational
@@ -146,7 +146,7 @@ def test_the_map_is_the_mle_only_without_decay(
     assert same is (changes == {"weight_decay": 0.0})
 
 
-@pytest.mark.filterwarnings("ignore:fit_temperature. stopped at the bound:UserWarning")
+@pytest.mark.filterwarnings("ignore:fit_temperature. stopped at the bound:bayestune.errors.BayestuneWarning")
 @pytest.mark.parametrize("method", ["mle", "blob", "ensemble", "laplace"])
 def test_a_temperature_goes_on_top_of_any_method(world: Path, tmp_path: Path, method: str) -> None:
     result = run(experiment(world, method=method, temperature_split="train"), tmp_path / "run")
@@ -272,3 +272,85 @@ def test_an_ensemble_that_was_stopped_goes_on_with_its_finished_members(
     assert trained == [f"member {i} of 3" for i in (1, 2, 3, 3)]
     one, other = (result.predictions["ensemble"].draw_log_probs for result in (whole, resumed))
     assert torch.equal(one, other)
+
+
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fit that refuses, as `tfb` does where no width is within the tolerance."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise PosteriorError("no width")
+
+    monkeypatch.setattr("bayestune.experiment.methods.tfb", refuse)
+
+
+def test_a_refused_fit_leaves_the_run_that_was_to_be_replaced(
+    world: Path, mle: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "run"
+    run(experiment(world, method="mle", steps=1), output)
+    before = {path: path.read_bytes() for path in sorted(output.rglob("*")) if path.is_file()}
+    given = experiment(world, method="tfb", adapter=str(mle.output))
+    with monkeypatch.context() as patch:
+        narrow(patch)
+        with pytest.raises(PosteriorError, match="^no width$"):
+            run(given, output, overwrite=True)
+    assert before == {path: path.read_bytes() for path in sorted(output.rglob("*")) if path.is_file()}
+    run(given, output, overwrite=True)
+    assert load_run(output).experiment.method == "tfb"
+    assert {path.name for path in output.iterdir()} == {"posterior", "experiment.json", "result.json"}
+
+
+def test_an_adapter_that_was_trained_for_a_refused_fit_can_be_used(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(experiment(world, method="tfb"), tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        narrow(patch)
+        with pytest.raises(PosteriorError, match=r"go on with --adapter") as caught:
+            run(experiment(world, method="tfb"), tmp_path / "refused")
+    kept = tmp_path / "refused" / "adapter"
+    assert str(kept) in str(caught.value)
+    result = run(experiment(world, method="tfb", adapter=str(kept)), tmp_path / "again")
+    expected = whole.predictions["tfb_n3"].draw_log_probs
+    assert torch.equal(result.predictions["tfb_n3"].draw_log_probs, expected)
+
+
+def test_a_killed_overwrite_neither_loses_the_old_run_nor_takes_its_own_remains_for_it(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bayestune.experiment import folder
+    from bayestune.experiment.train import Training
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    output = tmp_path / "run"
+    given = experiment(world, method="mle", steps=1)
+    run(given, output)
+    before = (output / "posterior" / "adapter_model.safetensors").read_bytes()
+    monkeypatch.setattr(Training, "train", stop)
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "_has_something", lambda output: True)  # as if killed: nothing is put back
+        with pytest.raises(KeyboardInterrupt):
+            run(given, output, overwrite=True)
+    assert (output / ".before" / "posterior" / "adapter_model.safetensors").read_bytes() == before
+    with pytest.raises(KeyboardInterrupt):
+        run(given, output, overwrite=True)
+    assert (output / "posterior" / "adapter_model.safetensors").read_bytes() == before
+    assert (output / "result.json").is_file() and not (output / ".before").exists()
+
+
+def test_a_foreign_experiment_json_is_not_overwritten(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "theirs" / "posterior").mkdir(parents=True)
+    (tmp_path / "theirs" / "experiment.json").write_text('{"sample": "blood"}')
+    with pytest.raises(ConfigError, match="nothing is overwritten"):
+        run(experiment(world, method="mle"), tmp_path / "theirs", overwrite=True)
+    assert (tmp_path / "theirs" / "posterior").is_dir()
+
+
+def test_a_run_records_the_size_of_the_adapter_that_it_started_from(world: Path, tmp_path: Path) -> None:
+    adapter = folder_of_another_program(world, tmp_path / "lora", r=3, lora_alpha=5)
+    run(experiment(world, method="tfb", adapter=str(adapter)), tmp_path / "run")
+    recorded = json.loads((tmp_path / "run" / "result.json").read_text())["experiment"]
+    assert (recorded["rank"], recorded["lora_alpha"], recorded["target_modules"]) == (3, 5, ["query"])
+    assert load_run(tmp_path / "run").experiment.rank == 3

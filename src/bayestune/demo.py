@@ -72,6 +72,7 @@ def run_demo(output: str | Path, *, seed: int = 0, overwrite: bool = False) -> d
         "methods": {key: value.as_dict() for key, value in scores.items()},
         "ood": ood,
         "settings": results["blob"].experiment.as_dict(),
+        "command": ["bayestune", "demo", "--seed", str(seed)],
         "versions": versions(),
         "hardware": hardware(),
         "seconds": round(time.monotonic() - started, 1),

@@ -13,6 +13,10 @@ class DataError(BayestuneError, ValueError):
     """A file, row or field of the data that cannot be used as it is."""
 
 
+class MissingSplitError(DataError):
+    """A split that a data set does not have."""
+
+
 class TaskError(BayestuneError, ValueError):
     """A task that does not fit the model or the tokenizer."""
 
@@ -27,3 +31,7 @@ class DrawError(BayestuneError, RuntimeError):
 
 class TrainingError(BayestuneError, RuntimeError):
     """Training was stopped before it could do harm."""
+
+
+class BayestuneWarning(UserWarning):
+    """A result that should be looked at."""

@@ -6,15 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from bayestune.cli.app import invoke
-from bayestune.errors import ConfigError
+from bayestune.errors import ConfigError, DataError
 from bayestune.experiment.cells import read_cells
 from bayestune.experiment.grid import Grid, plan, run_table
 from bayestune.experiment.train import Training
 from toys import pretrained_bert, questions, write_rows
 
-pytestmark = pytest.mark.filterwarnings("ignore:fit_temperature. stopped at the bound:UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:fit_temperature. stopped at the bound:bayestune.errors.BayestuneWarning"
+)
 
 METHODS = ("mle", "blob", "ensemble", "laplace", "temperature")
 OTHERS = ("arc_challenge", "arc_easy", "mmlu_college_chemistry", "mmlu_college_physics")
@@ -210,3 +213,37 @@ def test_a_dry_run_says_how_much_and_does_nothing(
     assert invoke(["table", "table2", "--dry-run", *chosen, *places, *model]) == 0
     assert "table2: 6 runs missing, for 60 cells, an unknown time" in capsys.readouterr().out
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("setting", [{"method": "mle"}, {"task": "rte"}, {"seed": 3}, {"data": 5}, {"steps": "few"}])
+def test_settings_that_no_table_has_are_named(world: Path, tmp_path: Path, setting: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(setting))):
+        plan(make(world, tmp_path, settings=setting))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_split_that_cannot_be_read_is_an_error_and_not_a_missing_one(
+    world: Path, tmp_path: Path, split: str
+) -> None:
+    shutil.copytree(world / "data", tmp_path / "data")
+    with (tmp_path / "data" / "openbookqa" / f"{split}.jsonl").open("a") as file:
+        file.write("{\n")
+    with pytest.raises(DataError, match=rf"{split}\.jsonl:13"):
+        plan(make(world, tmp_path, settings={"data": str(tmp_path / "data")}))
+
+
+def test_a_run_that_another_process_makes_is_not_made_twice(grid: Grid) -> None:
+    grid = make_like(grid, methods=("mle",), seeds=(1,))
+    lock = grid.runs / "openbookqa" / ".mle-seed1.lock"
+    lock.parent.mkdir(parents=True)
+    with FileLock(lock), pytest.raises(ConfigError, match="another process is making this run"):
+        run_table(grid)
+    assert run_table(grid) == 5
+
+
+def test_other_layers_are_another_configuration(grid: Grid) -> None:
+    grid = make_like(grid, methods=("mle",), seeds=(1,))
+    run_table(grid)
+    plan(make_like(grid, settings={**grid.settings, "target_modules": ["query", "value"]}))
+    with pytest.raises(ConfigError, match="target_modules"):
+        plan(make_like(grid, settings={**grid.settings, "target_modules": ["key"]}))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bayestune.errors import ConfigError, DataError
+from bayestune.errors import ConfigError, DataError, MissingSplitError
 from bayestune.tasks import Row, TextRow, dataset, load_rows
 from bayestune.tasks.datasets import KNOWN
 
@@ -64,14 +64,16 @@ def test_splits_are_joined_in_order_and_ids_stay_unique(tmp_path: Path) -> None:
         load_rows("openbookqa", "dev+dev", tmp_path)
 
 
-def test_winogrande_and_boolq_find_their_train_split(tmp_path: Path) -> None:
+def test_winogrande_finds_its_train_split_and_boolq_has_none_without_passages(tmp_path: Path) -> None:
     blank = {"question": "The _ sat.", "choices": ["cat", "mat"], "answer": 0}
     yes_no = {"question": "is it so", "choices": ["False", "True"], "answer": 1}
     for size in ("s", "m"):
         write(tmp_path / "winogrande", f"train_{size}", {**blank, "id": size})
         assert [row.id for row in load_rows(f"winogrande_{size}", "train", tmp_path)] == [size]
     write(tmp_path / "boolq", "train_questions", yes_no)
-    assert [row.id for row in load_rows("boolq", "train", tmp_path)] == ["train_questions-0"]
+    with pytest.raises(MissingSplitError, match=r"train\.jsonl"):
+        load_rows("boolq", "train", tmp_path)  # without passages it is another task, to be asked for by name
+    assert [row.id for row in load_rows("boolq", "train_questions", tmp_path)] == ["train_questions-0"]
     write(tmp_path / "boolq", "train", {**yes_no, "passage": "It is so."})
     assert [row.id for row in load_rows("boolq", "train", tmp_path)] == ["train-0"]
 

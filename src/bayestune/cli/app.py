@@ -9,14 +9,14 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from bayestune.cli.reporting import report, table
 from bayestune.cli.trained import evaluate, export, predict
 from bayestune.cli.training import demo, train
-from bayestune.errors import BayestuneError, TrainingError
+from bayestune.errors import BayestuneError, BayestuneWarning, TrainingError
 
 OK, INTERNAL, USER, STOPPED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 
@@ -80,6 +80,10 @@ def _tell(message: str, code: int) -> int:
     return code
 
 
+def _tell_warning(message: Warning | str, *place: Any, **more: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep libraries' advice and load reports off the console; their errors still show."""
@@ -92,6 +96,8 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            warnings.simplefilter("default", BayestuneWarning)
+            warnings.showwarning = _tell_warning
             yield
     finally:
         enable_progress_bar()

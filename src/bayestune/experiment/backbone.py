@@ -1,5 +1,6 @@
 """The pretrained model of an experiment: found, asked what it is, and loaded with an adapter."""
 
+import difflib
 import importlib.util
 import os
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -113,8 +115,8 @@ def build_task(backbone: Backbone, name: str, data: str | Path | None, max_token
     return tasks.encoder_multiple_choice(name, backbone.tokenizer, data=data, max_tokens=max_tokens)
 
 
-def default_targets(backbone: Backbone) -> tuple[str, ...]:
-    """Query and value projections as PEFT knows them, and the head of a causal model unless it is tied.
+def default_targets(backbone: Backbone, task: Task) -> tuple[str, ...]:
+    """Query and value projections as PEFT knows them, and the head that answers `task`, if it is not new and not tied.
 
     Raises:
         ConfigError: an architecture that PEFT has no default for.
@@ -125,7 +127,7 @@ def default_targets(backbone: Backbone) -> tuple[str, ...]:
             f"target_modules: there is no default for model type {config.model_type!r}; name the layers, "
             "such as --target-modules q_proj,v_proj."
         )
-    head = backbone.family == "causal" and not config.tie_word_embeddings
+    head = is_generative(backbone, task) and not config.tie_word_embeddings
     return (*LORA_TARGETS[config.model_type], *(["lm_head"] if head else []))
 
 
@@ -159,7 +161,7 @@ def load_base(backbone: Backbone, task: Task, experiment: Experiment) -> tuple[P
             loaded: Any = auto.from_pretrained(
                 backbone.source, dtype=dtype, trust_remote_code=False, output_loading_info=True, **kwargs
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ConfigError(f"model {experiment.model!r}: cannot be loaded: {_line(error)}") from error
     model, loading = loaded
     new = sorted({key.rpartition(".")[0] for key in loading["missing_keys"]})
@@ -217,6 +219,7 @@ def add_adapter(base: PreTrainedModel, experiment: Experiment, *, new: list[str]
             config = BlobConfig(**settings, distribution="dropout", lora_dropout=experiment.lora_dropout)
         case _:
             config = LoraConfig(**settings)
+    _check_targets(base, experiment.target_modules or ())
     with torch.random.fork_rng():
         torch.manual_seed(experiment.seed)
         try:
@@ -227,6 +230,16 @@ def add_adapter(base: PreTrainedModel, experiment: Experiment, *, new: list[str]
             raise ConfigError(f"target_modules: {_line(error)}") from error
     assert isinstance(model, PeftModel)
     return model
+
+
+def _check_targets(base: PreTrainedModel, targets: tuple[str, ...]) -> None:
+    """Refuse a name that no layer has: PEFT does so only if none of the names is found."""
+    names = [name for name, _ in base.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            near = difflib.get_close_matches(target, {name.rpartition(".")[2] for name in names}, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "name its layers, such as q_proj,v_proj."
+            raise ConfigError(f"target_modules: the model has no layer {target!r}; {hint}")
 
 
 def _line(error: Exception) -> str:

@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from bayestune.errors import ConfigError, DataError
+from bayestune.errors import ConfigError, MissingSplitError
 from bayestune.experiment.backbone import Backbone, build_task, find_backbone
 from bayestune.experiment.cells import Cell, cell_path, cell_record, portable, read_cells
+from bayestune.experiment.folder import EXPERIMENT, RESULT
 from bayestune.experiment.layouts import METHODS, layout
 from bayestune.experiment.record import read_json, rows_sha256, write_json
-from bayestune.experiment.run import EXPERIMENT, RESULT, Run, load_run, other_task, run
+from bayestune.experiment.run import Run, load_run, other_task, run
 from bayestune.experiment.settings import POST_HOC, Experiment
 from bayestune.inference import Prediction
 from bayestune.tasks import AnyRow, Task
@@ -28,8 +30,8 @@ class Grid:
 
     Attributes:
         table: its name. seeds, methods: its lines. tasks: training sets; None for all of the table.
-        settings: of `Experiment`, model included, the same in every run; `eval_split` is by default "test" where it
-            is labelled, and the usual split elsewhere. A method that fits a temperature does so on "dev".
+        settings: of `Experiment`, model included, the same in every run; `eval_split` is by default "test" where there
+            is one, and the usual split elsewhere. A method that fits a temperature does so on "dev".
         results: folder of the cells. runs: folder of the runs: posteriors, which methods that start from a finished
             adapter use, and which several tables share.
         command: recorded in every cell.
@@ -72,44 +74,58 @@ def plan(grid: Grid) -> Plan:
     Raises:
         ConfigError: unknown table, method, data set or setting; cells that are there were made with other settings.
     """
-    columns = layout(grid.table).columns
-    for method in grid.methods:
-        if method not in METHODS:
-            raise ConfigError(f"--methods: found {method!r}, expected some of {', '.join(METHODS)}.")
-    for task in grid.tasks or ():
-        if task not in {column.task for column in columns}:
-            known = ", ".join(dict.fromkeys(column.task for column in columns))
-            raise ConfigError(f"--tasks: found {task!r}, expected some of {known}, the training sets of {grid.table}.")
+    _check_lines(grid)
+    _check_settings(grid)
     backbone = find_backbone(str(grid.settings["model"]))
     there = _cells_there(grid)
-    runs, left_out, cells = [], [], 0
+    runs, left_out = [], []
+    trained_on = dict.fromkeys(column.task for column in layout(grid.table).columns)
     for seed in grid.seeds:
-        for task in dict.fromkeys(
-            column.task for column in columns if grid.tasks is None or column.task in grid.tasks
-        ):
+        for task in trained_on if grid.tasks is None else [name for name in trained_on if name in grid.tasks]:
             try:
                 split = _eval_split(grid, backbone, task)
-            except DataError as error:
+            except MissingSplitError as error:
                 left_out.append(f"{task}: {error}")
                 continue
             for method in sorted(grid.methods, key=lambda name: name in POST_HOC):
                 if method == "temperature" and split != "test":
                     left_out.append(f"temperature on {task}: no rows beside those it is scored on")
                     continue
-                experiment, output = _experiment(grid, method, task, seed, split)
-                asked = [column.eval_task for column in columns if column.task == task]
-                missing = [name for name in asked if not _is_there(there, experiment, name, backbone)]
-                if missing:
-                    start = None
-                    if method in POST_HOC:
-                        first, place = _experiment(grid, "mle", task, seed, split)
-                        start = Planned(experiment=first, output=place, eval_tasks=())
-                    planned = Planned(experiment=experiment, output=output, eval_tasks=tuple(missing), start=start)
+                planned = _planned(grid, there, backbone, method=method, task=task, seed=seed, split=split)
+                if planned.eval_tasks:
                     runs.append(planned)
-                    cells += len(missing) * len(_counts(experiment))
     if left_out and not runs and not there:
         raise ConfigError(f"{grid.table}: nothing can be trained; {left_out[0]}")
+    cells = sum(len(planned.eval_tasks) * len(_counts(planned.experiment)) for planned in runs)
     return Plan(runs=tuple(runs), cells=cells, seconds=_expected(there, runs), left_out=tuple(dict.fromkeys(left_out)))
+
+
+def _check_lines(grid: Grid) -> None:
+    """Refuse methods and data sets that the table does not have."""
+    for method in grid.methods:
+        if method not in METHODS:
+            raise ConfigError(f"--methods: found {method!r}, expected some of {', '.join(METHODS)}.")
+    known = dict.fromkeys(column.task for column in layout(grid.table).columns)
+    for task in grid.tasks or ():
+        if task not in known:
+            listed = ", ".join(known)
+            raise ConfigError(
+                f"--tasks: found {task!r}, expected some of {listed}, the training sets of {grid.table}."
+            )
+
+
+def _planned(
+    grid: Grid, there: Sequence[Cell], backbone: Backbone, *, method: str, task: str, seed: int, split: str
+) -> Planned:
+    """One run of the grid; its `eval_tasks` are those without cells."""
+    experiment, output = _experiment(grid, method, task, seed, split)
+    start = None
+    if method in POST_HOC:
+        first, place = _experiment(grid, "mle", task, seed, split)
+        start = Planned(experiment=first, output=place, eval_tasks=())
+    asked = [column.eval_task for column in layout(grid.table).columns if column.task == task]
+    missing = [name for name in asked if not _is_there(there, experiment, name, backbone)]
+    return Planned(experiment=experiment, output=output, eval_tasks=tuple(missing), start=start)
 
 
 def run_table(grid: Grid, *, progress: bool = False) -> int:
@@ -147,20 +163,32 @@ def _eval_split(grid: Grid, backbone: Backbone, name: str) -> str:
     """The split that a run is scored on.
 
     Raises:
-        DataError: the data set is not there, or a row of its training split cannot be read.
+        MissingSplitError: the data set has no such split, or is not there. DataError: a row cannot be used.
     """
     task = build_task(backbone, name, grid.settings.get("data"), 8)
     task.rows(str(grid.settings.get("train_split", "train")))
     return _scored_split(grid, task)
 
 
+def _check_settings(grid: Grid) -> None:
+    """Refuse settings that no run could have, or that the grid itself gives.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    for name in ("method", "task", "seed", "adapter"):
+        if name in grid.settings:
+            raise ConfigError(f"table: found the setting {name!r}, which every run has its own of; leave it out.")
+    Experiment.from_dict({"task": "any", **grid.settings}, where="table")
+
+
 def _scored_split(grid: Grid, task: Task) -> str:
-    """`eval_split` where it is set, the labelled test split where there is one, or the usual split."""
+    """`eval_split` where it is set, the test split where there is one, or the usual split."""
     if grid.settings.get("eval_split"):
         return str(grid.settings["eval_split"])
     try:
         task.rows("test")
-    except DataError:
+    except MissingSplitError:
         return task.spec.evaluation
     return "test"
 
@@ -177,7 +205,8 @@ def _is_there(cells: Sequence[Cell], experiment: Experiment, eval_task: str, bac
     wanted = experiment.resolved(backbone.family).as_dict()
     for cell in found:
         for key, value in cell["experiment"].items():
-            if key not in _FREE and portable(wanted.get(key)) != value:
+            known = key not in _FREE or (key == "target_modules" and wanted[key] is not None)
+            if known and portable(wanted.get(key)) != value:
                 raise ConfigError(
                     f"{experiment.method} on {experiment.task}, seed {experiment.seed}: the cells in results have "
                     f"{key}={value!r}, found {portable(wanted.get(key))!r}; use other --results, or the same settings."
@@ -246,9 +275,17 @@ def _cells(grid: Grid, planned: Planned, progress: bool) -> Iterator[Cell]:
 def _trained(planned: Planned, command: Sequence[str], progress: bool) -> tuple[Run, dict[str, Any]]:
     """The run, trained now unless it is finished, and its record."""
     output = planned.output
-    if not (output / RESULT).is_file():
-        stopped = (output / EXPERIMENT).is_file()
-        run(planned.experiment, output, resume=stopped, command=command, progress=progress)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(output.parent / f".{output.name}.lock", timeout=0):
+            if not (output / RESULT).is_file():
+                stopped = (output / EXPERIMENT).is_file()
+                run(planned.experiment, output, resume=stopped, command=command, progress=progress)
+    except Timeout:
+        raise ConfigError(
+            f"{output}: another process is making this run; wait for it, or give each its own --seeds, --tasks or "
+            "--runs."
+        ) from None
     trained = load_run(output, data=planned.experiment.data)
     wanted = planned.experiment.resolved(find_backbone(planned.experiment.model).family).as_dict()
     for name, value in trained.experiment.as_dict().items():

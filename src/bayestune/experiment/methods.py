@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from bayestune.errors import ConfigError
+from bayestune.errors import BayestuneError, ConfigError
 from bayestune.experiment.backbone import add_adapter, new_head
+from bayestune.experiment.folder import ADAPTER
 from bayestune.experiment.processes import is_main
 from bayestune.experiment.settings import Experiment
 from bayestune.experiment.train import Training
@@ -50,8 +51,10 @@ class Start:
     task_type: str | None
 
 
-def begin(start: Start, experiment: Experiment) -> PeftModel:
+def begin(start: Start, experiment: Experiment) -> tuple[PeftModel, Experiment]:
     """The model that the method starts from, before anything is trained or written: a new adapter, or `adapter`.
+
+    With `adapter` the experiment's rank, alpha and target modules become those of the adapter.
 
     Raises:
         ConfigError, PosteriorError: the adapter cannot be used, does not fit the base, or its curvature not in memory.
@@ -60,9 +63,19 @@ def begin(start: Start, experiment: Experiment) -> PeftModel:
         model = add_adapter(start.base, experiment, new=start.new, task_type=start.task_type)
     else:
         model = _finished(start, Path(experiment.adapter))
+        experiment = _sized(experiment, model)
     if experiment.method == "laplace":
         refuse_if_too_large(model, layers=experiment.laplace_layers, memory_limit=None)
-    return model
+    return model, experiment
+
+
+def _sized(experiment: Experiment, model: PeftModel) -> Experiment:
+    config = model.peft_config["default"]
+    assert isinstance(config, LoraConfig)
+    # A regular expression of layer names is no list of them: that of the experiment then stays.
+    named = isinstance(config.target_modules, set | list) and config.target_modules
+    targets = tuple(sorted(config.target_modules or ())) if named else experiment.target_modules
+    return dataclasses.replace(experiment, rank=config.r, lora_alpha=config.lora_alpha, target_modules=targets)
 
 
 def obtain(model: PeftModel, start: Start, training: Training, fit_rows: Sequence[AnyRow]) -> Posterior:
@@ -70,6 +83,8 @@ def obtain(model: PeftModel, start: Start, training: Training, fit_rows: Sequenc
 
     Args:
         fit_rows: of `fit_split`, for "laplace".
+
+    The adapter that was trained as the start of a fit is saved beside the checkpoints first.
 
     Raises:
         PosteriorError: nothing could be fitted to the adapter.
@@ -81,16 +96,26 @@ def obtain(model: PeftModel, start: Start, training: Training, fit_rows: Sequenc
     if experiment.adapter is None:
         training.train(model, label=experiment.method)
     model.eval()
-    match experiment.method:
-        case "mle" | "map" | "temperature":
-            return Point(model)
-        case "dropout" | "bbb" | "blob":
-            return Variational(model)
+    if experiment.method not in ("laplace", "tfb", "swag"):
+        return Point(model) if experiment.method in ("mle", "map", "temperature") else Variational(model)
+    if experiment.adapter is not None:
+        return _fitted(model, training, fit_rows)
+    kept = training.checkpoints.with_name(ADAPTER)
+    if is_main():
+        save_posterior(model, kept, overwrite=True)
+    try:
+        return _fitted(model, training, fit_rows)
+    except BayestuneError as error:
+        raise type(error)(f"{error} The adapter trained for it is in {kept}: go on with --adapter.") from error
+
+
+def _fitted(model: PeftModel, training: Training, fit_rows: Sequence[AnyRow]) -> Posterior:
+    match training.experiment.method:
         case "tfb":
             return _tfb(model, training)
         case "laplace":
             return _laplace(model, training, fit_rows)
-        case "swag":
+        case _:
             return _swag(model, training)
 
 

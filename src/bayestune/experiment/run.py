@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from bayestune.experiment.backbone import (
     is_generative,
     load_base,
 )
+from bayestune.experiment.folder import CHECKPOINTS, EXPERIMENT, POSTERIOR, RESULT, check_output, run_folder
 from bayestune.experiment.methods import Start, autocast, begin, evaluations, obtain, tempered
 from bayestune.experiment.processes import is_main, process_count
 from bayestune.experiment.record import file_sha256, hardware, read_json, rows_sha256, versions, write_json
@@ -28,8 +28,6 @@ from bayestune.experiment.train import Training
 from bayestune.inference import Prediction, Scores, evaluate, predict
 from bayestune.posteriors import Posterior, load, save_posterior
 from bayestune.tasks import AnyRow, Task
-
-POSTERIOR, CHECKPOINTS, RESULT, EXPERIMENT = "posterior", "checkpoints", "result.json", "experiment.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +86,8 @@ def run(
     writes, evaluates and has scores to return.
 
     Args:
-        overwrite: replace a run that is in `output`. resume: go on from the last of its checkpoints.
+        overwrite: replace a run that is in `output`; it comes back if the new one ends with nothing to show.
+        resume: go on from the last of its checkpoints.
         command: recorded in result.json. progress: show bars on stderr.
 
     Raises:
@@ -98,61 +97,95 @@ def run(
     started, output = time.monotonic(), Path(output)
     backbone = find_backbone(experiment.model)
     experiment, task = _resolve(experiment, backbone)
-    assert experiment.eval_split is not None
-    train_rows, eval_rows = _checked(task, experiment.train_split), _checked(task, experiment.eval_split)
-    fit_rows, temperature_rows = _checked(task, experiment.fit_split), _checked(task, experiment.temperature_split)
+    rows = _Rows.of(experiment, task)
     if is_main():
-        _check_output(output, experiment, overwrite=overwrite, resume=resume)
+        check_output(output, experiment, overwrite=overwrite, resume=resume)
     base, new = load_base(backbone, task, experiment)
     start = Start(base=base, new=new, task_type="CAUSAL_LM" if is_generative(backbone, task) else None)
-    model = begin(start, experiment)
+    model, experiment = begin(start, experiment)
     training = Training(
         experiment=experiment,
         task=task,
-        rows=train_rows,
+        rows=rows.train,
         checkpoints=output / CHECKPOINTS,
         resume=resume,
         progress=progress,
     )
     training.check()
-    if is_main():
-        _prepare(output, experiment, resume=resume)
-    posterior = obtain(model, start, training, fit_rows)
-    if not is_main():
-        return Result(experiment=experiment, output=output, scores={}, predictions={}, seconds=0.0)
-    if not experiment.checkpoint_steps and training.checkpoints.is_dir():
+    with run_folder(output, experiment, resume=resume) if is_main() else contextlib.nullcontext():
+        posterior = obtain(model, start, training, rows.fit)
+        if not is_main():
+            return Result(experiment=experiment, output=output, scores={}, predictions={}, seconds=0.0)
+        _save(posterior, training, rows.temperature, output / POSTERIOR)
+        finished = Run(experiment=experiment, task=task, posterior=posterior)
+        predictions = {
+            key: finished.predict(rows.evaluation, draws=draws, progress=progress)
+            for key, draws in evaluations(experiment, posterior).items()
+        }
+        result = Result(
+            experiment=experiment,
+            output=output,
+            scores={key: evaluate(prediction) for key, prediction in predictions.items()},
+            predictions=predictions,
+            seconds=time.monotonic() - started,
+        )
+        hashes = _hashes(backbone, rows, output)
+        write_json(output / RESULT, _record(result, rows, hashes, command=command, temperature=posterior.temperature))
+    return result
+
+
+def _save(posterior: Posterior, training: Training, temperature_rows: Sequence[AnyRow], folder: Path) -> None:
+    """Save the posterior, before and after its temperature is fitted, and remove an empty folder of checkpoints."""
+    if not training.experiment.checkpoint_steps and training.checkpoints.is_dir():
         with contextlib.suppress(OSError):
             training.checkpoints.rmdir()
-    save_posterior(posterior, output / POSTERIOR, overwrite=resume)
+    save_posterior(posterior, folder, overwrite=training.resume)
     if temperature_rows:
-        posterior.temperature = tempered(posterior, task, temperature_rows, experiment)
-        save_posterior(posterior, output / POSTERIOR, overwrite=True)
-    finished = Run(experiment=experiment, task=task, posterior=posterior)
-    predictions = {
-        key: finished.predict(eval_rows, draws=draws, progress=progress)
-        for key, draws in evaluations(experiment, posterior).items()
-    }
-    scores = {key: evaluate(prediction) for key, prediction in predictions.items()}
-    seconds = time.monotonic() - started
-    record = {
+        posterior.temperature = tempered(posterior, training.task, temperature_rows, training.experiment)
+        save_posterior(posterior, folder, overwrite=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rows:
+    """The rows of a run, each of them usable; `fit` and `temperature` are empty where no split is named."""
+
+    train: list[AnyRow]
+    evaluation: list[AnyRow]
+    fit: list[AnyRow]
+    temperature: list[AnyRow]
+
+    @classmethod
+    def of(cls, experiment: Experiment, task: Task) -> "_Rows":
+        return cls(
+            train=_checked(task, experiment.train_split),
+            evaluation=_checked(task, experiment.eval_split),
+            fit=_checked(task, experiment.fit_split),
+            temperature=_checked(task, experiment.temperature_split),
+        )
+
+
+def _record(
+    result: Result, rows: _Rows, hashes: dict[str, Any], *, command: Sequence[str], temperature: float
+) -> dict[str, Any]:
+    """What result.json holds."""
+    experiment = result.experiment
+    return {
         "seed": experiment.seed,
-        "task": task.name,
+        "task": experiment.task,
         "split": experiment.eval_split,
         "method": experiment.method,
-        "methods": {key: value.as_dict() for key, value in scores.items()},
+        "methods": {key: value.as_dict() for key, value in result.scores.items()},
         "experiment": experiment.as_dict(),
         "command": list(command),
-        "temperature": posterior.temperature,
+        "temperature": temperature,
         "steps": experiment.steps,
         "processes": process_count(),
-        "seconds": round(seconds, 1),
-        "rows": {"train": len(train_rows), "eval": len(eval_rows)},
-        "sha256": _hashes(backbone, train_rows, eval_rows, output),
+        "seconds": round(result.seconds, 1),
+        "rows": {"train": len(rows.train), "eval": len(rows.evaluation)},
+        "sha256": hashes,
         "versions": versions(),
         "hardware": hardware(),
     }
-    write_json(output / RESULT, record)
-    return Result(experiment=experiment, output=output, scores=scores, predictions=predictions, seconds=seconds)
 
 
 def load_run(folder: str | Path, *, data: str | Path | None = None) -> Run:
@@ -196,7 +229,7 @@ def _resolve(experiment: Experiment, backbone: Backbone) -> tuple[Experiment, Ta
     experiment = experiment.resolved(backbone.family)
     assert experiment.max_tokens is not None
     task = build_task(backbone, experiment.task, experiment.data, experiment.max_tokens)
-    targets = experiment.target_modules or default_targets(backbone)
+    targets = experiment.target_modules or default_targets(backbone, task)
     split = experiment.eval_split or task.spec.evaluation
     for name in ("fit_split", "temperature_split"):
         shared = set((vars(experiment)[name] or "").split("+")) & set(split.split("+"))
@@ -215,50 +248,11 @@ def _checked(task: Task, split: str | None) -> list[AnyRow]:
     return rows
 
 
-def _check_output(output: Path, experiment: Experiment, *, overwrite: bool, resume: bool) -> None:
-    """Refuse to touch a folder that is not ours to touch."""
-    adapter = None if experiment.adapter is None else Path(experiment.adapter).resolve()
-    if adapter is not None and output.resolve() in (adapter, *adapter.parents):
-        raise ConfigError(f"output {output}: found the adapter to start from in it; choose another folder.")
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"output {output}: found a file, expected a folder or nothing.")
-    found = {path.name for path in output.iterdir()} if output.is_dir() else set()
-    if resume:
-        if (output / RESULT).exists():
-            raise ConfigError(f"output {output}: this run is finished, there is nothing to resume.")
-        saved = read_json(output / EXPERIMENT, "the settings of the run to resume")
-        changed = [name for name, value in experiment.as_dict().items() if saved.get(name) != value]
-        if changed:
-            name = changed[0]
-            raise ConfigError(
-                f"output {output}: cannot resume with {name}={experiment.as_dict()[name]!r}, the run has "
-                f"{saved.get(name)!r}; use its settings, or another --output."
-            )
-    elif found and not overwrite:
-        raise ConfigError(f"output {output}: the folder is not empty; choose another, or pass --overwrite.")
-    elif found and EXPERIMENT not in found:
-        raise ConfigError(f"output {output}: found files but no {EXPERIMENT}: this is no run, and is not overwritten.")
-
-
-def _prepare(output: Path, experiment: Experiment, *, resume: bool) -> None:
-    """Make the folder, empty of any earlier run, and record the settings that a resumed run is compared with."""
-    output.mkdir(parents=True, exist_ok=True)
-    if resume:
-        return
-    (output / RESULT).unlink(missing_ok=True)
-    for name in (POSTERIOR, CHECKPOINTS):
-        if (output / name).exists():
-            shutil.rmtree(output / name)
-    write_json(output / EXPERIMENT, experiment.as_dict())
-
-
-def _hashes(
-    backbone: Backbone, train_rows: Sequence[AnyRow], eval_rows: Sequence[AnyRow], output: Path
-) -> dict[str, Any]:
+def _hashes(backbone: Backbone, rows: _Rows, output: Path) -> dict[str, Any]:
     weights = sorted(Path(backbone.source).glob("*.safetensors")) if Path(backbone.source).is_dir() else []
     return {
         "base": {path.name: file_sha256(path) for path in weights},
         "adapter": file_sha256(output / POSTERIOR / "adapter_model.safetensors"),
-        "train_rows": rows_sha256(train_rows),
-        "eval_rows": rows_sha256(eval_rows),
+        "train_rows": rows_sha256(rows.train),
+        "eval_rows": rows_sha256(rows.evaluation),
     }

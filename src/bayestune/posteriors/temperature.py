@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bayestune.errors import DataError
+from bayestune.errors import BayestuneWarning, DataError
 from bayestune.metrics import row_nll
 
 LOWEST, HIGHEST = 0.01, 100.0
@@ -67,7 +67,9 @@ def _best(nll: Callable[[float], float]) -> float:
     for bound, value in ((low, LOWEST), (high, HIGHEST)):
         if abs(found - bound) <= 2 * _WIDTH:
             warnings.warn(
-                f"fit_temperature: stopped at the bound T = {value}: up to there the NLL does not rise.", stacklevel=3
+                f"fit_temperature: stopped at the bound T = {value}: up to there the NLL does not rise.",
+                BayestuneWarning,
+                stacklevel=3,
             )
             return value
     return math.exp(found)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from bayestune.errors import DataError
+from bayestune.errors import DataError, MissingSplitError
 from bayestune.tasks import hub
 from bayestune.tasks.data import AnyRow, Row, check_together, parse_row, read_rows, shown
 
@@ -88,7 +88,6 @@ def _boolq() -> DatasetSpec:
         folder="boolq",
         kind="choice",
         classes=2,
-        splits={"train": ("train", "train_questions")},
         fixed_choices=("False", "True"),
         source=source,
     )
@@ -168,8 +167,7 @@ def load_rows(name: str, split: str, data: str | Path | None = None) -> list[Any
     """The labelled rows of a split; `"dev+test"` is both, one after the other.
 
     From `data/<folder>/<split>.jsonl[.gz]`, or, without `data`, from the Hugging Face Hub (package `datasets`). Both
-    go through the same checks. `train` of winogrande_s is `train_s`; of boolq it is `train`, or else
-    `train_questions`, which has no passages.
+    go through the same checks. `train` of winogrande_s is `train_s`.
 
     Raises:
         DataError: unknown data set, missing split (with the path), or a row that is wrong (with place, id and field).
@@ -197,7 +195,7 @@ def _split_file(spec: DatasetSpec, split: str, data: Path) -> Path:
     if not NAME.fullmatch(split):
         raise DataError(f"{folder}: found split {shown(split)}, expected a name such as train, dev or dev+test")
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; data set {spec.name} is looked for there")
+        raise MissingSplitError(f"{folder}: no such folder; data set {spec.name} is looked for there")
     for stem in spec.splits.get(split, (split,)):
         found = [path for path in (folder / f"{stem}.jsonl", folder / f"{stem}.jsonl.gz") if path.is_file()]
         if len(found) == 2:
@@ -206,4 +204,4 @@ def _split_file(spec: DatasetSpec, split: str, data: Path) -> Path:
             return found[0]
     stem = spec.splits.get(split, (split,))[-1]
     there = ", ".join(path.name for path in _files(folder)) or "no split"
-    raise DataError(f"{folder / stem}.jsonl: no such file, nor {stem}.jsonl.gz; the folder has {there}")
+    raise MissingSplitError(f"{folder / stem}.jsonl: no such file, nor {stem}.jsonl.gz; the folder has {there}")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bayestune.errors import ConfigError, DataError
+from bayestune.errors import ConfigError, DataError, MissingSplitError
 
 Converter = Callable[[Mapping[str, Any], str], dict[str, Any]]
 """From a row of the Hub and an id (for data sets without ids) to the fields of one of our rows."""
@@ -29,7 +29,9 @@ def fetch(source: HubSource, split: str) -> Iterator[tuple[str, dict[str, Any]]]
         DataError: the split is not on the Hub, or the data set could not be loaded.
     """
     if split not in source.splits:
-        raise DataError(f"split '{split}': not on the Hub in {source.repository}; it has {', '.join(source.splits)}")
+        raise MissingSplitError(
+            f"split '{split}': not on the Hub in {source.repository}; it has {', '.join(source.splits)}"
+        )
     try:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
