@@ -114,7 +114,7 @@ def predict(
         sampler = (
             model.sampler(draws=draws, seed=seed)
             if isinstance(model, Posterior)
-            else StackedDraws(module, draws=draws, seed=seed)
+            else StackedDraws.of(module, draws=draws, seed=seed)
         )
         logits = torch.empty(sampler.slices, len(rows), task.classes, dtype=torch.float64)
         with (

@@ -69,7 +69,7 @@ class Laplace(Posterior):
                 "another adapter is active than the one of this Laplace posterior: call set_adapter(name)."
             )
         if draws == 0:
-            return StackedDraws(self.model, draws=0, seed=seed)
+            return StackedDraws.of(self.model, draws=0, seed=seed)
         factors = {name: factor.to(linears[name].weight.device) for name, factor in self.factors.items()}
         if self.predictive == "probit":
             return ProbitAnswer(self.model, linears, factors, precision=self.precision)

@@ -13,4 +13,4 @@ class Point(Posterior):
     def sampler(self, *, draws: int, seed: int) -> Sampler:
         if draws:
             raise refuse_draws(draws, "plain LoRA is a point without a spread, expected 0.")
-        return StackedDraws(self.model, draws=0, seed=seed)
+        return StackedDraws.of(self.model, draws=0, seed=seed)

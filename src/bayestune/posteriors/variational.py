@@ -3,7 +3,7 @@
 Several draws ride in one forward: rows are repeated, the draw outermost, and the base model's products are shared.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,19 +30,23 @@ class Variational(Posterior):
     default_draws = 10
 
     def sampler(self, *, draws: int, seed: int) -> Sampler:
-        return StackedDraws(self.model, draws=draws, seed=seed)
+        return StackedDraws.of(self.model, draws=draws, seed=seed)
 
 
 class StackedDraws(Sampler):
-    """Draws of every random layer of `model`, [draws, r, n] each; with ``draws=0`` the mean, of any model.
+    """`slices` draws given by their matrices, [slices, r, n] for each layer of `weights`; the mean of others."""
 
-    Raises:
-        DrawError: draws were asked of a model without an (unmerged) Gaussian adapter.
-    """
+    def __init__(self, model: nn.Module, weights: Mapping[RandomLinear, Tensor], slices: int) -> None:
+        self.model, self.weights, self.slices = model, weights, slices
 
-    def __init__(self, model: nn.Module, *, draws: int, seed: int) -> None:
-        self.model, self.slices = model, max(draws, 1)
-        self._weights = stacked_weights(model, range(draws), seed) if draws else {}
+    @classmethod
+    def of(cls, model: nn.Module, *, draws: int, seed: int) -> "StackedDraws":
+        """Draws 0 to `draws` - 1 of every random layer of `model`; with ``draws=0`` the mean, of any model.
+
+        Raises:
+            DrawError: draws were asked of a model without an (unmerged) Gaussian adapter.
+        """
+        return cls(model, stacked_weights(model, range(draws), seed) if draws else {}, max(draws, 1))
 
     def logits(self, task: Task, batch: dict[str, Tensor], part: range) -> Float[Tensor, "draws rows classes"]:
         """One forward with the rows repeated for each draw of `part`."""
@@ -50,7 +54,7 @@ class StackedDraws(Sampler):
         repeated = {key: value.repeat(count, *[1] * (value.dim() - 1)) for key, value in batch.items()}
         drawn = {
             layer: weight[first : first + count] if count > 1 else weight[first]
-            for layer, weight in self._weights.items()
+            for layer, weight in self.weights.items()
         }
         sizes = row_major_sizes(tuple(repeated["input_ids"].shape), count) if count > 1 else None
         with drawn_weights(drawn, sizes=sizes):
@@ -58,7 +62,7 @@ class StackedDraws(Sampler):
 
     def at_once(self, batch: dict[str, Tensor]) -> int:
         """All that fit a quarter of the free memory (CPU: `CPU_TOKENS`); one where experts see a choice of tokens."""
-        if any(layer.routed for layer in self._weights):
+        if any(layer.routed for layer in self.weights):
             return 1
         tokens = batch["input_ids"].numel()
         device = batch["input_ids"].device

@@ -1,0 +1,163 @@
+"""NLL against the number of draws: independent draws, antithetic pairs, and Latin hypercubes.
+
+    python benchmarks/draws.py RUN... --data DIR              # results/bench/draws.json
+    python benchmarks/draws.py --page                         # docs/draws.md from it; predicts nothing
+
+Each RUN is the folder of a BLoB run. For every way and number N of draws, the mean NLL (nats) over `--rows` rows of
+the evaluation split is measured 20 times with other noise. All answers come from a pool of `POOL` noise matrices,
+their negatives, and 20 hypercubes for each N in `CUBES`:
+
+independent   N matrices of the pool
+antithetic    N/2 of them, and their negatives
+hypercube     every weight has one value in each of N equal parts of its distribution, in an order of its own
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from bayestune.adapters import RandomLinear, random_layers
+from bayestune.experiment import Run, load_run, write_json, write_text
+from bayestune.experiment.methods import autocast
+from bayestune.experiment.record import hardware, read_json, rows_sha256, versions
+from bayestune.functional import derive_seed
+from bayestune.inference.draws import evaluation_mode
+from bayestune.posteriors.variational import StackedDraws
+from bayestune.tasks import AnyRow
+
+ROOT = Path(__file__).parent.parent
+RECORD = ROOT / "results" / "bench" / "draws.json"
+REPEATS, POOL = 20, 100
+NUMBERS = (1, 2, 4, 6, 8, 10, 20, 50)
+CUBES = (4, 10)
+BATCH = 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", help="folders of BLoB runs")
+    parser.add_argument("--data", help="folder of data sets")
+    parser.add_argument("--rows", type=int, default=250)
+    parser.add_argument("--page", action="store_true")
+    options = parser.parse_args()
+    if options.page:
+        write_text(ROOT / "docs" / "draws.md", page(read_json(RECORD, "the record of this script")))
+        return
+    if not options.runs:
+        parser.error("expected runs, or --page")
+    found = []
+    for folder in options.runs:
+        run = load_run(folder, data=options.data)
+        assert run.experiment.eval_split is not None
+        rows = run.task.rows(run.experiment.eval_split)[: options.rows]
+        found.append({"run": Path(folder).name, "rows_sha256": rows_sha256(rows), "nll": curves(run, rows)})
+    record = {
+        "command": ["python", "benchmarks/draws.py", *sys.argv[1:]],
+        "rows": options.rows,
+        "repeats": REPEATS,
+        "runs": found,
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+    RECORD.parent.mkdir(parents=True, exist_ok=True)
+    write_json(RECORD, record)
+
+
+def curves(run: Run, rows: list[AnyRow]) -> dict[str, dict[str, list[float]]]:
+    """way -> N -> the NLL of each repeat."""
+    labels = torch.tensor([row.target for row in rows])
+    pool = answers(run, rows, POOL, lambda layer, k: normal(layer, "pool", k))
+    negative = answers(run, rows, POOL, lambda layer, k: -normal(layer, "pool", k))
+    found: dict[str, dict[str, list[float]]] = {"independent": {}, "antithetic": {}, "hypercube": {}}
+    for number in NUMBERS:
+        order = [torch.randperm(POOL, generator=torch.Generator().manual_seed(r)) for r in range(REPEATS)]
+        found["independent"][str(number)] = [nll(pool[chosen[:number]], labels) for chosen in order]
+        if number % 2 == 0:
+            half = number // 2
+            found["antithetic"][str(number)] = [
+                nll(torch.cat([pool[chosen[:half]], negative[chosen[:half]]]), labels) for chosen in order
+            ]
+    for number in CUBES:
+        found["hypercube"][str(number)] = [
+            nll(answers(run, rows, number, cube(number, repeat)), labels) for repeat in range(REPEATS)
+        ]
+    return found
+
+
+def normal(layer: RandomLinear, *key: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(derive_seed("benchmark", layer.name, *key))
+    return torch.randn(layer.weight.shape, generator=generator)
+
+
+def cube(number: int, repeat: int) -> Callable[[RandomLinear, int], Tensor]:
+    """Noise of draw k: Phi^-1((place + u) / N), the place of each weight going through a permutation of its own."""
+
+    def noise(layer: RandomLinear, k: int) -> Tensor:
+        generator = torch.Generator().manual_seed(derive_seed("cube", layer.name, number, repeat))
+        shape = (number, *layer.weight.shape)
+        place = torch.rand(shape, generator=generator).argsort(0)
+        inside = torch.rand(shape, generator=generator).clamp(1e-6, 1 - 1e-6)
+        return torch.special.ndtri((place[k] + inside[k]) / number)
+
+    return noise
+
+
+def answers(run: Run, rows: list[AnyRow], number: int, noise: Callable[[RandomLinear, int], Tensor]) -> Tensor:
+    """log p(class | row, draw k) for k < number, [number, rows, classes], float64."""
+    task, model = run.task, run.model
+    examples = [task.example(row) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: task.tokens(examples[i]))
+    found = torch.empty(number, len(rows), task.classes, dtype=torch.float64)
+    with torch.inference_mode(), evaluation_mode(model), autocast(run.experiment):
+        layers = random_layers(model).values()
+        weights = {layer: layer.drawn(torch.stack([noise(layer, k) for k in range(number)])) for layer in layers}
+        sampler = StackedDraws(model, weights, number)
+        for start in tqdm(range(0, len(rows), BATCH), desc=f"{number} draws", unit="batch"):
+            places = order[start : start + BATCH]
+            batch = task.collate([examples[i] for i in places])
+            at_once = min(number, sampler.at_once(batch))
+            parts = [range(k, min(k + at_once, number)) for k in range(0, number, at_once)]
+            logits = torch.cat([sampler.logits(task, batch, part) for part in parts])
+            found[:, places] = logits.double().log_softmax(-1)
+    return found
+
+
+def nll(log_probs: Tensor, labels: Tensor) -> float:
+    """Mean over rows of -log of the average over draws."""
+    picked = log_probs.gather(-1, labels.expand(len(log_probs), -1)[..., None])[..., 0]
+    return (torch.tensor(float(len(log_probs))).log() - picked.logsumexp(0)).mean().item()
+
+
+def page(record: dict[str, Any]) -> str:
+    """Mean over runs and repeats of the NLL, and its standard deviation over repeats, averaged over runs."""
+    ways = ("independent", "antithetic", "hypercube")
+    lines = [
+        "# How many draws",
+        "",
+        "Made by `python benchmarks/draws.py --page` from `results/bench/draws.json`. Mean NLL in nats over "
+        f"{record['rows']} rows, of {record['repeats']} repeats with other noise and {len(record['runs'])} "
+        "posteriors; ± is the standard deviation over repeats, averaged over posteriors.",
+        "",
+        "| draws | " + " | ".join(ways) + " |",
+        "|---" * (len(ways) + 1) + "|",
+    ]
+    for number in NUMBERS:
+        cells = []
+        for way in ways:
+            found = [run["nll"][way][str(number)] for run in record["runs"] if str(number) in run["nll"][way]]
+            mean = [statistics.mean(values) for values in found]
+            deviation = [statistics.stdev(values) for values in found]
+            cells.append(f"{statistics.mean(mean):.4f} ± {statistics.mean(deviation):.4f}" if found else "")
+        lines.append(f"| {number} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
