@@ -15,8 +15,8 @@ from bayestune.functional import prediction_noise
 from bayestune.inference import predict
 from bayestune.posteriors import Swag, load_posterior, save_posterior
 from bayestune.posteriors.base import Posterior, SubstitutedDraws
-from bayestune.posteriors.state import adapter_tensors
-from bayestune.posteriors.swag import Moments, parameter_names, trained_weights
+from bayestune.posteriors.state import active_adapter, adapter_tensors, parameter_names
+from bayestune.posteriors.swag import Moments, trained_weights
 from inference.cases import Letters, rows
 from models import BERT, GPT2, LLAMA, Architecture, assert_same, blob, scatter
 from probes import z_bound
@@ -110,7 +110,7 @@ def test_draws_have_the_mean_and_covariance_of_the_closed_form() -> None:
     visited = snapshots(model, 5)
     posterior = Swag.from_moments(model, collected(visited, rank=4))
     keys = sorted(trained_weights(model))[:2]
-    names = parameter_names(model)
+    names = parameter_names(*active_adapter(model)[:2])
     count = 4000
     weights = drawn(posterior, count)
     samples = torch.stack([torch.cat([w[names[key]].flatten()[:6] for key in keys]) for w in weights]).double()
@@ -131,7 +131,7 @@ def test_draws_have_the_mean_and_covariance_of_the_closed_form() -> None:
 def test_one_draw_in_the_letters_of_the_formula() -> None:
     model = lora(BERT)
     posterior = swag(model, 6, rank=3)
-    (_, found), names = drawn(posterior, 2, seed=9), parameter_names(model)
+    (_, found), names = drawn(posterior, 2, seed=9), parameter_names(*active_adapter(model)[:2])
     assert found.keys() == set(names.values())
     saved = posterior.tensors()
     z2 = prediction_noise(9, 1, "swag columns", (3,)).double()
@@ -159,7 +159,7 @@ def test_draws_are_keyed_by_seed_and_index_alone() -> None:
 def test_the_name_of_the_adapter_is_no_part_of_the_draw() -> None:
     default, named = (swag(lora(adapter=adapter)) for adapter in ("default", "mine"))
     assert_same(default.tensors(), named.tensors())
-    keys = [parameter_names(posterior.model) for posterior in (default, named)]
+    keys = [parameter_names(*active_adapter(posterior.model)[:2]) for posterior in (default, named)]
     for one, other in zip(drawn(default, 2), drawn(named, 2), strict=True):
         assert_same({key: one[keys[0][key]] for key in keys[0]}, {key: other[keys[1][key]] for key in keys[1]})
 

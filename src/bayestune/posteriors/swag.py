@@ -25,7 +25,7 @@ from bayestune.adapters import is_merged
 from bayestune.errors import ConfigError, DrawError, PosteriorError
 from bayestune.functional import prediction_noise
 from bayestune.posteriors.base import Posterior, Sampler, Settings, SubstitutedDraws, refuse_draws
-from bayestune.posteriors.state import active_adapter, adapter_tensors
+from bayestune.posteriors.state import active_adapter, adapter_tensors, parameter_names
 
 _COLUMNS = "swag columns"  # the name of z_2, which no weight has
 
@@ -175,7 +175,8 @@ class Swag(Posterior):
             raise refuse_draws(draws, "expected 0 (the mean) or more.")
         if draws and is_merged(self.model):
             raise DrawError("the adapter is merged into the base weights: call unmerge_adapter() first.")
-        names = parameter_names(self.model)
+        model, adapter, _ = active_adapter(self.model)
+        names = parameter_names(model, adapter)
         means = trained_weights(self.model)
         weights: list[dict[str, Tensor]] = [
             {names[key]: self._drawn(key, mean, k, seed) for key, mean in means.items()} for k in range(draws)
@@ -207,15 +208,7 @@ def trained_weights(model: PeftModel) -> dict[str, Tensor]:
     if kind != "point":
         raise ConfigError(f"SWAG: adapter {adapter!r} is a BLOB adapter, expected plain LoRA.")
     tensors = adapter_tensors(model, adapter)
-    return {key: tensors[key] for key in parameter_names(model)}
-
-
-def parameter_names(model: PeftModel) -> dict[str, str]:
-    """The name in `model` of every parameter of its active adapter, by its key in a saved file."""
-    model, adapter, _ = active_adapter(model)
-    names = {parameter.data_ptr(): name for name, parameter in model.named_parameters()}
-    tensors = adapter_tensors(model, adapter)
-    return {key: names[tensor.data_ptr()] for key, tensor in tensors.items() if tensor.data_ptr() in names}
+    return {key: tensors[key] for key in parameter_names(model, adapter)}
 
 
 def _fault(expected: Mapping[str, Tensor], found: Mapping[str, tuple[int, ...]]) -> str | None:

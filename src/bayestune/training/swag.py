@@ -5,7 +5,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bayestune.errors import ConfigError, TrainingError
-from bayestune.posteriors.swag import Moments, parameter_names, trained_weights
+from bayestune.posteriors.state import active_adapter, parameter_names
+from bayestune.posteriors.swag import Moments, trained_weights
 
 
 class SwagCallback(TrainerCallback):
@@ -39,7 +40,7 @@ class SwagCallback(TrainerCallback):
     ) -> None:
         model = kwargs["model"]
         trained_weights(model)
-        own = set(parameter_names(model).values())
+        own = set(parameter_names(*active_adapter(model)[:2]).values())
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and name not in own:
                 raise ConfigError(f"SwagCallback: {name} is trained but no part of the adapter: freeze it.")
