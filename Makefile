@@ -1,4 +1,4 @@
-# make demo | make test | make lint; each makes .venv first. PYTHON=... picks the interpreter (3.11 or newer).
+# make demo | make test | make lint | make mutants; each makes .venv first. PYTHON=... picks the interpreter (3.11 or newer).
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ ORACLES := laplace-torch curvlinops-for-pytorch backpack-for-pytorch asdfghjkl e
 RUNS := $(VENV)/.runs
 TESTS := $(VENV)/.tests
 
-.PHONY: venv demo test lint
+.PHONY: venv demo test lint mutants
 
 venv: $(TESTS)
 
@@ -35,3 +35,7 @@ lint: $(TESTS)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
+
+# Plants small defects one at a time in a copy of the source: the tests must fail on each. ONLY=word takes some of them.
+mutants: $(TESTS)
+	cd tests && ../$(BIN)/python -m mutants $(ONLY)

@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import RobertaConfig, RobertaModel
 
+import bayestune
 from bayestune.cli.app import invoke
 from bayestune.experiment import Experiment, load_run
 from bayestune.recipes.paper import llama2_7b, roberta
@@ -106,7 +107,7 @@ def launched(launcher: str, folder: Path, *arguments: str) -> subprocess.Complet
     launch = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "bayestune"]
     train = ["train", "--config", str(EXAMPLES / "roberta.yaml"), "--model", str(model), "--data", str(data)]
     train += ["--steps", "3", "--draws", "2", "--output", str(folder / "run"), *arguments]
-    source = str(Path(__file__).parent.parent / "src")
+    source = str(Path(bayestune.__file__).parent.parent)
     environment = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*launch, *train], capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
