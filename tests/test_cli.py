@@ -446,9 +446,10 @@ def test_our_own_warnings_are_shown_and_those_of_libraries_are_not(
 ) -> None:
     def warned(*args: Any, **kwargs: Any) -> int:
         warnings.warn("old", DeprecationWarning, stacklevel=1)
-        warnings.warn("look at this", BayestuneWarning, stacklevel=1)
+        for _ in range(2):
+            warnings.warn("look at this", BayestuneWarning, stacklevel=1)
         return 0
 
     monkeypatch.setattr("bayestune.cli.app.app", warned)
     assert invoke(["demo"]) == 0
-    assert capsys.readouterr().err == "warning: look at this\n"
+    assert capsys.readouterr().err == "warning: look at this\n" * 2

@@ -11,12 +11,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BertForMultipleChoice
 
-from bayestune.errors import BayestuneError, ConfigError, PosteriorError
+from bayestune.errors import BayestuneError, BayestuneWarning, ConfigError, PosteriorError
 from bayestune.experiment import Experiment, Result, load_run, run
 from bayestune.experiment import backbone as backbones
+from bayestune.experiment.record import file_sha256
 from bayestune.posteriors import Ensemble, Laplace, Swag, Variational
 from models import scatter
 from toys import pretrained_bert, pretrained_llama, write_data
+
+pytestmark = pytest.mark.filterwarnings("ignore:tfb. sigma_q:bayestune.errors.BayestuneWarning")
 
 DRAWS = 3
 KEYS = {
@@ -298,6 +301,7 @@ def test_a_refused_fit_leaves_the_run_that_was_to_be_replaced(
     run(given, output, overwrite=True)
     assert load_run(output).experiment.method == "tfb"
     assert {path.name for path in output.iterdir()} == {"posterior", "experiment.json", "result.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
 def test_an_adapter_that_was_trained_for_a_refused_fit_can_be_used(
@@ -315,31 +319,6 @@ def test_an_adapter_that_was_trained_for_a_refused_fit_can_be_used(
     assert torch.equal(result.predictions["tfb_n3"].draw_log_probs, expected)
 
 
-def test_a_killed_overwrite_neither_loses_the_old_run_nor_takes_its_own_remains_for_it(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from bayestune.experiment import folder
-    from bayestune.experiment.train import Training
-
-    def stop(*args: Any, **kwargs: Any) -> None:
-        raise KeyboardInterrupt
-
-    output = tmp_path / "run"
-    given = experiment(world, method="mle", steps=1)
-    run(given, output)
-    before = (output / "posterior" / "adapter_model.safetensors").read_bytes()
-    monkeypatch.setattr(Training, "train", stop)
-    with monkeypatch.context() as patch:
-        patch.setattr(folder, "_has_something", lambda output: True)  # as if killed: nothing is put back
-        with pytest.raises(KeyboardInterrupt):
-            run(given, output, overwrite=True)
-    assert (output / ".before" / "posterior" / "adapter_model.safetensors").read_bytes() == before
-    with pytest.raises(KeyboardInterrupt):
-        run(given, output, overwrite=True)
-    assert (output / "posterior" / "adapter_model.safetensors").read_bytes() == before
-    assert (output / "result.json").is_file() and not (output / ".before").exists()
-
-
 def test_a_foreign_experiment_json_is_not_overwritten(world: Path, tmp_path: Path) -> None:
     (tmp_path / "theirs" / "posterior").mkdir(parents=True)
     (tmp_path / "theirs" / "experiment.json").write_text('{"sample": "blood"}')
@@ -353,4 +332,11 @@ def test_a_run_records_the_size_of_the_adapter_that_it_started_from(world: Path,
     run(experiment(world, method="tfb", adapter=str(adapter)), tmp_path / "run")
     recorded = json.loads((tmp_path / "run" / "result.json").read_text())["experiment"]
     assert (recorded["rank"], recorded["lora_alpha"], recorded["target_modules"]) == (3, 5, ["query"])
+    recorded = json.loads((tmp_path / "run" / "result.json").read_text())["sha256"]
+    assert recorded["start"] == file_sha256(adapter / "adapter_model.safetensors")
     assert load_run(tmp_path / "run").experiment.rank == 3
+
+
+def test_a_width_at_the_end_of_the_search_is_told(world: Path, mle: Result, tmp_path: Path) -> None:
+    with pytest.warns(BayestuneWarning, match="sigma_q = 1, the upper end"):
+        run(experiment(world, method="tfb", adapter=str(mle.output), tolerance=100.0), tmp_path / "run")

@@ -11,13 +11,12 @@ from filelock import FileLock
 from bayestune.cli.app import invoke
 from bayestune.errors import ConfigError, DataError
 from bayestune.experiment.cells import read_cells
-from bayestune.experiment.grid import Grid, plan, run_table
+from bayestune.experiment.fill import run_table
+from bayestune.experiment.grid import Grid, plan
 from bayestune.experiment.train import Training
 from toys import pretrained_bert, questions, write_rows
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:fit_temperature. stopped at the bound:bayestune.errors.BayestuneWarning"
-)
+pytestmark = pytest.mark.filterwarnings("ignore::bayestune.errors.BayestuneWarning")  # so small a model knows little
 
 METHODS = ("mle", "blob", "ensemble", "laplace", "temperature")
 OTHERS = ("arc_challenge", "arc_easy", "mmlu_college_chemistry", "mmlu_college_physics")
@@ -247,3 +246,48 @@ def test_other_layers_are_another_configuration(grid: Grid) -> None:
     plan(make_like(grid, settings={**grid.settings, "target_modules": ["query", "value"]}))
     with pytest.raises(ConfigError, match="target_modules"):
         plan(make_like(grid, settings={**grid.settings, "target_modules": ["key"]}))
+
+
+def test_layers_in_any_order_are_one_configuration(grid: Grid) -> None:
+    """Post-hoc methods record the layers of the adapter they start from, which PEFT keeps as a set."""
+    settings = {**grid.settings, "target_modules": ["value", "query"]}
+    grid = make_like(grid, methods=("mle", "swag", "tfb"), seeds=(1,), settings=settings | {"tolerance": 0.5})
+    assert run_table(grid) == 5 * (1 + 3 + 3)
+    assert plan(grid).runs == ()
+    assert len(read_cells(grid.results / "table2")) == 35
+
+
+def test_other_data_without_a_folder_is_left_out_and_does_not_stop_the_rest(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "data", tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "arc_easy")
+    settings = {"data": str(tmp_path / "data")}
+    grid = make(world, tmp_path, methods=("mle",), seeds=(1,), settings=settings)
+    assert [line.partition(":")[0] for line in plan(grid).left_out] == ["arc_easy"]
+    assert run_table(grid) == 4 and plan(grid).runs == ()
+
+
+def test_other_data_that_cannot_be_used_is_found_before_anything_is_trained(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "data", tmp_path / "data")
+    row = {**four(0, 1)[0], "id": "long", "question": "long " * 400}
+    with (tmp_path / "data" / "mmlu_college_physics" / "test.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=r"long.*expected at most 200"):
+        run_table(make(world, tmp_path, settings={"data": str(tmp_path / "data")}))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_no_data_folder_is_an_error_also_when_cells_are_there(grid: Grid, tmp_path: Path) -> None:
+    grid = make_like(grid, methods=("mle",), seeds=(1,))
+    run_table(grid)
+    with pytest.raises(ConfigError, match="--data .*nowhere: no such folder"):
+        plan(make_like(grid, settings={**grid.settings, "data": str(tmp_path / "nowhere")}))
+
+
+def test_a_run_trained_on_other_rows_is_not_used(grid: Grid, world: Path, tmp_path: Path) -> None:
+    grid = make_like(grid, methods=("mle",), seeds=(1,))
+    run_table(grid)
+    shutil.copytree(world / "data", tmp_path / "data")
+    write_rows(tmp_path / "data" / "openbookqa" / "train.jsonl", four(60, 12))
+    settings = {**grid.settings, "data": str(tmp_path / "data")}
+    with pytest.raises(ConfigError, match="trained on other rows"):
+        run_table(make_like(grid, settings=settings, results=tmp_path / "others"))

@@ -474,7 +474,7 @@ DEFECTS = (
     Defect(
         name="a table takes part of a run for the whole",
         path="experiment/grid.py",
-        before='return {cell["draws"] for cell in found} >= _counts(experiment)',
+        before='return {cell["draws"] for cell in found} >= counts(experiment)',
         after="return bool(found)",
         tests="experiment/test_grid.py killed",
     ),

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from bayestune.errors import PosteriorError, TrainingError
 from bayestune.tasks import Row
 from bayestune.training import BayesTrainer, KLSettings
-from bayestune.training.checkpoint import load_random_state, save_random_state
+from bayestune.training.checkpoint import last_complete, load_random_state, save_random_state
 from training.toys import TASK, arguments, double_blob, lora, rows
 
 STEPS = 8  # 10 rows, 2 a micro-batch, 2 micro-batches an update: 3 updates an epoch, the last of one micro-batch
@@ -255,3 +255,23 @@ def test_floats_survive_json_exactly(whole: tuple[str, Path, BayesTrainer]) -> N
     assert [struct.pack("d", rate) for rate in rates] == [
         struct.pack("d", group["lr"]) for group in trainer.optimizer.param_groups
     ]
+
+
+def test_a_checkpoint_without_the_files_of_every_process_is_not_complete(
+    whole: tuple[str, Path, BayesTrainer], tmp_path: Path
+) -> None:
+    """Killed while another process was writing: the one before is taken."""
+    _, output, _ = whole
+    for step in (1, 2):
+        shutil.copytree(output / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    assert last_complete(tmp_path) == tmp_path / "checkpoint-2"
+    training = tmp_path / "checkpoint-2" / "training.json"
+    content = json.loads(training.read_text())
+    content["course"]["processes"] = 2
+    training.write_text(json.dumps(content))
+    assert last_complete(tmp_path) == tmp_path / "checkpoint-1"
+    for kind in ("json", "safetensors"):
+        shutil.copyfile(tmp_path / "checkpoint-2" / f"rng_0.{kind}", tmp_path / "checkpoint-2" / f"rng_1.{kind}")
+    assert last_complete(tmp_path) == tmp_path / "checkpoint-2"
+    training.write_text(training.read_text()[:-1])
+    assert last_complete(tmp_path) == tmp_path / "checkpoint-1"

@@ -80,8 +80,9 @@ def _tell(message: str, code: int) -> int:
     return code
 
 
-def _tell_warning(message: Warning | str, *place: Any, **more: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+def _tell_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    if issubclass(category, BayestuneWarning):  # a library may switch its own on again
+        print(f"warning: {message}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -96,7 +97,7 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            warnings.simplefilter("default", BayestuneWarning)
+            warnings.simplefilter("always", BayestuneWarning)
             warnings.showwarning = _tell_warning
             yield
     finally:

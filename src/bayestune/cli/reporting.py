@@ -46,7 +46,8 @@ def table(
     if "model" not in settings:
         raise ConfigError("table: found no --model, expected one (or --rebuild, which trains nothing).")
 
-    from bayestune.experiment.grid import Grid, plan, run_table
+    from bayestune.experiment.fill import run_table
+    from bayestune.experiment.grid import Grid, plan
     from bayestune.experiment.processes import process_count
 
     if process_count() > 1:

@@ -75,7 +75,7 @@ def train(
         str | None, typer.Option(help="laplace: rows for the prior precision; default: the marginal likelihood.")
     ] = None,
     tolerance: Annotated[
-        float | None, typer.Option(help="tfb: how much the NLL may grow, as a share; default 0.003.")
+        float | None, typer.Option(help="tfb: how much the NLL may change, as a share; default 0.003.")
     ] = None,
     anchor_rows: Annotated[int | None, typer.Option(help="tfb: rows of train that it is measured on.")] = None,
     swag_steps: Annotated[int | None, typer.Option(help="swag: updates to collect weights from; default 100.")] = None,

@@ -122,13 +122,14 @@ def default_targets(backbone: Backbone, task: Task) -> tuple[str, ...]:
         ConfigError: an architecture that PEFT has no default for.
     """
     config = backbone.config
-    if config.model_type not in LORA_TARGETS:
+    known = LORA_TARGETS.get(config.model_type)
+    if not isinstance(known, list):  # for some models PEFT has a regular expression
         raise ConfigError(
             f"target_modules: there is no default for model type {config.model_type!r}; name the layers, "
             "such as --target-modules q_proj,v_proj."
         )
     head = is_generative(backbone, task) and not config.tie_word_embeddings
-    return (*LORA_TARGETS[config.model_type], *(["lm_head"] if head else []))
+    return (*known, *(["lm_head"] if head else []))
 
 
 def is_generative(backbone: Backbone, task: Task) -> bool:

@@ -1,6 +1,11 @@
-"""The folder of a run: whether it may be written to, and what becomes of a run that is in it already."""
+"""The folder of a run: whether it may be written to, and what becomes of a run that is in it already.
+
+A run that `--overwrite` replaces waits beside its folder, as `.NAME.before`, until the new one is finished. It goes
+there, and comes back, by one rename each, so that a crash at any moment leaves it whole in one of the two places.
+"""
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,21 +20,28 @@ ADAPTER = "adapter"
 """The plain LoRA adapter that a run trained as the start of "laplace", "tfb" or "swag"."""
 
 _OWN = (POSTERIOR, CHECKPOINTS, ADAPTER, RESULT, EXPERIMENT)
-_BEFORE = ".before"
-_WORTH_KEEPING = (POSTERIOR, ADAPTER)
+
+
+def earlier_run(output: Path) -> Path:
+    """Where the run that was in `output` waits while it is being replaced."""
+    output = output.resolve()
+    return output.with_name(f".{output.name}.before")
 
 
 def check_output(output: Path, experiment: Experiment, *, overwrite: bool, resume: bool) -> None:
-    """Refuse to touch a folder that is not ours to touch.
+    """Refuse to touch a folder that is not ours to touch; undo what a replacement left that was killed.
 
     Raises:
         ConfigError: naming the folder, what is in it, and what to do.
     """
+    if overwrite and resume:
+        raise ConfigError("found overwrite and resume, expected one of them: replace the run, or go on with it.")
     adapter = None if experiment.adapter is None else Path(experiment.adapter).resolve()
     if adapter is not None and output.resolve() in (adapter, *adapter.parents):
         raise ConfigError(f"output {output}: found the adapter to start from in it; choose another folder.")
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output {output}: found a file, expected a folder or nothing.")
+    _recover(output.resolve(), overwrite=overwrite)
     found = {path.name for path in output.iterdir()} if output.is_dir() else set()
     if resume:
         _check_resumed(output, experiment)
@@ -52,59 +64,76 @@ def _check_resumed(output: Path, experiment: Experiment) -> None:
             )
 
 
-def _is_run(output: Path) -> bool:
+def _is_run(folder: Path) -> bool:
     """Whether this library made the folder: its settings have the fields that every run has."""
-    if (output / _BEFORE).is_dir():
-        return True
-    if not (output / EXPERIMENT).is_file():
+    if not (folder / EXPERIMENT).is_file():
         return False
-    return {"model", "task", "method"} <= read_json(output / EXPERIMENT, "the settings of a run").keys()
+    return {"model", "task", "method"} <= read_json(folder / EXPERIMENT, "the settings of a run").keys()
+
+
+def _recover(output: Path, *, overwrite: bool) -> None:
+    """Bring the folder to where a replacement that was killed should have left it."""
+    before = earlier_run(output)
+    if not before.is_dir():
+        return
+    if not _is_run(before):
+        raise ConfigError(f"{before} is in the way (an earlier run would wait there) and is no run: move it away.")
+    if not output.exists():
+        os.rename(before, output)
+    elif (output / RESULT).is_file():
+        _drop(before, output)
+    elif overwrite:
+        _put_back(before, output)
 
 
 @contextmanager
 def run_folder(output: Path, experiment: Experiment, *, resume: bool) -> Iterator[None]:
     """Inside, `output` is the folder of this run, with its settings in it.
 
-    A run that was there is set aside. It is removed when the new one is finished, and is back if that one ends by any
-    exception before it has a checkpoint or an adapter to show.
+    A run that was there waits beside it. It is removed when the new one is finished, and is back if that one ends by
+    any exception before it has a checkpoint or an adapter to show. Files of others are kept either way.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    before = output / _BEFORE
-    if not resume:
-        if before.is_dir():  # an overwriting run was killed: what it left is not what was there before
-            _remove(output)
-        else:
-            _move(output, before)
-        write_json(output / EXPERIMENT, experiment.as_dict())
+    output = output.resolve()
+    before = earlier_run(output)
+    if not resume and output.is_dir() and any(output.iterdir()):
+        os.rename(output, before)
     try:
+        output.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            write_json(output / EXPERIMENT, experiment.as_dict())
         yield
     except BaseException:
         if before.is_dir() and not _has_something(output):
-            _remove(output)
-            _move(before, output)
-            before.rmdir()
+            _put_back(before, output)
         raise
     if before.is_dir():
-        shutil.rmtree(before)
-
-
-def _move(source: Path, target: Path) -> None:
-    for name in _OWN:
-        if (source / name).exists():
-            target.mkdir(exist_ok=True)
-            os.replace(source / name, target / name)
-
-
-def _remove(output: Path) -> None:
-    for name in _OWN:
-        if (output / name).is_dir():
-            shutil.rmtree(output / name)
-        else:
-            (output / name).unlink(missing_ok=True)
+        _drop(before, output)
 
 
 def _has_something(output: Path) -> bool:
-    checkpoints = output / CHECKPOINTS
-    return any((output / name).is_dir() for name in _WORTH_KEEPING) or (
-        checkpoints.is_dir() and any(checkpoints.iterdir())
-    )
+    """Whether a run that did not finish left what cost time: a posterior, an adapter, a file of a checkpoint."""
+    if any((output / name).is_dir() for name in (POSTERIOR, ADAPTER)):
+        return True
+    return any(path.is_file() for path in (output / CHECKPOINTS).rglob("*"))
+
+
+def _put_back(before: Path, output: Path) -> None:
+    """The earlier run in the place of the new one, of which nothing is worth keeping."""
+    if output.exists():
+        _remove(output)
+    os.rename(before, output)
+
+
+def _drop(before: Path, output: Path) -> None:
+    """Remove the earlier run; what others put beside it goes over to the new one."""
+    for path in list(before.iterdir()):
+        if path.name not in _OWN and not (output / path.name).exists():
+            os.rename(path, output / path.name)
+    _remove(before)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder under another name, so that a crash on the way leaves no half of it in its place."""
+    removed = folder.with_name(f"{folder.name}.{secrets.token_hex(8)}.removed")
+    os.rename(folder, removed)
+    shutil.rmtree(removed)

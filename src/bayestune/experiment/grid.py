@@ -1,24 +1,17 @@
-"""`run_table`: every missing cell of a table, one run after the other; what is there already is left alone."""
+"""`plan`: the runs that a table of methods, data sets and seeds still lacks."""
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-from tqdm.auto import tqdm
-
 from bayestune.errors import ConfigError, MissingSplitError
 from bayestune.experiment.backbone import Backbone, build_task, find_backbone
-from bayestune.experiment.cells import Cell, cell_path, cell_record, portable, read_cells
-from bayestune.experiment.folder import EXPERIMENT, RESULT
+from bayestune.experiment.cells import Cell, portable, read_cells
 from bayestune.experiment.layouts import METHODS, layout
-from bayestune.experiment.record import read_json, rows_sha256, write_json
-from bayestune.experiment.run import Run, load_run, other_task, run
 from bayestune.experiment.settings import POST_HOC, Experiment
-from bayestune.inference import Prediction
-from bayestune.tasks import AnyRow, Task
+from bayestune.tasks import Task
 
 _FREE = ("data", "adapter", "target_modules", "checkpoint_steps")
 """Settings that say where things are, or that a plan does not know yet."""
@@ -78,26 +71,70 @@ def plan(grid: Grid) -> Plan:
     _check_settings(grid)
     backbone = find_backbone(str(grid.settings["model"]))
     there = _cells_there(grid)
-    runs, left_out = [], []
-    trained_on = dict.fromkeys(column.task for column in layout(grid.table).columns)
+    usable, left_out = _usable(grid, backbone)
+    if not usable:
+        raise ConfigError(f"{grid.table}: nothing can be trained; {left_out[0]}")
+    runs = []
     for seed in grid.seeds:
-        for task in trained_on if grid.tasks is None else [name for name in trained_on if name in grid.tasks]:
-            try:
-                split = _eval_split(grid, backbone, task)
-            except MissingSplitError as error:
-                left_out.append(f"{task}: {error}")
-                continue
+        for task, (split, asked) in usable.items():
             for method in sorted(grid.methods, key=lambda name: name in POST_HOC):
                 if method == "temperature" and split != "test":
                     left_out.append(f"temperature on {task}: no rows beside those it is scored on")
                     continue
-                planned = _planned(grid, there, backbone, method=method, task=task, seed=seed, split=split)
-                if planned.eval_tasks:
+                experiment, output = _experiment(grid, method, task, seed, split)
+                missing = [name for name in asked if not _is_there(there, experiment, name, backbone)]
+                if missing:
+                    start = _start(grid, task, seed, split) if method in POST_HOC else None
+                    planned = Planned(experiment=experiment, output=output, eval_tasks=tuple(missing), start=start)
                     runs.append(planned)
-    if left_out and not runs and not there:
-        raise ConfigError(f"{grid.table}: nothing can be trained; {left_out[0]}")
-    cells = sum(len(planned.eval_tasks) * len(_counts(planned.experiment)) for planned in runs)
+    cells = sum(len(planned.eval_tasks) * len(counts(planned.experiment)) for planned in runs)
     return Plan(runs=tuple(runs), cells=cells, seconds=_expected(there, runs), left_out=tuple(dict.fromkeys(left_out)))
+
+
+def _usable(grid: Grid, backbone: Backbone) -> tuple[dict[str, tuple[str, list[str]]], list[str]]:
+    """By training set the split that it is scored on and the data sets that are asked; and what is not there.
+
+    Raises:
+        DataError: a row of any of these splits cannot be used.
+    """
+    usable: dict[str, tuple[str, list[str]]] = {}
+    left_out: list[str] = []
+    checked: dict[str, str] = {}
+
+    def scored(name: str) -> str:
+        if name not in checked:
+            task = _task(grid, backbone, name)
+            split = scored_split(grid, task)
+            task.check(task.rows(split))
+            checked[name] = split
+        return checked[name]
+
+    for column in layout(grid.table).columns:
+        if grid.tasks is not None and column.task not in grid.tasks:
+            continue
+        try:
+            if column.task not in usable:
+                own = _task(grid, backbone, column.task)
+                own.check(own.rows(str(grid.settings.get("train_split", "train"))))
+            split = scored(column.task)
+            scored(column.eval_task)
+        except MissingSplitError as error:
+            left_out.append(f"{column.eval_task}: {error}")
+            continue
+        usable.setdefault(column.task, (split, []))[1].append(column.eval_task)
+    return usable, left_out
+
+
+def _task(grid: Grid, backbone: Backbone, name: str) -> Task:
+    experiment = Experiment.from_dict({"task": name, **grid.settings}, where="table").resolved(backbone.family)
+    assert experiment.max_tokens is not None
+    return build_task(backbone, name, experiment.data, experiment.max_tokens)
+
+
+def _start(grid: Grid, task: str, seed: int, split: str) -> Planned:
+    """The MLE run whose adapter the post-hoc methods of a training set and seed start from."""
+    experiment, output = _experiment(grid, "mle", task, seed, split)
+    return Planned(experiment=experiment, output=output, eval_tasks=())
 
 
 def _check_lines(grid: Grid) -> None:
@@ -114,38 +151,6 @@ def _check_lines(grid: Grid) -> None:
             )
 
 
-def _planned(
-    grid: Grid, there: Sequence[Cell], backbone: Backbone, *, method: str, task: str, seed: int, split: str
-) -> Planned:
-    """One run of the grid; its `eval_tasks` are those without cells."""
-    experiment, output = _experiment(grid, method, task, seed, split)
-    start = None
-    if method in POST_HOC:
-        first, place = _experiment(grid, "mle", task, seed, split)
-        start = Planned(experiment=first, output=place, eval_tasks=())
-    asked = [column.eval_task for column in layout(grid.table).columns if column.task == task]
-    missing = [name for name in asked if not _is_there(there, experiment, name, backbone)]
-    return Planned(experiment=experiment, output=output, eval_tasks=tuple(missing), start=start)
-
-
-def run_table(grid: Grid, *, progress: bool = False) -> int:
-    """Make the missing cells of `grid`; the number made. A killed call goes on where it stopped.
-
-    Raises:
-        ConfigError: as `plan`, or a folder of `runs` holds a run with other settings.
-    """
-    made = 0
-    with tqdm(plan(grid).runs, desc=grid.table, unit="run", disable=not progress) as bar:
-        for planned in bar:
-            bar.set_postfix_str(planned.output.as_posix()[-40:])
-            for record in _cells(grid, planned, progress):
-                path = cell_path(grid.results, record)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(path, record)
-                made += 1
-    return made
-
-
 def _experiment(grid: Grid, method: str, task: str, seed: int, split: str) -> tuple[Experiment, Path]:
     settings = {**grid.settings, "method": method, "task": task, "seed": seed, "eval_split": split}
     if method in POST_HOC:
@@ -159,17 +164,6 @@ def _folder(grid: Grid, method: str, task: str, seed: int) -> Path:
     return grid.runs / task / f"{method}-seed{seed}"
 
 
-def _eval_split(grid: Grid, backbone: Backbone, name: str) -> str:
-    """The split that a run is scored on.
-
-    Raises:
-        MissingSplitError: the data set has no such split, or is not there. DataError: a row cannot be used.
-    """
-    task = build_task(backbone, name, grid.settings.get("data"), 8)
-    task.rows(str(grid.settings.get("train_split", "train")))
-    return _scored_split(grid, task)
-
-
 def _check_settings(grid: Grid) -> None:
     """Refuse settings that no run could have, or that the grid itself gives.
 
@@ -179,10 +173,12 @@ def _check_settings(grid: Grid) -> None:
     for name in ("method", "task", "seed", "adapter"):
         if name in grid.settings:
             raise ConfigError(f"table: found the setting {name!r}, which every run has its own of; leave it out.")
-    Experiment.from_dict({"task": "any", **grid.settings}, where="table")
+    data = Experiment.from_dict({"task": "any", **grid.settings}, where="table").data
+    if data is not None and not Path(data).is_dir():
+        raise ConfigError(f"--data {data}: no such folder, expected one with the data sets of {grid.table}.")
 
 
-def _scored_split(grid: Grid, task: Task) -> str:
+def scored_split(grid: Grid, task: Task) -> str:
     """`eval_split` where it is set, the test split where there is one, or the usual split."""
     if grid.settings.get("eval_split"):
         return str(grid.settings["eval_split"])
@@ -205,16 +201,15 @@ def _is_there(cells: Sequence[Cell], experiment: Experiment, eval_task: str, bac
     wanted = experiment.resolved(backbone.family).as_dict()
     for cell in found:
         for key, value in cell["experiment"].items():
-            known = key not in _FREE or (key == "target_modules" and wanted[key] is not None)
-            if known and portable(wanted.get(key)) != value:
+            if counts_for(key, wanted) and portable(wanted.get(key)) != value:
                 raise ConfigError(
                     f"{experiment.method} on {experiment.task}, seed {experiment.seed}: the cells in results have "
                     f"{key}={value!r}, found {portable(wanted.get(key))!r}; use other --results, or the same settings."
                 )
-    return {cell["draws"] for cell in found} >= _counts(experiment)
+    return {cell["draws"] for cell in found} >= counts(experiment)
 
 
-def _counts(experiment: Experiment) -> set[int]:
+def counts(experiment: Experiment) -> set[int]:
     """The numbers of draws of the cells of a run about one data set: mean, half and all, or the only one there is."""
     match experiment.method:
         case "mle" | "map" | "temperature":
@@ -239,81 +234,6 @@ def _expected(there: Sequence[Cell], runs: Sequence[Planned]) -> float | None:
     return total
 
 
-def _cells(grid: Grid, planned: Planned, progress: bool) -> Iterator[Cell]:
-    """Train the run, or load it if it is finished, and ask it about every data set that lacks its cells."""
-    if planned.start is not None:
-        _trained(planned.start, grid.command, progress)
-    trained, result = _trained(planned, grid.command, progress)
-    experiment = trained.experiment
-    assert experiment.eval_split is not None
-    known: dict[int, Prediction] = {}
-    own = [experiment.task] if any(name != experiment.task for name in planned.eval_tasks) else []
-    for name in dict.fromkeys([*own, *planned.eval_tasks]):
-        task, rows = _rows(grid, trained, name)
-        for prediction in _predictions(trained, task, rows, progress):
-            if name == experiment.task:
-                known[prediction.draws] = prediction
-            if name in planned.eval_tasks:
-                yield cell_record(
-                    prediction,
-                    table=grid.table,
-                    method=experiment.method,
-                    task=experiment.task,
-                    seed=experiment.seed,
-                    steps=experiment.steps,
-                    train_rows=result["rows"]["train"],
-                    seconds=result["seconds"],
-                    experiment=experiment.as_dict(),
-                    sha256={**result["sha256"], "eval_rows": rows_sha256(rows)},
-                    versions=result["versions"],
-                    hardware=result["hardware"],
-                    command=grid.command,
-                    known=known.get(prediction.draws),
-                )
-
-
-def _trained(planned: Planned, command: Sequence[str], progress: bool) -> tuple[Run, dict[str, Any]]:
-    """The run, trained now unless it is finished, and its record."""
-    output = planned.output
-    output.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(output.parent / f".{output.name}.lock", timeout=0):
-            if not (output / RESULT).is_file():
-                stopped = (output / EXPERIMENT).is_file()
-                run(planned.experiment, output, resume=stopped, command=command, progress=progress)
-    except Timeout:
-        raise ConfigError(
-            f"{output}: another process is making this run; wait for it, or give each its own --seeds, --tasks or "
-            "--runs."
-        ) from None
-    trained = load_run(output, data=planned.experiment.data)
-    wanted = planned.experiment.resolved(find_backbone(planned.experiment.model).family).as_dict()
-    for name, value in trained.experiment.as_dict().items():
-        if name not in _FREE and wanted.get(name) != value:
-            raise ConfigError(
-                f"{output}: found a run with {name}={value!r}, expected {wanted.get(name)!r}: a run with other "
-                "settings; choose another --runs."
-            )
-    return trained, read_json(output / RESULT, "the record of a run")
-
-
-def _rows(grid: Grid, trained: Run, name: str) -> tuple[Task, list[AnyRow]]:
-    """The task `name` as asked of `trained`, and the rows it is scored on, checked."""
-    experiment = trained.experiment
-    if name == experiment.task:
-        assert experiment.eval_split is not None
-        return trained.task, trained.task.rows(experiment.eval_split)
-    task = other_task(trained, name)
-    rows = task.rows(_scored_split(grid, task))
-    task.check(rows)
-    return task, rows
-
-
-def _predictions(trained: Run, task: Task, rows: list[AnyRow], progress: bool) -> Iterator[Prediction]:
-    """One for each of `_counts`; fewer draws are the first of the most."""
-    counts = sorted(_counts(trained.experiment))
-    if counts[0] == 0:
-        yield trained.predict(rows, draws=0, task=task, progress=progress)
-    if counts[-1] > 0:
-        whole = trained.predict(rows, draws=counts[-1], task=task, progress=progress)
-        yield from (whole.first(count) for count in counts if count > 0)
+def counts_for(name: str, wanted: Mapping[str, Any]) -> bool:
+    """Whether the setting `name` of what is there must be that of `wanted`."""
+    return name not in _FREE or (name == "target_modules" and wanted[name] is not None)

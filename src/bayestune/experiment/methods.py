@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from bayestune.errors import BayestuneError, ConfigError
+from bayestune.errors import BayestuneError, BayestuneWarning, ConfigError
 from bayestune.experiment.backbone import add_adapter, new_head
-from bayestune.experiment.folder import ADAPTER
+from bayestune.experiment.folder import ADAPTER, POSTERIOR
 from bayestune.experiment.processes import is_main
 from bayestune.experiment.settings import Experiment
 from bayestune.experiment.train import Training
@@ -72,9 +73,10 @@ def begin(start: Start, experiment: Experiment) -> tuple[PeftModel, Experiment]:
 def _sized(experiment: Experiment, model: PeftModel) -> Experiment:
     config = model.peft_config["default"]
     assert isinstance(config, LoraConfig)
+    targets = experiment.target_modules
     # A regular expression of layer names is no list of them: that of the experiment then stays.
-    named = isinstance(config.target_modules, set | list) and config.target_modules
-    targets = tuple(sorted(config.target_modules or ())) if named else experiment.target_modules
+    if isinstance(config.target_modules, set | list) and set(config.target_modules) != set(targets or ()):
+        targets = tuple(sorted(config.target_modules))
     return dataclasses.replace(experiment, rank=config.r, lora_alpha=config.lora_alpha, target_modules=targets)
 
 
@@ -149,7 +151,15 @@ def _tfb(point: PeftModel, training: Training) -> Posterior:
     rows = training.rows[: experiment.anchor_rows]
     loss = anchor_loss(training.task, rows, draws=experiment.draws, seed=experiment.seed)
     with autocast(experiment):
-        return Variational(tfb(point, loss, tolerance=experiment.tolerance)[0])
+        model, search = tfb(point, loss, tolerance=experiment.tolerance)
+    if search.at_high:
+        warnings.warn(
+            f"tfb: sigma_q = {search.sigma:g}, the upper end of the search, is within the tolerance: the posterior "
+            "could be wider.",
+            BayestuneWarning,
+            stacklevel=2,
+        )
+    return Variational(model)
 
 
 def _ensemble(model: PeftModel, start: Start, training: Training) -> Ensemble:
@@ -225,14 +235,19 @@ def _swag(point: PeftModel, training: Training) -> Posterior:
     return Swag.from_moments(point.eval(), callback.moments)
 
 
+def adapter_file(folder: Path) -> Path:
+    """The tensors of the adapter in `folder`: that of a run, of a posterior, or of another program."""
+    inner = folder / POSTERIOR
+    return (inner if inner.is_dir() else folder) / TENSOR_FILE
+
+
 def _finished(start: Start, folder: Path) -> PeftModel:
     """The plain LoRA adapter of a run, a saved posterior, or a folder that any other program wrote, on the base.
 
     Raises:
         ConfigError: there is none, or it is not plain LoRA. PosteriorError: it does not fit the base.
     """
-    inner = folder / "posterior"
-    folder = inner if inner.is_dir() else folder
+    folder = adapter_file(folder).parent
     if not (folder / CONFIG_FILE).is_file() or not (folder / TENSOR_FILE).is_file():
         raise ConfigError(f"adapter {folder}: found no {CONFIG_FILE} and {TENSOR_FILE}, expected a LoRA adapter.")
     if (folder / MANIFEST).is_file():

@@ -19,8 +19,16 @@ from bayestune.experiment.backbone import (
     is_generative,
     load_base,
 )
-from bayestune.experiment.folder import CHECKPOINTS, EXPERIMENT, POSTERIOR, RESULT, check_output, run_folder
-from bayestune.experiment.methods import Start, autocast, begin, evaluations, obtain, tempered
+from bayestune.experiment.folder import (
+    CHECKPOINTS,
+    EXPERIMENT,
+    POSTERIOR,
+    RESULT,
+    check_output,
+    earlier_run,
+    run_folder,
+)
+from bayestune.experiment.methods import Start, adapter_file, autocast, begin, evaluations, obtain, tempered
 from bayestune.experiment.processes import is_main, process_count
 from bayestune.experiment.record import file_sha256, hardware, read_json, rows_sha256, versions, write_json
 from bayestune.experiment.settings import Experiment
@@ -129,7 +137,7 @@ def run(
             predictions=predictions,
             seconds=time.monotonic() - started,
         )
-        hashes = _hashes(backbone, rows, output)
+        hashes = _hashes(backbone, rows, output, experiment.adapter)
         write_json(output / RESULT, _record(result, rows, hashes, command=command, temperature=posterior.temperature))
     return result
 
@@ -197,7 +205,9 @@ def load_run(folder: str | Path, *, data: str | Path | None = None) -> Run:
     folder = Path(folder)
     what = "the folder of a finished run, as `bayestune train --output` makes it"
     if not (folder / RESULT).is_file():
-        raise ConfigError(f"{folder}: found no {RESULT}, expected {what}.")
+        waiting = earlier_run(folder)
+        hint = f" The run that was to be replaced there waits in {waiting}." if waiting.is_dir() else ""
+        raise ConfigError(f"{folder}: found no {RESULT}, expected {what}.{hint}")
     experiment = Experiment.from_dict(read_json(folder / EXPERIMENT, what), where=str(folder / EXPERIMENT))
     if data is not None:
         experiment = dataclasses.replace(experiment, data=str(data))
@@ -248,11 +258,13 @@ def _checked(task: Task, split: str | None) -> list[AnyRow]:
     return rows
 
 
-def _hashes(backbone: Backbone, rows: _Rows, output: Path) -> dict[str, Any]:
+def _hashes(backbone: Backbone, rows: _Rows, output: Path, adapter: str | None) -> dict[str, Any]:
     weights = sorted(Path(backbone.source).glob("*.safetensors")) if Path(backbone.source).is_dir() else []
+    start = {} if adapter is None else {"start": file_sha256(adapter_file(Path(adapter)))}
     return {
         "base": {path.name: file_sha256(path) for path in weights},
         "adapter": file_sha256(output / POSTERIOR / "adapter_model.safetensors"),
+        **start,
         "train_rows": rows_sha256(rows.train),
         "eval_rows": rows_sha256(rows.evaluation),
     }

@@ -100,7 +100,7 @@ class Experiment:
         laplace_layers: "all" adapted layers, or the "last" one (the trained head, if there is one).
         laplace_predictive: "mc", draws of the linearised model, or "probit", in closed form.
         fit_split: rows for the prior precision of "laplace" by NLL; None for the marginal likelihood.
-        tolerance: of "tfb": how much the NLL on `anchor_rows` rows of train may grow, as a share.
+        tolerance: of "tfb": how much the NLL on `anchor_rows` rows of train may change, as a share.
         swag_steps: updates of the tail whose weights "swag" collects, at the constant `swag_learning_rate`.
         temperature_split: rows for a temperature on top of the method; None for none.
 

@@ -34,9 +34,21 @@ TRAINING = "training.json"
 
 def last_complete(folder: Path) -> Path | None:
     """The newest checkpoint in `folder` that holds all its files: not one that a run died while writing."""
-    files = (ADAPTER, OPTIMIZER, TRAINING, "trainer_state.json", "rng_0.json", "rng_0.safetensors")
-    found = [path for path in folder.glob("checkpoint-*") if all((path / name).is_file() for name in files)]
+    found = [path for path in folder.glob("checkpoint-*") if _is_complete(path)]
     return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether every file is there, those of each process of the run too."""
+    files = [ADAPTER, OPTIMIZER, TRAINING, "trainer_state.json"]
+    if not all((checkpoint / name).is_file() for name in files):
+        return False
+    try:
+        processes = int(_read_json(checkpoint / TRAINING)["course"]["processes"])
+    except (ValueError, KeyError, TypeError):  # cut short
+        return False
+    states = [f"rng_{rank}.{kind}" for rank in range(processes) for kind in ("json", "safetensors")]
+    return all((checkpoint / name).is_file() for name in states)
 
 
 class SafeTrainer(Trainer):

@@ -1,0 +1,137 @@
+"""The folder of a run: killed at any moment of a replacement, the earlier run or the new one is there whole."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bayestune.errors import ConfigError
+from bayestune.experiment import Experiment
+from bayestune.experiment import folder as folders
+from bayestune.experiment.folder import check_output, earlier_run, run_folder
+
+GIVEN = Experiment(model="m", task="t")
+
+
+class Killed(BaseException):
+    """The process is gone: nothing more of it happens to the files."""
+
+
+def write_run(output: Path, content: str) -> None:
+    """A finished run whose files hold `content`."""
+    (output / "posterior").mkdir(parents=True, exist_ok=True)
+    (output / "posterior" / "weights").write_text(content)
+    folders.write_json(output / "experiment.json", GIVEN.as_dict())
+    (output / "result.json").write_text(content)
+
+
+def replace(output: Path, *, fails: bool) -> None:
+    """`--overwrite` with a run that finishes, or that is interrupted with nothing to show."""
+    check_output(output, GIVEN, overwrite=True, resume=False)
+    with run_folder(output, GIVEN, resume=False):
+        (output / "checkpoints" / "steps_0").mkdir(parents=True)  # a trainer makes its folder at once
+        if fails:
+            raise KeyboardInterrupt
+        shutil.rmtree(output / "checkpoints")
+        write_run(output, "new")
+
+
+def whole(output: Path) -> str:
+    """Whose run is in the folder; that it is all of one."""
+    found = {(output / "result.json").read_text(), (output / "posterior" / "weights").read_text()}
+    assert len(found) == 1 and (output / "experiment.json").is_file()
+    return found.pop()
+
+
+def killed_at(number: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """From the call `number` of the file system on, none has an effect; how many there were."""
+    calls = 0
+
+    def counted(module: Any, name: str) -> None:
+        real = getattr(module, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls >= number:
+                raise Killed
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, call)
+
+    for module, name in ((os, "rename"), (os, "rmdir"), (os, "unlink"), (os, "mkdir"), (folders, "write_json")):
+        counted(module, name)
+    return lambda: calls
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_P2_a_replacement_killed_at_any_call_leaves_the_earlier_run_or_the_new_one(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+    for number in range(1, 100):
+        output = tmp_path / str(number) / "run"
+        output.parent.mkdir()
+        write_run(output, "old")
+        with monkeypatch.context() as patch:
+            calls = killed_at(number, patch)
+            try:
+                replace(output, fails=fails)
+            except (Killed, KeyboardInterrupt):
+                pass
+        if calls() < number:
+            break
+        with pytest.raises(KeyboardInterrupt):  # the next attempt comes to nothing, and what was there is back
+            replace(output, fails=True)
+        seen.add(whole(output))
+        assert not earlier_run(output).exists()
+    assert number > 4 and "old" in seen and ("new" in seen) is not fails
+
+
+def test_what_cost_time_is_kept_and_the_earlier_run_waits(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    write_run(output, "old")
+    check_output(output, GIVEN, overwrite=True, resume=False)
+    with pytest.raises(KeyboardInterrupt), run_folder(output, GIVEN, resume=False):
+        (output / "checkpoints" / "checkpoint-2").mkdir(parents=True)
+        (output / "checkpoints" / "checkpoint-2" / "state").write_text("new")
+        raise KeyboardInterrupt
+    assert whole(earlier_run(output)) == "old" and not (output / "result.json").exists()
+    check_output(output, GIVEN, overwrite=False, resume=True)
+    with run_folder(output, GIVEN, resume=True):
+        write_run(output, "new")
+    assert whole(output) == "new" and not earlier_run(output).exists()
+
+
+def test_files_of_others_stay(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    write_run(output, "old")
+    (output / "notes.txt").write_text("mine")
+    replace(output, fails=False)
+    assert whole(output) == "new" and (output / "notes.txt").read_text() == "mine"
+
+
+def test_a_folder_in_the_way_is_not_touched(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    write_run(output, "old")
+    earlier_run(output).mkdir()
+    (earlier_run(output) / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="in the way"):
+        check_output(output, GIVEN, overwrite=True, resume=False)
+    assert whole(output) == "old" and (earlier_run(output) / "notes.txt").is_file()
+
+
+def test_overwrite_and_resume_are_not_both(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="overwrite and resume"):
+        check_output(tmp_path / "run", GIVEN, overwrite=True, resume=True)
+
+
+def test_a_run_that_waits_is_named(tmp_path: Path) -> None:
+    from bayestune.experiment import load_run
+
+    write_run(earlier_run(tmp_path / "run"), "old")
+    with pytest.raises(ConfigError, match=r"waits in .*\.run\.before"):
+        load_run(tmp_path / "run")
