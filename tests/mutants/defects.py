@@ -80,12 +80,26 @@ DEFECTS = (
         tests="training/test_kl.py kl_step",
     ),
     Defect(
-        name="KL counted once a process",
+        name="KL counted once a micro-batch",
         path="training/kl.py",
         before="weight = self.settings.schedule(state.global_step, self.settings.cycle)",
         after="weight = args.gradient_accumulation_steps * self.settings.schedule(state.global_step, "
         "self.settings.cycle)",
         tests="training/test_reference_loop.py",
+    ),
+    Defect(
+        name="KL counted once a process",
+        path=KL,
+        before="weight = self.settings.schedule(state.global_step, self.settings.cycle)",
+        after="weight = args.world_size * self.settings.schedule(state.global_step, self.settings.cycle)",
+        tests="training/test_processes.py kl",
+    ),
+    Defect(
+        name="gradients averaged over processes once too often",
+        path=TRAINER,
+        before="processes = 1 if num_items_in_batch is None else self.args.world_size",
+        after="processes = 1",
+        tests="training/test_processes.py lora",
     ),
     Defect(
         name="KL jumps past its minimum",
