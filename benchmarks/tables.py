@@ -12,6 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from bayestune.experiment import read_cells
+from bayestune.experiment.layouts import layout, line_keys, line_label
+
 ROOT = Path(__file__).parent.parent
 METRICS = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE", "brier": "Brier"}
 NAMES = {"mle": "plain LoRA (MLE)", "blob_n0": "BLoB, mean (N=0)", "blob_n10": "BLoB, N=10"}
@@ -24,7 +27,12 @@ def main() -> None:
     readme = ROOT / "README.md"
     before = readme.read_text(encoding="utf-8")
     after = before
-    for name, table in {"demo": demo_table(), "real": real_table(), "tuning": tuning_table()}.items():
+    for name, table in {
+        "demo": demo_table(),
+        "real": real_table(),
+        "tuning": tuning_table(),
+        "methods": methods_table(),
+    }.items():
         after = between(after, name, table)
     if options.check:
         sys.exit(0 if after == before else "README.md: a table differs from results/; run benchmarks/tables.py")
@@ -79,6 +87,21 @@ def tuning_table() -> str:
         kl = ["", ""] if key == "mle" else [settings["kl_schedule"], f"{settings['kl_learning_rate']}"]
         cells = [NAMES[key], f"{settings['learning_rate']}", *kl, *(f"{scores[m]:.3f}" for m in METRICS)]
         lines.append(f"| {' | '.join(cells)} | {scores['rows']} |")
+    return "\n".join(lines) + "\n"
+
+
+def methods_table() -> str:
+    """Mean and standard deviation over seeds, one line a data set and method, from the cells of table 1."""
+    heads = ["data set", "updates", "method", *METRICS.values(), "AURC", "rows", "seeds"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    cells = read_cells(ROOT / "results" / "table1")
+    for column in layout("table1").columns:
+        for method, draws in line_keys(cells):
+            found = [c for c in cells if (c["task"], c["method"], c["draws"]) == (column.task, method, draws)]
+            if found:
+                scores = [spread(cell[m] for cell in found) for m in (*METRICS, "aurc")]
+                places = [column.label, found[0]["steps"], line_label(method, draws), *scores, found[0]["rows"]]
+                lines.append(f"| {' | '.join(map(str, places))} | {len(found)} |")
     return "\n".join(lines) + "\n"
 
 

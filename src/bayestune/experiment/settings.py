@@ -92,7 +92,8 @@ class Experiment:
         draws: draws of the posterior in the evaluation, which always includes the mean as well.
         checkpoint_steps: updates between checkpoints; 0 for none.
         adapter: folder of a run, of a posterior or of a plain LoRA adapter that a method starts from; None trains one
-            first, as "mle" would.
+            first, as "mle" would. With one, the run records its rank, alpha and layers; the settings of training
+            (steps, rates, batches) are recorded as given, though only "swag" trains.
         lora_dropout: of "dropout": probability that an input of A is dropped.
         weight_decay: of AdamW, in "map"; the paper's 1e-5.
         map_prior_std: of "map": the prior N(0, s^2) of every trained weight as a term of the loss, instead of decay.
