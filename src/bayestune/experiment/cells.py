@@ -58,7 +58,8 @@ def cell_record(
     Args:
         known: answers of the same run about `task` itself; needed, and only used, where the two tasks differ.
         experiment: the run's settings. sha256: at least of "train_rows", and of "eval_rows", those predicted.
-        seconds: wall-clock time of the run. command: the command line that made it.
+        seconds: wall-clock time of the run, without an adapter it started from; of its last part, if it was resumed.
+        command: the command line that made it.
 
     Folders of the machine (absolute paths) in `experiment` and `command` are cut to their last part.
 
