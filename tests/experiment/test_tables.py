@@ -56,10 +56,11 @@ def test_a_value_is_the_mean_and_the_sample_deviation_over_seeds(plain: dict[str
         for seed, accuracy, nll in ((1, 0.70, 1.0), (2, 0.73, 1.5), (3, 0.79, 2.0))
     ]
     table = table_view(cells, "table1")
-    assert line(block(table, "ACC"), "MLE") == ["-", "-", "-", "-", "74.00 ± 4.58", "-"]
-    assert line(block(table, "ECE"), "MLE")[4] == "10.00 ± 0.00"
-    assert line(block(table, "NLL"), "MLE")[4] == "1.500 ± 0.500"
-    assert block(table, "ACC").columns == ("WG-S", "ARC-C", "ARC-E", "WG-M", "OBQA", "BoolQ")
+    assert line(block(table, "ACC"), "MLE") == ["74.00 ± 4.58"]
+    assert line(block(table, "ECE"), "MLE")[0] == "10.00 ± 0.00"
+    assert line(block(table, "NLL"), "MLE")[0] == "1.500 ± 0.500"
+    assert block(table, "ACC").columns == ("OBQA",)
+    assert "Data sets of the table that were not run: WG-S, ARC-C, ARC-E, WG-M, BoolQ." in table.notes
     assert table.facts == (
         "Made by: bayestune table table1 --rebuild, from 3 cells.",
         "Model: minilm.",
@@ -69,7 +70,7 @@ def test_a_value_is_the_mean_and_the_sample_deviation_over_seeds(plain: dict[str
 
 def test_one_seed_has_no_deviation(plain: dict[str, Any]) -> None:
     table = table_view([cell(plain, "mle", 7, accuracy=0.5)], "table1")
-    assert line(block(table, "ACC"), "MLE")[4] == "50.00"
+    assert line(block(table, "ACC"), "MLE")[0] == "50.00"
     assert table.facts[0].endswith("from 1 cell.") and table.facts[2] == "n = 1: one run, seed 7."
 
 
@@ -77,16 +78,15 @@ def test_best_and_second_are_by_the_direction_of_the_measure(plain: dict[str, An
     scores = {"mle": 0.2, "map": 0.3, "laplace": 0.4}
     cells = [cell(plain, m, seed, accuracy=v, ece=v, nll=v) for m, v in scores.items() for seed in (1, 2)]
     table = table_view(cells, "table1")
-    assert looks(block(table, "ACC"), 4) == {"MLE": "", "MAP": "_", "Laplace, N = 0": "*"}
+    assert looks(block(table, "ACC"), 0) == {"MLE": "", "MAP": "_", "Laplace, N = 0": "*"}
     for heading in ("ECE", "NLL"):
-        assert looks(block(table, heading), 4) == {"MLE": "*", "MAP": "_", "Laplace, N = 0": ""}
-    assert set(looks(block(table, "ACC"), 0).values()) == {""}
+        assert looks(block(table, heading), 0) == {"MLE": "*", "MAP": "_", "Laplace, N = 0": ""}
 
 
 def test_equal_as_printed_is_equal(plain: dict[str, Any]) -> None:
     # 0.70001 and 0.70004 both print 70.00; the third is second, not third.
     cells = [cell(plain, m, 1, accuracy=v) for m, v in (("mle", 0.70001), ("map", 0.70004), ("bbb", 0.6))]
-    found = looks(block(table_view(cells, "table1"), "ACC"), 4)
+    found = looks(block(table_view(cells, "table1"), "ACC"), 0)
     assert found == {"MLE": "*", "MAP": "*", "BBB, N = 0": "_"}
 
 
@@ -95,9 +95,9 @@ def test_fewer_seeds_are_marked_and_not_ranked(plain: dict[str, Any]) -> None:
     cells += [cell(plain, "map", seed, accuracy=0.4) for seed in (1, 2, 3)]
     cells += [cell(plain, "blob", seed, draws=10, accuracy=0.9) for seed in (1, 2)]
     found = block(table_view(cells, "table1"), "ACC")
-    assert looks(found, 4) == {"MLE": "*", "MAP": "_", "BLoB, N = 10": ""}
-    assert line(found, "BLoB, N = 10")[4] == "90.00 ± 0.00 (n = 2)"
-    assert line(found, "MLE")[4] == "50.00 ± 0.00"
+    assert looks(found, 0) == {"MLE": "*", "MAP": "_", "BLoB, N = 10": ""}
+    assert line(found, "BLoB, N = 10")[0] == "90.00 ± 0.00 (n = 2)"
+    assert line(found, "MLE")[0] == "50.00 ± 0.00"
 
 
 def test_a_value_alone_is_not_the_best_of_anything() -> None:
@@ -139,20 +139,20 @@ def test_table2_has_detection_of_the_other_data_only(plain: dict[str, Any], othe
     table = table_view(cells, "table2")
     assert [found.heading for found in table.blocks[:3]] == [measure.heading for measure in MEASURES]
     assert [found.heading for found in table.blocks[3:9]] == [measure.heading for measure in DETECTION]
-    assert block(table, "ACC").columns == ("OBQA", "ARC-C", "ARC-E", "Chem", "Phy")
+    assert block(table, "ACC").columns == ("OBQA", "ARC-E")
     assert line(block(table, "ACC"), "MLE")[0] == "25.00"
     total = block(table, "AUROC of other data by total")
-    assert total.columns == ("ARC-C", "ARC-E", "Chem", "Phy")
-    assert line(total, "BLoB, N = 10") == ["-", "81.20", "-", "-"]
-    assert looks(total, 1) == {"MLE": "_", "BLoB, N = 10": "*"}
+    assert total.columns == ("ARC-E",)
+    assert line(total, "BLoB, N = 10") == ["81.20"]
+    assert looks(total, 0) == {"MLE": "_", "BLoB, N = 10": "*"}
     epistemic = block(table, "AUPR of other data by epistemic")
-    assert line(epistemic, "MLE") == ["-"] * 4 and line(epistemic, "BLoB, N = 10")[1] == "70.00"
+    assert line(epistemic, "MLE") == ["-"] and line(epistemic, "BLoB, N = 10") == ["70.00"]
 
 
 def test_data_says_what_was_trained_and_evaluated_on(plain: dict[str, Any]) -> None:
     found = block(table_view([cell(plain, "mle", 1)], "table1"), "Data")
-    assert line(found, "training rows")[4] == "4952" and line(found, "evaluated rows")[4] == "20"
-    assert line(found, "updates")[4] == "600" and line(found, "updates")[0] == "-"
+    assert line(found, "training rows")== ["4952"] and line(found, "evaluated rows") == ["20"]
+    assert line(found, "updates") == ["600"]
 
 
 def test_tables_that_are_not_there_are_refused(plain: dict[str, Any]) -> None:
@@ -178,7 +178,7 @@ def llama(plain: dict[str, Any], method: str, draws: int, **changes: Any) -> dic
 def published_lines(cells: list[dict[str, Any]], heading: str = "ACC") -> dict[str, str]:
     """Label and value on OBQA of the published lines."""
     found = block(table_view(cells, "table1", published=PUBLISHED), heading)
-    return {line.label.partition(":")[0]: line.values[4].text for line in found.lines if line.published}
+    return {line.label.partition(":")[0]: line.values[0].text for line in found.lines if line.published}
 
 
 def test_the_papers_figures_stand_below_ours_for_its_model_and_data(plain: dict[str, Any]) -> None:
@@ -190,7 +190,7 @@ def test_the_papers_figures_stand_below_ours_for_its_model_and_data(plain: dict[
     found = block(table, "ACC")
     assert [line.published for line in found.lines] == [False, True, False, True, False, False, True]
     assert all("[to be checked]" in line.label for line in found.lines if line.published)
-    assert all(value.text == "-" for line in found.lines for value in line.values[:4])
+    assert found.columns == ("OBQA",)  # and nothing of the paper on sets that were not run
     assert not any(value.best or value.second for line in found.lines if line.published for value in line.values)
     assert "to be checked" in table.notes[-1]
 

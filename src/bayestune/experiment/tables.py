@@ -1,5 +1,6 @@
 """Tables made from cells: mean and standard deviation over seeds, the best marked, published figures beside them."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -68,6 +69,8 @@ def table_view(cells: Sequence[Cell], table: str, *, published: Sequence[Publish
     if not own:
         raise ConfigError(f"{table}: found no cells of this table, expected some.")
     check_columns(own, table)
+    absent = [column.label for column in found.columns if not any(in_column(cell, column) for cell in own)]
+    found = dataclasses.replace(found, columns=tuple(c for c in found.columns if c.label not in absent))
     measures = MEASURES + (DETECTION if found.detection else ())
     seeds = sorted({cell["seed"] for cell in own})
     facts = (
@@ -79,7 +82,10 @@ def table_view(cells: Sequence[Cell], table: str, *, published: Sequence[Publish
     )
     blocks = [measure_block(own, found, measure, published=published) for measure in measures]
     return Table(
-        title=found.title, facts=facts, blocks=(*blocks, _rows(own, found)), notes=_notes(own, found, published)
+        title=found.title,
+        facts=facts,
+        blocks=(*blocks, _rows(own, found)),
+        notes=_notes(own, found, published, absent),
     )
 
 
@@ -167,8 +173,11 @@ def _rows(cells: Sequence[Cell], found: Layout) -> Block:
     return Block(heading="Data", corner="", columns=labels, lines=tuple(lines))
 
 
-def _notes(cells: Sequence[Cell], found: Layout, published: Sequence[Published]) -> tuple[str, ...]:
-    notes = [
+def _notes(
+    cells: Sequence[Cell], found: Layout, published: Sequence[Published], absent: Sequence[str]
+) -> tuple[str, ...]:
+    notes = [f"Data sets of the table that were not run: {', '.join(absent)}."] if absent else []
+    notes += [
         "Best of a column bold, second underlined, among methods with the column's largest number of seeds; "
         "equal as printed is equal. (n = ...): fewer seeds than the table has. -: not run.",
         "ECE: 15 bins of equal width on the largest probability. N: draws averaged; N = 0 is the posterior's mean.",
