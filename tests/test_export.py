@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bayestune.adapters import gaussian_layers
-from bayestune.errors import ConfigError, DrawError, PosteriorError
+from bayestune.errors import BayestuneWarning, ConfigError, DrawError, PosteriorError
 from bayestune.export import export_lora
 from bayestune.functional import prediction_noise
 from bayestune.inference.draws import draw, evaluation_mode
@@ -286,7 +286,8 @@ def test_the_members_of_an_ensemble_are_exported_as_they_are(tmp_path: Path) -> 
     models = [scatter(get_peft_model(case.base(), case.config()), seed=number).eval() for number in range(3)]
     members = [{k: t.detach().clone() for k, t in adapter_tensors(model, "default").items()} for model in models]
     posterior = Ensemble(models[0], members, temperature=2.0)
-    paths = export_lora(posterior, tmp_path / "out", draws=2)
+    with pytest.warns(BayestuneWarning, match=r"temperature of 2\.0, which LoRA cannot hold"):
+        paths = export_lora(posterior, tmp_path / "out", draws=2)
     assert [path.name for path in paths] == ["draw_0", "draw_1"]
     inputs = LLAMA.inputs()
     for number, path in enumerate(paths):

@@ -15,7 +15,7 @@ from bayestune.errors import BayestuneError, BayestuneWarning, ConfigError, Post
 from bayestune.experiment import Experiment, Result, load_run, run
 from bayestune.experiment import backbone as backbones
 from bayestune.experiment.record import file_sha256
-from bayestune.posteriors import Ensemble, Laplace, Swag, Variational
+from bayestune.posteriors import Ensemble, Laplace, Swag, Variational, save_posterior
 from models import scatter
 from toys import pretrained_bert, pretrained_llama, write_data
 
@@ -177,12 +177,18 @@ def test_a_temperature_goes_on_top_of_any_method(world: Path, tmp_path: Path, me
         ),
         ({"method": "laplace", "fit_split": "dev"}, "fit_split: found 'dev', which the run is scored on"),
         ({"method": "tfb", "adapter": "OUTPUT"}, "found the adapter to start from in it"),
+        ({"method": "tfb", "adapter": "WARM"}, "found one with a temperature, expected plain LoRA without"),
     ],
 )
 def test_what_cannot_be_is_refused_and_nothing_is_overwritten(
     world: Path, mle: Result, tmp_path: Path, changes: dict[str, Any], named: str
 ) -> None:
     places = {"MLE": str(mle.output), "LLAMA": str(world / "llama"), "BLOB": str(tmp_path / "blob")}
+    places["WARM"] = str(tmp_path / "warm")
+    if "WARM" in changes.values():
+        posterior = load_run(mle.output).posterior
+        posterior.temperature = 2.0
+        save_posterior(posterior, tmp_path / "warm" / "posterior")
     places["OUTPUT"] = str(tmp_path / "run" / "posterior")
     if "BLOB" in changes.values():
         run(experiment(world, method="blob"), tmp_path / "blob")

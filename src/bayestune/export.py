@@ -6,6 +6,7 @@ They need nothing of this library: plain PEFT and the servers that read LoRA fol
 import json
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bayestune.adapters import RandomLinear
-from bayestune.errors import ConfigError
+from bayestune.errors import BayestuneWarning, ConfigError
 from bayestune.functional import prediction_noise
 from bayestune.posteriors import Ensemble, Posterior
 from bayestune.posteriors.base import SubstitutedDraws
@@ -59,6 +60,8 @@ def export_lora(
     Returns:
         The folders written: ``path/mean``, ``path/draw_0``, ``path/draw_1``, ...
 
+    Warns (`BayestuneWarning`) of a temperature, which no LoRA adapter can hold.
+
     Raises:
         ConfigError: `path` exists, `draws` is not a count, the adapter has nothing to draw from, or has settings that
             plain LoRA cannot express; or its draws are no weights, as those of a linearised model.
@@ -82,6 +85,9 @@ def export_lora(
     indices: list[int | None] = [*mean, *range(draws)]
     names = ["mean" if index is None else f"draw_{index}" for index in indices]
     config = _plain_config(model, adapter)
+    lost = _temperature_note(posterior)
+    for note in lost:
+        warnings.warn(f"export_lora: {note}", BayestuneWarning, stacklevel=2)
     with new_folder(path, overwrite=overwrite) as folder:
         for name, index in zip(names, indices, strict=True):
             tensors = _plain_tensors(model, adapter, seed, index, weights or {})
@@ -91,7 +97,7 @@ def export_lora(
         content = {
             **versions(),
             "exported": {"kind": posterior.kind if posterior else kind, "draws": draws, "seed": seed},
-            "notes": [*_notes(model, adapter), *_temperature_note(posterior)],
+            "notes": [*_notes(model, adapter), *lost],
             "files": {file: file_record(folder / file) for file in files},
         }
         write_manifest(folder, content=content)

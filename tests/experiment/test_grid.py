@@ -13,6 +13,7 @@ from bayestune.errors import ConfigError, DataError
 from bayestune.experiment.cells import read_cells
 from bayestune.experiment.fill import run_table
 from bayestune.experiment.grid import Grid, plan
+from bayestune.experiment.run import Run
 from bayestune.experiment.train import Training
 from toys import pretrained_bert, questions, write_rows
 
@@ -291,3 +292,24 @@ def test_a_run_trained_on_other_rows_is_not_used(grid: Grid, world: Path, tmp_pa
     settings = {**grid.settings, "data": str(tmp_path / "data")}
     with pytest.raises(ConfigError, match="trained on other rows"):
         run_table(make_like(grid, settings=settings, results=tmp_path / "others"))
+
+
+def test_rows_are_answered_once_and_the_cells_are_those_of_the_loaded_run(
+    grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the run has just answered is not asked again; cells made from the finished run later are the same."""
+    grid = make_like(grid, methods=("blob",), seeds=(1,))
+    asked: list[tuple[str, int]] = []
+    predict = Run.predict
+
+    def counting(self: Run, rows: Any, *, draws: int, task: Any = None, **rest: Any) -> Any:
+        asked.append(((task or self.task).name, draws))
+        return predict(self, rows, draws=draws, task=task, **rest)
+
+    monkeypatch.setattr(Run, "predict", counting)
+    run_table(grid)
+    assert sorted(asked) == sorted((name, draws) for name in ("openbookqa", *OTHERS) for draws in (0, 3))
+    again = make_like(grid, results=tmp_path / "again")
+    run_table(again)
+    one, other = (read_cells(folder.results / "table2") for folder in (grid, again))
+    assert one == other

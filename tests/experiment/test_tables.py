@@ -151,7 +151,7 @@ def test_table2_has_detection_of_the_other_data_only(plain: dict[str, Any], othe
 
 def test_data_says_what_was_trained_and_evaluated_on(plain: dict[str, Any]) -> None:
     found = block(table_view([cell(plain, "mle", 1)], "table1"), "Data")
-    assert line(found, "training rows")== ["4952"] and line(found, "evaluated rows") == ["20"]
+    assert line(found, "training rows") == ["4952"] and line(found, "evaluated rows") == ["20"]
     assert line(found, "updates") == ["600"]
 
 

@@ -529,3 +529,10 @@ def test_P6_same_weights_in_another_function_are_refused(tmp_path: Path) -> None
 _GRANITE: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
 }  # fmt: skip
+
+
+def test_P7_the_folder_of_a_run_leads_to_its_posterior(tmp_path: Path) -> None:
+    (tmp_path / "posterior").mkdir()
+    (tmp_path / "posterior" / "bayestune_manifest.json").write_text("{}")
+    with pytest.raises(PosteriorError, match="folder of a run, expected that of its posterior"):
+        read_manifest(tmp_path)

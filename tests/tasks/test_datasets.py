@@ -1,5 +1,6 @@
 """Known data sets, folders of the user's, and the Hub."""
 
+import inspect
 import json
 import sys
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ import pytest
 
 from bayestune.errors import ConfigError, DataError, MissingSplitError
 from bayestune.tasks import Row, TextRow, dataset, load_rows
-from bayestune.tasks.datasets import KNOWN
+from bayestune.tasks.datasets import KNOWN, DatasetSpec
 
 FOUR = {"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": 1}
 
@@ -267,3 +268,23 @@ ROWS = {
 @pytest.mark.parametrize("name", ROWS)
 def test_every_row_of_the_real_data_reads(data_dir: Path, name: str) -> None:
     assert {split: len(load_rows(name, split, data_dir)) for split in ROWS[name]} == ROWS[name]
+
+
+@pytest.mark.parametrize(("splits", "usual"), [(("train", "dev", "test"), "dev"), (("train", "test"), "test")])
+def test_a_users_set_is_scored_on_dev_or_else_on_test(tmp_path: Path, splits: tuple[str, ...], usual: str) -> None:
+    for split in splits:
+        write(tmp_path / "mine", split, {"question": "is it so", "choices": ["no", "yes"], "answer": 1})
+    assert dataset("mine", tmp_path).evaluation == usual
+
+
+def test_a_data_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(MissingSplitError, match="nowhere: no such folder"):
+        dataset("mine", tmp_path / "nowhere")
+
+
+def test_a_row_that_is_none_is_refused_in_words(tmp_path: Path) -> None:
+    write(tmp_path / "mine", "train", {"question": "is it so", "choices": ["no", "yes"], "answer": 1})
+    row: Any = {"id": "a", "question": "q", "choices": ["x", "y"]}
+    checked_only_by_us = inspect.unwrap(DatasetSpec.check)
+    with pytest.raises(DataError, match="found a dict, expected a Row"):
+        checked_only_by_us(dataset("mine", tmp_path), row)

@@ -70,7 +70,11 @@ def table(
         print(f"left out: {line}")
     if dry_run:
         return
-    run_table(grid, progress=True)
+    try:
+        run_table(grid, progress=True)
+    except KeyboardInterrupt:
+        print("stopped: what is finished is kept, the same command goes on", file=sys.stderr)
+        raise
     rebuild_table(table, results, output)
 
 

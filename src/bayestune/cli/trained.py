@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that `bayestune train` made.")]
 Data = Annotated[str | None, typer.Option(help="Folder of data sets; default: that of the run.")]
-Draws = Annotated[int | None, typer.Option(help="Draws to average, 0 for the mean; default: as trained (10).")]
+Draws = Annotated[
+    int | None, typer.Option(min=0, help="Draws to average, 0 for the mean, if there is one; default: as trained.")
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the draws.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in --output.")]
 
@@ -47,9 +49,12 @@ def evaluate(
     scores = scores_of(prediction)
     if as_json:
         answer = {**scores.as_dict(), "task": loaded.task.name, "split": chosen, "seed": seed}
+        answer["temperature"] = loaded.posterior.temperature
         print(json.dumps({**answer, "method": loaded.experiment.method, **({"ood": others} if others else {})}))
         return
     print(score_table({f"{loaded.experiment.method} N={count}": scores}))
+    if loaded.posterior.temperature != 1:
+        print(f"temperature {loaded.posterior.temperature:.4g}")
     for name, other in others.items():
         found = f"accuracy {other['accuracy']:.3f}, NLL {other['nll']:.3f}, epistemic {other['epistemic']:.4f} nats"
         print(f"{name}: {found} (here {prediction.epistemic.mean():.4f}), AUROC {other['auroc_epistemic']:.3f}")
@@ -100,7 +105,7 @@ def export(
     run: RunFolder,
     output: Annotated[Path, typer.Option(help="Folder to make: mean, draw_0, draw_1, ...")],
     draws: Annotated[
-        int | None, typer.Option(help="Draws to write, 0 for the mean alone; default: as trained (10).")
+        int | None, typer.Option(min=0, help="Draws to write, 0 for the mean alone; default: as trained.")
     ] = None,
     seed: Seed = 0,
     data: Data = None,

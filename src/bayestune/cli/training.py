@@ -77,7 +77,9 @@ def train(
     tolerance: Annotated[
         float | None, typer.Option(help="tfb: how much the NLL may change, as a share; default 0.003.")
     ] = None,
-    anchor_rows: Annotated[int | None, typer.Option(help="tfb: rows of train that it is measured on.")] = None,
+    anchor_rows: Annotated[
+        int | None, typer.Option(help="tfb: rows of train that it is measured on, about ten times; default 200.")
+    ] = None,
     swag_steps: Annotated[int | None, typer.Option(help="swag: updates to collect weights from; default 100.")] = None,
     swag_learning_rate: Annotated[
         float | None, typer.Option(help="swag: constant rate of these updates; default 1e-4.")
@@ -139,6 +141,8 @@ def train(
     if not result.scores:
         return  # one of several processes, and not the one that evaluates
     print(score_table(result.scores))
+    if experiment.temperature_split is not None:
+        print(f"temperature {result.temperature:.4g}, fitted on {experiment.temperature_split}")
     print(f"{result.output}: posterior/, experiment.json, result.json ({result.seconds:.0f} s)")
 
 

@@ -106,7 +106,7 @@ def build_task(backbone: Backbone, name: str, data: str | Path | None, max_token
     limit = backbone.config.get_text_config().to_dict().get("max_position_embeddings")
     if limit is not None and max_tokens > limit:
         raise ConfigError(f"max_tokens: found {max_tokens}, expected at most {limit}, the positions of the model.")
-    if data is None and name in PACKAGED_TASKS:
+    if name in PACKAGED_TASKS and (data is None or not (Path(data) / name).is_dir()):
         data = PACKAGED_DATA
     if tasks.dataset(name, data).kind == "text":
         return tasks.classification(name, backbone.tokenizer, data=data, max_tokens=max_tokens)

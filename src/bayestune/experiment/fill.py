@@ -1,6 +1,6 @@
 """`run_table`: every missing cell of a table, one run after the other; what is there already is left alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -39,14 +39,15 @@ def _cells(grid: Grid, planned: Planned, progress: bool) -> Iterator[Cell]:
     """Train the run, or load it if it is finished, and ask it about every data set that lacks its cells."""
     if planned.start is not None:
         _trained(planned.start, grid.command, progress)
-    trained, result = _trained(planned, grid.command, progress)
+    trained, result, just_made = _trained(planned, grid.command, progress)
     experiment = trained.experiment
     assert experiment.eval_split is not None
     known: dict[int, Prediction] = {}
     own = [experiment.task] if any(name != experiment.task for name in planned.eval_tasks) else []
     for name in dict.fromkeys([*own, *planned.eval_tasks]):
         task, rows = _rows(grid, trained, name)
-        for prediction in _predictions(trained, task, rows, progress):
+        made = just_made if name == experiment.task else {}
+        for prediction in _predictions(trained, task, rows, made, progress):
             if name == experiment.task:
                 known[prediction.draws] = prediction
             if name in planned.eval_tasks:
@@ -68,15 +69,18 @@ def _cells(grid: Grid, planned: Planned, progress: bool) -> Iterator[Cell]:
                 )
 
 
-def _trained(planned: Planned, command: Sequence[str], progress: bool) -> tuple[Run, dict[str, Any]]:
-    """The run, trained now unless it is finished, and its record."""
-    output = planned.output
+def _trained(
+    planned: Planned, command: Sequence[str], progress: bool
+) -> tuple[Run, dict[str, Any], dict[int, Prediction]]:
+    """The run, trained now unless it is finished; its record; and, trained now, its answers by number of draws."""
+    output, made = planned.output, {}
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(output.parent / f".{output.name}.lock", timeout=0):
             if not (output / RESULT).is_file():
                 stopped = (output / EXPERIMENT).is_file()
-                run(planned.experiment, output, resume=stopped, command=command, progress=progress)
+                found = run(planned.experiment, output, resume=stopped, command=command, progress=progress)
+                made = {prediction.draws: prediction for prediction in found.predictions.values()}
     except Timeout:
         raise ConfigError(
             f"{output}: another process is making this run; wait for it, or give each its own --seeds, --tasks or "
@@ -93,7 +97,7 @@ def _trained(planned: Planned, command: Sequence[str], progress: bool) -> tuple[
     result = read_json(output / RESULT, "the record of a run")
     if result["sha256"]["train_rows"] != rows_sha256(trained.task.rows(trained.experiment.train_split)):
         raise ConfigError(f"{output}: found a run trained on other rows than those of --data; choose another --runs.")
-    return trained, result
+    return trained, result, made
 
 
 def _rows(grid: Grid, trained: Run, name: str) -> tuple[Task, list[AnyRow]]:
@@ -108,11 +112,15 @@ def _rows(grid: Grid, trained: Run, name: str) -> tuple[Task, list[AnyRow]]:
     return task, rows
 
 
-def _predictions(trained: Run, task: Task, rows: list[AnyRow], progress: bool) -> Iterator[Prediction]:
-    """One for each of `counts`; fewer draws are the first of the most."""
+def _predictions(
+    trained: Run, task: Task, rows: list[AnyRow], made: Mapping[int, Prediction], progress: bool
+) -> Iterator[Prediction]:
+    """One for each of `counts`, from those `made` where they are; fewer draws are the first of the most."""
     numbers = sorted(counts(trained.experiment))
-    if numbers[0] == 0:
-        yield trained.predict(rows, draws=0, task=task, progress=progress)
-    if numbers[-1] > 0:
-        whole = trained.predict(rows, draws=numbers[-1], task=task, progress=progress)
-        yield from (whole.first(count) for count in numbers if count > 0)
+    wanted = {0, numbers[-1]} & set(numbers)
+    found = {
+        n: made[n] if n in made else trained.predict(rows, draws=n, task=task, progress=progress)
+        for n in sorted(wanted)
+    }
+    for number in numbers:
+        yield found[0] if number == 0 else found[numbers[-1]].first(number)

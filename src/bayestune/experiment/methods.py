@@ -34,7 +34,7 @@ from bayestune.posteriors import (
     tfb,
 )
 from bayestune.posteriors.folder import MANIFEST, strict_json
-from bayestune.posteriors.manifest import CONFIG_FILE, TENSOR_FILE
+from bayestune.posteriors.manifest import CONFIG_FILE, TENSOR_FILE, read_manifest
 from bayestune.posteriors.state import active_adapter, adapter_tensors, owned_heads, settings_fault, value_fault
 from bayestune.tasks import AnyRow, Task
 from bayestune.training import SwagCallback
@@ -251,6 +251,9 @@ def _finished(start: Start, folder: Path) -> PeftModel:
     if not (folder / CONFIG_FILE).is_file() or not (folder / TENSOR_FILE).is_file():
         raise ConfigError(f"adapter {folder}: found no {CONFIG_FILE} and {TENSOR_FILE}, expected a LoRA adapter.")
     if (folder / MANIFEST).is_file():
+        settings = read_manifest(folder)["settings"]
+        if settings.get("temperature", 1.0) != 1.0:
+            raise ConfigError(f"adapter {folder}: found one with a temperature, expected plain LoRA without.")
         model = load_posterior(start.base, folder)
         if active_adapter(model)[2] != "point":
             raise ConfigError(f"adapter {folder}: found a posterior, expected plain LoRA, as method mle trains it.")

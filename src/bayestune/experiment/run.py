@@ -50,6 +50,7 @@ class Result:
     scores: dict[str, Scores]
     predictions: dict[str, Prediction]
     seconds: float
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,9 +137,10 @@ def run(
             scores={key: evaluate(prediction) for key, prediction in predictions.items()},
             predictions=predictions,
             seconds=time.monotonic() - started,
+            temperature=posterior.temperature,
         )
         hashes = _hashes(backbone, rows, output, experiment.adapter)
-        write_json(output / RESULT, _record(result, rows, hashes, command=command, temperature=posterior.temperature))
+        write_json(output / RESULT, _record(result, rows, hashes, command))
     return result
 
 
@@ -172,9 +174,7 @@ class _Rows:
         )
 
 
-def _record(
-    result: Result, rows: _Rows, hashes: dict[str, Any], *, command: Sequence[str], temperature: float
-) -> dict[str, Any]:
+def _record(result: Result, rows: _Rows, hashes: dict[str, Any], command: Sequence[str]) -> dict[str, Any]:
     """What result.json holds."""
     experiment = result.experiment
     return {
@@ -185,7 +185,7 @@ def _record(
         "methods": {key: value.as_dict() for key, value in result.scores.items()},
         "experiment": experiment.as_dict(),
         "command": list(command),
-        "temperature": temperature,
+        "temperature": result.temperature,
         "steps": experiment.steps,
         "processes": process_count(),
         "seconds": round(result.seconds, 1),

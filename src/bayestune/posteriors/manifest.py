@@ -62,6 +62,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise PosteriorError(f"{folder} is not a folder: expected one written by save_posterior.")
     if not path.is_file() or path.is_symlink():
+        inner = folder / "posterior"
+        if (inner / MANIFEST).is_file():
+            raise PosteriorError(f"{folder} is the folder of a run, expected that of its posterior: {inner}.")
         raise PosteriorError(
             f"{folder} holds no {MANIFEST}, so save_posterior did not write it and nothing vouches for its files. "
             "A plain LoRA adapter holds no posterior. To load what is there unchecked: import bayestune, then "

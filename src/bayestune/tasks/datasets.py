@@ -8,7 +8,7 @@ from typing import Literal
 
 from bayestune.errors import DataError, MissingSplitError
 from bayestune.tasks import hub
-from bayestune.tasks.data import AnyRow, Row, check_together, parse_row, read_rows, shown
+from bayestune.tasks.data import AnyRow, Row, TextRow, check_together, parse_row, read_rows, shown
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """What a data set or a split may be called: it becomes part of a path."""
@@ -19,7 +19,8 @@ class DatasetSpec:
     """What is known of a data set.
 
     `folder`: its folder under the data folder. `classes`: the largest number of choices, or of labels. `splits`: file
-    stems to look for, in order, where they differ from the split's own name. `evaluation`: the split usually reported.
+    stems to look for, in order, where they differ from the split's own name. `evaluation`: the split usually
+    reported; of a user's own set dev, or test if only that is there.
     `fixed_choices`: the answers, where they are the same for all rows. `blank`: every question has one `_` to fill.
     `source`: where it is on the Hub; None for a data set of the user's.
     """
@@ -36,6 +37,9 @@ class DatasetSpec:
 
     def check(self, row: AnyRow) -> None:
         """Refuse, with a DataError naming the row and the field, a row that cannot belong to this data set."""
+        if not isinstance(row, Row | TextRow):  # without a type checker: a dict, say
+            found = type(row).__name__
+            raise DataError(f"row: found a {found}, expected a Row or a TextRow, as tasks.read_rows(path) gives them")
         if isinstance(row, Row) != (self.kind == "choice"):
             found, expected = ("text", "question") if self.kind == "choice" else ("question", "text")
             raise row.fault(found, f"a row with '{found}'", f"rows with '{expected}', as {self.name} has")
@@ -140,6 +144,8 @@ def dataset(name: str, data: str | Path | None = None, *, classes: int | None = 
     folder = None if data is None or not NAME.fullmatch(name) else Path(data) / name
     if folder is not None and folder.is_dir():
         return _own(name, folder, classes)
+    if data is not None and not Path(data).is_dir():
+        raise MissingSplitError(f"{data}: no such folder, expected the one with the data sets (data=, --data DIR)")
     known = ", ".join([spec.name for spec in KNOWN] + ["mmlu_<subject>"])
     looked = "no data folder was given (data=, --data DIR)" if data is None else f"no folder {Path(data) / name}"
     raise DataError(f"unknown data set {shown(name)}: not one of {known}; and {looked}")
@@ -156,7 +162,9 @@ def _own(name: str, folder: Path, classes: int | None) -> DatasetSpec:
     if (classes or counted) < 2:
         raise DataError(f"{folder}: found {counted} classes in its labels, expected at least 2; label more rows")
     kind = "choice" if isinstance(rows[0], Row) else "text"
-    return DatasetSpec(name=name, folder=name, kind=kind, classes=classes or counted)
+    splits = {path.name.partition(".")[0] for path in _files(folder)}
+    evaluation = "test" if "test" in splits and "dev" not in splits else "dev"
+    return DatasetSpec(name=name, folder=name, kind=kind, classes=classes or counted, evaluation=evaluation)
 
 
 def _files(folder: Path) -> list[Path]:
