@@ -32,7 +32,7 @@ from bayestune.experiment import Experiment, write_json, write_text
 from bayestune.experiment.backbone import add_adapter, build_task, find_backbone, load_base
 from bayestune.experiment.record import hardware, read_json, rows_sha256, versions
 from bayestune.experiment.train import kl_settings
-from bayestune.functional import std
+from bayestune.functional import gaussian_kl_gradient, std
 
 ROOT = Path(__file__).parent.parent
 TASK, TRAIN_ROWS, HELD_OUT, TUNED_ON = "openbookqa", 1000, 1000, 400
@@ -46,6 +46,7 @@ SETTINGS: dict[str, Any] = {
     "lora_alpha": 16,
     "precision": "bf16",
 }
+WARM_UP = 0.06
 METRICS = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE", "brier": "Brier"}
 
 
@@ -203,7 +204,7 @@ def arguments(experiment: Experiment, folder: str) -> TrainingArguments:
         per_device_train_batch_size=experiment.batch_size,
         train_sampling_strategy="group_by_length",
         learning_rate=experiment.learning_rate,
-        warmup_steps=0.06,
+        warmup_steps=WARM_UP,
         adam_epsilon=1e-6,
         max_grad_norm=0.0,
         use_cpu=True,
@@ -217,7 +218,15 @@ def arguments(experiment: Experiment, folder: str) -> TrainingArguments:
 
 def page(records: Sequence[dict[str, Any]]) -> str:
     """The records as Markdown: a line a variant, and for its NLL the difference from the paper's recipe, by seed."""
-    heads = ["variant", "draws", *METRICS.values(), "NLL less the paper's, by seed", "std", "seconds"]
+    heads = [
+        "variant",
+        "draws",
+        *METRICS.values(),
+        "NLL less the paper's, by seed",
+        "std",
+        "std without data",
+        "seconds",
+    ]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     paper = {r["seed"]: r["scores"]["n10"]["nll"] for r in records if r["variant"] == "paper"}
     for name, variant in VARIANTS.items():
@@ -229,10 +238,30 @@ def page(records: Sequence[dict[str, Any]]) -> str:
             cells = [spread([r["scores"][key][m] for r in found]) for m in METRICS]
             less = ", ".join(f"{r['scores'][key]['nll'] - paper[r['seed']]:+.3f}" for r in found if r["seed"] in paper)
             width = "" if found[0]["std"] is None else f"{statistics.mean(r['std'] for r in found):.4f}"
+            fixed = width and not (variant.empirical or variant.adaptive)
+            alone = f"{std_without_data(found[0]):.4f}" if fixed else ""
             took = f"{statistics.mean(r['seconds'] for r in found):.0f}"
             draws = {"mle": "0", "n0": "0", "n10": "10"}[key]
-            lines.append(f"| {variant.what} | {draws} | {' | '.join(cells)} | {less} | {width} | {took} |")
+            lines.append(f"| {variant.what} | {draws} | {' | '.join(cells)} | {less} | {width} | {alone} | {took} |")
     return INTRODUCTION + "\n" + "\n".join(lines) + "\n"
+
+
+def std_without_data(record: dict[str, Any]) -> float:
+    """Where the KL alone takes the standard deviation of a weight that starts at the mean of all starts."""
+    experiment = Experiment.from_dict(
+        {name: value for name, value in record["experiment"].items() if name != "train_draws"}, where="record"
+    )
+    kl = kl_settings(experiment, TRAIN_ROWS)
+    assert kl is not None
+    low, high = experiment.rho_init / math.sqrt(2), experiment.rho_init
+    g = torch.tensor(((high**3 - low**3) / (3 * (high - low))) ** 0.5, dtype=torch.float64)
+    best, warm_up = torch.tensor(experiment.prior_std).double().sqrt(), math.ceil(WARM_UP * experiment.steps)
+    for step in range(experiment.steps):
+        rest = (experiment.steps - step) / max(1, experiment.steps - warm_up)
+        rate = kl.learning_rate * (step / warm_up if step < warm_up else rest)
+        _, slope = gaussian_kl_gradient(g, g, experiment.prior_std)
+        g = torch.minimum(g - rate * kl.schedule(step, kl.cycle) * slope, best)
+    return std(g).item()
 
 
 def spread(values: Sequence[float]) -> str:
@@ -244,13 +273,19 @@ def spread(values: Sequence[float]) -> str:
 INTRODUCTION = f"""# Changes to the recipe of BLoB
 
 Made by `python benchmarks/recipe.py --page` from the records in `results/recipe`, one a variant and seed, with its
-command. MiniLM is trained on the first {TRAIN_ROWS} rows of OpenBookQA's train split, in
-{SETTINGS["steps"]} updates of {SETTINGS["batch_size"]} rows, and scored on {HELD_OUT} others of that split. The
-settings of the baseline were chosen on the {TUNED_ON} rows after those.
+command. MiniLM is trained on the first {TRAIN_ROWS} rows of OpenBookQA's train split, in {SETTINGS["steps"]} updates
+of {SETTINGS["batch_size"]} rows, and scored on {HELD_OUT} others of that split. The settings of the baseline were
+chosen on the {TUNED_ON} rows after those.
 
 All runs of a seed share rows, order and starting weights, so the NLL (nats) is also given as the difference from the
-paper's recipe with 10 draws, seed by seed. Mean and standard deviation over seeds where there are several; "std" is
-the mean standard deviation of a weight of A; "seconds" is training alone, on one core that was not always alone.
+paper's recipe with 10 draws, seed by seed. Mean and standard deviation over seeds where there are several. "std" is
+the mean standard deviation of a weight of A, "std without data" where the KL's steps alone would have taken it, and
+"seconds" training alone, on one core that was not always alone.
+
+The two columns of standard deviations agree: in runs as short as these the width of the posterior is set by the rate
+and the weights of the KL and by the number of updates, and hardly by the data. While it is small against the prior,
+each update adds about 4 x rate x weight to std = G^2, so a run of C cycles, under a learning rate that falls linearly
+to 0, ends near `std = start + 2 x rate x C`. The rate is then a choice of the width, to be made on held-out rows.
 """
 
 

@@ -1,6 +1,5 @@
 """Tables made from cells: mean and standard deviation over seeds, the best marked, published figures beside them."""
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -69,8 +68,7 @@ def table_view(cells: Sequence[Cell], table: str, *, published: Sequence[Publish
     if not own:
         raise ConfigError(f"{table}: found no cells of this table, expected some.")
     check_columns(own, table)
-    absent = [column.label for column in found.columns if not any(in_column(cell, column) for cell in own)]
-    found = dataclasses.replace(found, columns=tuple(c for c in found.columns if c.label not in absent))
+    absent = [column.label for column in found.columns if column not in _run(own, found)]
     measures = MEASURES + (DETECTION if found.detection else ())
     seeds = sorted({cell["seed"] for cell in own})
     facts = (
@@ -93,7 +91,7 @@ def measure_block(
     cells: Sequence[Cell], found: Layout, measure: Measure, *, published: Sequence[Published] = ()
 ) -> Block:
     """One measure of a table's cells: a line a method, each followed by the published one where there is one."""
-    columns = [column for column in found.columns if measure not in DETECTION or column.task != column.eval_task]
+    columns = [column for column in _run(cells, found) if measure not in DETECTION or column.task != column.eval_task]
     keys, seeds = line_keys(cells), len({cell["seed"] for cell in cells})
     spreads = {column: _spreads(cells, measure, column, keys) for column in columns}
     marked = {column: ranks(measure, spreads[column]) for column in columns}
@@ -165,11 +163,11 @@ def _rows(cells: Sequence[Cell], found: Layout) -> Block:
     lines = []
     for label, field in (("training rows", "train_rows"), ("evaluated rows", "rows"), ("updates", "steps")):
         texts = []
-        for column in found.columns:
+        for column in _run(cells, found):
             values = sorted({cell[field] for cell in cells if in_column(cell, column)})
             texts.append(Value(text="/".join(map(str, values))) if values else MISSING)
         lines.append(Line(label=label, values=tuple(texts)))
-    labels = tuple(column.label for column in found.columns)
+    labels = tuple(column.label for column in _run(cells, found))
     return Block(heading="Data", corner="", columns=labels, lines=tuple(lines))
 
 
@@ -191,6 +189,11 @@ def _notes(
         if any(figures.fits(cell) for cell in cells):
             notes.append(f"Lines [{figures.caution}]: figures of {figures.source}, not measured here.")
     return tuple(notes)
+
+
+def _run(cells: Sequence[Cell], found: Layout) -> list[Column]:
+    """The columns that have cells."""
+    return [column for column in found.columns if any(in_column(cell, column) for cell in cells)]
 
 
 def in_column(cell: Cell, column: Column) -> bool:
