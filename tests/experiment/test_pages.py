@@ -206,3 +206,20 @@ def test_the_report_is_the_same_again_and_names_no_folder(cells: list[dict[str, 
     pages_made = [page_html(report_page(read_cells(tmp_path))) for _ in range(2)]
     assert pages_made[0] == pages_made[1]
     assert str(tmp_path) not in pages_made[0] and "someone" not in pages_made[0]
+
+
+def test_pictures_are_of_the_most_draws_of_a_method_and_tables_of_all(
+    cells: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fewer = [copy.deepcopy(cell) | {"draws": 5} for cell in cells if cell["method"] == "blob"]
+    titles = {
+        name: [args[0] for args, _ in drawn(monkeypatch, name, [*cells, *fewer])]
+        for name in ("reliability_chart", "histogram_chart")
+    }
+    assert all("N = 5" not in title for found in titles.values() for title in found)
+    assert sum("N = 10" in title for title in titles["reliability_chart"]) == 2
+    page = report_page([*cells, *fewer])
+    [risks] = [group for group in section(page, "What if").groups if group.heading.startswith("Risk")]
+    assert [key.text for key in risks.keys] == ["MLE", "BLoB, N = 10"]
+    labels = [line.label for line in section(page, "Scores").tables[0].blocks[0].lines]
+    assert labels == ["MLE", "BLoB, N = 5", "BLoB, N = 10"]

@@ -90,6 +90,11 @@ def _places(cells: Sequence[Cell], name: str, *, alone: bool) -> Iterator[_Place
             yield _Place(column.label if alone else f"{_short(found)}, {column.label}", column, parts)
 
 
+def _drawn(parts: Sequence[_Part]) -> list[_Part]:
+    """Of each method the line with the most draws: a picture for each number of draws would be too many to read."""
+    return list({part.key[0]: part for part in parts}.values())
+
+
 def _short(found: Layout) -> str:
     return found.title.partition(":")[0]
 
@@ -104,13 +109,14 @@ def _reliability(places: Sequence[_Place]) -> Section:
     text = (
         f"Each bar is the share of right answers among those given with that confidence (largest probability), in "
         f"{BINS} bins from 0 to 1. Calibrated bars end on the dashed diagonal. ECE is the mean distance to the mean "
-        "confidence, weighted by rows. Pale bins hold less than 1 % of the rows. Rows of all seeds together."
+        "confidence, weighted by rows. Pale bins hold less than 1 % of the rows. Rows of all seeds together; each "
+        "method with its most draws."
     )
     groups = [
         Group(
             heading=f"Reliability on {place.heading}",
             keys=keys,
-            charts=tuple(_reliability_of(part) for part in place.parts),
+            charts=tuple(_reliability_of(part) for part in _drawn(place.parts)),
         )
         for place in places
     ]
@@ -138,7 +144,7 @@ def _risk(cells: Sequence[Cell], names: Sequence[str], places: Sequence[_Place])
     text = (
         "Answer only the rows of which the model is surest: risk, the share of wrong answers among them, against "
         "coverage, the share of rows answered. Lower is better; AURC is the area under the curve. "
-        "Curves are means over seeds."
+        "Curves are means over seeds, of each method with its most draws."
     )
     tables = [
         Table(
@@ -158,10 +164,11 @@ def _risk(cells: Sequence[Cell], names: Sequence[str], places: Sequence[_Place])
 
 def _curves(cells: Sequence[Cell], name: str) -> Group:
     """Risk-coverage curves of a table, a picture a column; a method has the same look in all of them."""
-    looks = {key: line_look(k) for k, key in enumerate(line_keys(cells))}
+    most = dict(line_keys(cells))  # the last of a method has the most
+    looks = {key: line_look(k) for k, key in enumerate(most.items())}
     charts = []
     for place in _places(cells, name, alone=True):
-        curves = [(looks[part.key], *_mean_curve(part.cells)) for part in place.parts]
+        curves = [(looks[part.key], *_mean_curve(part.cells)) for part in place.parts if part.key in looks]
         charts.append(risk_chart(place.heading, "", curves))
     return Group(
         heading=f"Risk against coverage: {_short(layout(name))}",
@@ -190,7 +197,8 @@ def _detection(places: Sequence[_Place]) -> Iterator[Section]:
     text = (
         "The model was trained on one data set and is asked about another. Where it is less certain of the other data "
         "(orange, right of blue), the two can be told apart: AUROC is the share of pairs in the right order, 50 % is "
-        "chance. Entropies are in nats; the last bin also holds what lies above. Rows of all seeds together."
+        "chance. Entropies are in nats; the last bin also holds what lies above. Rows of all seeds together; each "
+        "method with its most draws."
     )
     groups = []
     for place in places:
@@ -203,7 +211,7 @@ def _detection(places: Sequence[_Place]) -> Iterator[Section]:
         charts = [
             _histogram(part, score)
             for score in _SCORES
-            for part in place.parts
+            for part in _drawn(place.parts)
             if score != "epistemic" or part.cells[0]["draws"] > 1
         ]
         heading = f"Uncertainty on {place.heading}"
