@@ -149,6 +149,15 @@ def test_the_map_is_the_mle_only_without_decay(
     assert same is (changes == {"weight_decay": 0.0})
 
 
+def test_the_papers_decay_is_lost_in_float32_at_a_small_learning_rate(world: Path, tmp_path: Path) -> None:
+    """1 - 0.002 * 1e-5 is closer to 1 than half a rounding of float32: AdamW's decay multiplies by 1."""
+    plain, decayed = (
+        run(experiment(world, method=method, learning_rate=0.002), tmp_path / method) for method in ("mle", "map")
+    )
+    assert decayed.experiment.weight_decay == 1e-5 and 0.002 * 1e-5 < torch.finfo(torch.float32).eps / 4
+    assert torch.equal(decayed.predictions["map"].log_probs, plain.predictions["mle"].log_probs)
+
+
 @pytest.mark.filterwarnings("ignore:fit_temperature. stopped at the bound:bayestune.errors.BayestuneWarning")
 @pytest.mark.parametrize("method", ["mle", "blob", "ensemble", "laplace"])
 def test_a_temperature_goes_on_top_of_any_method(world: Path, tmp_path: Path, method: str) -> None:
