@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bayestune.errors import ConfigError
 from bayestune.posteriors.jacobian import traced
-from bayestune.posteriors.kfac import FactorSums, KroneckerFactor, add_batch
+from bayestune.posteriors.kfac import FactorSums, KroneckerFactor, add_batch, loss_roots
 from bayestune.posteriors.prior_precision import CANDIDATES, best_candidate, log_evidence, most_evident
 from inference.cases import Letters, Sequences, rows
 from models import GPT2
@@ -247,3 +247,20 @@ def test_inputs_whose_rows_cannot_be_told_apart_are_refused() -> None:
 
     with pytest.raises(ConfigError, match="rows first"):
         traced(model, covered(model), TokensPacked(), one_batch(Letters(), rows(3)))
+
+
+@pytest.mark.parametrize("classes", [1, 2, 5])
+def test_the_roots_of_the_loss_give_its_curvature(classes: int) -> None:
+    """One root less than classes, and their outer products add up to diag(p) - p p^T."""
+    logits = 3 * torch.randn(20, classes, generator=torch.Generator().manual_seed(classes), dtype=torch.float64)
+    if classes > 2:
+        logits[0, -1] = logits[1, 0] = logits[2, 1] = -math.inf  # choices that a row does not have
+        logits[3] = torch.tensor([800.0, 0, 0, 0, 0])  # sure beyond the range of exp
+        logits[4, 2:] = -math.inf
+    found = list(loss_roots(logits))
+    assert len(found) == classes - 1
+    probs = logits.softmax(-1)
+    expected = torch.diag_embed(probs) - probs[:, :, None] * probs[:, None]
+    total = sum((root[:, :, None] * root[:, None] for root in found), torch.zeros_like(expected))
+    torch.testing.assert_close(total, expected, rtol=0, atol=4 * torch.finfo(torch.float64).eps)
+    assert all((root[logits == -math.inf] == 0).all() for root in found)

@@ -93,14 +93,14 @@ class KroneckerFactor:
 
 
 def add_batch(sums: Mapping[str, FactorSums], batch: Traced) -> None:
-    """Add one batch to the factors of its layers: as many backward passes as there are classes.
+    """Add one batch to the factors of its layers: one backward pass less than there are classes.
 
-    ``Lambda = sum_c v_c v_c^T`` with ``v_c = sqrt(p_c) (e_c - p)``, so that pass c adds the outer products of the
-    gradients of ``v_c . logits``.
+    ``Lambda = sum_c v_c v_c^T`` with the v_c of `loss_roots`, so that pass c adds the outer products of the gradients
+    of ``v_c . logits``.
     """
     largest: dict[int, Tensor] = {}
     with full_precision(batch.logits):
-        for gradients in batch.gradients(_loss_roots(batch)):
+        for gradients in batch.gradients(loss_roots(batch.logits.detach())):
             for call, gradient in gradients:
                 flat = gradient.reshape(-1, gradient.shape[-1]).to(sums[call.layer].outputs.dtype)
                 sums[call.layer].add_gradient(flat)
@@ -119,12 +119,22 @@ def _reaching(gradients: Float[Tensor, "rows positions"]) -> Bool[Tensor, " all_
     return (gradients > bound).flatten()
 
 
-def _loss_roots(batch: Traced) -> Iterator[Float[Tensor, "rows classes"]]:
-    probs = batch.logits.detach().softmax(-1)
-    for c in range(probs.shape[1]):
-        root = -probs
-        root[:, c] += 1
-        yield root * probs[:, c : c + 1].sqrt()
+def loss_roots(logits: Float[Tensor, "rows classes"]) -> Iterator[Float[Tensor, "rows classes"]]:
+    """The columns of the Cholesky factor of ``diag(p) - p p^T``, in closed form; the last one, 0, is left out.
+
+    With q_c the sum of p from class c on, column c is ``sqrt(p_c / q_c)`` times ``sqrt(q_(c+1))`` at c and
+    ``-p_j / sqrt(q_(c+1))`` at j > c.
+    """
+    probs = logits.softmax(-1)
+    rest = probs.flip(1).cumsum(1).flip(1)
+    for c in range(probs.shape[1] - 1):
+        scale = torch.where(rest[:, c] > 0, probs[:, c] / rest[:, c], 0.0).sqrt()
+        after = rest[:, c + 1].sqrt()
+        root = torch.zeros_like(probs)
+        root[:, c] = scale * after
+        below = torch.where(after[:, None] > 0, probs[:, c + 1 :] / after[:, None], 0.0)
+        root[:, c + 1 :] = -scale[:, None] * below
+        yield root
 
 
 def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
