@@ -247,7 +247,7 @@ def test_a_bad_row_stops_training_before_it_begins(
 REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "unknown model folder": ({"model": "./nowhere"}, ["nowhere", "no such folder"]),
     "unknown data set": ({"task": "colors"}, ["colors", "openbookqa"]),
-    "no data folder": ({"data": "/no/such/folder"}, ["colours", "/no/such/folder"]),
+    "no data folder": ({"data": "/no/such/folder"}, ["/no/such/folder: no such folder", "--data"]),
     "unknown split": ({"eval_split": "tset"}, ["tset"]),
     "no steps": ({"steps": 0}, ["steps", "0"]),
     "steps not a number": ({"steps": "ten"}, ["--steps"]),

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from bayestune.experiment.processes import leave
 from bayestune.training import BayesTrainer, KLSettings
 from training.toys import TASK, arguments, double_blob, lora, rows, trained
 
@@ -36,6 +37,7 @@ def main(kind: str, batch: str, folder: str) -> None:
     )
     trainer.train()
     save_file(trained(model), Path(folder) / f"rank{rank}.safetensors")
+    leave()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that `bayestune train` made.")]
 Data = Annotated[str | None, typer.Option(help="Folder of data sets; default: that of the run.")]
 Draws = Annotated[
-    int | None, typer.Option(min=0, help="Draws to average, 0 for the mean, if there is one; default: as trained.")
+    int | None, typer.Option(help="Draws to average, 0 for the mean, if there is one; default: as trained.")
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the draws.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in --output.")]
@@ -105,7 +105,7 @@ def export(
     run: RunFolder,
     output: Annotated[Path, typer.Option(help="Folder to make: mean, draw_0, draw_1, ...")],
     draws: Annotated[
-        int | None, typer.Option(min=0, help="Draws to write, 0 for the mean alone; default: as trained.")
+        int | None, typer.Option(help="Draws to write, 0 for the mean alone; default: as trained.")
     ] = None,
     seed: Seed = 0,
     data: Data = None,
@@ -125,6 +125,8 @@ def export(
 
 def _draws(loaded: "Run", draws: int | None) -> int:
     """What was asked for, or else the run's own number."""
+    if draws is not None and draws < 0:
+        raise ConfigError(f"--draws: found {draws}, expected 0 (the mean) or more.")
     return loaded.default_draws if draws is None else draws
 
 

@@ -48,7 +48,7 @@ def check_output(output: Path, experiment: Experiment, *, overwrite: bool, resum
     elif found and not overwrite:
         raise ConfigError(f"output {output}: the folder is not empty; choose another, or pass --overwrite.")
     elif found and not _is_run(output):
-        raise ConfigError(f"output {output}: found files but no run's {EXPERIMENT}; nothing is overwritten.")
+        raise ConfigError(f"output {output}: found files but no {EXPERIMENT} of a run; nothing is overwritten.")
 
 
 def _check_resumed(output: Path, experiment: Experiment) -> None:

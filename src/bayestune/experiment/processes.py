@@ -2,6 +2,8 @@
 
 import os
 
+import torch.distributed
+
 
 def process_count() -> int:
     """Processes that train together; 1 without a launcher."""
@@ -11,3 +13,9 @@ def process_count() -> int:
 def is_main() -> bool:
     """Whether this process writes files, evaluates and prints. A launcher ends the others if it fails."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def leave() -> None:
+    """End the group of this process, if it is in one: gloo's threads would else abort the interpreter at its exit."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
