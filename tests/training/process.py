@@ -37,7 +37,7 @@ def main(kind: str, batch: str, folder: str) -> None:
     )
     trainer.train()
     save_file(trained(model), Path(folder) / f"rank{rank}.safetensors")
-    leave()
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,13 @@ for command in (train, evaluate, predict, export, demo, table, report):
 
 def main() -> NoReturn:
     """Entry point of the program."""
-    sys.exit(invoke(sys.argv[1:]))
+    code = invoke(sys.argv[1:])
+
+    from bayestune.experiment.processes import leave, process_count
+
+    if process_count() > 1:
+        leave(code)
+    sys.exit(code)
 
 
 def invoke(arguments: Sequence[str]) -> int:

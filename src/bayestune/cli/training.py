@@ -133,13 +133,11 @@ def train(
     settings.update({name: value for name, value in given.items() if value is not None})
 
     from bayestune.experiment import Experiment, run, score_table
-    from bayestune.experiment.processes import leave
 
     experiment = Experiment.from_dict(settings, where="train" if config is None else f"--config {config}")
     result = run(
         experiment, output, overwrite=overwrite, resume=resume, command=["bayestune", *sys.argv[1:]], progress=True
     )
-    leave()
     if not result.scores:
         return  # one of several processes, and not the one that evaluates
     print(score_table(result.scores))
