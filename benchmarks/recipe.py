@@ -6,8 +6,8 @@
 
 Trains on the first 1000 rows of OpenBookQA's train split and scores 1000 others of it: not its last 400, on which the
 settings of the baseline were chosen, and nothing of dev and test. Little data, about ten passes: plain LoRA is
-overconfident there. Every run has the same rows, order, updates and starting weights; what a variant changes is named
-in `VARIANTS`. A killed call goes on with the records that are missing.
+overconfident there. Every run has the same rows, order, updates and starting weights, but for what `VARIANTS` names,
+other numbers of updates and other data among them. A killed call goes on with the records that are missing.
 """
 
 import argparse
@@ -32,7 +32,8 @@ from bayestune.experiment import Experiment, write_json, write_text
 from bayestune.experiment.backbone import add_adapter, build_task, find_backbone, load_base
 from bayestune.experiment.record import hardware, read_json, rows_sha256, versions
 from bayestune.experiment.train import kl_settings
-from bayestune.functional import gaussian_kl_gradient, std
+from bayestune.functional import std
+from bayestune.training import initial_std, kl_only_std
 
 ROOT = Path(__file__).parent.parent
 TASK, TRAIN_ROWS, HELD_OUT, TUNED_ON = "openbookqa", 1000, 1000, 400
@@ -56,15 +57,21 @@ class Variant:
 
     Attributes:
         what: in words. settings: of `Experiment`. train_draws: of `BayesTrainer`.
+        against: the variant that its NLL is compared with.
         adaptive: AdamW moves G along the NLL, instead of plain SGD; the KL's step stays SGD.
         empirical: the prior of each layer is the one under which the KL is least, in every update.
     """
 
     what: str
     settings: dict[str, Any] = field(default_factory=dict)
+    against: str = "paper"
     train_draws: int = 1
     adaptive: bool = False
     empirical: bool = False
+
+
+def wide(std: float, **settings: Any) -> dict[str, Any]:
+    return {"posterior_std": std, "kl_learning_rate": None, **settings}
 
 
 ELBO = {"kl_schedule": "elbo", "kl_learning_rate": 0.03}
@@ -73,6 +80,11 @@ VARIANTS = {
     "paper": Variant(what="the paper's recipe"),
     "kl-rate-0.005": Variant(what="rate of G and of the KL 0.005", settings={"kl_learning_rate": 0.005}),
     "kl-rate-0.01": Variant(what="rate of G and of the KL 0.01", settings={"kl_learning_rate": 0.01}),
+    "std-0.04": Variant(what="rate for std 0.04", settings=wide(0.04)),
+    "std-0.09": Variant(what="rate for std 0.09", settings=wide(0.09)),
+    "uniform-std-0.06": Variant(
+        what="uniform KL weights, rate for std 0.06", settings=wide(0.06, kl_schedule="uniform")
+    ),
     "uniform": Variant(what="uniform KL weights", settings={"kl_schedule": "uniform"}),
     "flipout": Variant(what="flipout, signs per row", settings={"estimator": "flipout"}),
     "flipout-token": Variant(what="flipout, signs per token (released code)", settings={"estimator": "flipout_token"}),
@@ -85,6 +97,18 @@ VARIANTS = {
         what="the line above, and the empirical-Bayes prior of each layer", settings=ELBO, empirical=True
     ),
     "adamw-g": Variant(what="G along the NLL by AdamW", adaptive=True),
+    "paper-150": Variant(what="150 updates: the paper's recipe", settings={"steps": 150}, against="paper-150"),
+    "std-0.06-150": Variant(
+        what="150 updates: rate for std 0.06", settings=wide(0.06, steps=150), against="paper-150"
+    ),
+    "paper-600": Variant(what="600 updates: the paper's recipe", settings={"steps": 600}, against="paper-600"),
+    "std-0.06-600": Variant(
+        what="600 updates: rate for std 0.06", settings=wide(0.06, steps=600), against="paper-600"
+    ),
+    "paper-arc": Variant(what="ARC-Easy: the paper's recipe", settings={"task": "arc_easy"}, against="paper-arc"),
+    "std-0.06-arc": Variant(
+        what="ARC-Easy: rate for std 0.06", settings=wide(0.06, task="arc_easy"), against="paper-arc"
+    ),
 }
 
 
@@ -152,10 +176,9 @@ def measure(name: str, seed: int, data: str, runs: Path) -> dict[str, Any]:
     settings = {"method": "blob", **SETTINGS, **variant.settings, "seed": seed, "target_modules": ("query", "value")}
     experiment = Experiment(**settings).resolved(backbone.family)
     assert experiment.max_tokens is not None
-    task = build_task(backbone, TASK, data, experiment.max_tokens)
+    task = build_task(backbone, experiment.task, data, experiment.max_tokens)
     rows = task.rows("train")
-    train, held_out = rows[:TRAIN_ROWS], rows[-TUNED_ON - HELD_OUT : -TUNED_ON]
-    assert TRAIN_ROWS + HELD_OUT + TUNED_ON <= len(rows)
+    train, held_out = rows[:TRAIN_ROWS], rows[TRAIN_ROWS:-TUNED_ON][-HELD_OUT:]
     base, new = load_base(backbone, task, experiment)
     model = add_adapter(base, experiment, new=new, task_type=None)
     started = time.monotonic()
@@ -179,6 +202,7 @@ def measure(name: str, seed: int, data: str, runs: Path) -> dict[str, Any]:
     layers = gaussian_layers(model).values()
     return {
         "variant": name,
+        "held_out": len(held_out),
         "seed": seed,
         "scores": {key: value.as_dict() for key, value in scores.items()},
         "std": statistics.mean(std(layer.rho).mean().item() for layer in layers) if layers else None,
@@ -228,8 +252,8 @@ def page(records: Sequence[dict[str, Any]]) -> str:
         "seconds",
     ]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    paper = {r["seed"]: r["scores"]["n10"]["nll"] for r in records if r["variant"] == "paper"}
     for name, variant in VARIANTS.items():
+        paper = {r["seed"]: r["scores"]["n10"]["nll"] for r in records if r["variant"] == variant.against}
         mine = [r for r in records if r["variant"] == name]
         for key in ("mle", "n0", "n10"):
             found = [r for r in mine if key in r["scores"]]
@@ -253,15 +277,15 @@ def std_without_data(record: dict[str, Any]) -> float:
     )
     kl = kl_settings(experiment, TRAIN_ROWS)
     assert kl is not None
-    low, high = experiment.rho_init / math.sqrt(2), experiment.rho_init
-    g = torch.tensor(((high**3 - low**3) / (3 * (high - low))) ** 0.5, dtype=torch.float64)
-    best, warm_up = torch.tensor(experiment.prior_std).double().sqrt(), math.ceil(WARM_UP * experiment.steps)
-    for step in range(experiment.steps):
-        rest = (experiment.steps - step) / max(1, experiment.steps - warm_up)
-        rate = kl.learning_rate * (step / warm_up if step < warm_up else rest)
-        _, slope = gaussian_kl_gradient(g, g, experiment.prior_std)
-        g = torch.minimum(g - rate * kl.schedule(step, kl.cycle) * slope, best)
-    return std(g).item()
+    return kl_only_std(
+        kl.learning_rate,
+        updates=experiment.steps,
+        cycle=kl.cycle,
+        schedule=kl.schedule,
+        start=initial_std(experiment.rho_init),
+        prior_std=experiment.prior_std,
+        warmup=WARM_UP,
+    )
 
 
 def spread(values: Sequence[float]) -> str:

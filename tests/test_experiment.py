@@ -22,6 +22,7 @@ from bayestune.experiment.record import rows_sha256
 from bayestune.experiment.train import kl_settings
 from bayestune.inference import Scores
 from bayestune.tasks import read_rows
+from bayestune.training import initial_std, kl_only_std
 from toys import pretrained_bert, pretrained_llama, questions, write_data, write_rows
 
 PACKAGED = Path(demo.__file__).parent / "data" / "everyday"
@@ -48,6 +49,7 @@ def experiment(world: Path, **changes: Any) -> Experiment:
         "max_tokens": 200,
         "learning_rate": 0.01,
         "rho_init": 0.5,
+        "kl_learning_rate": 0.002,
     }
     return Experiment.from_dict(settings | changes, where="test")
 
@@ -105,15 +107,44 @@ def test_defaults_are_the_papers_for_each_kind_of_model() -> None:
     given = Experiment(model="m", task="t", learning_rate=0.5)
     causal, encoder = given.resolved("causal"), given.resolved("encoder")
     assert (causal.batch_size, causal.lora_alpha, causal.kl_learning_rate, causal.max_tokens) == (4, 16, 0.01, 300)
-    assert (encoder.batch_size, encoder.lora_alpha, encoder.kl_learning_rate, encoder.max_tokens) == (
-        32,
-        8,
-        0.002,
-        256,
-    )
+    assert (encoder.batch_size, encoder.lora_alpha, encoder.max_tokens) == (32, 8, 256)
     assert causal.learning_rate == encoder.learning_rate == 0.5
     assert Experiment(model="m", task="t").resolved("causal").learning_rate == 1e-4
     assert Experiment(model="m", task="t").resolved("encoder").learning_rate == 5e-4
+
+
+def test_the_kl_rate_is_the_papers_but_for_blob_on_an_encoder() -> None:
+    """There the width is fixed instead, docs/recipe.md; whatever is given stays."""
+    rates = {
+        (method, family): (found.kl_learning_rate, found.posterior_std)
+        for method in ("blob", "bbb", "mle")
+        for family in ("causal", "encoder")
+        for found in [Experiment(model="m", task="t", method=method).resolved(family)]
+    }
+    assert rates.pop(("blob", "encoder")) == (None, 0.06)
+    assert rates == {
+        (method, family): (rate, None)
+        for method in ("blob", "bbb", "mle")
+        for family, rate in (("causal", 0.01), ("encoder", 0.002))
+        if (method, family) != ("blob", "encoder")
+    }
+    for given in ({"kl_learning_rate": 0.003}, {"posterior_std": 0.1}):
+        for family in ("causal", "encoder"):
+            found = Experiment(model="m", task="t", **given).resolved(family)
+            assert {"kl_learning_rate": None, "posterior_std": None, **given}.items() <= found.as_dict().items()
+
+
+def test_the_kl_rate_of_a_width_follows_from_the_run() -> None:
+    given = Experiment(model="m", task="t", steps=300).resolved("encoder")
+    kl = kl_settings(given, rows=1000)
+    assert kl is not None and kl.cycle == 47
+    found = kl_only_std(kl.learning_rate, updates=300, cycle=47, start=initial_std(0.05), prior_std=0.2)
+    assert found == pytest.approx(0.06, rel=1e-9)
+
+
+def test_a_rate_and_a_width_together_are_refused() -> None:
+    with pytest.raises(ConfigError, match="posterior_std and kl_learning_rate: found both"):
+        Experiment(model="m", task="t", kl_learning_rate=0.01, posterior_std=0.06)
 
 
 def test_S17_the_kl_weights_of_every_schedule_add_up() -> None:

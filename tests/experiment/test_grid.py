@@ -50,7 +50,13 @@ def grid(world: Path, tmp_path: Path) -> Grid:
 
 def make(world: Path, place: Path, **changes: Any) -> Grid:
     settings = {"model": str(world / "bert"), "data": str(world / "data"), "steps": 2, "batch_size": 4, "draws": 3}
-    settings |= {"max_tokens": 200, "members": 2, "rho_init": 0.5, **changes.pop("settings", {})}
+    settings |= {
+        "max_tokens": 200,
+        "members": 2,
+        "rho_init": 0.5,
+        "kl_learning_rate": 0.002,
+        **changes.pop("settings", {}),
+    }
     given: dict[str, Any] = {
         "table": "table2",
         "seeds": (1, 2),
@@ -313,3 +319,20 @@ def test_rows_are_answered_once_and_the_cells_are_those_of_the_loaded_run(
     run_table(again)
     one, other = (read_cells(folder.results / "table2") for folder in (grid, again))
     assert one == other
+
+
+def test_the_line_of_the_papers_kl_rate_is_a_run_of_its_own(grid: Grid) -> None:
+    """Beside "blob" with the width of the settings, scored apart, and found again."""
+    settings = {**grid.settings, "rho_init": 0.1, "posterior_std": 0.05}
+    settings.pop("kl_learning_rate")
+    both = make_like(grid, settings=settings, methods=("blob", "blob_paper"), seeds=(1,))
+    assert run_table(both) == plan(make_like(both, results=grid.results / "none")).cells == 2 * 5 * 3
+    fixed = {
+        (cell["method"], cell["experiment"]["kl_learning_rate"], cell["experiment"]["posterior_std"])
+        for cell in read_cells(grid.results / "table2")
+    }
+    assert fixed == {("blob", None, 0.05), ("blob_paper", 0.002, None)}
+    assert {cell["experiment"]["method"] for cell in read_cells(grid.results / "table2")} == {"blob"}
+    assert plan(both).runs == ()
+    with pytest.raises(ConfigError, match="posterior_std=0.05, found 0.07"):
+        plan(make_like(both, settings={**settings, "posterior_std": 0.07}))

@@ -30,7 +30,7 @@ def table(
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Train nothing: make the table from --results.")] = False,
 ) -> None:
     """Make a table of the paper: every method, data set and seed, then the table as Markdown and HTML."""
-    from bayestune.experiment.layouts import METHODS, layout
+    from bayestune.experiment.layouts import LINES, layout
 
     layout(table)
     given = {"data": data, "model": model, "seeds": seeds, "methods": methods, "steps": steps, "tasks": tasks}
@@ -56,7 +56,7 @@ def table(
     grid = Grid(
         table=table,
         seeds=_seeds(seeds or "1,2,3"),
-        methods=methods.split(",") if methods else list(METHODS),
+        methods=methods.split(",") if methods else [name for name, line in LINES.items() if line.asked],
         tasks=tasks.split(",") if tasks else None,
         settings=settings,
         results=results,

