@@ -21,6 +21,8 @@ FUNCTIONAL, GAUSSIAN, NOISE = "functional.py", "adapters/gaussian.py", "adapters
 TRAINER, KL, SCORES = "training/trainer.py", "training/kl.py", "metrics/scores.py"
 STATE, STORAGE, MANIFEST, FOLDER = (f"posteriors/{n}.py" for n in ("state", "storage", "manifest", "folder"))
 
+WIDTH, SETTINGS, TABLE_GRID = "training/width.py", "experiment/settings.py", "experiment/grid.py"
+
 DEFECTS = (
     # The KL and its gradient.
     Defect(
@@ -505,5 +507,62 @@ DEFECTS = (
         before="        if shared:\n",
         after="        if False:\n",
         tests="test_methods.py refused_and_nothing",
+    ),
+    # The KL rate of a width.
+    Defect(
+        name="width grown by the whole rate in every update",
+        path=WIDTH,
+        before="found.append(share * schedule(step, cycle))",
+        after="found.append(schedule(step, cycle))",
+        tests="training/test_width.py recursion",
+    ),
+    Defect(
+        name="width grown twice as fast",
+        path=WIDTH,
+        before="g + 2 * rate * weight",
+        after="g + 4 * rate * weight",
+        tests="training/test_width.py",
+    ),
+    Defect(
+        name="warm-up one update shorter",
+        path=WIDTH,
+        before="rising = math.ceil(warmup * updates)",
+        after="rising = math.floor(warmup * updates)",
+        tests="training/test_width.py recursion",
+    ),
+    Defect(
+        name="KL rate of a short run without its bound",
+        path=WIDTH,
+        before="low, high = 0.0, prior_std**2",
+        after="low, high = 0.0, 1e9",
+        tests="training/test_width.py",
+    ),
+    Defect(
+        name="first width of the middle of the start",
+        path=WIDTH,
+        before="return rho_init**2 * (1 - low**3) / (3 * (1 - low))",
+        after="return rho_init**2 * ((1 + low) / 2) ** 2",
+        tests="training/test_width.py first_width",
+    ),
+    Defect(
+        name="width fixed for every method of an encoder",
+        path=SETTINGS,
+        before='wide = self.method == "blob" and family == "encoder"',
+        after='wide = family == "encoder"',
+        tests="test_experiment.py papers_but",
+    ),
+    Defect(
+        name="line of the paper's KL rate with the settings of the other",
+        path=TABLE_GRID,
+        before="if LINES[line].paper_kl_rate:",
+        after="if False:",
+        tests="experiment/test_grid.py line_of",
+    ),
+    Defect(
+        name="two lines of a table under the name of their method",
+        path="experiment/fill.py",
+        before="method=planned.line,",
+        after="method=experiment.method,",
+        tests="experiment/test_grid.py line_of",
     ),
 )
