@@ -173,9 +173,10 @@ def test_mle_trains_plain_lora(world: Path, tmp_path: Path, capsys: pytest.Captu
 def test_a_config_file_says_the_same_as_flags_and_flags_win(world: Path, tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     settings = [f"model: {world / 'llama'}", "task: colours", f"data: {world / 'data'}", "batch_size: 4", "draws: 3"]
-    settings += ["learning_rate: 1e-2", "rho_init: 0.5", "max_tokens: 200", "steps: 999"]
+    settings += ["learning_rate: 1e-2", "rho_init: 0.5", "max_tokens: 200", "steps: 999", "posterior_std: 0.19"]
     config.write_text("\n".join(settings))
     command = ["train", "--config", str(config), "--steps", str(STEPS), "--output", str(tmp_path / "run")]
+    command += ["--kl-learning-rate", "0.01"]  # takes the place of the width
     assert invoke(command) == 0
     there, here = (json.loads((folder / "run" / "result.json").read_text()) for folder in (world, tmp_path))
     assert here["experiment"] == there["experiment"]

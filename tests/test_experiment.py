@@ -128,6 +128,9 @@ def test_the_kl_rate_is_the_papers_but_for_blob_on_an_encoder() -> None:
         for family, rate in (("causal", 0.01), ("encoder", 0.002))
         if (method, family) != ("blob", "encoder")
     }
+    for other in ({"prior_std": 0.05}, {"rho_init": 0.4}, {"kl_schedule": "elbo"}):
+        found = Experiment(model="m", task="t", **other).resolved("encoder")
+        assert (found.kl_learning_rate, found.posterior_std) == (0.002, None)
     for given in ({"kl_learning_rate": 0.003}, {"posterior_std": 0.1}):
         for family in ("causal", "encoder"):
             found = Experiment(model="m", task="t", **given).resolved(family)
@@ -140,6 +143,13 @@ def test_the_kl_rate_of_a_width_follows_from_the_run() -> None:
     assert kl is not None and kl.cycle == 47
     found = kl_only_std(kl.learning_rate, updates=300, cycle=47, start=initial_std(0.05), prior_std=0.2)
     assert found == pytest.approx(0.06, rel=1e-9)
+
+
+def test_a_width_outside_the_start_and_the_prior_is_refused() -> None:
+    for given in ({"posterior_std": 0.3}, {"posterior_std": 0.0018}, {"posterior_std": 0.06, "prior_std": 0.05}):
+        with pytest.raises(ConfigError, match=r"posterior_std: found .* expected more than the start, 0.001839"):
+            Experiment(model="m", task="t", **given)
+        assert Experiment(model="m", task="t", method="mle", **given).posterior_std == given["posterior_std"]
 
 
 def test_a_rate_and_a_width_together_are_refused() -> None:

@@ -547,8 +547,8 @@ DEFECTS = (
     Defect(
         name="width fixed for every method of an encoder",
         path=SETTINGS,
-        before='wide = self.method == "blob" and family == "encoder"',
-        after='wide = family == "encoder"',
+        before='_MEASURED = {"method": "blob", ',
+        after="_MEASURED = {",
         tests="test_experiment.py papers_but",
     ),
     Defect(

@@ -107,6 +107,28 @@ def test_small_steps_grow_the_width_by_four_times_the_rate_a_weight() -> None:
     assert rate == pytest.approx(expected, rel=4 * expected / updates / start * 10)
 
 
+@pytest.mark.parametrize("start", [0.2, 0.35])
+def test_a_start_wider_than_the_prior_shrinks_to_it(start: float) -> None:
+    layer = layer_at(start, 0.2)
+    for step in range(30):
+        kl_step(layer, rate=0.01 * (30 - step) / 30, weight=uniform_kl_weight(step, 5), along_nll=False)
+    found = kl_only_std(0.01, updates=30, cycle=5, start=start, prior_std=0.2, schedule=uniform_kl_weight, warmup=0.0)
+    assert found == pytest.approx(std(layer.rho).mean().item(), rel=1e-12)
+
+
+def test_the_means_shrink_as_the_docstring_says() -> None:
+    """``log M`` falls by ``sum(eta c pi) / s_p^2``, in small steps ``(std - start) / (4 s_p^2)``."""
+    given = {"updates": 1000, "cycle": 1000, "start": 0.01, "prior_std": 1.0}
+    rate = kl_rate_for_std(0.06, schedule=uniform_kl_weight, warmup=0.0, **given)
+    layer = layer_at(0.01, 1.0)
+    before = layer.weight.detach().clone()
+    for step in range(1000):
+        kl_step(layer, rate=rate * (1000 - step) / 1000, weight=1 / 1000, along_nll=False)
+    factor = (layer.weight / before).mean().item()
+    # Against the limit: (std / s_p)^2 = 0.4 % of the growth, and a step of a thousandth.
+    assert math.log(factor) == pytest.approx(-(0.06 - 0.01) / 4, rel=0.01)
+
+
 def test_a_run_too_short_has_the_largest_rate_and_stays_narrower() -> None:
     given = {"updates": 10, "cycle": 39, "start": 0.0018, "prior_std": 0.2}
     assert kl_rate_for_std(0.06, **given) == 0.2**2

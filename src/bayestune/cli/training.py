@@ -46,7 +46,8 @@ def train(
     ] = None,
     kl_schedule: Annotated[str | None, typer.Option(help="paper (default), uniform, linear or elbo.")] = None,
     kl_learning_rate: Annotated[
-        float | None, typer.Option(help="Of the SGD step on G and the KL; default 0.01, but for blob on encoders.")
+        float | None,
+        typer.Option(help="Of the SGD step on G and the KL; default 0.01, on encoders 0.002 or --posterior-std."),
     ] = None,
     posterior_std: Annotated[
         float | None,
@@ -139,7 +140,12 @@ def train(
         "temperature_split": temperature_split,
     }
     settings = {} if config is None else read_config(config)
-    settings.update({name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    if {"kl_learning_rate", "posterior_std"} & given.keys():  # one of them takes the place of the other
+        settings = {
+            name: value for name, value in settings.items() if name not in ("kl_learning_rate", "posterior_std")
+        }
+    settings.update(given)
 
     from bayestune.experiment import Experiment, run, score_table
 

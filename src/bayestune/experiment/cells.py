@@ -27,6 +27,7 @@ from bayestune.experiment.cell_fields import (
     check_cell,
 )
 from bayestune.experiment.record import read_json
+from bayestune.experiment.settings import KL_METHODS, KL_SETTINGS
 from bayestune.inference import Prediction, evaluate
 
 SHARED = ("steps", "batch_size", "rank", "lora_alpha", "target_modules", "max_tokens", "precision", "train_split")
@@ -171,6 +172,8 @@ def _agreements(cell: Cell) -> Iterator[tuple[tuple[str, ...], str, Any]]:
     yield (table, "eval_task", eval_task), "rows", cell["rows"]
     yield (table, "method", task, method), "steps", cell["steps"]
     for name, value in settings.items():
+        if name in KL_SETTINGS and settings.get("method") not in KL_METHODS:
+            continue
         if name in SHARED:
             yield (table, "task", task), f"experiment.{name}", value
         elif name not in OWN:

@@ -11,7 +11,7 @@ from bayestune.errors import ConfigError, MissingSplitError
 from bayestune.experiment.backbone import Backbone, build_task, find_backbone
 from bayestune.experiment.cells import Cell, portable, read_cells
 from bayestune.experiment.layouts import LINES, layout
-from bayestune.experiment.settings import PAPER_KL_RATE, POST_HOC, Experiment
+from bayestune.experiment.settings import KL_METHODS, KL_SETTINGS, PAPER_KL_RATE, POST_HOC, Experiment
 from bayestune.tasks import Task
 
 _FREE = ("data", "adapter", "target_modules", "checkpoint_steps")
@@ -242,4 +242,6 @@ def _expected(there: Sequence[Cell], runs: Sequence[Planned]) -> float | None:
 
 def counts_for(name: str, wanted: Mapping[str, Any]) -> bool:
     """Whether the setting `name` of what is there must be that of `wanted`."""
+    if name in KL_SETTINGS and wanted["method"] not in KL_METHODS:
+        return False
     return name not in _FREE or (name == "target_modules" and wanted[name] is not None)

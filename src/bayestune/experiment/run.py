@@ -32,7 +32,7 @@ from bayestune.experiment.methods import Start, adapter_file, autocast, begin, e
 from bayestune.experiment.processes import is_main, process_count
 from bayestune.experiment.record import file_sha256, hardware, read_json, rows_sha256, versions, write_json
 from bayestune.experiment.settings import Experiment
-from bayestune.experiment.train import Training
+from bayestune.experiment.train import Training, kl_settings
 from bayestune.inference import Prediction, Scores, evaluate, predict
 from bayestune.posteriors import Posterior, load, save_posterior
 from bayestune.tasks import AnyRow, Task
@@ -177,6 +177,7 @@ class _Rows:
 def _record(result: Result, rows: _Rows, hashes: dict[str, Any], command: Sequence[str]) -> dict[str, Any]:
     """What result.json holds."""
     experiment = result.experiment
+    kl = kl_settings(experiment, len(rows.train))
     return {
         "seed": experiment.seed,
         "task": experiment.task,
@@ -184,6 +185,7 @@ def _record(result: Result, rows: _Rows, hashes: dict[str, Any], command: Sequen
         "method": experiment.method,
         "methods": {key: value.as_dict() for key, value in result.scores.items()},
         "experiment": experiment.as_dict(),
+        "kl": None if kl is None else {"cycle": kl.cycle, "learning_rate": kl.learning_rate},
         "command": list(command),
         "temperature": result.temperature,
         "steps": experiment.steps,

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from bayestune.adapters.config import Estimator
 from bayestune.errors import ConfigError
+from bayestune.training.width import check_std, initial_std
 
 Family = Literal["causal", "encoder"]
 Method = Literal["mle", "map", "dropout", "ensemble", "bbb", "blob", "laplace", "tfb", "swag", "temperature"]
@@ -62,7 +63,11 @@ _FAMILY_DEFAULTS: dict[Family, dict[str, Any]] = {
 }
 PAPER_KL_RATE: dict[Family, float] = {"causal": 0.01, "encoder": 0.002}
 """The paper's `kl_learning_rate`, for runs of 5,000 updates of 4 rows, and for RoBERTa."""
-_ENCODER_STD = 0.06  # docs/recipe.md
+_ENCODER_STD = 0.06  # docs/recipe.md, where it was measured with
+_MEASURED = {"method": "blob", "prior_std": 0.2, "rho_init": 0.05}
+KL_METHODS: tuple[Method, ...] = ("blob", "bbb")
+KL_SETTINGS = ("kl_learning_rate", "posterior_std", "kl_schedule")
+"""Settings of no effect on other methods than `KL_METHODS`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +87,9 @@ class Experiment:
         learning_rate: of AdamW (6 % warm-up, then linear to 0), for M, B and a new head.
         kl_learning_rate: of the SGD step on G and on the KL; it follows the same course.
         posterior_std: instead of `kl_learning_rate`: the mean standard deviation of the weights of A to which the KL
-            alone would take them in this run; its rate follows from it (`training.kl_rate_for_std`). 0.06 for "blob"
-            on an encoder where neither is set; "bbb" and causal models then have the paper's rate.
+            alone would take them in this run; its rate follows from it (`training.kl_rate_for_std`). Where neither is
+            set it is 0.06 for "blob" on an encoder, with the default prior and start, and a KL that counts once a
+            cycle; everything else then has the paper's rate.
         kl_schedule: weights of the KL; "paper", "uniform" and "linear" add up to 1 over the paper's cycle of updates,
             "elbo" is 1/rows in every update.
         target_modules: layers that get an adapter; None for the attention's query and value (and an untied lm_head).
@@ -154,6 +160,8 @@ class Experiment:
                 _check(name, value)
         if self.kl_learning_rate is not None and self.posterior_std is not None:
             raise ConfigError("posterior_std and kl_learning_rate: found both; each fixes the other, leave one out.")
+        if self.posterior_std is not None and self.method in KL_METHODS:
+            check_std(self.posterior_std, start=initial_std(self.rho_init), prior_std=self.prior_std)
         if self.adapter is not None and self.method not in POST_HOC:
             raise ConfigError(f"adapter: found one for method {self.method!r}, expected one of {', '.join(POST_HOC)}.")
         if self.method == "temperature" and self.temperature_split is None:
@@ -163,7 +171,8 @@ class Experiment:
         """The same with what depends on the kind of model filled in; target_modules, eval_split and data stay."""
         defaults = {**_FAMILY_DEFAULTS[family]}
         if self.kl_learning_rate is None and self.posterior_std is None:
-            wide = self.method == "blob" and family == "encoder"
+            wide = family == "encoder" and all(vars(self)[name] == value for name, value in _MEASURED.items())
+            wide = wide and self.kl_schedule != "elbo"
             defaults |= {"posterior_std": _ENCODER_STD} if wide else {"kl_learning_rate": PAPER_KL_RATE[family]}
         missing = {name: value for name, value in defaults.items() if vars(self)[name] is None}
         return dataclasses.replace(self, **missing)

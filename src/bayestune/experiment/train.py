@@ -14,7 +14,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from bayestune.errors import BayestuneWarning
 from bayestune.experiment.processes import is_main, process_count
 from bayestune.experiment.progress import ProgressBar
-from bayestune.experiment.settings import Experiment
+from bayestune.experiment.settings import KL_METHODS, Experiment
 from bayestune.functional import cycle_steps, linear_kl_weight, paper_kl_weight, uniform_kl_weight
 from bayestune.tasks import AnyRow, Task
 from bayestune.training import (
@@ -52,7 +52,7 @@ class Training:
         """Refuse what cannot be trained on this machine, before anything is written.
 
         Raises:
-            ConfigError: as `BayesTrainer`, or `posterior_std` is not between the start and the prior.
+            ConfigError: as `BayesTrainer`.
         """
         check_arguments(TrainingArguments(**_arguments(self.experiment, self.checkpoints)))
         kl = kl_settings(self.experiment, len(self.rows))
@@ -85,7 +85,7 @@ class Training:
 
 def kl_settings(experiment: Experiment, rows: int) -> KLSettings | None:
     """The KL of "blob" and "bbb"; the other methods have none."""
-    if experiment.method not in ("blob", "bbb"):
+    if experiment.method not in KL_METHODS:
         return None
     assert experiment.batch_size is not None
     match experiment.kl_schedule:
@@ -123,9 +123,9 @@ def _warn_if_too_short(experiment: Experiment, kl: KLSettings) -> None:
     reached = kl_only_std(kl.learning_rate, **_course(experiment, kl.cycle, kl.schedule))
     if reached < 0.99 * experiment.posterior_std:
         warnings.warn(
-            f"posterior_std: {experiment.steps} updates are too few for {experiment.posterior_std:g} with KL weights "
-            f"in cycles of {kl.cycle}: the standard deviation will end near {reached:.3g}. Give more steps, or "
-            "kl_schedule 'uniform'.",
+            f"posterior_std: {experiment.steps} updates are too few for {experiment.posterior_std:g} at the largest KL "
+            f"rate, prior_std^2 = {kl.learning_rate:g}: the standard deviation will end near {reached:.3g}. Give more "
+            "steps, or a smaller posterior_std.",
             BayestuneWarning,
             stacklevel=2,
         )

@@ -3,7 +3,7 @@ r"""How wide the KL alone makes the posterior, and the KL rate that takes it to 
 In a run of few updates the gradient of the NLL hardly moves G: the standard deviation Omega = G^2 at the end is what
 the steps of the KL have made of the start (docs/recipe.md). For the update i, of relative rate c_i, they are
 
-    G <- min(G + 2 eta c_i pi_i (1 / G - G^3 / s_p^2), sqrt(s_p)),
+    G <- G + 2 eta c_i pi_i (1 / G - G^3 / s_p^2), but not past sqrt(s_p),
 
 so, as long as Omega is small against the prior's s_p and the steps are small, Omega grows by ``4 eta c_i pi_i``: by
 about ``2 eta`` a cycle of weights, under a rate that falls linearly to 0. The same KL rate therefore is another
@@ -45,6 +45,19 @@ def kl_only_std(
     return _grow(rate, _weights(updates, cycle, schedule, warmup), start, prior_std)
 
 
+def check_std(std: float, *, start: float, prior_std: float) -> None:
+    """Refuse a width that the KL alone cannot lead to.
+
+    Raises:
+        ConfigError: it leads from `start` towards `prior_std`, and `std` is not between them.
+    """
+    if not start < std < prior_std:
+        raise ConfigError(
+            f"posterior_std: found {std:g}, expected more than the start, {start:.4g} (from rho_init), and less than "
+            f"the prior's {prior_std:g}, as the KL leads from one to the other; or give kl_learning_rate instead."
+        )
+
+
 def kl_rate_for_std(
     std: float,
     *,
@@ -57,17 +70,17 @@ def kl_rate_for_std(
 ) -> float:
     """The KL rate eta at which `kl_only_std` is `std`, by bisection; arguments as there.
 
-    At most ``s_p^2``: the same rate moves the means, ``M <- M - eta c_i pi_i M / s_p^2``, so weights of up to 1/2
-    take at most half of M in one update. A run too short for `std` at that rate stays narrower.
+    The same rate moves the means, ``M <- M - eta c_i pi_i M / s_p^2``: over the run by a factor of about
+    ``exp(-(std - start) / (4 s_p^2))``, 0.7 for 0.06 under a prior of 0.2, but 0.2 under one of 0.1. Under a narrow
+    prior choose a narrow posterior.
+
+    At most ``s_p^2``, so that weights of up to 1/2 take at most half of M in one update. A run too short for `std` at
+    that rate stays narrower.
 
     Raises:
-        ConfigError: the KL alone leads from `start` towards `prior_std`, and `std` is not between them.
+        ConfigError: as `check_std`.
     """
-    if not start < std < prior_std:
-        raise ConfigError(
-            f"posterior_std: found {std:g}, expected more than the start, {start:.4g} (from rho_init), and less than "
-            f"the prior's {prior_std:g}, as the KL leads from one to the other; or give kl_learning_rate instead."
-        )
+    check_std(std, start=start, prior_std=prior_std)
     weights = _weights(updates, cycle, schedule, warmup)
     low, high = 0.0, prior_std**2
     if _grow(high, weights, start, prior_std) <= std:
@@ -94,5 +107,6 @@ def _weights(updates: int, cycle: int, schedule: Schedule, warmup: float) -> lis
 def _grow(rate: float, weights: list[float], start: float, prior_std: float) -> float:
     g, best = math.sqrt(start), math.sqrt(prior_std)
     for weight in weights:
-        g = min(g + 2 * rate * weight * (1 / g - g**3 / prior_std**2), best)
+        moved = g + 2 * rate * weight * (1 / g - g**3 / prior_std**2)
+        g = min(moved, best) if g <= best else max(moved, best)
     return g * g
