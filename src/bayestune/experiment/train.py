@@ -123,8 +123,8 @@ def _warn_if_too_short(experiment: Experiment, kl: KLSettings) -> None:
     reached = kl_only_std(kl.learning_rate, **_course(experiment, kl.cycle, kl.schedule))
     if reached < 0.99 * experiment.posterior_std:
         warnings.warn(
-            f"posterior_std: {experiment.steps} updates are too few for {experiment.posterior_std:g} at the largest KL "
-            f"rate, prior_std^2 = {kl.learning_rate:g}: the standard deviation will end near {reached:.3g}. Give more "
+            f"posterior_std: {experiment.steps} updates are too few for {experiment.posterior_std:g} at the largest "
+            f"KL rate, prior_std^2 = {kl.learning_rate:g}: the standard deviation will end near {reached:.3g}. Give more "
             "steps, or a smaller posterior_std.",
             BayestuneWarning,
             stacklevel=2,
