@@ -17,11 +17,9 @@ from pathlib import Path
 import transformers
 
 from bayestune.experiment import Experiment, run
-from bayestune.experiment.settings import PAPER_KL_RATE
 
 RESULTS = Path(__file__).parent.parent / "results"
 COMMON = {"model": "minilm", "batch_size": 32, "lora_alpha": 16, "learning_rate": 2e-3, "precision": "bf16"}
-COMMON |= {"kl_learning_rate": PAPER_KL_RATE["encoder"]}
 # Updates: about four and eight passes over the rows, so that plain LoRA is overconfident.
 STEPS = {"openbookqa": (600, 1200), "arc_easy": (600,)}
 # Compared by `--tune`: how fast AdamW goes, then how the KL is weighted over updates and how fast G goes.

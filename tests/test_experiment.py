@@ -49,7 +49,6 @@ def experiment(world: Path, **changes: Any) -> Experiment:
         "max_tokens": 200,
         "learning_rate": 0.01,
         "rho_init": 0.5,
-        "kl_learning_rate": 0.002,
     }
     return Experiment.from_dict(settings | changes, where="test")
 
@@ -107,30 +106,18 @@ def test_defaults_are_the_papers_for_each_kind_of_model() -> None:
     given = Experiment(model="m", task="t", learning_rate=0.5)
     causal, encoder = given.resolved("causal"), given.resolved("encoder")
     assert (causal.batch_size, causal.lora_alpha, causal.kl_learning_rate, causal.max_tokens) == (4, 16, 0.01, 300)
-    assert (encoder.batch_size, encoder.lora_alpha, encoder.max_tokens) == (32, 8, 256)
+    assert (encoder.batch_size, encoder.lora_alpha, encoder.kl_learning_rate, encoder.max_tokens) == (
+        32,
+        8,
+        0.002,
+        256,
+    )
     assert causal.learning_rate == encoder.learning_rate == 0.5
     assert Experiment(model="m", task="t").resolved("causal").learning_rate == 1e-4
     assert Experiment(model="m", task="t").resolved("encoder").learning_rate == 5e-4
 
 
-def test_the_kl_rate_is_the_papers_but_for_blob_on_an_encoder() -> None:
-    """There the width is fixed instead, docs/recipe.md; whatever is given stays."""
-    rates = {
-        (method, family): (found.kl_learning_rate, found.posterior_std)
-        for method in ("blob", "bbb", "mle")
-        for family in ("causal", "encoder")
-        for found in [Experiment(model="m", task="t", method=method).resolved(family)]
-    }
-    assert rates.pop(("blob", "encoder")) == (None, 0.06)
-    assert rates == {
-        (method, family): (rate, None)
-        for method in ("blob", "bbb", "mle")
-        for family, rate in (("causal", 0.01), ("encoder", 0.002))
-        if (method, family) != ("blob", "encoder")
-    }
-    for other in ({"prior_std": 0.05}, {"rho_init": 0.4}, {"kl_schedule": "elbo"}):
-        found = Experiment(model="m", task="t", **other).resolved("encoder")
-        assert (found.kl_learning_rate, found.posterior_std) == (0.002, None)
+def test_a_rate_or_a_width_of_the_kl_stays_as_it_is_given() -> None:
     for given in ({"kl_learning_rate": 0.003}, {"posterior_std": 0.1}):
         for family in ("causal", "encoder"):
             found = Experiment(model="m", task="t", **given).resolved(family)
@@ -138,7 +125,7 @@ def test_the_kl_rate_is_the_papers_but_for_blob_on_an_encoder() -> None:
 
 
 def test_the_kl_rate_of_a_width_follows_from_the_run() -> None:
-    given = Experiment(model="m", task="t", steps=300).resolved("encoder")
+    given = Experiment(model="m", task="t", steps=300, posterior_std=0.06).resolved("encoder")
     kl = kl_settings(given, rows=1000)
     assert kl is not None and kl.cycle == 47
     found = kl_only_std(kl.learning_rate, updates=300, cycle=47, start=initial_std(0.05), prior_std=0.2)

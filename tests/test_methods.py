@@ -62,7 +62,6 @@ def experiment(world: Path, **changes: Any) -> Experiment:
         "max_tokens": 200,
         "learning_rate": 0.01,
         "rho_init": 0.5,
-        "kl_learning_rate": 0.002,
         "members": 2,
         "swag_steps": 4,
         "swag_learning_rate": 0.01,

@@ -321,18 +321,24 @@ def test_rows_are_answered_once_and_the_cells_are_those_of_the_loaded_run(
     assert one == other
 
 
-def test_the_line_of_the_papers_kl_rate_is_a_run_of_its_own(grid: Grid) -> None:
-    """Beside "blob" with the width of the settings, scored apart, and found again."""
-    settings = {**grid.settings, "rho_init": 0.1, "posterior_std": 0.05}
-    settings.pop("kl_learning_rate")
-    both = make_like(grid, settings=settings, methods=("blob", "blob_paper"), seeds=(1,))
+def test_a_line_with_settings_is_a_run_of_its_own(grid: Grid) -> None:
+    """Beside "blob" with the settings of the table, scored apart, and found again."""
+    settings = {**grid.settings, "rho_init": 0.1, "kl_learning_rate": 0.003}
+    both = make_like(grid, settings=settings, methods=("blob", "blob_wide"), seeds=(1,))
     assert run_table(both) == plan(make_like(both, results=grid.results / "none")).cells == 2 * 5 * 3
-    fixed = {
-        (cell["method"], cell["experiment"]["kl_learning_rate"], cell["experiment"]["posterior_std"])
-        for cell in read_cells(grid.results / "table2")
-    }
-    assert fixed == {("blob", None, 0.05), ("blob_paper", 0.002, None)}
-    assert {cell["experiment"]["method"] for cell in read_cells(grid.results / "table2")} == {"blob"}
+    cells = read_cells(grid.results / "table2")
+    fixed = {(c["method"], c["experiment"]["kl_learning_rate"], c["experiment"]["posterior_std"]) for c in cells}
+    assert fixed == {("blob", 0.003, None), ("blob_wide", None, 0.06)}
+    assert {cell["experiment"]["method"] for cell in cells} == {"blob"}
     assert plan(both).runs == ()
-    with pytest.raises(ConfigError, match="posterior_std=0.05, found 0.07"):
-        plan(make_like(both, settings={**settings, "posterior_std": 0.07}))
+    with pytest.raises(ConfigError, match="kl_learning_rate=0.003, found 0.004"):
+        plan(make_like(both, settings={**settings, "kl_learning_rate": 0.004}))
+
+
+def test_the_kl_of_methods_without_one_does_not_count(grid: Grid) -> None:
+    first = make_like(grid, methods=("mle",), seeds=(1,))
+    run_table(first)
+    other = make_like(first, settings={**grid.settings, "kl_learning_rate": 0.5, "kl_schedule": "elbo"}, seeds=(1, 2))
+    assert [planned.experiment.seed for planned in plan(other).runs] == [2]
+    run_table(other)
+    assert len(read_cells(grid.results / "table2")) == 2 * 5

@@ -21,7 +21,7 @@ FUNCTIONAL, GAUSSIAN, NOISE = "functional.py", "adapters/gaussian.py", "adapters
 TRAINER, KL, SCORES = "training/trainer.py", "training/kl.py", "metrics/scores.py"
 STATE, STORAGE, MANIFEST, FOLDER = (f"posteriors/{n}.py" for n in ("state", "storage", "manifest", "folder"))
 
-WIDTH, SETTINGS, TABLE_GRID = "training/width.py", "experiment/settings.py", "experiment/grid.py"
+WIDTH, TABLE_GRID = "training/width.py", "experiment/grid.py"
 
 DEFECTS = (
     # The KL and its gradient.
@@ -545,24 +545,17 @@ DEFECTS = (
         tests="training/test_width.py first_width",
     ),
     Defect(
-        name="width fixed for every method of an encoder",
-        path=SETTINGS,
-        before='_MEASURED = {"method": "blob", ',
-        after="_MEASURED = {",
-        tests="test_experiment.py papers_but",
-    ),
-    Defect(
-        name="line of the paper's KL rate with the settings of the other",
+        name="line without its own settings",
         path=TABLE_GRID,
-        before="if LINES[line].paper_kl_rate:",
-        after="if False:",
-        tests="experiment/test_grid.py line_of",
+        before="{**settings, **LINES[line].settings}",
+        after="settings",
+        tests="experiment/test_grid.py line_with",
     ),
     Defect(
         name="two lines of a table under the name of their method",
         path="experiment/fill.py",
         before="method=planned.line,",
         after="method=experiment.method,",
-        tests="experiment/test_grid.py line_of",
+        tests="experiment/test_grid.py line_with",
     ),
 )

@@ -18,7 +18,7 @@ def table(
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds, with commas; default 1,2,3.")] = None,
     methods: Annotated[
-        str | None, typer.Option(help="Lines, with commas; default: all but blob_paper (BLoB at the paper's KL rate).")
+        str | None, typer.Option(help="Lines, with commas; default: all but blob_wide (BLoB with a posterior_std).")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Updates of each run; default: the paper's.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Training sets, with commas; default: all of the table.")] = None,

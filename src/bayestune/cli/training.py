@@ -47,13 +47,11 @@ def train(
     kl_schedule: Annotated[str | None, typer.Option(help="paper (default), uniform, linear or elbo.")] = None,
     kl_learning_rate: Annotated[
         float | None,
-        typer.Option(help="Of the SGD step on G and the KL; default 0.01, on encoders 0.002 or --posterior-std."),
+        typer.Option(help=f"Of the SGD step on G and the KL; {_PAPER}."),
     ] = None,
     posterior_std: Annotated[
         float | None,
-        typer.Option(
-            help="Instead of it: how wide the KL alone makes the posterior; default 0.06 for blob on encoders."
-        ),
+        typer.Option(help="Instead of it: how wide the KL alone makes the posterior."),
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest row; default 300 or 256.")] = None,
     precision: Annotated[str | None, typer.Option(help="float32 (default) or bf16 autocast.")] = None,

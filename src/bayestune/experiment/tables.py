@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from bayestune.errors import ConfigError
 from bayestune.experiment.cell_fields import Cell
-from bayestune.experiment.layouts import LINES, Column, Layout, check_columns, layout, line_keys, line_label
+from bayestune.experiment.layouts import Column, Layout, check_columns, layout, line_keys, line_label
 from bayestune.experiment.summary import DETECTION, EPISTEMIC, MEASURES, Measure, Spread, ranks, spread
 from bayestune.report.markdown import markdown
 from bayestune.report.views import Block, Line, Table, Value, shown
@@ -142,10 +142,7 @@ def _published_lines(
     last: bool,
 ) -> Iterator[Line]:
     """The paper's line of the same method and draws, where it fits the cells; after our `last` of a method, any."""
-    line, draws = key
-    if not all(_paper_kl_rate(cell) for cell in cells if cell["method"] == line):
-        return
-    method = LINES[line].method if line in LINES else line
+    method, draws = key
     for figures in published:
         by_line = figures.values.get(measure.path[-1], {})
         for name in [(method, draws), *([(method, None)] if last else [])]:
@@ -157,13 +154,8 @@ def _published_lines(
                 fits = bool(ours) and all(figures.fits(cell) for cell in ours) and column.eval_task in by_line[name]
                 values.append(Value(text=f"{by_line[name][column.eval_task]:.2f}") if fits else MISSING)
             if any(value is not MISSING for value in values):
-                text = line_label(*key) if name[1] is not None else LINES[line].label
+                text = line_label(*key) if name[1] is not None else line_label(method, 0).partition(",")[0]
                 yield Line(label=f"{text}: {figures.source} [{figures.caution}]", values=tuple(values), published=True)
-
-
-def _paper_kl_rate(cell: Cell) -> bool:
-    """Whether the width of a posterior was left to the KL's rate, as in the paper."""
-    return cell["experiment"].get("posterior_std") is None
 
 
 def _rows(cells: Sequence[Cell], found: Layout) -> Block:

@@ -124,8 +124,8 @@ def _warn_if_too_short(experiment: Experiment, kl: KLSettings) -> None:
     if reached < 0.99 * experiment.posterior_std:
         warnings.warn(
             f"posterior_std: {experiment.steps} updates are too few for {experiment.posterior_std:g} at the largest "
-            f"KL rate, prior_std^2 = {kl.learning_rate:g}: the standard deviation will end near {reached:.3g}. Give more "
-            "steps, or a smaller posterior_std.",
+            f"KL rate, prior_std^2 = {kl.learning_rate:g}: the standard deviation ends near {reached:.3g}. Give "
+            "more steps, or a smaller posterior_std.",
             BayestuneWarning,
             stacklevel=2,
         )
