@@ -20,6 +20,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from bayestune import demo
+from bayestune.adapters import gaussian_layers
 from bayestune.cli.app import app, invoke
 from bayestune.errors import BayestuneWarning
 from bayestune.experiment import Experiment, load_run
@@ -51,6 +52,8 @@ def train_arguments(world: Path, **changes: Any) -> list[str]:
         "draws": DRAWS,
         "max-tokens": 200,
     } | {name.replace("_", "-"): value for name, value in changes.items()}
+    if flags.get("method", "blob") not in ("blob", "bbb"):
+        del flags["rho-init"]
     return [
         "train",
         *(part for name, value in flags.items() if value is not None for part in (f"--{name}", str(value))),
@@ -69,6 +72,38 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 
 # The whole way: train, evaluate, predict, export.
+
+
+@pytest.mark.parametrize(
+    ("method", "flag", "value"),
+    [
+        ("mle", "posterior-std", 0.06),
+        ("laplace", "rho-init", 0.5),
+        ("blob", "members", 3),
+        ("map", "swag-steps", 9),
+        ("swag", "map-prior-std", 1.0),
+    ],
+)
+def test_a_flag_of_another_method_is_refused(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, flag: str, value: float
+) -> None:
+    command = [*train_arguments(world, method=method), f"--{flag}", str(value), "--output", str(tmp_path / "run")]
+    assert invoke(command) == 2
+    assert f"error: --{flag}: found it with method {method!r}, expected method" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_record_says_how_wide_the_posterior_became(world: Path, tmp_path: Path) -> None:
+    """And with which rate of the KL; nothing of it for a method without."""
+    flags = train_arguments(world, rho_init=0.2, posterior_std=0.1)
+    assert invoke([*flags, "--output", str(tmp_path / "run")]) == 0
+    kl = json.loads((tmp_path / "run" / "result.json").read_text())["kl"]
+    assert kl["cycle"] >= 1 and 0 < kl["learning_rate"] <= 0.2**2
+    layers = gaussian_layers(load_run(tmp_path / "run").model).values()
+    widths = torch.cat([layer.rho.detach().square().flatten() for layer in layers])
+    assert kl["std"] == pytest.approx(widths.mean().item(), rel=1e-6)
+    assert invoke([*train_arguments(world, method="mle"), "--output", str(tmp_path / "mle")]) == 0
+    assert json.loads((tmp_path / "mle" / "result.json").read_text())["kl"] is None
 
 
 def test_train_leaves_a_run_folder(world: Path) -> None:

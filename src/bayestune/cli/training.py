@@ -1,14 +1,51 @@
 """`bayestune train` and `bayestune demo`. Heavy packages are imported when a command runs."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from bayestune.cli.config import read_config
+from bayestune.errors import ConfigError
 
 _PAPER = "default: the paper's for this kind of model"
+
+
+_RANDOM_A, _LAPLACE, _SWAG = ("blob", "bbb"), ("laplace",), ("swag",)
+_OF_METHODS = {
+    "prior_std": _RANDOM_A,
+    "rho_init": _RANDOM_A,
+    "estimator": _RANDOM_A,
+    "kl_schedule": _RANDOM_A,
+    "kl_learning_rate": _RANDOM_A,
+    "posterior_std": _RANDOM_A,
+    "lora_dropout": ("dropout",),
+    "weight_decay": ("map",),
+    "map_prior_std": ("map",),
+    "members": ("ensemble",),
+    "laplace_layers": _LAPLACE,
+    "laplace_predictive": _LAPLACE,
+    "fit_split": _LAPLACE,
+    "tolerance": ("tfb",),
+    "anchor_rows": ("tfb",),
+    "swag_steps": _SWAG,
+    "swag_learning_rate": _SWAG,
+}
+"""Flags that only these methods use. A file may have settings of several methods, a command line has none in vain."""
+
+
+def _check_of_method(given: Mapping[str, Any], method: str) -> None:
+    """Refuse a flag that the method has no use for.
+
+    Raises:
+        ConfigError: naming the flag, and the methods that have.
+    """
+    for name, methods in _OF_METHODS.items():
+        if name in given and method not in methods:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag}: found it with method {method!r}, expected method {' or '.join(methods)}.")
 
 
 def train(
@@ -144,6 +181,7 @@ def train(
             name: value for name, value in settings.items() if name not in ("kl_learning_rate", "posterior_std")
         }
     settings.update(given)
+    _check_of_method(given, settings.get("method", "blob"))
 
     from bayestune.experiment import Experiment, run, score_table
 

@@ -129,7 +129,7 @@ def read_cells(*folders: str | Path) -> list[Cell]:
     cells: dict[tuple[Any, ...], Cell] = {}
     for path in [path for folder in folders for path in _files(Path(folder))]:
         cell = read_json(path, "a cell of a table")
-        if "table" not in cell and "methods" in cell:
+        if "table" not in cell and ("methods" in cell or "learning_rate" in cell):
             raise ConfigError(f"{path}: found the record of a run, expected cells of a table, as in results/table1.")
         check_cell(cell, where=str(path))
         key = tuple(cell[name] for name in KEY)

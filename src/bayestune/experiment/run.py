@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 
+from bayestune.adapters import gaussian_layers
 from bayestune.errors import ConfigError
 from bayestune.experiment.backbone import (
     Backbone,
@@ -33,6 +35,7 @@ from bayestune.experiment.processes import is_main, process_count
 from bayestune.experiment.record import file_sha256, hardware, read_json, rows_sha256, versions, write_json
 from bayestune.experiment.settings import Experiment
 from bayestune.experiment.train import Training, kl_settings
+from bayestune.functional import std
 from bayestune.inference import Prediction, Scores, evaluate, predict
 from bayestune.posteriors import Posterior, load, save_posterior
 from bayestune.tasks import AnyRow, Task
@@ -140,7 +143,8 @@ def run(
             temperature=posterior.temperature,
         )
         hashes = _hashes(backbone, rows, output, experiment.adapter)
-        write_json(output / RESULT, _record(result, rows, hashes, command))
+        record = _record(result, rows, hashes, command)
+        write_json(output / RESULT, {**record, "kl": _kl(finished, len(rows.train))})
     return result
 
 
@@ -177,7 +181,6 @@ class _Rows:
 def _record(result: Result, rows: _Rows, hashes: dict[str, Any], command: Sequence[str]) -> dict[str, Any]:
     """What result.json holds."""
     experiment = result.experiment
-    kl = kl_settings(experiment, len(rows.train))
     return {
         "seed": experiment.seed,
         "task": experiment.task,
@@ -185,7 +188,6 @@ def _record(result: Result, rows: _Rows, hashes: dict[str, Any], command: Sequen
         "method": experiment.method,
         "methods": {key: value.as_dict() for key, value in result.scores.items()},
         "experiment": experiment.as_dict(),
-        "kl": None if kl is None else {"cycle": kl.cycle, "learning_rate": kl.learning_rate},
         "command": list(command),
         "temperature": result.temperature,
         "steps": experiment.steps,
@@ -196,6 +198,15 @@ def _record(result: Result, rows: _Rows, hashes: dict[str, Any], command: Sequen
         "versions": versions(),
         "hardware": hardware(),
     }
+
+
+def _kl(trained: Run, rows: int) -> dict[str, Any] | None:
+    """The KL's cycle (updates) and rate, and the mean standard deviation that came of them; None without a KL."""
+    kl = kl_settings(trained.experiment, rows)
+    if kl is None:
+        return None
+    widths = torch.cat([std(layer.rho.detach()).flatten() for layer in gaussian_layers(trained.model).values()])
+    return {"cycle": kl.cycle, "learning_rate": kl.learning_rate, "std": widths.mean().item()}
 
 
 def load_run(folder: str | Path, *, data: str | Path | None = None) -> Run:
