@@ -309,11 +309,11 @@ the mean standard deviation of a weight of A, "std without data" where the KL's 
 The two columns of standard deviations agree: in runs as short as these the width of the posterior is set by the rate
 and the weights of the KL and by the number of updates, and hardly by the data. While it is small against the prior,
 each update adds about 4 x rate x weight to std = G^2, so a run of C cycles, under a learning rate that falls linearly
-to 0, ends near `std = start + 2 x rate x C`. A cycle is `functional.cycle_steps(rows, batch_size)` updates, here 47, so
-300 updates are 6.4 cycles; `start` is 0.0018 (`rho_init` 0.05): 0.0018 + 2 x 0.002 x 6.4 = 0.027 for the paper's rate.
-The rate is then a choice of the width, to be made on held-out rows (a file of them, with `--eval-split`); `posterior_std`
-sets the width instead, and the rate follows exactly. In a run of one or two cycles the paper's weights make all of the
-width in a few updates; `kl_schedule` "uniform" grows it steadily.
+to 0, ends near `std = start + 2 x rate x C`. A cycle is `functional.cycle_steps(rows, batch_size)` updates, here 47,
+so 300 are 6.4 cycles; `start` is 0.0018 (`rho_init` 0.05): 0.0018 + 2 x 0.002 x 6.4 = 0.027 for the paper's rate.
+The rate is then a choice of the width, to be made on held-out rows (a split of them, with `--eval-split`);
+`posterior_std` sets the width instead, and the rate follows exactly. In a run of one or two cycles the paper's weights
+make all of the width in a few updates; `kl_schedule` "uniform" grows it steadily.
 
 What the lines show. A wider posterior is the one change that wins by more than seeds differ: on few rows, in many
 passes; not in 150 updates. At equal width the weights of the KL make no difference. What flipout, two draws an update,
