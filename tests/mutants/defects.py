@@ -312,8 +312,8 @@ DEFECTS = (
     Defect(
         name="bins closed on the right",
         path=SCORES,
-        before="_edges(bins)[1:-1], right=True)",
-        after="_edges(bins)[1:-1], right=False)",
+        before="confidence * (1 + EDGE_TOLERANCE)",
+        after="confidence * (1 - EDGE_TOLERANCE)",
         tests="test_metrics.py S19",
     ),
     Defect(
