@@ -146,7 +146,7 @@ def page(record: dict[str, Any]) -> str:
         "",
         "Made by `python benchmarks/draws.py --page` from `results/bench/draws.json`. Mean NLL in nats over "
         f"{record['rows']} rows, over up to {record['repeats']} repeats that share no noise and {len(record['runs'])} "
-        "posteriors; ± is the standard deviation over repeats, averaged over posteriors.",
+        "posterior(s); ± is the standard deviation over repeats, averaged over posteriors.",
         "",
         "| draws | " + " | ".join(ways) + " |",
         "|---" * (len(ways) + 1) + "|",

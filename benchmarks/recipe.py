@@ -297,33 +297,35 @@ def spread(values: Sequence[float]) -> str:
 INTRODUCTION = f"""# Changes to the recipe of BLoB
 
 Made by `python benchmarks/recipe.py --page` from the records in `results/recipe`, one a variant and seed, with its
-command. MiniLM is trained on the first {TRAIN_ROWS} rows of OpenBookQA's train split, in {SETTINGS["steps"]} updates
-of {SETTINGS["batch_size"]} rows, and scored on {HELD_OUT} others of that split. The settings of the baseline were
-chosen on the {TUNED_ON} rows after those.
+command. MiniLM is trained on the first {TRAIN_ROWS} rows of OpenBookQA's train split, in {SETTINGS["steps"]}
+updates of {SETTINGS["batch_size"]} rows, and scored on {HELD_OUT} others of that split. The settings of the
+baseline were chosen on the {TUNED_ON} rows after those. The lines of ARC-Easy are on rows of its train split,
+{TRAIN_ROWS} trained on and 851 scored, and those of 150 and 600 updates differ from the rest in that; each is
+compared with its own first line.
 
-All runs of a seed share rows, order and starting weights, so the NLL (nats) is also given as the difference from the
-paper's recipe with 10 draws, seed by seed. Mean and standard deviation over seeds where there are several. "std" is
-the mean standard deviation of a weight of A, "std without data" where the KL's steps alone would have taken it, and
-"seconds" training alone, on one core that was not always alone.
+All runs of a seed share rows, order and starting weights, so the NLL (nats) is also given as the difference from
+the paper's recipe with 10 draws, seed by seed. Mean and standard deviation over seeds where there are several.
+"std" is the mean standard deviation of a weight of A, "std without data" where the KL's steps alone would have
+taken it, and "seconds" training alone, on one core that was not always alone.
 
-The two columns of standard deviations agree: in runs as short as these the width of the posterior is set by the rate
-and the weights of the KL and by the number of updates, and hardly by the data. While it is small against the prior,
-each update adds about 4 x rate x weight to std = G^2, so a run of C cycles, under a learning rate that falls linearly
-to 0, ends near `std = start + 2 x rate x C`. A cycle is `functional.cycle_steps(rows, batch_size)` updates, here 47,
-so 300 are 6.4 cycles; `start` is 0.0018 (`rho_init` 0.05): 0.0018 + 2 x 0.002 x 6.4 = 0.027 for the paper's rate.
-The rate is then a choice of the width, to be made on held-out rows (a split of them, with `--eval-split`);
-`posterior_std` sets the width instead, and the rate follows exactly. In a run of one or two cycles the paper's weights
-make all of the width in a few updates; `kl_schedule` "uniform" grows it steadily.
+The two columns of standard deviations agree: in runs as short as these the width of the posterior is set by the
+rate and the weights of the KL and by the number of updates, and hardly by the data. While it is small against the
+prior, each update adds about 4 x rate x weight to std = G^2, so a run of C cycles, under a learning rate that falls
+linearly to 0, ends near `std = start + 2 x rate x C`. A cycle is `functional.cycle_steps(rows, batch_size)`
+updates, here 47, so 300 are 6.4 cycles; `start` is 0.0018 (`rho_init` 0.05): 0.0018 + 2 x 0.002 x 6.4 = 0.027 for
+the paper's rate. The rate is then a choice of the width, to be made on held-out rows (a split of them, with
+`--eval-split`); `posterior_std` sets the width instead, and the rate follows exactly. In a run of one or two cycles
+the paper's weights make all of the width in a few updates; `kl_schedule` "uniform" grows it steadily.
 
 What the lines show. A wider posterior is the one change that wins by more than seeds differ: on few rows, in many
-passes; not in 150 updates. At equal width the weights of the KL make no difference. What flipout, two draws an update,
-AdamW for G, and other priors change is within what seeds change, with one seed each. The empirical-Bayes prior is as
-bad as not training: the NLL of a guess among four is ln 4 = 1.386. Seed 2 of ARC-Easy learned nothing either, at both
-widths, so that its mean and deviation say little: compare by seed.
+passes; not in 150 updates. At equal width the weights of the KL make no difference. What flipout, two draws an
+update, AdamW for G, and other priors change is within what seeds change, with one seed each. The empirical-Bayes
+prior is about as bad as not training: the NLL of a guess among four is ln 4 = 1.386. Seed 2 of ARC-Easy learned
+nothing either, at both widths, so that its mean and deviation say little: compare by seed.
 
-Why the paper's rate is still the default: on all of OpenBookQA's train split, in 600 updates, where plain LoRA is only
-mildly overconfident, the width 0.06 has no lower NLL and a lower accuracy ("BLoB, std 0.06" in
-[table 1](tables/table1.md)). One width does not fit few rows and many.
+Why the paper's rate is still the default: on all of OpenBookQA's train split, in 600 updates, where plain LoRA is
+only mildly overconfident, the width 0.06 has no lower NLL and a lower accuracy ("BLoB, std 0.06" in [table
+1](tables/table1.md)). One width does not fit few rows and many.
 """
 
 

@@ -84,7 +84,7 @@ def tuning_table() -> str:
         settings = record["experiment"]
         key = max(record["methods"])  # of BLoB, the draws rather than the mean
         scores = record["methods"][key]
-        kl = ["", ""] if key == "mle" else [settings["kl_schedule"], str(settings["kl_learning_rate"])]
+        kl = ["", ""] if key == "mle" else [settings["kl_schedule"], f"{settings['kl_learning_rate']}"]
         cells = [NAMES[key], f"{settings['learning_rate']}", *kl, *(f"{scores[m]:.3f}" for m in METRICS)]
         lines.append(f"| {' | '.join(cells)} | {scores['rows']} |")
     return "\n".join(lines) + "\n"

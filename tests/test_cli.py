@@ -106,6 +106,15 @@ def test_the_record_says_how_wide_the_posterior_became(world: Path, tmp_path: Pa
     assert json.loads((tmp_path / "mle" / "result.json").read_text())["kl"] is None
 
 
+def test_a_run_too_short_for_its_width_says_so(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = train_arguments(world, rho_init=0.05, posterior_std=0.1)
+    assert invoke([*flags, "--output", str(tmp_path / "run")]) == 0
+    assert f"posterior_std: {STEPS} updates are too few for 0.1" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["kl"]["std"] < 0.1 / 2
+
+
 def test_train_leaves_a_run_folder(world: Path) -> None:
     assert {path.name for path in (world / "run").iterdir()} == {"posterior", "experiment.json", "result.json"}
     result = json.loads((world / "run" / "result.json").read_text())
