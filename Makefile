@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make mutants; each makes .venv first. PYTHON=... picks the interpreter (3.11 or newer).
+# make demo | make test | make test-nightly | make lint | make mutants | make properties; each makes .venv first. PYTHON=... picks the interpreter (3.11 or newer).
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ ORACLES := laplace-torch curvlinops-for-pytorch backpack-for-pytorch asdfghjkl e
 RUNS := $(VENV)/.runs
 TESTS := $(VENV)/.tests
 
-.PHONY: venv demo test lint mutants
+.PHONY: venv demo test test-nightly lint mutants properties
 
 venv: $(TESTS)
 
@@ -35,6 +35,18 @@ lint: $(TESTS)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
+
+# Minutes to an hour: long runs, kills at random, soak. Seeds change from day to day; SEED=n repeats those of another.
+test-nightly: export OMP_NUM_THREADS = 1
+test-nightly: $(TESTS)
+	$(BIN)/python -m pytest -n 2 -m nightly $(if $(SEED),--seed $(SEED))
+
+# Runs both tiers, and makes docs/properties.md from what they found.
+properties: export OMP_NUM_THREADS = 1
+properties: $(TESTS)
+	$(BIN)/python -m pytest -n 2 --junitxml $(VENV)/commit.xml
+	$(BIN)/python -m pytest -n 2 -m nightly --junitxml $(VENV)/nightly.xml
+	cd tests && ../$(BIN)/python -m promises ../$(VENV)/commit.xml ../$(VENV)/nightly.xml
 
 # Plants small defects one at a time in a copy of the source: the tests must fail on each. ONLY=word takes some of them.
 mutants: $(TESTS)

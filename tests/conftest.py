@@ -1,5 +1,7 @@
 """Set-up of the whole suite: offline, one thread, and every annotation of bayestune checked at run time."""
 
+import datetime
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,6 +12,7 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook("bayestune", "beartype.beartype")  # before anything imports bayestune
 
+from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import peft  # noqa: E402, F401  here, where warnings are no errors yet: what it and its kin warn of on import is theirs
@@ -26,6 +29,43 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=os.environ.get("BAYESTUNE_DATA"),
         help="folder of benchmark data sets, DIR/<dataset>/<split>.jsonl.gz (or the variable BAYESTUNE_DATA)",
     )
+    parser.addoption(
+        "--seed",
+        type=int,
+        default=datetime.date.today().toordinal(),
+        help="seed of the nightly tests; default: the number of the day",
+    )
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"seed of nightly tests: {config.getoption('--seed')}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say in the report which tier a test belongs to."""
+    for item in items:
+        tier = next((name for name in ("nightly", "gpu") if item.get_closest_marker(name)), "commit")
+        item.user_properties.append(("tier", tier))
+
+
+@pytest.fixture
+def nightly_seed(request: pytest.FixtureRequest) -> int:
+    """A seed that changes from day to day; the head of the report says which."""
+    return request.config.getoption("--seed")
+
+
+@pytest.fixture
+def figure(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """``figure(what, value, at_most=bound)``, or `at_least`: record a measured figure, and hold it to its bound."""
+
+    def check(what: str, value: float, *, at_most: float | None = None, at_least: float | None = None) -> None:
+        found = {"what": what, "value": float(value), "at_most": at_most, "at_least": at_least}
+        record_property("figure", json.dumps(found))
+        inside = value <= at_most if at_most is not None else at_least is not None and value >= at_least
+        bound = f"at most {at_most}" if at_most is not None else f"at least {at_least}"
+        assert inside, f"{what}: found {value}, expected {bound}"
+
+    return check
 
 
 @pytest.fixture(scope="session")

@@ -358,7 +358,7 @@ def test_the_packaged_readme_counts_its_rows() -> None:
     assert "| all | 150 | 191 |" in text and "102 in all" in text
 
 
-def test_X3_the_demo_writes_its_files_without_a_network(
+def test_X03_the_demo_writes_its_files_without_a_network(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With a tiny model in place of MiniLM, few rows and updates: the files, their fixed names, what is printed."""

@@ -47,18 +47,18 @@ def scalar(value: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("mean", "rho", "prior"), GRID)
-def test_S1_kl_is_that_of_two_normals(mean: float, rho: float, prior: float) -> None:
+def test_S01_kl_is_that_of_two_normals(mean: float, rho: float, prior: float) -> None:
     expected = kl_divergence(Normal(scalar(mean), scalar(rho) ** 2), Normal(0.0, scalar(prior))).item()
     assert gaussian_kl(scalar(mean), scalar(rho), prior).item() == pytest.approx(expected, rel=1e-13, abs=1e-15)
 
 
-def test_S1_the_published_form_would_not_pass() -> None:
+def test_S01_the_published_form_would_not_pass() -> None:
     rho, prior, tiny = 0.05, 0.2, 1e-6
     published = math.log((prior + tiny) / (rho**2 + tiny)) + rho**4 / (2 * prior**2 + tiny) - 0.5
     assert abs(published / gaussian_kl(scalar(0.0), scalar(rho), prior).item() - 1) > 1e-5
 
 
-def test_S1_kl_adds_up_entries_in_float64_whatever_their_dtype() -> None:
+def test_S01_kl_adds_up_entries_in_float64_whatever_their_dtype() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         mean, rho = torch.full((1000, 1000), 0.25, dtype=dtype), torch.full((1000, 1000), 0.0625, dtype=dtype)
         total = gaussian_kl(mean, rho, 0.2)
@@ -67,7 +67,7 @@ def test_S1_kl_adds_up_entries_in_float64_whatever_their_dtype() -> None:
 
 
 @pytest.mark.parametrize(("mean", "rho", "prior"), GRID)
-def test_S2_kl_gradient_is_the_closed_form(mean: float, rho: float, prior: float) -> None:
+def test_S02_kl_gradient_is_the_closed_form(mean: float, rho: float, prior: float) -> None:
     m, g = scalar(mean).requires_grad_(), scalar(rho).requires_grad_()
     automatic = torch.autograd.grad(gaussian_kl(m, g, prior), (m, g))
     by_hand = (mean / prior**2, 2 * rho * (rho**2 / prior**2 - 1 / rho**2))
@@ -78,7 +78,7 @@ def test_S2_kl_gradient_is_the_closed_form(mean: float, rho: float, prior: float
         assert abs(two.item() - hand) <= 1e-12 * scale
 
 
-def test_S2_a_rho_of_zero_is_held_away_from_it() -> None:
+def test_S02_a_rho_of_zero_is_held_away_from_it() -> None:
     rho = torch.tensor([0.0, -0.0, 1e-30, -1e-30, RHO_FLOOR / 2, -RHO_FLOOR / 2, 0.3, -0.3], dtype=torch.float64)
     held = clamp_rho(rho)
     expected = [RHO_FLOOR, RHO_FLOOR, RHO_FLOOR, -RHO_FLOOR, RHO_FLOOR, -RHO_FLOOR, 0.3, -0.3]
@@ -89,7 +89,7 @@ def test_S2_a_rho_of_zero_is_held_away_from_it() -> None:
     assert gaussian_kl(torch.zeros_like(rho), rho, 0.2).item() == math.inf
 
 
-def test_S2_the_gradient_keeps_the_dtype() -> None:
+def test_S02_the_gradient_keeps_the_dtype() -> None:
     mean, rho = torch.ones(3), torch.full((3,), 0.05)
     assert [part.dtype for part in gaussian_kl_gradient(mean, rho, 0.2)] == [torch.float32] * 2
     assert torch.equal(std(torch.tensor([-3.0, 0.5])), torch.tensor([9.0, 0.25]))
@@ -190,7 +190,7 @@ def test_S10_training_noise_depends_on_every_part_of_its_key() -> None:
     assert (products - products.diagonal().diag()).abs().max() <= z_bound(20) / math.sqrt(size)
 
 
-def test_K4_noise_neither_reads_nor_moves_the_global_state() -> None:
+def test_K04_noise_neither_reads_nor_moves_the_global_state() -> None:
     before = (
         torch.get_rng_state()
     )  # Python's own is checked in a fresh process: the type checker of this suite uses it

@@ -117,7 +117,7 @@ def test_an_optional_package_is_imported_in_one_place(package: str) -> None:
     assert {place for place in places if home is None or not (place == home or place.split("/")[0] == home)} == set()
 
 
-def test_P9_no_pickle_in_or_out() -> None:
+def test_P09_no_pickle_in_or_out() -> None:
     found = []
     for path in FILES:
         tree = ast.parse(path.read_text())

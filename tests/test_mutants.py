@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 import bayestune
-from mutants.defects import DEFECTS, Defect
+from mutants.defect import Defect
+from mutants.defects import DEFECTS
 
 SOURCE, TESTS = Path(bayestune.__file__).parent, Path(__file__).parent
 

@@ -110,7 +110,7 @@ class Regression:
             self.layer.rho.copy_(self.deviation.sqrt())
 
 
-def test_S6a_the_gradient_is_zero_at_the_optimum() -> None:
+def test_S06a_the_gradient_is_zero_at_the_optimum() -> None:
     problem = Regression()
     problem.go_to_optimum()
     gradients = torch.autograd.grad(problem.exact_elbo(), (problem.layer.weight, problem.layer.rho))
@@ -121,7 +121,7 @@ def test_S6a_the_gradient_is_zero_at_the_optimum() -> None:
     assert gradients[1].abs().min() > 1e-2
 
 
-def test_S6c_evidence_less_elbo_is_half_the_log_ratio_of_determinants() -> None:
+def test_S06c_evidence_less_elbo_is_half_the_log_ratio_of_determinants() -> None:
     problem = Regression()
     problem.go_to_optimum()
     gap = (problem.precision.diagonal().log().sum() - torch.linalg.slogdet(problem.precision)[1]) / 2
@@ -130,7 +130,7 @@ def test_S6c_evidence_less_elbo_is_half_the_log_ratio_of_determinants() -> None:
 
 
 @pytest.mark.parametrize("estimator", ["independent", "flipout", "flipout_token"])
-def test_S4_minibatch_gradients_are_those_of_the_elbo_on_average(estimator: str) -> None:
+def test_S04_minibatch_gradients_are_those_of_the_elbo_on_average(estimator: str) -> None:
     problem = Regression(estimator)
     layer, copies = problem.layer, 1500
     with torch.no_grad():
@@ -151,7 +151,7 @@ def test_S4_minibatch_gradients_are_those_of_the_elbo_on_average(estimator: str)
     assert ((samples.mean(0) - expected).abs() <= z_bound(samples.shape[1]) * error).all()
 
 
-def test_S6b_training_from_the_start_finds_the_posterior() -> None:
+def test_S06b_training_from_the_start_finds_the_posterior() -> None:
     problem = Regression()
     layer, steps, repeats = problem.layer, 900, 256
     clock = training_noise(problem.model)
@@ -209,7 +209,7 @@ def logistic_optimum() -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("estimator", ["independent", "flipout_token"])
-def test_S7_logistic_optimum(estimator: str) -> None:
+def test_S07_logistic_optimum(estimator: str) -> None:
     one = torch.ones(1, 1, dtype=torch.float64)
     model = adapted_linear(0 * one, one, estimator=estimator, alpha=1)
     layer, steps, repeats = only_layer(model), 900, 128
@@ -230,7 +230,7 @@ def test_S7_logistic_optimum(estimator: str) -> None:
     assert abs(s / best_s - 1) <= 0.02
 
 
-def test_S7_without_data_the_posterior_is_the_prior() -> None:
+def test_S07_without_data_the_posterior_is_the_prior() -> None:
     one = torch.ones(1, 1, dtype=torch.float64)
     layer = only_layer(adapted_linear(0 * one, one))
     mean, rho = layer.weight.detach(), layer.rho.detach()
@@ -248,7 +248,7 @@ UPS = {
 
 
 @pytest.mark.parametrize("name", UPS)
-def test_S9a_the_full_weights_have_the_covariance_of_theorem_3_1(name: str) -> None:
+def test_S09a_the_full_weights_have_the_covariance_of_theorem_3_1(name: str) -> None:
     rows, up = 50_000, UPS[name]
     base = randn(4, 3, seed=1)
     model = adapted_linear(base, up)
@@ -291,7 +291,7 @@ def full_weight_kl(layer: GaussianLinear, base: Tensor, up: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("scaling", [1.0, 1.5])
 @pytest.mark.parametrize("name", UPS)
-def test_S9b_the_kl_of_the_full_weights_is_that_of_a(name: str, scaling: float) -> None:
+def test_S09b_the_kl_of_the_full_weights_is_that_of_a(name: str, scaling: float) -> None:
     base, up = randn(4, 3, seed=1), scaling * UPS[name]
     layer = only_layer(adapted_linear(base, up))
     with torch.no_grad():

@@ -118,7 +118,7 @@ def test_a_draw_of_bbb_uses_both_matrices() -> None:
             torch.testing.assert_close(model(x), expected, rtol=1e-13, atol=1e-13)
 
 
-def test_S1_the_kl_of_bbb_counts_both_matrices() -> None:
+def test_S01_the_kl_of_bbb_counts_both_matrices() -> None:
     model = bayesian_sum(distribution="gaussian_ab", prior_std=0.3)
     layers = gaussian_layers(model).values()
     found = sum(layer.kl().item() for layer in layers)

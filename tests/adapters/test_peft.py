@@ -70,7 +70,7 @@ def test_the_mean_is_plain_lora(architecture: Architecture) -> None:
     ids=["default", "named", "trainable", "low_memory"],
 )
 @EVERY
-def test_P1_saved_and_loaded(architecture: Architecture, how: dict[str, Any], tmp_path: Path) -> None:
+def test_P01_saved_and_loaded(architecture: Architecture, how: dict[str, Any], tmp_path: Path) -> None:
     model = blob(architecture, prior_std=0.3, estimator="flipout").eval()
     model.save_pretrained(tmp_path)
 
@@ -97,7 +97,7 @@ def test_P1_saved_and_loaded(architecture: Architecture, how: dict[str, Any], tm
 
 
 @EVERY
-def test_P1_the_file_holds_the_posterior_and_nothing_else(architecture: Architecture, tmp_path: Path) -> None:
+def test_P01_the_file_holds_the_posterior_and_nothing_else(architecture: Architecture, tmp_path: Path) -> None:
     model = blob(architecture)
     model.save_pretrained(tmp_path)
     expected = {
@@ -367,7 +367,7 @@ def test_a_forward_without_adapters_takes_no_noise() -> None:
     assert all(layer.noise is before[name] for name, layer in gaussian_layers(model).items())
 
 
-def test_K4_the_start_of_the_mean_is_that_of_plain_lora() -> None:
+def test_K04_the_start_of_the_mean_is_that_of_plain_lora() -> None:
     torch.manual_seed(5)
     plain = get_peft_model(LLAMA.build(), LoraConfig(r=4, target_modules=["q_proj"]))
     after = torch.get_rng_state()
@@ -381,7 +381,7 @@ def test_K4_the_start_of_the_mean_is_that_of_plain_lora() -> None:
     "clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
 )
 @EVERY
-def test_K6_copies_are_whole_and_apart(architecture: Architecture, clone: Any) -> None:
+def test_K06_copies_are_whole_and_apart(architecture: Architecture, clone: Any) -> None:
     inputs = architecture.inputs()
     model = blob(architecture)
     training_noise(model).seed = 3

@@ -68,7 +68,7 @@ def killed_at(number: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_P2_a_replacement_killed_at_any_call_leaves_the_earlier_run_or_the_new_one(
+def test_P02_a_replacement_killed_at_any_call_leaves_the_earlier_run_or_the_new_one(
     fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = set()

@@ -184,7 +184,7 @@ def test_P13_a_draw_that_cannot_start_changes_nothing() -> None:
     assert all(module.training for module in model.modules())
 
 
-def test_K6_draws_nest() -> None:
+def test_K06_draws_nest() -> None:
     model, other = blob(LLAMA).eval(), blob(LLAMA, seed=5).eval()
     alone = {}
     for index in (1, 2):
@@ -203,7 +203,7 @@ def test_K6_draws_nest() -> None:
     assert not torch.equal(alone[1], alone[2])
 
 
-def test_K6_a_deep_copy_is_a_model_of_its_own() -> None:
+def test_K06_a_deep_copy_is_a_model_of_its_own() -> None:
     model = blob(LLAMA)
     with draw(model, index=1):
         expected, clone = logits(model), copy.deepcopy(model)
@@ -222,7 +222,7 @@ def test_K6_a_deep_copy_is_a_model_of_its_own() -> None:
         assert torch.equal(logits(model), expected)
 
 
-def test_K6_a_pickled_model_has_the_same_draws() -> None:
+def test_K06_a_pickled_model_has_the_same_draws() -> None:
     model = blob(LLAMA).eval()
     clone = pickle.loads(pickle.dumps(model))
     for index in range(2):
@@ -232,7 +232,7 @@ def test_K6_a_pickled_model_has_the_same_draws() -> None:
     assert torch.equal(logits(model), logits(clone))
 
 
-def test_K4_an_adapter_moves_the_global_state_as_plain_lora_does() -> None:
+def test_K04_an_adapter_moves_the_global_state_as_plain_lora_does() -> None:
     states, matrices = [], []
     for config in (
         LoraConfig(r=4, target_modules=["q_proj", "lm_head"]),
@@ -249,7 +249,7 @@ def test_K4_an_adapter_moves_the_global_state_as_plain_lora_does() -> None:
 
 
 @pytest.mark.parametrize("estimator", ["independent", "flipout", "flipout_token"])
-def test_K4_draws_and_training_noise_leave_the_global_state_alone(estimator: str) -> None:
+def test_K04_draws_and_training_noise_leave_the_global_state_alone(estimator: str) -> None:
     model = blob(LLAMA, estimator=estimator)
     before = torch.get_rng_state()
     with draw(model, index=1):
@@ -262,7 +262,7 @@ def test_K4_draws_and_training_noise_leave_the_global_state_alone(estimator: str
         assert torch.equal(first, logits(model))
 
 
-def test_K4_dropout_moves_the_global_state_as_in_plain_lora() -> None:
+def test_K04_dropout_moves_the_global_state_as_in_plain_lora() -> None:
     states = []
     for config in (
         LLAMA.config(lora_dropout=0.5),

@@ -49,7 +49,7 @@ def of_draws(log_probs: Tensor, labels: Tensor | None = None) -> Prediction:
 
 @pytest.mark.parametrize("task", [Letters(), Sequences()], ids=lambda task: task.name)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_N7_stacked_draws_in_any_batch_equal_a_loop(task: Letters, dtype: torch.dtype, bound: float) -> None:
+def test_N07_stacked_draws_in_any_batch_equal_a_loop(task: Letters, dtype: torch.dtype, bound: float) -> None:
     model = double_llama().to(dtype)
     expected = one_by_one(model, task, 7, draws=5, seed=3)
     for batch_size in (1, 3, 16):
@@ -61,7 +61,7 @@ def test_N7_stacked_draws_in_any_batch_equal_a_loop(task: Letters, dtype: torch.
     assert (expected[0].exp() - expected[1].exp()).abs().max() > 1e-2
 
 
-def test_N7_a_row_does_not_depend_on_the_others() -> None:
+def test_N07_a_row_does_not_depend_on_the_others() -> None:
     model, questions = double_llama(), rows(9)
     alone = predict(model, Letters(), questions[4:5], draws=3).draw_log_probs[:, 0]
     for chosen in ([4, 0], [3, 4, 5, 7], [8, 7, 4, 2, 1]):
@@ -122,7 +122,7 @@ def test_S16_no_draws_is_the_mean() -> None:
 
 @pytest.mark.parametrize("gap", [60.0, 110.0, 200.0, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_N2_large_gaps_and_absent_choices_stay_finite(gap: float, dtype: torch.dtype) -> None:
+def test_N02_large_gaps_and_absent_choices_stay_finite(gap: float, dtype: torch.dtype) -> None:
     table = torch.tensor([[0.0, gap, -math.inf], [gap, 0.0, -math.inf], [0.0, 0.0, -math.inf]], dtype=dtype)
     found = predict(blob(LLAMA).eval(), Fixed(table), [rows(1)[0].__class__(**vars_of(i)) for i in range(3)], draws=4)
     assert found.log_probs[0, 0].item() == pytest.approx(-gap, abs=1e-5)
@@ -138,7 +138,7 @@ def vars_of(index: int) -> dict[str, Any]:
     return {"id": str(index), "question": "q", "choices": ("a", "b"), "answer": min(index, 1)}
 
 
-def test_N2_draws_that_disagree_completely_are_averaged_exactly() -> None:
+def test_N02_draws_that_disagree_completely_are_averaged_exactly() -> None:
     sure = torch.tensor([[[0.0, 1e4]], [[1e4, 0.0]]], dtype=torch.float64).log_softmax(-1)
     found = of_draws(sure)
     assert found.log_probs.tolist() == [[-math.log(2), -math.log(2)]]
@@ -195,7 +195,7 @@ print(hashlib.sha256(answer.draw_log_probs.numpy().tobytes()).hexdigest())
 """
 
 
-def test_K4_a_fresh_process_gives_the_same_answer_and_no_global_state_moves() -> None:
+def test_K04_a_fresh_process_gives_the_same_answer_and_no_global_state_moves() -> None:
     path = os.pathsep.join([str(TESTS), *sys.path])
     environment = {**os.environ, "PYTHONPATH": path}
     output = subprocess.run(
@@ -234,7 +234,7 @@ class Short(Letters):
     ],
     ids=["first", "first two", "third", "more than two", "more than one"],
 )
-def test_R1_answers_are_the_same_when_memory_runs_out(draws: int, fails: Callable[[int, int], bool]) -> None:
+def test_R01_answers_are_the_same_when_memory_runs_out(draws: int, fails: Callable[[int, int], bool]) -> None:
     model, task = double_llama(), Short(fails)
     expected = predict(model, Letters(), rows(10), draws=draws, batch_size=4)
     found = predict(model, task, rows(10), draws=draws, batch_size=4)
@@ -243,7 +243,7 @@ def test_R1_answers_are_the_same_when_memory_runs_out(draws: int, fails: Callabl
 
 
 @pytest.mark.parametrize("draws", [0, 1, 6])
-def test_R1_when_one_row_at_one_draw_does_not_fit_predict_says_so(draws: int) -> None:
+def test_R01_when_one_row_at_one_draw_does_not_fit_predict_says_so(draws: int) -> None:
     model, task = double_llama().train(), Short(lambda call, rows: True)
     with pytest.raises(torch.OutOfMemoryError, match="one row at one draw does not fit into the memory of cpu"):
         predict(model, task, rows(7), draws=draws, batch_size=4)

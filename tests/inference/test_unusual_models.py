@@ -103,7 +103,7 @@ def test_a_training_layer_does_not_use_the_noise_of_another_number_of_rows() -> 
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_N2_logits_that_are_no_numbers_are_refused_by_row(bad: float) -> None:
+def test_N02_logits_that_are_no_numbers_are_refused_by_row(bad: float) -> None:
     table = torch.zeros(3, CLASSES)
     table[1, 2] = bad
     model = get_peft_model(llama().eval(), BlobConfig(target_modules=["q_proj"]))

@@ -14,7 +14,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from mutants.defects import DEFECTS, Defect
+from mutants.defect import Defect
+from mutants.defects import DEFECTS
 
 ROOT = Path(__file__).parent.parent.parent
 JOBS, LIMIT = 2, 600

@@ -67,7 +67,7 @@ def test_draws_that_are_no_members_are_refused(draws: int) -> None:
         predict(ensemble(), Letters(), rows(2), draws=draws)
 
 
-def test_P1_the_folder_holds_each_member_as_plain_lora(tmp_path: Path) -> None:
+def test_P01_the_folder_holds_each_member_as_plain_lora(tmp_path: Path) -> None:
     posterior = ensemble()
     posterior.temperature = 1.7
     save_posterior(posterior, tmp_path / "posterior")
@@ -83,7 +83,7 @@ def test_P1_the_folder_holds_each_member_as_plain_lora(tmp_path: Path) -> None:
         assert torch.equal(found, expected)
 
 
-def test_P7_members_and_temperature_are_not_lost_silently(tmp_path: Path) -> None:
+def test_P07_members_and_temperature_are_not_lost_silently(tmp_path: Path) -> None:
     save_posterior(ensemble(), tmp_path / "ensemble")
     with pytest.raises(PosteriorError, match="kind 'ensemble'.*posteriors.load"):
         load_posterior(PLAIN.base(), tmp_path / "ensemble")
@@ -94,7 +94,7 @@ def test_P7_members_and_temperature_are_not_lost_silently(tmp_path: Path) -> Non
     assert isinstance(loaded, Variational) and loaded.temperature == 2.0
 
 
-def test_P8_every_file_of_a_member_is_checked(tmp_path: Path) -> None:
+def test_P08_every_file_of_a_member_is_checked(tmp_path: Path) -> None:
     folder = tmp_path / "posterior"
     save_posterior(ensemble(), folder)
     path = folder / "member_2" / "adapter_model.safetensors"

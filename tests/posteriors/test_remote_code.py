@@ -83,7 +83,7 @@ def seal(folder: Path, **changes: Any) -> None:
     ],
     ids=["parent_library", "trust in mapping", "another repository", "an address", "all"],
 )
-def test_X1_where_the_base_came_from_is_not_followed(
+def test_X01_where_the_base_came_from_is_not_followed(
     folder: Path, canary: Path, no_network: list[str], changes: dict[str, Any]
 ) -> None:
     seal(folder, **changes)
@@ -110,7 +110,7 @@ def test_X1_where_the_base_came_from_is_not_followed(
     ],
     ids=lambda changes: " ".join(changes),
 )
-def test_X1_settings_that_name_code_are_refused(
+def test_X01_settings_that_name_code_are_refused(
     folder: Path, canary: Path, no_network: list[str], changes: dict[str, Any]
 ) -> None:
     seal(folder, **changes)
@@ -120,14 +120,14 @@ def test_X1_settings_that_name_code_are_refused(
 
 
 @pytest.mark.parametrize("name", ["canary.py", "modeling_canary.py", "config.json", "tokenization.py"])
-def test_X1_code_in_the_folder_is_refused_unread(folder: Path, canary: Path, name: str) -> None:
+def test_X01_code_in_the_folder_is_refused_unread(folder: Path, canary: Path, name: str) -> None:
     shutil.copy(folder.parent / "modules" / "canary" / "__init__.py", folder / name)
     with pytest.raises(PosteriorError, match=f"{name} is not in the manifest and is not opened"):
         load_posterior(LLAMA.build(), folder)
     assert not canary.exists() and "canary" not in sys.modules
 
 
-def test_X1_saving_asks_no_one_about_the_base(tmp_path: Path, no_network: list[str]) -> None:
+def test_X01_saving_asks_no_one_about_the_base(tmp_path: Path, no_network: list[str]) -> None:
     """PEFT, left to itself, looks the base up on the Hub to see whether its vocabulary grew."""
     model = blob()
     model.peft_config["default"].base_model_name_or_path = "someone/model"
@@ -135,6 +135,6 @@ def test_X1_saving_asks_no_one_about_the_base(tmp_path: Path, no_network: list[s
     assert no_network == []
 
 
-def test_X1_the_canary_sings_where_it_is_imported(canary: Path) -> None:
+def test_X01_the_canary_sings_where_it_is_imported(canary: Path) -> None:
     __import__("canary.modeling")
     assert canary.exists()

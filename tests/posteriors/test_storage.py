@@ -72,14 +72,14 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("loader", ["strict", "peft"])
 @pytest.mark.parametrize("name", CASES)
-def test_P1_a_fresh_process_gives_bit_equal_answers(
+def test_P01_a_fresh_process_gives_bit_equal_answers(
     replayed: dict[str, dict[str, bool]], name: str, loader: str
 ) -> None:
     equal = replayed[f"{name} {loader}"]
     assert len(equal) == (1 if CASES[name].plain else 3) and all(equal.values()), equal
 
 
-def test_P1_the_cases_are_not_trivial(saved: Path) -> None:
+def test_P01_the_cases_are_not_trivial(saved: Path) -> None:
     for name, case in CASES.items():
         found = load_file(saved / f"{name}.safetensors")
         with torch.no_grad():
@@ -89,7 +89,7 @@ def test_P1_the_cases_are_not_trivial(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_P1_the_file_holds_every_variational_tensor_and_nothing_else(saved: Path, name: str) -> None:
+def test_P01_the_file_holds_every_variational_tensor_and_nothing_else(saved: Path, name: str) -> None:
     case = CASES[name]
     model, adapter = case.model(), case.adapters[-1]
     expected = {}
@@ -141,7 +141,7 @@ def test_a_loaded_posterior_trains_and_saves_again(saved: Path, tmp_path: Path) 
     assert same(first, second)
 
 
-def test_K4_saving_and_loading_leave_the_random_state_alone(saved: Path, tmp_path: Path) -> None:
+def test_K04_saving_and_loading_leave_the_random_state_alone(saved: Path, tmp_path: Path) -> None:
     model, base = CASES["bert"].model(), CASES["bert"].base()
     before = torch.get_rng_state()
     save_posterior(model, tmp_path / "p")
@@ -321,7 +321,7 @@ def killed_at(number: int) -> Iterator[None]:
         yield
 
 
-def test_P2_a_save_killed_at_any_call_leaves_the_old_posterior_or_the_new(tmp_path: Path) -> None:
+def test_P02_a_save_killed_at_any_call_leaves_the_old_posterior_or_the_new(tmp_path: Path) -> None:
     posteriors = [blob(seed=0), blob(seed=1)]
     save_posterior(posteriors[0], tmp_path / "p")
     outcomes = []

@@ -102,7 +102,7 @@ def texts_of(value: Any) -> Counter[str]:
 
 
 @pytest.mark.parametrize("payload", PAYLOADS, ids=[payload[:12] for payload in PAYLOADS])
-def test_X5_a_text_from_outside_adds_no_element_and_no_attribute(payload: str) -> None:
+def test_X05_a_text_from_outside_adds_no_element_and_no_attribute(payload: str) -> None:
     plain, found = Parsed(html.page_html(page("plain"))), Parsed(html.page_html(page(payload)))
     assert found.shape == plain.shape
     assert found.other == plain.other == []
@@ -114,7 +114,7 @@ def test_X5_a_text_from_outside_adds_no_element_and_no_attribute(payload: str) -
             assert new == (old or "").replace("plain", payload), name
 
 
-def test_X5_nothing_can_be_fetched_or_run() -> None:
+def test_X05_nothing_can_be_fetched_or_run() -> None:
     text = html.page_html(page("plain"))
     found = Parsed(text)
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

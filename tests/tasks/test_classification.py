@@ -31,7 +31,7 @@ def sentences() -> list[TextRow]:
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_N7_padding_batch_and_neighbours_do_not_matter(
+def test_N07_padding_batch_and_neighbours_do_not_matter(
     tokenizers: Tokenizers, sentences: list[TextRow], build: Build, dtype: torch.dtype, bound: float
 ) -> None:
     tokenizer, model = tokenizers["encoder"](), build("bert classes", dtype)
@@ -49,7 +49,7 @@ def test_N7_padding_batch_and_neighbours_do_not_matter(
 
 
 @pytest.mark.parametrize("gap", [0.0, 60.0, 110.0, 200.0, 1e4])
-def test_N2_the_loss_is_the_gap_and_its_gradient_is_finite(tokenizers: Tokenizers, gap: float) -> None:
+def test_N02_the_loss_is_the_gap_and_its_gradient_is_finite(tokenizers: Tokenizers, gap: float) -> None:
     task = classification("rte", tokenizers["encoder"]())
     batch = task.collate([task.example(TextRow(id="r", text="It rains.", label=1))])
     logits = torch.tensor([[gap, 0.0]], requires_grad=True)
@@ -76,13 +76,13 @@ def test_boolq_is_classified_from_question_and_passage(tokenizers: Tokenizers) -
         classification("openbookqa", tokenizer)
 
 
-def test_D3_a_class_the_data_set_does_not_have_is_refused(tokenizers: Tokenizers) -> None:
+def test_D03_a_class_the_data_set_does_not_have_is_refused(tokenizers: Tokenizers) -> None:
     task = classification("rte", tokenizers["encoder"]())
     with pytest.raises(DataError, match=r"f:9 \(id r\): field 'label': found 2, expected 0\.\.1"):
         task.check([TextRow(id="r", text="It rains.", label=2, where="f:9")])
 
 
-def test_D6_a_text_that_is_too_long_is_refused(tokenizers: Tokenizers) -> None:
+def test_D06_a_text_that_is_too_long_is_refused(tokenizers: Tokenizers) -> None:
     task = classification("rte", tokenizers["encoder"](), max_tokens=20)
     with pytest.raises(DataError, match=r"\(id r\): field 'text': found 32 tokens .* at most 20"):
         task.example(TextRow(id="r", text="x" * 30, label=0))

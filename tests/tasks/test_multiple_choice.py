@@ -65,7 +65,7 @@ def test_beyond_common_prefix() -> None:
     assert beyond_common_prefix([[1], [1, 2]]) == ([1], [[], [2]])
 
 
-def test_D9_scored_ids_are_the_prompt_with_its_label_beyond_the_common_prefix(
+def test_D09_scored_ids_are_the_prompt_with_its_label_beyond_the_common_prefix(
     causal_tokenizer: PreTrainedTokenizerFast, questions: list[Row]
 ) -> None:
     task = causal("arc_easy", causal_tokenizer)
@@ -88,7 +88,7 @@ def test_D9_scored_ids_are_the_prompt_with_its_label_beyond_the_common_prefix(
         ("sentencepiece", ":", ["▁A", "▁B", "▁C"]),
     ],
 )
-def test_D9_the_boundary_of_each_tokenizer(
+def test_D09_the_boundary_of_each_tokenizer(
     tokenizers: Tokenizers, name: str, context_ends: str, scored: list[str]
 ) -> None:
     tokenizer = tokenizers[name]()
@@ -98,7 +98,7 @@ def test_D9_the_boundary_of_each_tokenizer(
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
-def test_D9_scores_equal_brute_force(
+def test_D09_scores_equal_brute_force(
     causal_tokenizer: PreTrainedTokenizerFast,
     questions: list[Row],
     build: Build,
@@ -120,7 +120,7 @@ def test_D9_scores_equal_brute_force(
     assert max(uneven) > 1.2  # far from uniform: equality means something
 
 
-def test_D9_words_of_several_tokens_are_scored_whole(tokenizers: Tokenizers, build: Build) -> None:
+def test_D09_words_of_several_tokens_are_scored_whole(tokenizers: Tokenizers, build: Build) -> None:
     tokenizer, model = tokenizers["sentencepiece"](), build("llama")
     task = causal("boolq", tokenizer)
     rows = [
@@ -137,7 +137,7 @@ def test_D9_words_of_several_tokens_are_scored_whole(tokenizers: Tokenizers, bui
             assert (found - expected).abs().max() <= 1e-12
 
 
-def test_D9_BOS_is_there_once(tokenizers: Tokenizers) -> None:
+def test_D09_BOS_is_there_once(tokenizers: Tokenizers) -> None:
     tokenizer = tokenizers["sentencepiece with EOS"]()
     example = causal("openbookqa", tokenizer).example(Row(id="r", question="Q", choices=("x", "y"), answer=0))
     ids = example["context"] + example["scored"][0]
@@ -154,7 +154,7 @@ def word_level(*words: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
 
 
-def test_D9_labels_that_cannot_be_told_apart_are_refused_before_any_row(tokenizers: Tokenizers) -> None:
+def test_D09_labels_that_cannot_be_told_apart_are_refused_before_any_row(tokenizers: Tokenizers) -> None:
     with pytest.raises(TaskError, match="openbookqa: .*label ' C' becomes an unknown token"):
         multiple_choice("openbookqa", word_level("Answer", ":", "A", "B"))
     blind = tokenizers["lettered"]()
@@ -166,7 +166,7 @@ def test_D9_labels_that_cannot_be_told_apart_are_refused_before_any_row(tokenize
         multiple_choice("openbookqa", blind)
 
 
-def test_D9_one_row_that_cannot_be_scored_is_named(tokenizers: Tokenizers) -> None:
+def test_D09_one_row_that_cannot_be_scored_is_named(tokenizers: Tokenizers) -> None:
     tokenizer = tokenizers["lettered"]()
     task = causal("openbookqa", tokenizer)
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("B", "A")
@@ -177,7 +177,7 @@ def test_D9_one_row_that_cannot_be_scored_is_named(tokenizers: Tokenizers) -> No
 @pytest.mark.parametrize("tokenizer", ["lettered", "two tokens", "with pad"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_N7_padding_batch_and_neighbours_do_not_matter(
+def test_N07_padding_batch_and_neighbours_do_not_matter(
     tokenizers: Tokenizers,
     questions: list[Row],
     build: Build,
@@ -222,7 +222,7 @@ def test_every_tensor_has_rows_first_so_that_draws_stack(
 
 
 @pytest.mark.parametrize("tokenizer", ["lettered", "two tokens"])
-def test_N2_absent_choices_leave_loss_and_gradient_finite(
+def test_N02_absent_choices_leave_loss_and_gradient_finite(
     tokenizers: Tokenizers, questions: list[Row], build: Build, tokenizer: str
 ) -> None:
     task, model = causal("arc_easy", tokenizers[tokenizer]()), build("llama")
@@ -255,7 +255,7 @@ def test_unlabelled_rows_have_no_labels_and_no_loss(
 
 
 @pytest.mark.parametrize("make", [multiple_choice, encoder_multiple_choice])
-def test_D6_a_row_that_is_too_long_is_refused_and_counted(tokenizers: Tokenizers, make: Callable[..., Task]) -> None:
+def test_D06_a_row_that_is_too_long_is_refused_and_counted(tokenizers: Tokenizers, make: Callable[..., Task]) -> None:
     tokenizer = tokenizers["lettered" if make is multiple_choice else "encoder"]()
     rows = [
         Row(id=f"r{i}", question="Q" * length, choices=("x", "y"), answer=0, where=f"file:{i + 1}")
@@ -273,7 +273,7 @@ def test_D6_a_row_that_is_too_long_is_refused_and_counted(tokenizers: Tokenizers
         make("openbookqa", tokenizer, max_tokens=longest - 1).check(rows[:3])
 
 
-def test_D6_the_tokenizers_own_limit_counts_too(tokenizers: Tokenizers) -> None:
+def test_D06_the_tokenizers_own_limit_counts_too(tokenizers: Tokenizers) -> None:
     tokenizer = tokenizers["lettered"]()
     tokenizer.model_max_length = 120
     with pytest.raises(DataError, match="at most 120"):
@@ -309,7 +309,7 @@ def test_encoders_see_the_question_with_each_choice(tokenizers: Tokenizers) -> N
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_N7_encoders_padding_batch_and_neighbours_do_not_matter(
+def test_N07_encoders_padding_batch_and_neighbours_do_not_matter(
     tokenizers: Tokenizers, questions: list[Row], build: Build, dtype: torch.dtype, bound: float
 ) -> None:
     tokenizer = tokenizers["encoder"]()
@@ -346,7 +346,7 @@ def minilm() -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(str(Path(package.__file__).parent / "model"))
 
 
-def test_D6_a_tokenizer_that_was_saved_to_cut_and_pad_does_neither(minilm: PreTrainedTokenizerFast) -> None:
+def test_D06_a_tokenizer_that_was_saved_to_cut_and_pad_does_neither(minilm: PreTrainedTokenizerFast) -> None:
     row = Row(id="r", question="word " * 200, choices=("short", "a longer choice"), answer=0)
     example = encoder_multiple_choice("openbookqa", minilm).example(row)
     assert [len(encoding["input_ids"]) for encoding in example["encodings"]] == [204, 206]

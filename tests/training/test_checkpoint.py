@@ -202,7 +202,7 @@ def plant(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["blob", "lora"])
-def test_P9_no_pickle_is_written_or_opened(tmp_path: Path, method: str) -> None:
+def test_P09_no_pickle_is_written_or_opened(tmp_path: Path, method: str) -> None:
     watch = Watch()
     watch.active = True
     model = double_blob() if method == "blob" else lora()
@@ -223,7 +223,7 @@ def test_P9_no_pickle_is_written_or_opened(tmp_path: Path, method: str) -> None:
     assert list(tmp_path.rglob("canary-ran")) == []
 
 
-def test_P9_pickled_checkpoint_is_refused_unopened(tmp_path: Path) -> None:
+def test_P09_pickled_checkpoint_is_refused_unopened(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint-2"
     checkpoint.mkdir()
     plant(checkpoint)

@@ -21,7 +21,7 @@ EPSILON = torch.finfo(torch.float64).eps
 
 
 @pytest.mark.parametrize(("draws", "accumulation", "dropout"), [(1, 1, 0.0), (4, 1, 0.5), (1, 3, 0.5), (4, 3, 0.0)])
-def test_S3_gradient_equals_finite_differences(tmp_path: Path, draws: int, accumulation: int, dropout: float) -> None:
+def test_S03_gradient_equals_finite_differences(tmp_path: Path, draws: int, accumulation: int, dropout: float) -> None:
     model = double_blob(layers=1, lora_dropout=dropout)
     trainer = Recorder(
         model,
@@ -84,7 +84,7 @@ def differences(
         yield name, abs((above - below) / (2 * step) - gradient) / (1e-6 * abs(gradient) + rounding)
 
 
-def test_S5_loss_is_the_mean_of_the_nlls_of_the_draws(tmp_path: Path) -> None:
+def test_S05_loss_is_the_mean_of_the_nlls_of_the_draws(tmp_path: Path) -> None:
     model, draws, data = double_blob(), 4, rows(3)
     trainer = Recorder(model, task=TASK, args=arguments(tmp_path), train_rows=data, train_draws=draws)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
@@ -154,7 +154,7 @@ def test_S17_weights_of_a_cycle_count_the_kl_once(schedule: Callable[[int, int],
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_N8_checkpointing_leaves_the_gradients_alone(tmp_path: Path, dropout: float) -> None:
+def test_N08_checkpointing_leaves_the_gradients_alone(tmp_path: Path, dropout: float) -> None:
     """Reentrant or not, the recomputed forward sees the same noise and the same dropout."""
     gradients = []
     for settings in [

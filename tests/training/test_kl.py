@@ -70,7 +70,7 @@ def test_kl_step_stops_at_the_minimum_and_keeps_the_floor() -> None:
     assert torch.equal(layer.rho.abs(), torch.full_like(layer.rho, RHO_FLOOR))
 
 
-def test_N1_an_update_of_1e_5_moves_G() -> None:
+def test_N01_an_update_of_1e_5_moves_G() -> None:
     model = get_peft_model(LLAMA.build().bfloat16(), LLAMA.config())
     layer = next(iter(gaussian_layers(model).values()))
     with torch.no_grad():
@@ -125,7 +125,7 @@ def test_callback_follows_the_schedule_and_the_clock(tmp_path: Path) -> None:
     assert training_noise(model).seed == 5
 
 
-def test_N9_decay_of_G_is_refused(tmp_path: Path) -> None:
+def test_N09_decay_of_G_is_refused(tmp_path: Path) -> None:
     trainer = plain_trainer(double_blob(), tmp_path, [KLCallback(KLSettings(cycle=3))], weight_decay=0.01)
     with pytest.raises(ConfigError, match="weight_decay=0.01"):
         trainer.train()
@@ -178,7 +178,7 @@ def test_callback_without_gaussian_layers_is_refused(tmp_path: Path) -> None:
         trainer.train()
 
 
-def test_N1_callback_restores_float32(tmp_path: Path) -> None:
+def test_N01_callback_restores_float32(tmp_path: Path) -> None:
     model = get_peft_model(LLAMA.build().bfloat16(), LLAMA.config())
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -35,7 +35,7 @@ def train(kind: str, processes: int, folder: Path) -> tuple[Weights, list[Weight
 
 
 @pytest.mark.parametrize("kind", ["lora", "blob", "kl"])
-def test_R6_two_processes_train_what_one_trains(kind: str, tmp_path: Path) -> None:
+def test_R06_two_processes_train_what_one_trains(kind: str, tmp_path: Path) -> None:
     """Plain LoRA in float64 to rounding, and the KL alone; BLoB, whose processes have noise of their own, keeps the
     processes bit-equal."""
     start, (first, second) = train(kind, 2, tmp_path / "two")

@@ -24,7 +24,7 @@ def test_paper_settings_are_the_default(tmp_path: Path) -> None:
     assert trainer.kl == KLSettings(cycle=cycle_steps(9, 6), schedule=paper_kl_weight, learning_rate=0.01)
 
 
-def test_N9_parameter_groups(tmp_path: Path) -> None:
+def test_N09_parameter_groups(tmp_path: Path) -> None:
     """G is in no group, M is never decayed, B and heads are decayed as asked."""
     model = get_peft_model(LLAMA.build(), LLAMA.config(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     trainer = BayesTrainer(model, task=TASK, args=arguments(tmp_path, weight_decay=0.1), train_rows=rows(2))
@@ -150,7 +150,7 @@ def test_S18_modes_generators_and_clock_are_as_before(tmp_path: Path, training: 
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_N1_adapters_stay_float32_on_a_half_base(tmp_path: Path, autocast: bool) -> None:
+def test_N01_adapters_stay_float32_on_a_half_base(tmp_path: Path, autocast: bool) -> None:
     base = LLAMA.build() if autocast else LLAMA.build().bfloat16()
     model = get_peft_model(base, LLAMA.config())
     trainer = Recorder(model, task=TASK, args=arguments(tmp_path, bf16=autocast, max_steps=2), train_rows=rows(4))

@@ -1,0 +1,21 @@
+"""What a promise is."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Promise:
+    """A property under its id; its tests are called `test_<id>_...` (or `test_<id>a_...` for a part of it).
+
+    Attributes:
+        id: letter (S statistical, N numerical, P persistence, D data, R runtime, X security, K soak and concurrency)
+            and two digits.
+        says: what holds.
+        bound: how exactly, where the tests measure no figure.
+        note: where it does not hold as one would wish: why, and what holds instead.
+    """
+
+    id: str
+    says: str
+    bound: str = "exact"
+    note: str = ""

@@ -1,0 +1,79 @@
+"""The page of properties is that of the record, and every promise has tests under its id, or a note."""
+
+import ast
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from promises.__main__ import PAGE, RECORD
+from promises.listed import PROMISES
+from promises.page import GROUPS, page, state
+from promises.results import collect, id_of
+
+TESTS = Path(__file__).parent
+
+
+def names() -> set[str]:
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in TESTS.rglob("test_*.py")]
+    return {node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+def test_ids_are_distinct_and_of_a_known_group() -> None:
+    ids = [promise.id for promise in PROMISES]
+    assert len(set(ids)) == len(ids)
+    assert {i[0] for i in ids} == set(GROUPS)
+    assert ids == sorted(ids, key=lambda i: ("SNPDRXK".index(i[0]), i))
+
+
+def test_every_id_is_that_of_a_promise() -> None:
+    tested = {id_of(name) for name in names()} - {None}
+    assert tested <= {promise.id for promise in PROMISES}
+
+
+def test_the_page_is_made_from_the_record() -> None:
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    assert PAGE.read_text(encoding="utf-8") == page(record)
+    assert {name for tests in record["tests"].values() for name in tests} <= names()
+    assert all(state(tests) != "broken" for tests in record["tests"].values())
+
+
+def test_a_report_becomes_a_record(tmp_path: Path, figure: Any) -> None:
+    """Cases are counted together, and the figure nearest to its bound is kept."""
+
+    def case(name: str, *figures: dict[str, Any], result: str = "") -> str:
+        values = [("tier", "commit"), *(("figure", json.dumps(value).replace('"', "&quot;")) for value in figures)]
+        properties = "".join(f'<property name="{n}" value="{v}"/>' for n, v in values)
+        inside = f"<properties>{properties}</properties>{result}"
+        return f'<testcase classname="tests.test_x" name="{name}">{inside}</testcase>'
+
+    small, large = ({"what": "error", "value": v, "at_most": 1.0, "at_least": None} for v in (0.1, 0.5))
+    cases = [
+        case("test_S01_a[1]", small),
+        case("test_S01_a[2]", large),
+        case("test_S01_a[3]", result='<skipped message="no GPU"/>'),
+        case("test_S02a_b", result='<failure message="no"/>'),
+        case("test_of_something_else"),
+    ]
+    report = tmp_path / "report.xml"
+    report.write_text(f"<testsuites><testsuite>{''.join(cases)}</testsuite></testsuites>")
+    ElementTree.parse(report)
+    found = collect([report])
+    assert found.keys() == {"S01", "S02"}
+    (one,), (two,) = found["S01"].values(), found["S02"].values()
+    assert one == {"file": "tests/test_x.py", "tier": "commit", "passed": 2, "failed": 0, "skipped": ["no GPU"],
+                   "figures": [large]}  # fmt: skip
+    assert (state(found["S01"]), state(found["S02"]), state({})) == ("held", "broken", "no test")
+    assert two["failed"] == 1
+
+
+def test_a_figure_is_held_to_its_bound(figure: Any) -> None:
+    figure("one", 1.0, at_most=1.0)
+    figure("one", 1.0, at_least=1.0)
+    for bad in ({"at_most": 0.5}, {"at_least": 2.0}):
+        with pytest.raises(AssertionError, match="one: found 1"):
+            figure("one", 1.0, **bad)
+    with pytest.raises(AssertionError, match="nan"):
+        figure("one", float("nan"), at_most=1.0)
