@@ -18,7 +18,7 @@ PRIOR_STD, RHO = 0.2, 0.05
 
 
 class PerTokenFlipout(nn.Module):
-    """``M x + t * ((E * G^2)(u * x))``, E normal, one a forward, with signs u [.., n] and t [.., r] for every token."""
+    """``M x + t * ((E * G^2)(u * x))``, E normal, one a forward; signs u [.., n] and t [.., r] for every token."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
