@@ -28,4 +28,32 @@ DEFECTS = (
         after="return 4 * mean / prior_std**2, ",
         tests=CALIBRATION,
     ),
+    Defect(
+        name="KL of many layers added up in single precision",
+        path="training/trainer.py",
+        before='"kl": math.fsum(layer.kl().item() for layer in layers),',
+        after='"kl": float(sum(layer.kl().float() for layer in layers)),',
+        tests="training/test_large_kl.py billions",
+    ),
+    Defect(
+        name="the KL logged within the NLL",
+        path="training/trainer.py",
+        before='logs = {**logs, "nll": logs["loss"], **self._posterior_state()}',
+        after='logs = {**logs, **(state := self._posterior_state()), "nll": logs["loss"] + state.get("kl", 0.0)}',
+        tests="training/test_large_kl.py log_has",
+    ),
+    Defect(
+        name="the NLL of G lost beside the KL",
+        path="training/kl.py",
+        before="        step.sub_(layer.rho.grad, alpha=rate)",
+        after="        step.sub_(layer.rho.grad, alpha=rate * weight)",
+        tests="training/test_large_kl.py sum_of_its_two_parts",
+    ),
+    Defect(
+        name="a text without a token is scored",
+        path="tasks/base.py",
+        before="if tokens < 1:",
+        after="if tokens < 0:",
+        tests="tasks/test_rows_without_tokens.py refused",
+    ),
 )
