@@ -24,7 +24,9 @@ from bayestune.training.kl import kl_step
 from probes import z_bound
 
 Figure = Callable[..., None]
-ESTIMATORS = ("independent", "flipout", "flipout_token")
+ESTIMATORS = pytest.mark.parametrize(
+    ("estimator", "processes"), [("independent", 1), ("independent", 2), ("flipout", 1), ("flipout_token", 1)]
+)
 
 
 def test_S06a_the_gradient_is_zero_at_the_optimum(figure: Figure) -> None:
@@ -47,9 +49,7 @@ def test_S06c_evidence_less_elbo_is_half_the_log_ratio_of_determinants(figure: F
     assert gap > 0.1
 
 
-@pytest.mark.parametrize(
-    ("estimator", "processes"), [("independent", 1), ("independent", 2), ("flipout", 1), ("flipout_token", 1)]
-)
+@ESTIMATORS
 def test_S04_minibatch_gradients_are_those_of_the_elbo_on_average(
     estimator: str, processes: int, figure: Figure
 ) -> None:
@@ -58,8 +58,7 @@ def test_S04_minibatch_gradients_are_those_of_the_elbo_on_average(
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@ESTIMATORS
 def test_S04_twenty_thousand_gradients_are_those_of_the_elbo_on_average(
     estimator: str, processes: int, nightly_seed: int, figure: Figure
 ) -> None:

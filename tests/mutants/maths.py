@@ -50,6 +50,13 @@ DEFECTS = (
         tests="training/test_large_kl.py sum_of_its_two_parts",
     ),
     Defect(
+        name="an epoch in which every row is dropped is begun",
+        path="training/checks.py",
+        before="if args.dataloader_drop_last and rows < batch:",
+        after="if args.dataloader_drop_last and batch < 1:",
+        tests="training/test_gradient.py all_is_dropped",
+    ),
+    Defect(
         name="a text without a token is scored",
         path="tasks/base.py",
         before="if tokens < 1:",

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bayestune.adapters import drawn_weights, gaussian_layers, training_noise
+from bayestune.errors import ConfigError
 from bayestune.functional import (
     gaussian_kl,
     gaussian_kl_gradient,
@@ -16,6 +17,7 @@ from bayestune.functional import (
     uniform_kl_weight,
 )
 from bayestune.training import KLSettings
+from bayestune.training.batches import ROW
 from training.toys import TASK, Recorder, arguments, double_blob, lora, rows, trained
 
 EPSILON = torch.finfo(torch.float64).eps
@@ -131,26 +133,56 @@ def test_S05_loss_is_the_mean_of_the_nlls_of_the_draws(tmp_path: Path) -> None:
     assert loss - of_mean_logits > 1e-3  # Jensen: the two are told apart
 
 
-@pytest.mark.parametrize("size", [1, 5, 7, 11])
-@pytest.mark.parametrize(("batch", "accumulation"), [(1, 1), (3, 1), (3, 3), (64, 1), (1, 64)])
-def test_S17_updates_add_up_to_the_epoch(tmp_path: Path, size: int, batch: int, accumulation: int) -> None:
-    """sum over updates of rows x loss = sum of the NLL of all rows, whatever the micro-batches."""
+Epoch = tuple[int, int, int, bool]
+"""Rows, batch, accumulation, whether the last batch is dropped if it is not full."""
+EPOCHS: list[Epoch] = [
+    *((size, *batch, False) for size in (1, 5, 7, 11) for batch in ((1, 1), (3, 1), (3, 3), (64, 1), (1, 64))),
+    *((11, *batch, True) for batch in ((3, 1), (3, 3), (11, 1))),
+]
+LARGER_EPOCHS = [
+    epoch for epoch in product((1, 40, 41), (1, 7, 64), (1, 3), (False, True)) if epoch[0] >= epoch[1] or not epoch[3]
+]
+
+
+@pytest.mark.parametrize("epoch", EPOCHS)
+def test_S17_updates_add_up_to_the_epoch(tmp_path: Path, epoch: Epoch, figure: Callable[..., None]) -> None:
+    figure("sum over updates of rows x loss, less the NLL of all rows", epoch_error(tmp_path, *epoch), at_most=1e-10)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("epoch", LARGER_EPOCHS)
+def test_S17_updates_add_up_to_the_epoch_in_every_variant(
+    tmp_path: Path, epoch: Epoch, figure: Callable[..., None]
+) -> None:
+    figure("sum over updates of rows x loss, less the NLL of all rows", epoch_error(tmp_path, *epoch), at_most=1e-10)
+
+
+def epoch_error(output: Path, size: int, batch: int, accumulation: int, dropping: bool) -> float:
+    """|sum over updates of rows x loss - the NLL of all rows that are not dropped|, whatever the micro-batches."""
     model, data = lora(), rows(size)
     args = arguments(
-        tmp_path,
+        output,
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
         num_train_epochs=1,
         max_steps=-1,
         learning_rate=1e-300,
+        dataloader_drop_last=dropping,
     )
     trainer = Recorder(model, task=TASK, args=args, train_rows=data)
     trainer.train()
+    seen = [row for micro in trainer.micros for row in micro.inputs[ROW].tolist()]
+    assert len(set(seen)) == len(seen) == (size // batch * batch if dropping else size)
     with torch.no_grad():
-        expected = TASK.loss(model.eval(), TASK.collate([TASK.example(row) for row in data])).sum().item()
-    found = sum(loss * seen.rows for loss, seen in zip(trainer.losses, trainer.micros, strict=True))
-    assert abs(found - expected) <= 1e-10
-    assert sum(len(seen.inputs["labels"]) for seen in trainer.micros) == size
+        expected = TASK.loss(model.eval(), TASK.collate([TASK.example(data[row]) for row in seen])).sum().item()
+    found = sum(loss * micro.rows for loss, micro in zip(trainer.losses, trainer.micros, strict=True))
+    return abs(found - expected)
+
+
+def test_S17_an_epoch_in_which_all_is_dropped_is_refused(tmp_path: Path) -> None:
+    args = arguments(tmp_path, per_device_train_batch_size=7, dataloader_drop_last=True)
+    with pytest.raises(ConfigError, match="drops all training rows: found 6, expected at least one batch of 7"):
+        Recorder(lora(), task=TASK, args=args, train_rows=rows(6))
 
 
 def test_S17_accumulated_gradient_is_that_of_one_batch(tmp_path: Path) -> None:
