@@ -107,7 +107,7 @@ def differences(
         yield name, abs((above - below) / (2 * step) - gradient) / (1e-6 * abs(gradient) + rounding)
 
 
-def test_S05_loss_is_the_mean_of_the_nlls_of_the_draws(tmp_path: Path) -> None:
+def test_S05_loss_is_the_mean_of_the_nlls_of_the_draws(tmp_path: Path, figure: Callable[..., None]) -> None:
     model, draws, data = double_blob(), 4, rows(3)
     trainer = Recorder(model, task=TASK, args=arguments(tmp_path), train_rows=data, train_draws=draws)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
@@ -127,7 +127,7 @@ def test_S05_loss_is_the_mean_of_the_nlls_of_the_draws(tmp_path: Path) -> None:
                 with drawn_weights(weights):
                     log_likelihoods[draw, row] = TASK.loss(model, single)[0]
                     logits[draw, row] = TASK.logits(model, single)[0]
-    assert abs(loss - log_likelihoods.mean().item()) <= 1e-12
+    figure("loss less the mean of the draws' NLLs", abs(loss - log_likelihoods.mean().item()), at_most=1e-12)
     labels = torch.tensor([row.answer for row in data])
     of_mean_logits = torch.nn.functional.cross_entropy(logits.mean(0), labels).item()
     assert loss - of_mean_logits > 1e-3  # Jensen: the two are told apart
@@ -185,7 +185,7 @@ def test_S17_an_epoch_in_which_all_is_dropped_is_refused(tmp_path: Path) -> None
         Recorder(lora(), task=TASK, args=args, train_rows=rows(6))
 
 
-def test_S17_accumulated_gradient_is_that_of_one_batch(tmp_path: Path) -> None:
+def test_S17_accumulated_gradient_is_that_of_one_batch(tmp_path: Path, figure: Callable[..., None]) -> None:
     gradients = []
     for batch, accumulation in [(7, 1), (3, 3)]:
         args = arguments(tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
@@ -194,20 +194,25 @@ def test_S17_accumulated_gradient_is_that_of_one_batch(tmp_path: Path) -> None:
         gradients.append(trainer.gradients[0])
     whole, pieces = gradients
     assert whole.keys() == pieces.keys()
-    assert max((whole[name] - pieces[name]).abs().max().item() for name in whole) <= 1e-14
+    error = max((whole[name] - pieces[name]).abs().max().item() for name in whole)
+    figure("gradient of three micro-batches less that of one batch", error, at_most=1e-14)
 
 
 @pytest.mark.parametrize("cycle", [1, 2, 40, 100_000])
 @pytest.mark.parametrize("schedule", [paper_kl_weight, uniform_kl_weight, linear_kl_weight])
-def test_S17_weights_of_a_cycle_count_the_kl_once(schedule: Callable[[int, int], float], cycle: int) -> None:
+def test_S17_weights_of_a_cycle_count_the_kl_once(
+    schedule: Callable[[int, int], float], cycle: int, figure: Callable[..., None]
+) -> None:
     settings = KLSettings(cycle=cycle, schedule=schedule)
     total = sum(settings.schedule(step, cycle) for step in range(3 * cycle, 4 * cycle))
     missing = 1 / (2.0 ** (cycle + 1) - 1) if schedule is paper_kl_weight and cycle < 1000 else 0.0
-    assert abs(total + missing - 1) <= 1e-10
+    figure(f"sum of a cycle of {schedule.__name__}, less 1", abs(total + missing - 1), at_most=1e-10)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_N08_checkpointing_leaves_the_gradients_alone(tmp_path: Path, dropout: float) -> None:
+def test_N08_checkpointing_leaves_the_gradients_alone(
+    tmp_path: Path, dropout: float, figure: Callable[..., None]
+) -> None:
     """Reentrant or not, the recomputed forward sees the same noise and the same dropout."""
     gradients = []
     for settings in [
@@ -223,7 +228,8 @@ def test_N08_checkpointing_leaves_the_gradients_alone(tmp_path: Path, dropout: f
         assert model.get_base_model().is_activation_checkpointing == bool(settings)
         gradients.append(trainer.gradients[0])
     for other in gradients[1:]:
-        assert max((gradients[0][name] - other[name]).abs().max().item() for name in gradients[0]) <= 1e-14
+        error = max((gradients[0][name] - other[name]).abs().max().item() for name in gradients[0])
+        figure("training gradients with checkpointing less those without", error, at_most=1e-14)
 
 
 def restore(model: torch.nn.Module, parameters: dict[str, torch.Tensor]) -> None:
