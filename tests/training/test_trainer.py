@@ -100,7 +100,7 @@ def test_plain_lora_is_trained_without_a_posterior(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 4, 9])
-def test_evaluation_is_the_mean_over_rows_at_the_posterior_mean(tmp_path: Path, count: int) -> None:
+def test_S20_evaluation_is_the_mean_over_rows_at_the_posterior_mean(tmp_path: Path, count: int) -> None:
     model, data = double_blob(), rows(count)
     trainer = BayesTrainer(model, task=TASK, args=arguments(tmp_path), train_rows=rows(2), eval_rows=data)
     found = trainer.predict(trainer.eval_dataset)

@@ -112,6 +112,12 @@ class Task(ABC):
             expected = f"at most {self.max_tokens} (max_tokens, or the tokenizer's own limit; nothing is ever cut)"
             raise row.fault(name, f"{tokens} tokens with its prompt and answer", expected)
 
+    def refuse_if_empty(self, row: AnyRow, tokens: int) -> None:
+        """Raise a DataError for a row whose text the tokenizer turns into no token at all."""
+        if tokens < 1:
+            name = "question" if isinstance(row, Row) else "text"
+            raise row.fault(name, "text without a token", "text that the tokenizer knows at least one token of")
+
 
 def labels_of(examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     """`{"labels": [rows] int64}`, or nothing unless every example is labelled."""

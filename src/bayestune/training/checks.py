@@ -4,7 +4,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import TrainingArguments
 
-from bayestune.errors import ConfigError
+from bayestune.errors import ConfigError, DataError
 from bayestune.training.kl import KLSettings
 
 _OPTIMISERS = ("adamw_torch", "adamw_torch_fused", "sgd")
@@ -62,3 +62,15 @@ def check_model(
         )
     if prior_std is not None and random:
         raise ConfigError("prior_std is the MAP's, of a point: a random adapter has that of BlobConfig(prior_std).")
+
+
+def check_rows(args: TrainingArguments, rows: int) -> None:
+    """Refuse an epoch without a single batch."""
+    if not rows:
+        raise DataError("found no training row, expected at least one.")
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and rows < batch:
+        raise ConfigError(
+            f"dataloader_drop_last=True drops all training rows: found {rows}, expected at least one batch of "
+            f"{batch}; leave it False, or take smaller batches."
+        )

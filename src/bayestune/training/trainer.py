@@ -14,13 +14,13 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from bayestune.adapters import gaussian_layers, random_layers, training_noise
-from bayestune.errors import ConfigError, DataError, TrainingError
+from bayestune.errors import ConfigError, TrainingError
 from bayestune.functional import cycle_steps, std
 from bayestune.metrics import accuracy, nll
 from bayestune.tasks import AnyRow, Task
 from bayestune.training.batches import ROW, Collator, Examples
 from bayestune.training.checkpoint import SafeTrainer
-from bayestune.training.checks import check_arguments, check_model
+from bayestune.training.checks import check_arguments, check_model, check_rows
 from bayestune.training.clock import NoiseCallback
 from bayestune.training.kl import KLCallback, KLSettings
 from bayestune.training.order import LengthGrouped
@@ -78,8 +78,7 @@ class BayesTrainer(SafeTrainer):
         self._noise = training_noise(model) if random else None
         check_model(model, bool(random), bool(self._gaussian), kl, prior_std, train_draws)
         train = Examples(task, task.rows("train") if train_rows is None else train_rows)
-        if not len(train):
-            raise DataError("found no training row, expected at least one.")
+        check_rows(args, len(train))
         self._train_ids, self._train_lengths, self._train_sha256 = train.ids, train.lengths, train.sha256
         own: list[TrainerCallback] = []
         if self._gaussian:
