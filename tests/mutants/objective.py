@@ -43,7 +43,7 @@ DEFECTS = (
     Defect(
         name="the prior of the MAP counted once a row",
         path=TRAINER,
-        before="share = processes * rows / (total * len(self._train_ids))",
+        before="share = processes * rows / (total * len(self._train.ids))",
         after="share = processes * rows / total",
         tests="training/test_prior.py",
     ),
