@@ -102,7 +102,9 @@ def assert_same_run(found: Ended, expected: Ended) -> None:
         assert all(torch.equal(one[name], other[name]) for name in one)
     logs = [ended.trainer.state.log_history[:-1] for ended in (found, expected)]  # without that of the time it took
     for one, other in zip(*logs, strict=True):
-        assert one == pytest.approx(other, rel=1e-12)
+        assert one["step"] == other["step"] and one["learning_rate"] == other["learning_rate"]
+        assert one["grad_norm"] == other["grad_norm"]
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)  # transformers adds losses in float32
 
 
 def largest_difference(found: Ended, expected: Ended) -> float:
