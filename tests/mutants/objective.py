@@ -27,13 +27,6 @@ DEFECTS = (
         tests="training/test_trainer.py N09",
     ),
     Defect(
-        name="a loss that is not finite is trained on",
-        path=TRAINER,
-        before="        if bad.any():\n            draw, row",
-        after="        if False:\n            draw, row",
-        tests="training/test_trainer.py nan",
-    ),
-    Defect(
         name="evaluation leaves the model in evaluation mode",
         path=TRAINER,
         before="                module.training = training\n",

@@ -40,11 +40,12 @@ def nonfinite_rows(nll: Float[Tensor, "draws rows"], ids: Sequence[str]) -> str 
         return None
     draw, place = (int(i) for i in bad.nonzero()[0])
     others = [ids[int(i)] for i in bad.any(0).nonzero()[:, 0] if int(i) != place]
-    also = f" (and of {listed(others)} it is not finite)" if others else ""
+    also = f" (and that of {listed(others)} is not finite)" if others else ""
     return f"the NLL of row {ids[place]!r} is {nll[draw, place].item()}{also}"
 
 
 def listed(ids: Sequence[str], at_most: int = 5) -> str:
-    """The first ids, quoted, and how many more there are."""
+    """The rows by their first ids, and how many more there are."""
     more = len(ids) - at_most
-    return ", ".join(repr(name) for name in ids[:at_most]) + (f" and {more} more" if more > 0 else "")
+    names = ", ".join(repr(name) for name in ids[:at_most]) + (f" and {more} more" if more > 0 else "")
+    return f"row {names}" if len(ids) == 1 else f"rows {names}"

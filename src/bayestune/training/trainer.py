@@ -311,7 +311,7 @@ class BayesTrainer(SafeTrainer):
         found = f"the NLL gradient of {bad[0]} ({bad[1]} parameters in all) is not finite"
         rows = self._memory.rows
         guilty = [row for row in rows if self._spoils_gradient(row, num_items_in_batch)]
-        of = "from row" if guilty else "from one of the rows"
+        of = "from" if guilty else "from one of"
         ids = [self._train.ids[row] for row in guilty or rows]
         advice = "look at that row, lower the learning rate, or train in float32"
         raise self._stopped("gradient", f"{found}, {of} {listed(ids)}", advice=advice)
