@@ -156,6 +156,7 @@ def test_R05_weights_that_an_update_broke_are_not_saved(tmp_path: Path) -> None:
     assert list(tmp_path.glob("checkpoint-*")) == []
 
 
+@pytest.mark.nightly  # Python has no compiled files of the libraries for -O: the imports take long
 def test_R05_without_asserts_the_command_line_stops_with_3(tmp_path: Path) -> None:
     """`python -O` runs no assert; a learning rate of 1e30 makes the logits of the third update infinite or NaN."""
     pretrained_llama(tmp_path / "llama")
