@@ -86,7 +86,7 @@ def test_R07_a_killed_process_ends_the_run_and_leaves_a_checkpoint(
     [
         ("rows", 0, "ConfigError: process 1 has rows=18, process 0 has 20"),
         ("rows", 1, "ConfigError: process 1 has rows=18, process 0 has 20"),
-        ("memory", 1, "TrainingError: step 0: memory ran out on cpu in micro-batch 1 of the update, process 1 of 2"),
+        ("memory", 1, "TrainingError: step 0: memory ran out on cpu:0 in micro-batch 1 of the update, process 1 of 2"),
     ],
 )
 def test_R07_processes_that_cannot_go_on_together_end(
