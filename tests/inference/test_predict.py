@@ -241,11 +241,15 @@ class Short(Letters):
     ],
     ids=["first", "first two", "third", "more than two", "more than one"],
 )
-def test_R01_answers_are_the_same_when_memory_runs_out(draws: int, fails: Callable[[int, int], bool]) -> None:
+def test_R01_answers_are_the_same_when_memory_runs_out(
+    draws: int, fails: Callable[[int, int], bool], figure: Callable[..., None]
+) -> None:
     model, task = double_llama(), Short(fails)
     expected = predict(model, Letters(), rows(10), draws=draws, batch_size=4)
     found = predict(model, task, rows(10), draws=draws, batch_size=4)
     assert_close(found.draw_log_probs, expected.draw_log_probs, 1e-12)
+    worst = (found.draw_log_probs.exp() - expected.draw_log_probs.exp()).abs().max().item()
+    figure("probabilities of predict, split where memory runs out, beside whole", worst, at_most=1e-12)
     assert found.ids == expected.ids and 0 in task.forwards
 
 
