@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase
 
 from bayestune.errors import ConfigError, DataError, TaskError
@@ -39,7 +40,8 @@ class Task(ABC):
 
     Attributes:
         name: of the data set. spec: what is known of it. classes: columns of the logits.
-        max_tokens: limit of a sequence. pad_id: the id under attention mask 0: the tokenizer's, or 0 if it has none.
+        max_tokens: limit of a sequence. pad_id: the id under attention mask 0: the tokenizer's pad, or else its EOS
+            (heads that look for the last token skip it, and no text ends with it), or 0 if it has neither.
     """
 
     kind: str
@@ -56,8 +58,8 @@ class Task(ABC):
         self.tokenizer = tokenizer
         self.data = None if data is None else Path(data)
         self.max_tokens = min(max_tokens, tokenizer.model_max_length)
-        pad_id = tokenizer.pad_token_id
-        self.pad_id = pad_id if isinstance(pad_id, int) else 0
+        named = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+        self.pad_id = next((token for token in named if isinstance(token, int)), 0)
 
     def rows(self, split: str) -> list[AnyRow]:
         """The labelled rows of a split, such as "train" or "dev+test"; raises DataError as `load_rows` does."""
@@ -111,6 +113,21 @@ class Task(ABC):
             name = "question" if isinstance(row, Row) else "text"
             expected = f"at most {self.max_tokens} (max_tokens, or the tokenizer's own limit; nothing is ever cut)"
             raise row.fault(name, f"{tokens} tokens with its prompt and answer", expected)
+
+
+def check_padding(model: Any, attention_mask: Tensor, pad_id: int) -> None:
+    """Refuse to pad with another id than the model's: some find the last token, some their positions, by their own.
+
+    Raises:
+        TaskError: with both ids.
+    """
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    theirs = inner.config.pad_token_id
+    if theirs is not None and theirs != pad_id and not bool(attention_mask.all()):
+        raise TaskError(
+            f"the model pads with id {theirs} and the tokenizer with {pad_id}, expected the same; "
+            f"set model.config.pad_token_id = {pad_id}"
+        )
 
 
 def labels_of(examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
