@@ -31,9 +31,9 @@ def count_repeated(
 def _message(repeated: Sequence[tuple[AnyRow, AnyRow]], exact: int, scored: int, split: str, name: str) -> str:
     pairs = ", ".join(f"{shown(row.id)} (there {shown(other.id)})" for row, other in repeated[:3])
     return (
-        f"{len(repeated)} of the {scored} rows of split {split}, which the run is scored on, are also in split {name}, "
-        f"which it learns from, {exact} of them letter for letter; such as {pairs}. Scores on them say nothing about "
-        "new rows: remove them from one of the two."
+        f"{len(repeated)} of the {scored} rows of split {split}, which the run is scored on, are also in split "
+        f"{name}, which it learns from, {exact} of them letter for letter; such as {pairs}. Scores on them say "
+        "nothing about new rows: remove them from one of the two."
     )
 
 
