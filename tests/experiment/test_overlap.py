@@ -11,7 +11,7 @@ import pytest
 from bayestune.cli.app import invoke
 from bayestune.errors import BayestuneWarning
 from bayestune.experiment.overlap import count_repeated
-from bayestune.tasks import AnyRow, Row, TextRow
+from bayestune.tasks import AnyRow, Row, TextRow, load_rows
 from toys import pretrained_llama, questions, write_data, write_rows
 
 LEARNT = Row(id="t1", question="Is the café open?", choices=("Yes, sir", "No", "Perhaps"), answer=0)
@@ -117,3 +117,15 @@ def test_D08_a_run_says_it_first_and_records_it(tmp_path: Path, capsys: pytest.C
     assert "split held" in found[1]
     record = json.loads((tmp_path / "run" / "result.json").read_text())
     assert record["repeated_rows"] == {"train": {"rows": 2, "exact": 1}, "held": {"rows": 1, "exact": 1}}
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "rows", "exact"),
+    [("openbookqa", "test", 14, 0), ("openbookqa", "dev", 7, 0), ("arc_easy", "test", 3, 2), ("rte", "dev", 0, 0)],
+)
+def test_D08_published_splits_repeat_a_few_rows(data_dir: Path, name: str, split: str, rows: int, exact: int) -> None:
+    """Most of them with the choices in another order."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BayestuneWarning)
+        scored, learnt = load_rows(name, split, data_dir), load_rows(name, "train", data_dir)
+        assert count_repeated(scored, split, {"train": learnt})["train"] == {"rows": rows, "exact": exact}
