@@ -1,5 +1,6 @@
 """Runs on few rows, on one class, and on files that change under them."""
 
+import importlib
 import json
 import math
 from pathlib import Path
@@ -109,7 +110,8 @@ def test_D13_files_that_change_after_the_preflight_do_not_change_the_run(
         (data / "colours" / "dev.jsonl.gz").unlink()
         return load_base(*args, **kwargs)
 
-    monkeypatch.setattr("bayestune.experiment.run.load_base", meddling)
+    module = importlib.import_module("bayestune.experiment.run")  # the package has its function by that name
+    monkeypatch.setattr(module, "load_base", meddling)
     disturbed = trained(world, data, tmp_path / "disturbed")
     hashes, others = (json.loads((r.output / "result.json").read_text())["sha256"] for r in (calm, disturbed))
     assert hashes == others
