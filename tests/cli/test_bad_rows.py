@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -119,18 +120,15 @@ def test_D08_a_bad_field_ends_every_command_with_2_and_is_named_with_its_row(
 
 
 def test_D10_a_token_without_an_embedding_ends_training_with_2(world: Path, tmp_path: Path, capsys: Any) -> None:
-    (tmp_path / "llama").symlink_to(world / "llama")
     tokenizer = AutoTokenizer.from_pretrained(world / "llama")
     tokenizer.add_tokens(["<new>"])
-    model = tmp_path / "model"
-    model.mkdir()
-    for path in (world / "llama").iterdir():
-        (model / path.name).symlink_to(path)
-    for path in list(model.glob("*token*")):
-        path.unlink()
-    tokenizer.save_pretrained(model)
-    command = training(world, world / "data", tmp_path / "run", "--model", str(model))
-    assert "found '<new>' with id 257 (1 such tokens), expected ids below 257" in refused(command, tmp_path, capsys)
+    shutil.copytree(world / "llama", tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    data = write_data(tmp_path / "data")
+    command = training(world, data, tmp_path / "run", "--model", str(tmp_path / "model"))
+    write_rows(data / "colours" / "train.jsonl", [*questions(0, 3), {**BAD, "question": "a <new> one"}])
+    told = refused(command, tmp_path, capsys)
+    assert "train.jsonl:4 (id r7): field 'question': found token '<new>' with id 257, expected ids below 257" in told
 
 
 ODD = {

@@ -61,8 +61,7 @@ def test_D11_one_class_or_almost_is_trained_and_scored(
     assert_sound(trained(world, tmp_path, tmp_path / "run", "bert"), len(scored))
 
 
-@pytest.mark.parametrize(("learnt", "scored"), [(1, 1), (3, 1), (5, 9)])
-@pytest.mark.parametrize("method", ["blob", "mle"])
+@pytest.mark.parametrize(("learnt", "scored", "method"), [(1, 1, "blob"), (3, 1, "mle"), (5, 9, "blob")])
 def test_D11_fewer_rows_than_a_batch_and_a_last_batch_of_one_are_trained_and_scored(
     world: Path, tmp_path: Path, learnt: int, scored: int, method: str
 ) -> None:

@@ -168,16 +168,23 @@ DEFECTS = (
     Defect(
         name="tokens beyond the embeddings are let in",
         path=BACKBONE,
-        before="    if beyond:",
-        after="    if False:",
+        before="    task.embeddings = size\n",
+        after="",
         tests="tasks/test_tokenizers.py beyond",
     ),
     Defect(
         name="the first token beyond the embeddings is let in",
-        path=BACKBONE,
-        before="if number >= size)",
-        after="if number > size)",
+        path=BASE,
+        before="        if largest >= self.embeddings:",
+        after="        if largest > self.embeddings:",
         tests="cli/test_bad_rows.py D10",
+    ),
+    Defect(
+        name="a pad beyond the embeddings is let in",
+        path=BACKBONE,
+        before="    if size is not None and task.pad_id >= size:",
+        after="    if size is not None and task.pad_id > size:",
+        tests="tasks/test_tokenizers.py beyond",
     ),
     Defect(
         name="an encoder may pad with another id than its own",

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from bayestune.errors import ConfigError, TaskError
+from bayestune.errors import ConfigError, DataError, TaskError
 from bayestune.experiment.backbone import Backbone, build_task
 from bayestune.tasks import Row, TextRow, classification, encoder_multiple_choice, multiple_choice
 
@@ -119,18 +119,39 @@ def backbone(tokenizer: PreTrainedTokenizerFast, *, decodes: bool, **settings: A
 
 
 @pytest.mark.parametrize("decodes", [True, False])
-def test_D10_tokens_beyond_the_embeddings_are_refused_before_the_weights_are_read(
+def test_D10_a_row_with_a_token_beyond_the_embeddings_is_refused_and_others_are_not(
+    tokenizers: Tokenizers, decodes: bool
+) -> None:
+    """Published tokenizers have tokens that no text uses, for images, say, beyond the embeddings."""
+    tokenizer = tokenizers["encoder"]()
+    tokenizer.add_tokens(["<é>", "<b>"])
+    size = tokenizer.convert_tokens_to_ids("<é>")
+    rows = [Row(id=text, question=text, choices=("<c>", "é"), answer=0) for text in ("a <c>", "é", "a <b> c", "<é>")]
+    task = build_task(backbone(tokenizer, decodes=decodes, vocab_size=size + 2), "openbookqa", None, 300)
+    task.check(rows)
+    task = build_task(backbone(tokenizer, decodes=decodes, vocab_size=size), "openbookqa", None, 300)
+    task.check(rows[:2])
+    with pytest.raises(DataError) as caught:
+        task.check(rows)
+    says = f"(id a <b> c): field 'question': found token '<b>' with id {size + 1}, expected ids below {size}, "
+    assert says in str(caught.value) and "(2 of 4 rows cannot be used)" in str(caught.value)
+    with pytest.raises(DataError, match=rf"token '<\\xe9>' with id {size}, expected"):
+        task.check(rows[3:])
+    sentences = build_task(backbone(tokenizer, decodes=decodes, vocab_size=size), "rte", None, 300)
+    with pytest.raises(DataError, match="field 'text': found token '<b>'"):
+        sentences.check([TextRow(id="t", text="a <b> c", label=0)])
+
+
+@pytest.mark.parametrize("decodes", [True, False])
+def test_D10_a_pad_beyond_the_embeddings_is_refused_before_the_weights_are_read(
     tokenizers: Tokenizers, decodes: bool
 ) -> None:
     tokenizer = tokenizers["encoder"]()
-    tokenizer.add_tokens(["<é>", "<b>"])
-    largest = max(tokenizer.get_vocab().values())
-    build_task(backbone(tokenizer, decodes=decodes, vocab_size=largest + 1), "openbookqa", None, 300)
-    with pytest.raises(ConfigError) as caught:
-        build_task(backbone(tokenizer, decodes=decodes, vocab_size=largest - 1), "openbookqa", None, 300)
-    assert f"found '<\\xe9>' with id {largest - 1} (2 such tokens), expected ids below {largest - 1}" in str(
-        caught.value
-    )
+    tokenizer.add_special_tokens({"pad_token": "<new>"})
+    size = tokenizer.pad_token_id
+    build_task(backbone(tokenizer, decodes=decodes, vocab_size=size + 1, pad_token_id=size), "openbookqa", None, 300)
+    with pytest.raises(ConfigError, match=f"it pads with id {size}, expected one below {size}, the embeddings"):
+        build_task(backbone(tokenizer, decodes=decodes, vocab_size=size), "openbookqa", None, 300)
 
 
 def test_D10_another_pad_than_the_encoders_is_refused_before_the_weights_are_read(tokenizers: Tokenizers) -> None:

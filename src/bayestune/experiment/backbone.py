@@ -30,7 +30,6 @@ from bayestune.errors import ConfigError
 from bayestune.experiment.record import file_sha256
 from bayestune.experiment.settings import Experiment, Family
 from bayestune.tasks import Task
-from bayestune.tasks.data import shown
 
 MINILM = "minilm"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -102,8 +101,8 @@ def build_task(backbone: Backbone, name: str, data: str | Path | None, max_token
 
     Raises:
         DataError, TaskError: as the functions of `bayestune.tasks`.
-        ConfigError: `max_tokens` is more than the model has positions for; or the tokenizer is not the model's: it
-            has tokens beyond the embeddings, or pads with another id than an encoder does.
+        ConfigError: `max_tokens` is more than the model has positions for; or the tokenizer pads with
+            a token that has no embedding, or with another than an encoder does.
     """
     limit = backbone.config.get_text_config().to_dict().get("max_position_embeddings")
     if limit is not None and max_tokens > limit:
@@ -115,21 +114,19 @@ def build_task(backbone: Backbone, name: str, data: str | Path | None, max_token
     else:
         make = tasks.multiple_choice if backbone.family == "causal" else tasks.encoder_multiple_choice
     task = make(name, backbone.tokenizer, data=data, max_tokens=max_tokens)
-    _check_tokenizer(backbone, task)
+    _fit_tokenizer(backbone, task)
     return task
 
 
-def _check_tokenizer(backbone: Backbone, task: Task) -> None:
-    """Refuse tokens that the model has no embedding for, and padding by which a head would miscount."""
+def _fit_tokenizer(backbone: Backbone, task: Task) -> None:
+    """Tell the task which tokens have embeddings; refuse a pad without, or by which a head would miscount."""
     config = backbone.config.get_text_config().to_dict()
     size, theirs = config.get("vocab_size"), config.get("pad_token_id")
-    known = backbone.tokenizer.get_vocab().items()
-    beyond = [] if size is None else sorted((number, token) for token, number in known if number >= size)
-    if beyond:
-        number, token = beyond[0]
+    task.embeddings = size
+    if size is not None and task.pad_id >= size:
         raise ConfigError(
-            f"tokenizer of {backbone.source}: found {shown(token)} with id {number} ({len(beyond)} such tokens), "
-            f"expected ids below {size}, the embeddings of the model; save it with more of them, or without the token."
+            f"tokenizer of {backbone.source}: it pads with id {task.pad_id}, expected one below {size}, the "
+            "embeddings of the model; save it with more of them, or choose another pad_token."
         )
     own = backbone.tokenizer.pad_token_id
     if not is_generative(backbone, task) and None not in (own, theirs) and own != theirs:

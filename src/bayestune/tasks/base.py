@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase
 
 from bayestune.errors import ConfigError, DataError, TaskError
-from bayestune.tasks.data import AnyRow, Row
+from bayestune.tasks.data import AnyRow, Row, shown
 from bayestune.tasks.datasets import DatasetSpec, rows_of
 
 
@@ -46,6 +46,8 @@ class Task(ABC):
 
     kind: str
     """What is scored: "choice", the choices of each row, or "text", classes that are the same for all rows."""
+    embeddings: int | None = None
+    """How many tokens the model has embeddings for, where it is known: `check` refuses rows with others."""
 
     def __init__(
         self, spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, *, data: str | Path | None, max_tokens: int
@@ -101,7 +103,7 @@ class Task(ABC):
         faults = []
         for row in rows:
             try:
-                self.example(row)
+                self._refuse_without_embedding(row, self.example(row))
             except DataError as error:
                 faults.append(error)
         if faults:
@@ -110,9 +112,20 @@ class Task(ABC):
     def refuse_if_too_long(self, row: AnyRow, tokens: int) -> None:
         """Raise a DataError for a row of more tokens than `max_tokens`."""
         if tokens > self.max_tokens:
-            name = "question" if isinstance(row, Row) else "text"
             expected = f"at most {self.max_tokens} (max_tokens, or the tokenizer's own limit; nothing is ever cut)"
-            raise row.fault(name, f"{tokens} tokens with its prompt and answer", expected)
+            raise row.fault(_main_text(row), f"{tokens} tokens with its prompt and answer", expected)
+
+    def _refuse_without_embedding(self, row: AnyRow, example: dict[str, Any]) -> None:
+        if self.embeddings is None:
+            return
+        largest = int(self.collate([example])["input_ids"].max())
+        if largest >= self.embeddings:
+            found = f"token {shown(self.tokenizer.convert_ids_to_tokens(largest))} with id {largest}"
+            raise row.fault(_main_text(row), found, f"ids below {self.embeddings}, the embeddings of the model")
+
+
+def _main_text(row: AnyRow) -> str:
+    return "question" if isinstance(row, Row) else "text"
 
 
 def check_padding(model: Any, attention_mask: Tensor, pad_id: int) -> None:
