@@ -260,9 +260,9 @@ def test_a_run_is_repeatable_and_its_seed_matters(world: Path, tmp_path: Path) -
 
 
 def test_sentences_are_classified(world: Path, tmp_path: Path) -> None:
-    rows = [{"id": f"t{i}", "text": f"{row['question']}", "label": i % 3} for i, row in enumerate(questions(0, 12))]
-    write_rows(tmp_path / "data" / "moods" / "train.jsonl", rows)
-    write_rows(tmp_path / "data" / "moods" / "dev.jsonl", rows[:6])
+    rows = [{"id": f"t{i}", "text": f"{row['question']}", "label": i % 3} for i, row in enumerate(questions(0, 18))]
+    write_rows(tmp_path / "data" / "moods" / "train.jsonl", rows[:12])
+    write_rows(tmp_path / "data" / "moods" / "dev.jsonl", rows[12:])
     for model in ("bert", "llama"):
         settings = experiment(world, model=str(world / model), task="moods", data=str(tmp_path / "data"))
         result = run(settings, tmp_path / model)

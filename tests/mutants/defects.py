@@ -1,6 +1,6 @@
 """All planted defects. `make mutants` plants them one by one; the tests named with each must then fail."""
 
-from mutants import draws, files, kl, maths, objective, prediction, runs, train, width
+from mutants import data, draws, files, kl, maths, objective, prediction, runs, train, width
 from mutants.defect import Defect
 
 DEFECTS: tuple[Defect, ...] = (
@@ -13,4 +13,5 @@ DEFECTS: tuple[Defect, ...] = (
     *train.DEFECTS,
     *width.DEFECTS,
     *maths.DEFECTS,
+    *data.DEFECTS,
 )

@@ -48,20 +48,85 @@ PROMISES = (
     Promise(id="P11", says="Two writers of one folder: one is told; a reader never sees a mix."),
     Promise(id="P12", says="Folders of every released format load and answer as they did."),
     Promise(id="P13", says="The base model is never changed, also after exceptions."),
-    Promise(id="D01", says="A malformed line is refused with file, line and field; nothing is dropped."),
+    Promise(
+        id="D01",
+        says="A malformed line is refused with file, line and field; nothing is dropped.",
+        note=(
+            "nothing is ever skipped: there is no option to skip bad rows, so nothing can be dropped. Lines "
+            "over 10 MB are taken for a broken file."
+        ),
+    ),
     Promise(id="D02", says="A missing or mistyped label is refused; rows to predict need none."),
     Promise(id="D03", says="A label out of range is refused."),
-    Promise(id="D04", says="Bad choices are refused."),
+    Promise(
+        id="D04",
+        says="Bad choices are refused.",
+        note=(
+            "two to 26 choices, one for each letter; a wrong choice may be there twice, as in published data, "
+            "the answer may not."
+        ),
+    ),
     Promise(id="D05", says="Empty texts are refused."),
-    Promise(id="D06", says="A row that is too long is refused and counted, never cut."),
-    Promise(id="D07", says="Text of any script round-trips; what cannot be written is refused."),
-    Promise(id="D08", says="Repeated ids are refused; rows of train that are also scored are reported."),
+    Promise(
+        id="D06",
+        says="A row that is too long is refused and counted, never cut.",
+        note=(
+            "refusing is the one policy: neither cutting nor dropping is offered; the error says how many "
+            "rows are too long."
+        ),
+    ),
+    Promise(
+        id="D07",
+        says="Text of any script round-trips; what cannot be written is refused.",
+        note="NUL and lone surrogates are refused. NFC and NFD stay different texts, and different ids.",
+    ),
+    Promise(
+        id="D08",
+        says="Repeated ids are refused; rows of train that are also scored are reported.",
+        note=(
+            "ids are texts: a number as id is refused. Repeated rows are counted in result.json and warned "
+            "of, not refused, as published splits have them (14 of the 500 test rows of OpenBookQA are in its "
+            "train split with the choices in another order); up to case, blanks, NFKC and the order of "
+            "choices. `bayestune evaluate` on another split does not look at the training rows."
+        ),
+    ),
     Promise(id="D09", says="The scored tokens are those of the prompt with its label, for every tokenizer."),
-    Promise(id="D10", says="Tokenizers without a pad token, with added tokens or doubled BOS are handled or refused."),
+    Promise(
+        id="D10",
+        says="Tokenizers without a pad token, with added tokens or doubled BOS are handled or refused.",
+        note=(
+            "no chat template is used. A tokenizer's own pad, or else its EOS, pads; with neither, id 0, "
+            "which a decoder's classification head would not read at the end of a text. A text that spells a "
+            "special token is tokenised as the tokenizer does by default."
+        ),
+    ),
     Promise(id="D11", says="One class, few rows, a last batch of one: trained and scored, or refused by name."),
-    Promise(id="D12", says="Permuted labels permute the probabilities."),
-    Promise(id="D13", says="Data that changes between two parts of a run stops it."),
-    Promise(id="D14", says="The order of rows follows from the seed; results are keyed by id."),
+    Promise(
+        id="D12",
+        says="Permuted labels permute the probabilities, also after training.",
+        note=(
+            "where a class is a label or a choice scored by itself. Where a causal model answers with a "
+            "letter, other places give other prompts; there a letter's score does not depend on its place "
+            "among those scored."
+        ),
+    ),
+    Promise(
+        id="D13",
+        says="Data that changes under a run does not change it; a run is not resumed on other rows.",
+        note=(
+            "rows are read once and hashed as read, so a file that changes later changes nothing in that run; "
+            "resuming with other training rows is refused. Rows to be scored are hashed in result.json and "
+            "may change between the two parts of a resumed run."
+        ),
+    ),
+    Promise(
+        id="D14",
+        says="The order of rows follows from the seed; results are keyed by id.",
+        note=(
+            "the order is over places in the file: a shuffled file is another run (and another hash) with the "
+            "same rows."
+        ),
+    ),
     Promise(
         id="R01",
         says="Out of memory: smaller micro-batches, the same effective batch and result.",

@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import time
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +81,31 @@ def test_D01_a_malformed_line_is_refused(tmp_path: Path, bad: bytes, says: str) 
     message = refusal(tmp_path / "rows.jsonl", json.dumps(GOOD).encode() + b"\n" + bad)
     assert f"{tmp_path / 'rows.jsonl'}:2: " in message
     assert says in message
+
+
+def test_D01_a_line_of_50_MB_is_refused_before_it_is_read_to_its_end(
+    tmp_path: Path, figure: Callable[..., None]
+) -> None:
+    """A line cut at the limit is held twice, in pieces and joined; the whole of this one would be five limits."""
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"id": "' + b"x" * 50_000_000 + b'"}\n')
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=r"rows\.jsonl:1: found a line of more than 10,000,000 bytes"):
+            read_rows(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    figure("memory for a line of 50 MB, in limits of 10 MB", peak / LINE_LIMIT, at_most=3.0)
+
+
+def test_D01_a_line_of_very_many_fields_is_refused_in_time(tmp_path: Path, figure: Callable[..., None]) -> None:
+    """In time proportional to the fields; comparing all with all would take minutes."""
+    content = b'{"id": "a", ' + b", ".join(b'"k%d": 0' % i for i in range(60_000)) + b"}\n"
+    started = time.process_time()
+    assert "neither of 'question' and 'text'" in refusal(tmp_path / "rows.jsonl", content)
+    assert "'k7' is there twice" in refusal(tmp_path / "rows.jsonl", content[:-2] + b', "k7": 1}\n')
+    figure("seconds of processor for two lines of 60,000 fields", time.process_time() - started, at_most=5.0)
 
 
 def test_D01_a_bom_on_the_first_line_is_refused(tmp_path: Path) -> None:

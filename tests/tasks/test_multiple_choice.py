@@ -1,6 +1,8 @@
 """Multiple choice: what is scored, against brute force; padding; refusals."""
 
+import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,19 +106,21 @@ def test_D09_scores_equal_brute_force(
     build: Build,
     dtype: torch.dtype,
     bound: float,
+    figure: Callable[..., None],
 ) -> None:
     task = causal("arc_easy", causal_tokenizer)
     model, oracle = build("llama", dtype), build("llama", torch.float64)
     rows = questions[:2] + questions[-3:]
-    found, uneven = probabilities(task, model, rows), []
+    found, uneven, worst = probabilities(task, model, rows), [], 0.0
     assert found.shape == (5, 5)
     for i, row in enumerate(rows):
         sequences = [whole(causal_tokenizer, task.prompt(row) + label) for label in task.labels(row)]
         with torch.inference_mode():
             expected = brute_force(oracle, sequences)
-        assert (found[i, : len(sequences)] - expected).abs().max() <= bound
+        worst = max(worst, (found[i, : len(sequences)] - expected).abs().max().item())
         assert (found[i, len(sequences) :] == 0).all()
         uneven.append(float(expected.max() * len(sequences)))
+    figure(f"probabilities in {dtype} against brute force in float64", worst, at_most=bound)
     assert max(uneven) > 1.2  # far from uniform: equality means something
 
 
@@ -198,7 +202,7 @@ def test_N07_padding_batch_and_neighbours_do_not_matter(
 
 @pytest.mark.parametrize("tokenizer", ["lettered", "two tokens"])
 def test_D10_what_stands_under_attention_mask_0_does_not_matter(
-    tokenizers: Tokenizers, questions: list[Row], build: Build, tokenizer: str
+    tokenizers: Tokenizers, questions: list[Row], build: Build, tokenizer: str, figure: Callable[..., None]
 ) -> None:
     task, model = causal("arc_easy", tokenizers[tokenizer]()), build("llama")
     assert task.tokenizer.pad_token_id is None
@@ -206,7 +210,8 @@ def test_D10_what_stands_under_attention_mask_0_does_not_matter(
     other = {**batch, "input_ids": batch["input_ids"].where(batch["attention_mask"] == 1, 77)}
     assert not torch.equal(batch["input_ids"], other["input_ids"])
     with torch.inference_mode():
-        assert (task.logits(model, batch).softmax(-1) - task.logits(model, other).softmax(-1)).abs().max() <= 1e-12
+        worst = (task.logits(model, batch).softmax(-1) - task.logits(model, other).softmax(-1)).abs().max().item()
+    figure("probabilities, other ids under attention mask 0", worst, at_most=1e-12)
 
 
 @pytest.mark.parametrize("tokenizer", ["lettered", "two tokens"])
@@ -360,3 +365,63 @@ def test_the_real_data_can_be_scored(
     rows = load_rows(name, "dev", data_dir)
     encoder_multiple_choice(name, minilm, data=data_dir).check(rows)
     multiple_choice(name, tokenizers["sentencepiece"](), data=data_dir, max_tokens=2000).check(rows)
+
+
+def test_D04_twenty_six_choices_are_scored(
+    tokenizers: Tokenizers, build: Build, tmp_path: Path, figure: Callable[..., None]
+) -> None:
+    """A letter for each, up to Z, against brute force."""
+    row = Row(id="r", question="Which?", choices=tuple(f"c{i}" for i in range(26)), answer=25)
+    (tmp_path / "many").mkdir()
+    fields = {"id": row.id, "question": row.question, "choices": row.choices, "answer": row.answer}
+    (tmp_path / "many" / "train.jsonl").write_text(json.dumps(fields) + "\n")
+    tokenizer, model = tokenizers["lettered"](), build("llama")
+    task = causal("many", tokenizer, data=tmp_path)
+    assert task.classes == 26 and task.labels(row)[-1] == " Z"
+    with torch.inference_mode():
+        expected = brute_force(model, [whole(tokenizer, task.prompt(row) + label) for label in task.labels(row)])
+    error = (probabilities(task, model, [row])[0] - expected).abs().max().item()
+    figure("probabilities of 26 choices against brute force", error, at_most=1e-12)
+
+
+def test_D04_choices_of_the_same_text_get_the_same_probability_from_an_encoder(
+    tokenizers: Tokenizers, build: Build
+) -> None:
+    """A wrong choice may be there twice."""
+    task, model = encoder_multiple_choice("arc_easy", tokenizers["encoder"]()), build("bert choice")
+    row = Row(id="r", question="What falls?", choices=("rain", "birds", "rain"), answer=1)
+    found = probabilities(task, model, [row])[0]
+    assert abs(found[0] - found[2]) <= 1e-12 < abs(found[0] - found[1])
+
+
+def test_D12_permuted_choices_permute_an_encoders_probabilities(
+    tokenizers: Tokenizers, questions: list[Row], build: Build, figure: Callable[..., None]
+) -> None:
+    """Each choice is scored by itself, so the loss of the answer stays what it was."""
+    task, model = encoder_multiple_choice("arc_easy", tokenizers["encoder"]()), build("bert choice", torch.float32)
+    turned = [replace(row, choices=row.choices[::-1], answer=len(row.choices) - 1 - row.answer) for row in questions]
+    found, other = (probabilities(task, model, some) for some in (questions, turned))
+    backwards = [p[: len(row.choices)].flip(0) for p, row in zip(other, questions, strict=True)]
+    pairs = zip(questions, found, backwards, strict=True)
+    worst = max((p[: len(row.choices)] - q).abs().max().item() for row, p, q in pairs)
+    figure("probabilities of an encoder, choices reversed", worst, at_most=1e-6)
+    with torch.inference_mode():
+        losses = [task.loss(model, task.collate([task.example(row) for row in some])) for some in (questions, turned)]
+    figure("loss of an encoder, choices reversed", (losses[0] - losses[1]).abs().max().item(), at_most=1e-5)
+
+
+@pytest.mark.parametrize("tokenizer", ["lettered", "two tokens"])
+def test_D12_a_letter_is_scored_alike_wherever_it_stands_among_the_letters(
+    tokenizers: Tokenizers, questions: list[Row], build: Build, tokenizer: str
+) -> None:
+    """The prompt stays as it is: in another order of the choices it would be another prompt."""
+    task, model = causal("arc_easy", tokenizers[tokenizer]()), build("llama")
+    batch = task.collate([task.example(row) for row in questions[:8]])
+    turned = {**batch, "label_ids": batch["label_ids"].flip(1), "labels": 3 - batch["labels"]}
+    if tokenizer == "two tokens":
+        turned |= {key: batch[key].flip(1) for key in ("input_ids", "attention_mask", "position_ids")}
+    with torch.inference_mode():
+        found, other = task.logits(model, batch)[:, :4].softmax(-1), task.logits(model, turned)[:, :4].softmax(-1)
+        losses = task.loss(model, batch) - task.loss(model, turned)
+    assert (found - other.flip(1)).abs().max() <= 1e-12
+    assert losses.abs().max() <= 1e-12

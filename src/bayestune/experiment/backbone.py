@@ -101,7 +101,8 @@ def build_task(backbone: Backbone, name: str, data: str | Path | None, max_token
 
     Raises:
         DataError, TaskError: as the functions of `bayestune.tasks`.
-        ConfigError: `max_tokens` is more than the model has positions for.
+        ConfigError: `max_tokens` is more than the model has positions for; or the tokenizer pads with
+            a token that has no embedding, or with another than an encoder does.
     """
     limit = backbone.config.get_text_config().to_dict().get("max_position_embeddings")
     if limit is not None and max_tokens > limit:
@@ -109,10 +110,30 @@ def build_task(backbone: Backbone, name: str, data: str | Path | None, max_token
     if name in PACKAGED_TASKS and (data is None or not (Path(data) / name).is_dir()):
         data = PACKAGED_DATA
     if tasks.dataset(name, data).kind == "text":
-        return tasks.classification(name, backbone.tokenizer, data=data, max_tokens=max_tokens)
-    if backbone.family == "causal":
-        return tasks.multiple_choice(name, backbone.tokenizer, data=data, max_tokens=max_tokens)
-    return tasks.encoder_multiple_choice(name, backbone.tokenizer, data=data, max_tokens=max_tokens)
+        make = tasks.classification
+    else:
+        make = tasks.multiple_choice if backbone.family == "causal" else tasks.encoder_multiple_choice
+    task = make(name, backbone.tokenizer, data=data, max_tokens=max_tokens)
+    _fit_tokenizer(backbone, task)
+    return task
+
+
+def _fit_tokenizer(backbone: Backbone, task: Task) -> None:
+    """Tell the task which tokens have embeddings; refuse a pad without, or by which a head would miscount."""
+    config = backbone.config.get_text_config().to_dict()
+    size, theirs = config.get("vocab_size"), config.get("pad_token_id")
+    task.embeddings = size
+    if size is not None and task.pad_id >= size:
+        raise ConfigError(
+            f"tokenizer of {backbone.source}: it pads with id {task.pad_id}, expected one below {size}, the "
+            "embeddings of the model; save it with more of them, or choose another pad_token."
+        )
+    own = backbone.tokenizer.pad_token_id
+    if not is_generative(backbone, task) and None not in (own, theirs) and own != theirs:
+        raise ConfigError(
+            f"tokenizer of {backbone.source}: it pads with id {own} and the model with {theirs}, expected the same; "
+            "correct pad_token_id in the model's config.json, or pad_token of the tokenizer."
+        )
 
 
 def default_targets(backbone: Backbone, task: Task) -> tuple[str, ...]:
@@ -168,7 +189,7 @@ def load_base(backbone: Backbone, task: Task, experiment: Experiment) -> tuple[P
     new = sorted({key.rpartition(".")[0] for key in loading["missing_keys"]})
     if new and generates:
         raise ConfigError(f"model {experiment.model!r}: its checkpoint has no weights for {', '.join(new)}.")
-    if model.config.pad_token_id is None:
+    if model.config.pad_token_id is None or backbone.tokenizer.pad_token_id is None:
         model.config.pad_token_id = task.pad_id
     return model if experiment.quantization != "none" else model.to(device), new
 

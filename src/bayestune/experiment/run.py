@@ -31,6 +31,7 @@ from bayestune.experiment.folder import (
     run_folder,
 )
 from bayestune.experiment.methods import Start, adapter_file, autocast, begin, evaluations, obtain, tempered
+from bayestune.experiment.overlap import count_repeated
 from bayestune.experiment.processes import is_main, process_count
 from bayestune.experiment.record import file_sha256, hardware, read_json, rows_sha256, versions, write_json
 from bayestune.experiment.settings import Experiment
@@ -112,6 +113,7 @@ def run(
     rows = _Rows.of(experiment, task)
     if is_main():
         check_output(output, experiment, overwrite=overwrite, resume=resume)
+    repeated = _repeated(experiment, rows) if is_main() else {}
     base, new = load_base(backbone, task, experiment)
     start = Start(base=base, new=new, task_type="CAUSAL_LM" if is_generative(backbone, task) else None)
     model, experiment = begin(start, experiment)
@@ -143,7 +145,7 @@ def run(
             temperature=posterior.temperature,
         )
         hashes = _hashes(backbone, rows, output, experiment.adapter)
-        record = _record(result, rows, hashes, command)
+        record = {**_record(result, rows, hashes, command), "repeated_rows": repeated}
         write_json(output / RESULT, {**record, "kl": _kl(finished, len(rows.train))})
     return result
 
@@ -176,6 +178,18 @@ class _Rows:
             fit=_checked(task, experiment.fit_split),
             temperature=_checked(task, experiment.temperature_split),
         )
+
+
+def _repeated(experiment: Experiment, rows: _Rows) -> dict[str, dict[str, int]]:
+    """How many of the scored rows are also in each split that the run learns from; warns where any are."""
+    assert experiment.eval_split is not None
+    used = {
+        experiment.train_split: rows.train,
+        experiment.fit_split: rows.fit,
+        experiment.temperature_split: rows.temperature,
+    }
+    named = {name: found for name, found in used.items() if name is not None}
+    return count_repeated(rows.evaluation, experiment.eval_split, named)
 
 
 def _record(result: Result, rows: _Rows, hashes: dict[str, Any], command: Sequence[str]) -> dict[str, Any]:

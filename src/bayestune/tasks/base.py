@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase
 
 from bayestune.errors import ConfigError, DataError, TaskError
-from bayestune.tasks.data import AnyRow, Row
+from bayestune.tasks.data import AnyRow, Row, shown
 from bayestune.tasks.datasets import DatasetSpec, rows_of
 
 
@@ -39,11 +40,14 @@ class Task(ABC):
 
     Attributes:
         name: of the data set. spec: what is known of it. classes: columns of the logits.
-        max_tokens: limit of a sequence. pad_id: the id under attention mask 0: the tokenizer's, or 0 if it has none.
+        max_tokens: limit of a sequence. pad_id: the id under attention mask 0: the tokenizer's pad, or else its EOS
+            (heads that look for the last token skip it, and no text ends with it), or 0 if it has neither.
     """
 
     kind: str
     """What is scored: "choice", the choices of each row, or "text", classes that are the same for all rows."""
+    embeddings: int | None = None
+    """How many tokens the model has embeddings for, where it is known: `check` refuses rows with others."""
 
     def __init__(
         self, spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, *, data: str | Path | None, max_tokens: int
@@ -56,8 +60,8 @@ class Task(ABC):
         self.tokenizer = tokenizer
         self.data = None if data is None else Path(data)
         self.max_tokens = min(max_tokens, tokenizer.model_max_length)
-        pad_id = tokenizer.pad_token_id
-        self.pad_id = pad_id if isinstance(pad_id, int) else 0
+        named = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+        self.pad_id = next((token for token in named if isinstance(token, int)), 0)
 
     def rows(self, split: str) -> list[AnyRow]:
         """The labelled rows of a split, such as "train" or "dev+test"; raises DataError as `load_rows` does."""
@@ -99,7 +103,7 @@ class Task(ABC):
         faults = []
         for row in rows:
             try:
-                self.example(row)
+                self._refuse_without_embedding(row, self.example(row))
             except DataError as error:
                 faults.append(error)
         if faults:
@@ -108,9 +112,35 @@ class Task(ABC):
     def refuse_if_too_long(self, row: AnyRow, tokens: int) -> None:
         """Raise a DataError for a row of more tokens than `max_tokens`."""
         if tokens > self.max_tokens:
-            name = "question" if isinstance(row, Row) else "text"
             expected = f"at most {self.max_tokens} (max_tokens, or the tokenizer's own limit; nothing is ever cut)"
-            raise row.fault(name, f"{tokens} tokens with its prompt and answer", expected)
+            raise row.fault(_main_text(row), f"{tokens} tokens with its prompt and answer", expected)
+
+    def _refuse_without_embedding(self, row: AnyRow, example: dict[str, Any]) -> None:
+        if self.embeddings is None:
+            return
+        largest = int(self.collate([example])["input_ids"].max())
+        if largest >= self.embeddings:
+            found = f"token {shown(self.tokenizer.convert_ids_to_tokens(largest))} with id {largest}"
+            raise row.fault(_main_text(row), found, f"ids below {self.embeddings}, the embeddings of the model")
+
+
+def _main_text(row: AnyRow) -> str:
+    return "question" if isinstance(row, Row) else "text"
+
+
+def check_padding(model: Any, attention_mask: Tensor, pad_id: int) -> None:
+    """Refuse to pad with another id than the model's: some find the last token, some their positions, by their own.
+
+    Raises:
+        TaskError: with both ids.
+    """
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    theirs = inner.config.pad_token_id
+    if theirs is not None and theirs != pad_id and not bool(attention_mask.all()):
+        raise TaskError(
+            f"the model pads with id {theirs} and the tokenizer with {pad_id}, expected the same; "
+            f"set model.config.pad_token_id = {pad_id}"
+        )
 
     def refuse_if_empty(self, row: AnyRow, tokens: int) -> None:
         """Raise a DataError for a row whose text the tokenizer turns into no token at all."""

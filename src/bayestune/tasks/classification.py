@@ -6,11 +6,10 @@ from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase
 
 from bayestune.errors import TaskError
-from bayestune.tasks.base import Task, labels_of, pad_encodings, widen
+from bayestune.tasks.base import Task, check_padding, labels_of, pad_encodings, widen
 from bayestune.tasks.data import AnyRow, Row
 from bayestune.tasks.datasets import DatasetSpec, dataset
 
@@ -66,7 +65,7 @@ class Classification(Task):
         return {**pad_encodings([example["encoding"] for example in examples], self.pad_id), **labels_of(examples)}
 
     def logits(self, model: Any, batch: dict[str, Tensor]) -> Float[Tensor, "rows classes"]:
-        self._check_padding(model, batch["attention_mask"])
+        check_padding(model, batch["attention_mask"], self.pad_id)
         inputs = {key: tensor for key, tensor in batch.items() if key in self.tokenizer.model_input_names}
         logits = widen(model(**inputs).logits)
         if logits.shape[1] != self.classes:
@@ -75,13 +74,3 @@ class Classification(Task):
                 f"load it with num_labels={self.classes}"
             )
         return logits
-
-    def _check_padding(self, model: Any, attention_mask: Tensor) -> None:
-        """Some heads find the last token, and some models their positions, by the model's own pad id."""
-        inner = model.module if isinstance(model, DistributedDataParallel) else model
-        theirs = inner.config.pad_token_id
-        if theirs is not None and theirs != self.pad_id and not bool(attention_mask.all()):
-            raise TaskError(
-                f"the model pads with id {theirs} and the tokenizer with {self.pad_id}, expected the same; "
-                f"set model.config.pad_token_id = {self.pad_id}"
-            )

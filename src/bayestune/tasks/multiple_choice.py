@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bayestune.errors import TaskError
-from bayestune.tasks.base import Task, labels_of, pad, pad_encodings, widen
+from bayestune.tasks.base import Task, check_padding, labels_of, pad, pad_encodings, widen
 from bayestune.tasks.data import AnyRow, Row, shown
 from bayestune.tasks.datasets import DatasetSpec, dataset
 
@@ -140,6 +140,8 @@ class CausalMultipleChoice(Task):
         context, scored = beyond_common_prefix(self._tokenise([prompt + label for label in labels]))
         if not context:
             return context, scored, "no token comes before the label"
+        if context[:2] == [self.tokenizer.bos_token_id] * 2:
+            return context, scored, f"it puts {shown(self.tokenizer.bos_token)} before a text twice"
         for first, label in enumerate(labels):
             if self.tokenizer.unk_token_id is not None and self.tokenizer.unk_token_id in scored[first]:
                 return context, scored, f"label {shown(label)} becomes an unknown token"
@@ -246,5 +248,6 @@ class EncoderMultipleChoice(Task):
         return {**inputs, "choice_mask": present, **labels_of(examples)}
 
     def logits(self, model: Any, batch: dict[str, Tensor]) -> Float[Tensor, "rows classes"]:
+        check_padding(model, batch["attention_mask"], self.pad_id)
         inputs = {key: tensor for key, tensor in batch.items() if key in self.tokenizer.model_input_names}
         return _mask_absent(widen(model(**inputs).logits), batch["choice_mask"], self.classes)

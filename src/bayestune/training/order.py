@@ -15,8 +15,8 @@ class LengthGrouped(Sampler[int]):
     """A random order of the rows, in batches of similar length.
 
     Each epoch the rows are permuted, sorted by length within pools of `POOL` batches, cut into batches, and the whole
-    batches shuffled; a last batch that is not full stays last. A pure function of (`seed`, epoch), so that a resumed
-    run sees the same order.
+    batches shuffled; a last batch that is not full stays last. A pure function of (`seed`, epoch, `lengths`), so that
+    a resumed run sees the same order; it is over places, so a shuffled file gives another one.
     """
 
     def __init__(self, lengths: Sequence[int], *, batch_size: int, seed: int) -> None:

@@ -1,0 +1,238 @@
+"""Defects of rows, tokenizers and splits."""
+
+from mutants.defect import Defect
+
+DATA = "tasks/data.py"
+BASE = "tasks/base.py"
+CHOICES = "tasks/multiple_choice.py"
+OVERLAP = "experiment/overlap.py"
+RUN = "experiment/run.py"
+BACKBONE = "experiment/backbone.py"
+
+DEFECTS = (
+    Defect(
+        name="a blank line is dropped",
+        path=DATA,
+        before="                if not line:\n                    return\n",
+        after="                if not line:\n                    return\n                if not line.strip():\n"
+        "                    continue\n",
+        tests="cli/test_bad_rows.py D01",
+    ),
+    Defect(
+        name="a carriage return is taken for a blank",
+        path=DATA,
+        before='    elif line.endswith(b"\\r\\n"):',
+        after="    elif False:",
+        tests="cli/test_bad_rows.py D01",
+    ),
+    Defect(
+        name="the last of two fields of one name is taken",
+        path=DATA,
+        before="    if len(fields) < len(pairs):",
+        after="    if False:",
+        tests="tasks/test_data.py D01",
+    ),
+    Defect(
+        name="fields are compared each with each",
+        path=DATA,
+        before="    if len(fields) < len(pairs):",
+        after="    if any([key for key, _ in pairs].count(key) > 1 for key in fields):",
+        tests="tasks/test_data.py very_many",
+    ),
+    Defect(
+        name="a line is read to its end, however long",
+        path=DATA,
+        before="file.readline(LINE_LIMIT + 1)",
+        after="file.readline()",
+        tests="tasks/test_data.py 50_MB",
+    ),
+    Defect(
+        name="a bool is a label",
+        path=DATA,
+        before="    if type(value) is not int:",
+        after="    if not isinstance(value, int):",
+        tests="tasks/test_data.py D02",
+    ),
+    Defect(
+        name="the answer may be one past the last choice",
+        path=DATA,
+        before="        if not 0 <= self.answer < len(self.choices):",
+        after="        if not 0 <= self.answer <= len(self.choices):",
+        tests="cli/test_bad_rows.py range",
+    ),
+    Defect(
+        name="there are 25 letters",
+        path=CHOICES,
+        before="self.spec.fixed_choices or ascii_uppercase[: len(row.choices)]]",
+        after="self.spec.fixed_choices or ascii_uppercase[: min(25, len(row.choices))]]",
+        tests="tasks/test_multiple_choice.py D04",
+    ),
+    Defect(
+        name="only blanks are a text",
+        path=DATA,
+        before="    if not text.strip():",
+        after="    if not text:",
+        tests="cli/test_bad_rows.py blank",
+    ),
+    Defect(
+        name="a row that is too long is let in",
+        path=BASE,
+        before="        if tokens > self.max_tokens:",
+        after="        if False:",
+        tests="cli/test_bad_rows.py long",
+    ),
+    Defect(
+        name="ids lose the blanks around them",
+        path="cli/trained.py",
+        before='            "id": row.id,\n',
+        after='            "id": row.id.strip(),\n',
+        tests="cli/test_bad_rows.py D07",
+    ),
+    Defect(
+        name="answers are written as the locale says",
+        path="experiment/record.py",
+        before='"x", encoding="utf-8", newline',
+        after='"x", newline',
+        tests="cli/test_bad_rows.py D07",
+    ),
+    Defect(
+        name="ids may be repeated",
+        path=DATA,
+        before="        if row.id in seen:",
+        after="        if False:",
+        tests="cli/test_bad_rows.py twice",
+    ),
+    Defect(
+        name="only rows repeated letter for letter are counted",
+        path=OVERLAP,
+        before='" ".join(unicodedata.normalize("NFKC", text or "").casefold().split())',
+        after='(text or "")',
+        tests="experiment/test_overlap.py hide",
+    ),
+    Defect(
+        name="repeated rows are compared without Unicode's forms",
+        path=OVERLAP,
+        before='unicodedata.normalize("NFKC", text or "")',
+        after='(text or "")',
+        tests="experiment/test_overlap.py hide",
+    ),
+    Defect(
+        name="choices in another order hide a repeated row",
+        path=OVERLAP,
+        before="*sorted(texts[2:])",
+        after="*texts[2:]",
+        tests="experiment/test_overlap.py hide",
+    ),
+    Defect(
+        name="a repeated row is found by its id",
+        path=OVERLAP,
+        before="(key := _folded(row)) in places]",
+        after="(key := _folded(row)) in places and row.id == places[key].id]",
+        tests="experiment/test_overlap.py D08",
+    ),
+    Defect(
+        name="every repeated row counts as exact",
+        path=OVERLAP,
+        before="sum(_texts(row) in exactly for row, _ in repeated)",
+        after="len(repeated)",
+        tests="experiment/test_overlap.py counts",
+    ),
+    Defect(
+        name="rows of the temperature are not compared",
+        path=RUN,
+        before="        experiment.temperature_split: rows.temperature,\n",
+        after="",
+        tests="experiment/test_overlap.py records",
+    ),
+    Defect(
+        name="the label is taken for part of the prompt",
+        path=CHOICES,
+        before="[prompt + label for label in labels]",
+        after="[prompt + label.strip() for label in labels]",
+        tests="tasks/test_multiple_choice.py D09",
+    ),
+    Defect(
+        name="without a pad of its own a tokenizer pads with 0",
+        path=BASE,
+        before="        named = (tokenizer.pad_token_id, tokenizer.eos_token_id)",
+        after="        named = (tokenizer.pad_token_id,)",
+        tests="tasks/test_tokenizers.py decoder",
+    ),
+    Defect(
+        name="a doubled BOS is scored",
+        path=CHOICES,
+        before="        if context[:2] == [self.tokenizer.bos_token_id] * 2:",
+        after="        if False:",
+        tests="tasks/test_tokenizers.py BOS",
+    ),
+    Defect(
+        name="tokens beyond the embeddings are let in",
+        path=BACKBONE,
+        before="    task.embeddings = size\n",
+        after="",
+        tests="tasks/test_tokenizers.py beyond",
+    ),
+    Defect(
+        name="the first token beyond the embeddings is let in",
+        path=BASE,
+        before="        if largest >= self.embeddings:",
+        after="        if largest > self.embeddings:",
+        tests="cli/test_bad_rows.py D10",
+    ),
+    Defect(
+        name="a pad beyond the embeddings is let in",
+        path=BACKBONE,
+        before="    if size is not None and task.pad_id >= size:",
+        after="    if size is not None and task.pad_id > size:",
+        tests="tasks/test_tokenizers.py beyond",
+    ),
+    Defect(
+        name="an encoder may pad with another id than its own",
+        path=BACKBONE,
+        before="    if not is_generative(backbone, task) and None not in (own, theirs) and own != theirs:",
+        after="    if False:",
+        tests="tasks/test_tokenizers.py another_pad",
+    ),
+    Defect(
+        name="the padding of choices is not checked",
+        path=CHOICES,
+        before='        check_padding(model, batch["attention_mask"], self.pad_id)\n',
+        after="",
+        tests="tasks/test_tokenizers.py D10",
+    ),
+    Defect(
+        name="a last batch of one is left out",
+        path="training/order.py",
+        before="        yield from rest",
+        after="        yield from rest if len(rest) > 1 else []",
+        tests="experiment/test_rows.py D11",
+    ),
+    Defect(
+        name="the label is off by one",
+        path=BASE,
+        before='batch["labels"], reduction="none")',
+        after='(batch["labels"] + 1) % self.classes, reduction="none")',
+        tests="training/test_permuted.py D12",
+    ),
+    Defect(
+        name="training reads its file again",
+        path=RUN,
+        before="        rows=rows.train,\n",
+        after="        rows=task.rows(experiment.train_split),\n",
+        tests="experiment/test_rows.py D13",
+    ),
+    Defect(
+        name="a resumed run takes other rows",
+        path="training/trainer.py",
+        before='            "row_sha256": self._train_sha256,\n',
+        after="",
+        tests="cli/test_bad_rows.py D13",
+    ),
+    Defect(
+        name="rows of a batch swap their answers",
+        path="inference/predict.py",
+        before="logits[:, places] = _finite",
+        after="logits[:, sorted(places)] = _finite",
+        tests="cli/test_bad_rows.py D14",
+    ),
+)

@@ -1,0 +1,163 @@
+"""Tokenizers with a pad that is the EOS, none at all, a chat template, a doubled BOS, or tokens of no model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import processors
+from transformers import (
+    BertConfig,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from bayestune.errors import ConfigError, DataError, TaskError
+from bayestune.experiment.backbone import Backbone, build_task
+from bayestune.tasks import Row, TextRow, classification, encoder_multiple_choice, multiple_choice
+
+Tokenizers = dict[str, Callable[[], PreTrainedTokenizerFast]]
+Build = Callable[..., PreTrainedModel]
+
+
+@pytest.mark.parametrize("name", ["sentencepiece", "sentencepiece with EOS"])
+def test_D10_a_pad_that_is_the_EOS_changes_nothing(
+    tokenizers: Tokenizers, questions: list[Row], build: Build, figure: Callable[..., None], name: str
+) -> None:
+    plain, padded = tokenizers[name](), tokenizers[name]()
+    padded.pad_token = "</s>"
+    assert (plain.pad_token_id, padded.pad_token_id) == (None, padded.eos_token_id)
+    model, found = build("llama"), []
+    for tokenizer in (plain, padded):
+        task = multiple_choice("arc_easy", tokenizer, max_tokens=1000)
+        examples = [task.example(row) for row in questions]
+        batches = [task.collate(examples), *(task.collate([example]) for example in examples)]
+        with torch.inference_mode():
+            found += [task.logits(model, batches[0]), torch.cat([task.logits(model, batch) for batch in batches[1:]])]
+    worst = max((logits.softmax(-1) - found[1].softmax(-1)).abs().max().item() for logits in found)
+    figure("probabilities, pad = EOS and no pad, in a batch and alone", worst, at_most=1e-12)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A Llama with a classification head, and logits read from its last token of a row alone."""
+
+    model: LlamaForSequenceClassification
+
+    def at_the_end(self, ids: list[int]) -> torch.Tensor:
+        hidden = self.model.model(input_ids=torch.tensor([ids])).last_hidden_state
+        return self.model.score(hidden[0, -1])
+
+
+@pytest.fixture
+def decoder() -> Decoder:
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_labels=2, initializer_range=0.2,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Decoder(LlamaForSequenceClassification(config).double().eval())
+
+
+@pytest.mark.parametrize("pad", [None, "</s>"])
+def test_D10_a_decoder_without_a_pad_of_its_own_is_read_at_the_last_token(
+    tokenizers: Tokenizers, decoder: Decoder, figure: Callable[..., None], pad: str | None
+) -> None:
+    """Also where the last token has the id 0."""
+    tokenizer = tokenizers["plain bytes"]()
+    tokenizer.add_special_tokens({"eos_token": "</s>"})
+    tokenizer.pad_token = pad
+    rows = [TextRow(id=str(i), text=text, label=0) for i, text in enumerate(["Go!", "Go", "They went to sea!!", "!"])]
+    task = classification("rte", tokenizer)
+    assert task.pad_id == tokenizer.eos_token_id and tokenizer("!")["input_ids"] == [0]
+    decoder.model.config.pad_token_id = task.pad_id
+    batch = task.collate([task.example(row) for row in rows])
+    with torch.inference_mode():
+        found = task.logits(decoder.model, batch)
+        expected = torch.stack([decoder.at_the_end(tokenizer(row.text)["input_ids"]) for row in rows])
+    assert (expected[0] - expected[1]).abs().max() > 0.01
+    figure("logits of a decoder's head, in a batch", (found - expected).abs().max().item(), at_most=1e-12)
+
+
+def test_D10_no_chat_template_is_needed_or_used(tokenizers: Tokenizers, questions: list[Row]) -> None:
+    plain, chatty = tokenizers["lettered"](), tokenizers["lettered"]()
+    assert plain.chat_template is None
+    chatty.chat_template = "{{ raise_exception('used') }}"
+    examples = [[multiple_choice("arc_easy", t).example(row) for row in questions] for t in (plain, chatty)]
+    assert examples[0] == examples[1]
+
+
+def test_D10_a_BOS_that_comes_twice_is_refused(tokenizers: Tokenizers) -> None:
+    tokenizer = tokenizers["sentencepiece"]()
+    multiple_choice("openbookqa", tokenizer)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> <s> $A", special_tokens=[("<s>", 0)]
+    )
+    with pytest.raises(
+        TaskError, match="openbookqa: this tokenizer cannot score it: it puts '<s>' before a text twice"
+    ):
+        multiple_choice("openbookqa", tokenizer)
+
+
+def test_D10_choices_padded_with_another_id_than_the_models_are_refused(
+    tokenizers: Tokenizers, questions: list[Row], build: Build
+) -> None:
+    """RoBERTa counts its positions by the pad of its own."""
+    task, model = encoder_multiple_choice("arc_easy", tokenizers["encoder"]()), build("bert choice")
+    model.config.pad_token_id = 5
+    with pytest.raises(TaskError, match="the model pads with id 5 and the tokenizer with 0"):
+        task.logits(model, task.collate([task.example(row) for row in questions]))
+
+
+def backbone(tokenizer: PreTrainedTokenizerFast, *, decodes: bool, **settings: Any) -> Backbone:
+    config = LlamaConfig(**settings) if decodes else BertConfig(**settings)
+    return Backbone(source="here", config=config, tokenizer=tokenizer, family="causal" if decodes else "encoder")
+
+
+@pytest.mark.parametrize("decodes", [True, False])
+def test_D10_a_row_with_a_token_beyond_the_embeddings_is_refused_and_others_are_not(
+    tokenizers: Tokenizers, decodes: bool
+) -> None:
+    """Published tokenizers have tokens that no text uses, for images, say, beyond the embeddings."""
+    tokenizer = tokenizers["encoder"]()
+    tokenizer.add_tokens(["<é>", "<b>"])
+    size = tokenizer.convert_tokens_to_ids("<é>")
+    rows = [Row(id=text, question=text, choices=("<c>", "é"), answer=0) for text in ("a <c>", "é", "a <b> c", "<é>")]
+    task = build_task(backbone(tokenizer, decodes=decodes, vocab_size=size + 2), "openbookqa", None, 300)
+    task.check(rows)
+    task = build_task(backbone(tokenizer, decodes=decodes, vocab_size=size), "openbookqa", None, 300)
+    task.check(rows[:2])
+    with pytest.raises(DataError) as caught:
+        task.check(rows)
+    says = f"(id a <b> c): field 'question': found token '<b>' with id {size + 1}, expected ids below {size}, "
+    assert says in str(caught.value) and "(2 of 4 rows cannot be used)" in str(caught.value)
+    with pytest.raises(DataError, match=rf"token '<\\xe9>' with id {size}, expected"):
+        task.check(rows[3:])
+    sentences = build_task(backbone(tokenizer, decodes=decodes, vocab_size=size), "rte", None, 300)
+    with pytest.raises(DataError, match="field 'text': found token '<b>'"):
+        sentences.check([TextRow(id="t", text="a <b> c", label=0)])
+
+
+@pytest.mark.parametrize("decodes", [True, False])
+def test_D10_a_pad_beyond_the_embeddings_is_refused_before_the_weights_are_read(
+    tokenizers: Tokenizers, decodes: bool
+) -> None:
+    tokenizer = tokenizers["encoder"]()
+    tokenizer.add_special_tokens({"pad_token": "<new>"})
+    size = tokenizer.pad_token_id
+    build_task(backbone(tokenizer, decodes=decodes, vocab_size=size + 1, pad_token_id=size), "openbookqa", None, 300)
+    with pytest.raises(ConfigError, match=f"it pads with id {size}, expected one below {size}, the embeddings"):
+        build_task(backbone(tokenizer, decodes=decodes, vocab_size=size), "openbookqa", None, 300)
+
+
+def test_D10_another_pad_than_the_encoders_is_refused_before_the_weights_are_read(tokenizers: Tokenizers) -> None:
+    for name in ("openbookqa", "rte"):
+        build_task(backbone(tokenizers["encoder"](), decodes=False, pad_token_id=0), name, None, 300)
+        with pytest.raises(ConfigError, match="it pads with id 0 and the model with 5, expected the same"):
+            build_task(backbone(tokenizers["encoder"](), decodes=False, pad_token_id=5), name, None, 300)
+    build_task(backbone(tokenizers["with pad"](), decodes=True, pad_token_id=5), "openbookqa", None, 300)
+    build_task(backbone(tokenizers["lettered"](), decodes=True, pad_token_id=5), "rte", None, 300)
