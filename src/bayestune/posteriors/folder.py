@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 from bayestune.errors import ConfigError
 
 MANIFEST = "bayestune_manifest.json"
+_DEPTH = 64
 
 
 @contextmanager
@@ -62,9 +64,14 @@ def strict_json(text: bytes, *, limit: int) -> Any:
     if len(text) > limit:
         raise ValueError(f"{len(text)} bytes of JSON, expected at most {limit}")
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        found = json.loads(
+            text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
+        )
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
+    if _is_deeper(found, _DEPTH):
+        raise ValueError(f"JSON nested too deeply, expected at most {_DEPTH} levels")
+    return found
 
 
 def _check_aside(aside: Path) -> None:
@@ -145,3 +152,21 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text[:30]} is too large a number")
+    return number
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether lists and objects are nested in more than `levels`; level by level, for the nesting may be deep."""
+    layer = [value]
+    for _ in range(levels + 1):
+        parts = [part.values() if isinstance(part, dict) else part for part in layer if isinstance(part, dict | list)]
+        layer = [item for part in parts for item in part]
+        if not layer:
+            return False
+    return True
