@@ -165,6 +165,8 @@ def load_base(backbone: Backbone, task: Task, experiment: Experiment) -> tuple[P
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ConfigError(f"model {experiment.model!r}: cannot be loaded: {_line(error)}") from error
     model, loading = loaded
+    # What PEFT records as the base: the name that was given, not the place of a package in someone's home.
+    model.name_or_path = model.config._name_or_path = experiment.model
     new = sorted({key.rpartition(".")[0] for key in loading["missing_keys"]})
     if new and generates:
         raise ConfigError(f"model {experiment.model!r}: its checkpoint has no weights for {', '.join(new)}.")

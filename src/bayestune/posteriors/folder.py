@@ -6,6 +6,7 @@ import math
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,7 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Pat
     work.mkdir()
     try:
         yield work
+        _take_modes(work)
         _flush(work)
         _publish(work, target, aside)
     except BaseException:
@@ -127,6 +129,17 @@ def _remove(aside: Path) -> None:
 
 def _aside(target: Path) -> Path:
     return target.with_name(f".{target.name}.old")
+
+
+def _take_modes(work: Path) -> None:
+    """Give every file the mode that umask gives a new one; safetensors keeps its own to the owner."""
+    probe = work / f".{secrets.token_hex(8)}"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for entry in work.rglob("*"):
+        if entry.is_file():
+            entry.chmod(mode)
 
 
 def _flush(folder: Path) -> None:
