@@ -12,6 +12,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 LEVELS = {
     "errors": -1,
+    "requirements": 0,
     "functional": 0,
     "metrics": 0,
     "kernels": 0,

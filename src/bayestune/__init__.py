@@ -3,6 +3,10 @@
 Importing this package registers the PEFT type "BLOB".
 """
 
+from bayestune.requirements import check_versions
+
+check_versions()  # before anything that an older version would break
+
 from bayestune import metrics as metrics
 from bayestune import posteriors as posteriors
 from bayestune import tasks as tasks

@@ -33,5 +33,9 @@ class TrainingError(BayestuneError, RuntimeError):
     """Training was stopped before it could do harm."""
 
 
+class VersionError(BayestuneError, ImportError):
+    """An installed package of a version that bayestune does not work with."""
+
+
 class BayestuneWarning(UserWarning):
     """A result that should be looked at."""

@@ -9,9 +9,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from bayestune.inference import draw, predict
+from bayestune.inference import draw, evaluate, predict
 from inference.cases import Letters, rows
-from models import LLAMA, blob
+from models import LLAMA, blob, scatter
 
 IDS = LLAMA.inputs(rows=2, tokens=6)["input_ids"]
 
@@ -134,3 +134,34 @@ def test_K03_a_draw_is_seen_by_its_own_thread_only() -> None:
         assert not torch.equal(logits(model), mean)
         (seen,) = in_threads(lambda: logits(model))
     assert isinstance(seen, Tensor) and torch.equal(seen, mean)
+
+
+@pytest.mark.parametrize("repeats", [3, pytest.param(50, marks=pytest.mark.nightly)])
+def test_K03_two_adapters_while_another_thread_evaluates(repeats: int) -> None:
+    """Draws of both adapters at once, each thread with a seed of its own, and scores computed beside them."""
+    model, questions = blob(LLAMA), rows(6)
+    model.add_adapter("second", LLAMA.config())
+    scatter(model, seed=1, adapter="second")
+    model.base_model.set_adapter(["default", "second"])
+    model.eval()
+
+    def scores(seed: int) -> dict[str, object]:
+        return evaluate(predict(model, Letters(), questions, draws=3, seed=seed)).as_dict()
+
+    drawn_alone, scored_alone = [drawn(model, k) for k in range(4)], [scores(k) for k in range(4)]
+    assert not torch.equal(drawn_alone[0], drawn_alone[1])
+    start = threading.Barrier(8)
+
+    def drawing(index: int) -> list[Tensor]:
+        start.wait(timeout=60)
+        return [drawn(model, index) for _ in range(repeats)]
+
+    def scoring(seed: int) -> list[dict[str, object]]:
+        start.wait(timeout=60)
+        return [scores(seed) for _ in range(repeats)]
+
+    found = in_threads(*[lambda k=k: drawing(k) for k in range(4)], *[lambda k=k: scoring(k) for k in range(4)])
+    for index, answers in enumerate(found[:4]):
+        assert isinstance(answers, list) and all(torch.equal(answer, drawn_alone[index]) for answer in answers)
+    for seed, answers in enumerate(found[4:]):
+        assert answers == [scored_alone[seed]] * repeats

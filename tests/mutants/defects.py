@@ -1,6 +1,6 @@
 """All planted defects. `make mutants` plants them one by one; the tests named with each must then fail."""
 
-from mutants import data, draws, files, kl, maths, objective, prediction, runs, train, width
+from mutants import data, draws, files, kl, maths, objective, prediction, runs, secure, train, width
 from mutants.defect import Defect
 
 DEFECTS: tuple[Defect, ...] = (
@@ -11,6 +11,7 @@ DEFECTS: tuple[Defect, ...] = (
     *files.DEFECTS,
     *runs.DEFECTS,
     *train.DEFECTS,
+    *secure.DEFECTS,
     *width.DEFECTS,
     *maths.DEFECTS,
     *data.DEFECTS,

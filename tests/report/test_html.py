@@ -29,6 +29,7 @@ PAYLOADS = [
     "&lt;script&gt;",
     "{{ 7 * 7 }}{% raw %}",
     "\u2028\u2029\u202e",
+    "\x1b[31m\x1b]0;title\x07",
     "x" * 100_000,
 ]
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 from peft import LoraConfig
 
 from bayestune.adapters.card import add_notice
+from bayestune.adapters.patterns import pattern_fault
 from bayestune.adapters.registration import BLOB
 from bayestune.errors import ConfigError
 
@@ -89,6 +90,9 @@ class BlobConfig(LoraConfig):
                 f"BlobConfig init_lora_weights: found {self.init_lora_weights!r}, expected one of {_INITS}; "
                 "the others change the base weights or replace A after the posterior is made."
             )
+        fault = pattern_fault(vars(self))
+        if fault:
+            raise ConfigError(f"BlobConfig {fault}.")
 
     def _check_distribution(self) -> None:
         if self.distribution == "gaussian_ab" and self.lora_bias:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from bayestune.cli.console import tell
 from bayestune.cli.reporting import report, table
 from bayestune.cli.trained import evaluate, export, predict
 from bayestune.cli.training import demo, train
@@ -82,13 +83,13 @@ class _Terminated(BaseException):
 
 
 def _tell(message: str, code: int) -> int:
-    print(" ".join(message.split()), file=sys.stderr)
+    tell(" ".join(message.split()))
     return code
 
 
 def _tell_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
     if issubclass(category, BayestuneWarning):  # a library may switch its own on again
-        print(f"warning: {message}", file=sys.stderr)
+        tell(f"warning: {message}")
 
 
 @contextlib.contextmanager

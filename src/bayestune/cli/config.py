@@ -7,20 +7,55 @@ import yaml
 
 from bayestune.errors import ConfigError
 
+_LIMIT, _DEPTH = 1 << 14, 8
+_LARGEST = 1 << 64
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data, without the references by which a few lines can stand for billions, and not nested deeply."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        line = self.peek_event().start_mark.line + 1
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"line {line}: found a reference, expected a value")
+        if self.depth == _DEPTH:
+            raise yaml.YAMLError(f"line {line}: found values nested in more than {_DEPTH} levels")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_yaml_int(self, node: Any) -> int:
+        number = super().construct_yaml_int(node)
+        if abs(number) > _LARGEST:
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: found a whole number beyond {_LARGEST}")
+        return number
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
 
 def read_config(path: Path) -> dict[str, Any]:
     """The settings in a YAML file, a plain mapping; only data is read, no tag makes an object.
 
     Raises:
-        ConfigError: it cannot be read, or is not a mapping of names to values.
+        ConfigError: it cannot be read, is longer than 16 KiB, or is not a mapping of names to values.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(_LIMIT + 1)
+        text = content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: cannot be read: {error}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    if len(content) > _LIMIT:
+        raise ConfigError(f"--config {path}: found more than {_LIMIT} bytes, expected settings, one a line.")
+    try:
+        found = _Loader(text).get_single_data()
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise ConfigError(f"--config {path}: not YAML: {error}") from error
-    if not isinstance(content, dict):
-        found = "nothing" if content is None else f"a {type(content).__name__}"
-        raise ConfigError(f"--config {path}: found {found}, expected settings such as 'model: ...', one a line.")
-    return content
+    if not isinstance(found, dict):
+        kind = "nothing" if found is None else f"a {type(found).__name__}"
+        raise ConfigError(f"--config {path}: found {kind}, expected settings such as 'model: ...', one a line.")
+    return found

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from bayestune.cli.config import read_config
+from bayestune.cli.console import say, tell
 from bayestune.errors import ConfigError
 
 
@@ -67,15 +68,15 @@ def table(
     )
     found = plan(grid)
     took = "an unknown time" if found.seconds is None else f"about {found.seconds / 60:.0f} min"
-    print(f"{table}: {len(found.runs)} runs missing, for {found.cells} cells, {took}")
+    say(f"{table}: {len(found.runs)} runs missing, for {found.cells} cells, {took}")
     for line in found.left_out:
-        print(f"left out: {line}")
+        say(f"left out: {line}")
     if dry_run:
         return
     try:
         run_table(grid, progress=True)
     except KeyboardInterrupt:
-        print("stopped: what is finished is kept, the same command goes on", file=sys.stderr)
+        tell("stopped: what is finished is kept, the same command goes on")
         raise
     rebuild_table(table, results, output)
 
@@ -106,8 +107,8 @@ def rebuild_table(name: str, results: Path, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / f"{name}.md", text)
     write_text(output / f"{name}.html", page)
-    print(text)
-    print(f"{output / name}.md, .html")
+    say(text)
+    say(f"{output / name}.md, .html")
 
 
 def report(
@@ -132,4 +133,4 @@ def report(
 
     cells = read_cells(*results)
     write_text(output, page_html(report_page(cells, published=PUBLISHED)))
-    print(f"{output}: {len(cells)} cells")
+    say(f"{output}: {len(cells)} cells")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bayestune.cli.console import say
 from bayestune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,14 +51,14 @@ def evaluate(
     if as_json:
         answer = {**scores.as_dict(), "task": loaded.task.name, "split": chosen, "seed": seed}
         answer["temperature"] = loaded.posterior.temperature
-        print(json.dumps({**answer, "method": loaded.experiment.method, **({"ood": others} if others else {})}))
+        say(json.dumps({**answer, "method": loaded.experiment.method, **({"ood": others} if others else {})}))
         return
-    print(score_table({f"{loaded.experiment.method} N={count}": scores}))
+    say(score_table({f"{loaded.experiment.method} N={count}": scores}))
     if loaded.posterior.temperature != 1:
-        print(f"temperature {loaded.posterior.temperature:.4g}")
+        say(f"temperature {loaded.posterior.temperature:.4g}")
     for name, other in others.items():
         found = f"accuracy {other['accuracy']:.3f}, NLL {other['nll']:.3f}, epistemic {other['epistemic']:.4f} nats"
-        print(f"{name}: {found} (here {prediction.epistemic.mean():.4f}), AUROC {other['auroc_epistemic']:.3f}")
+        say(f"{name}: {found} (here {prediction.epistemic.mean():.4f}), AUROC {other['auroc_epistemic']:.3f}")
 
 
 def predict(
@@ -98,7 +99,7 @@ def predict(
         }
         lines.append(json.dumps(answer, ensure_ascii=False) + "\n")
     write_text(output, "".join(lines))
-    print(f"{output}: {len(lines)} rows")
+    say(f"{output}: {len(lines)} rows")
 
 
 def export(
@@ -120,7 +121,7 @@ def export(
 
     loaded = load_run(run, data=data)
     for folder in export_lora(loaded.posterior, output, draws=_draws(loaded, draws), seed=seed, overwrite=overwrite):
-        print(folder)
+        say(folder)
 
 
 def _draws(loaded: "Run", draws: int | None) -> int:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from bayestune.cli.config import read_config
+from bayestune.cli.console import say
 from bayestune.errors import ConfigError
 
 _PAPER = "default: the paper's for this kind of model"
@@ -191,10 +192,10 @@ def train(
     )
     if not result.scores:
         return  # one of several processes, and not the one that evaluates
-    print(score_table(result.scores))
+    say(score_table(result.scores))
     if experiment.temperature_split is not None:
-        print(f"temperature {result.temperature:.4g}, fitted on {experiment.temperature_split}")
-    print(f"{result.output}: posterior/, experiment.json, result.json ({result.seconds:.0f} s)")
+        say(f"temperature {result.temperature:.4g}, fitted on {experiment.temperature_split}")
+    say(f"{result.output}: posterior/, experiment.json, result.json ({result.seconds:.0f} s)")
 
 
 def demo(

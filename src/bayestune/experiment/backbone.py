@@ -45,6 +45,7 @@ class Backbone:
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     family: Family
+    positions: int | None
 
 
 def embedded_model() -> Path:
@@ -78,6 +79,7 @@ def find_backbone(model: str) -> Backbone:
         raise ConfigError(f"model {model!r}: found no such folder, expected a folder, a Hugging Face id, or minilm.")
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        positions = config.get_text_config().to_dict().get("max_position_embeddings")
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # whatever a configuration that does not fit makes transformers raise
         if "trust_remote_code" in str(error):
@@ -85,7 +87,8 @@ def find_backbone(model: str) -> Backbone:
                 f"model {model!r}: it needs code of its own, expected none; such code is not run."
             ) from error
         raise ConfigError(f"model {model!r}: neither a usable folder nor a Hugging Face id: {_line(error)}") from error
-    return Backbone(source=source, config=config, tokenizer=tokenizer, family=_family(model, config))
+    family = _family(model, config)
+    return Backbone(source=source, config=config, tokenizer=tokenizer, family=family, positions=positions)
 
 
 def _family(model: str, config: PreTrainedConfig) -> Family:
@@ -104,7 +107,7 @@ def build_task(backbone: Backbone, name: str, data: str | Path | None, max_token
         ConfigError: `max_tokens` is more than the model has positions for; or the tokenizer pads with
             a token that has no embedding, or with another than an encoder does.
     """
-    limit = backbone.config.get_text_config().to_dict().get("max_position_embeddings")
+    limit = backbone.positions
     if limit is not None and max_tokens > limit:
         raise ConfigError(f"max_tokens: found {max_tokens}, expected at most {limit}, the positions of the model.")
     if name in PACKAGED_TASKS and (data is None or not (Path(data) / name).is_dir()):
@@ -186,6 +189,8 @@ def load_base(backbone: Backbone, task: Task, experiment: Experiment) -> tuple[P
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ConfigError(f"model {experiment.model!r}: cannot be loaded: {_line(error)}") from error
     model, loading = loaded
+    # What PEFT records as the base: the name that was given, not the place of a package in someone's home.
+    model.name_or_path = model.config._name_or_path = experiment.model
     new = sorted({key.rpartition(".")[0] for key in loading["missing_keys"]})
     if new and generates:
         raise ConfigError(f"model {experiment.model!r}: its checkpoint has no weights for {', '.join(new)}.")

@@ -268,6 +268,8 @@ def _finished(start: Start, folder: Path) -> PeftModel:
     try:
         found = load_file(folder / TENSOR_FILE)
         model = PeftModel.from_pretrained(start.base, folder)
+        config = model.peft_config["default"]
+        config.auto_mapping = config.revision = None  # the base is the one given, and so it is saved
     except Exception as error:  # whatever a damaged file makes safetensors, PEFT or re raise
         raise ConfigError(f"adapter {folder}: does not fit the base: {' '.join(str(error).split())[:300]}") from error
     shapes = {key: list(tensor.shape) for key, tensor in adapter_tensors(model, "default").items()}

@@ -2,13 +2,14 @@
 
 import dataclasses
 import difflib
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from bayestune.adapters.config import Estimator
 from bayestune.errors import ConfigError
+from bayestune.posteriors.state import MAX_RANK
 from bayestune.training.width import check_std, initial_std
 
 Family = Literal["causal", "encoder"]
@@ -54,7 +55,8 @@ _ABOVE_ZERO = (
     "tolerance",
     "swag_learning_rate",
 )
-_LARGEST_SEED = 2**32 - 1  # numpy's
+_LARGEST = {"seed": 2**32 - 1, "rank": MAX_RANK}  # numpy's, and that of a posterior
+_LARGEST_WHOLE = 2**31 - 1
 _TEXTS = ("model", "task", "data", "train_split", "eval_split", "adapter", "fit_split", "temperature_split")
 
 _FAMILY_DEFAULTS: dict[Family, dict[str, Any]] = {
@@ -231,16 +233,16 @@ def _check(name: str, value: Any) -> None:
         raise ConfigError(f"{name}: found {value!r}, expected one of {', '.join(get_args(_CHOICES[name]))}.")
     if name in _WHOLE and (type(value) is not int or value < _WHOLE[name]):
         raise ConfigError(f"{name}: found {value!r}, expected a whole number, at least {_WHOLE[name]}.")
-    if name == "seed" and isinstance(value, int) and value > _LARGEST_SEED:
-        raise ConfigError(f"seed: found {value}, expected at most {_LARGEST_SEED}.")
+    if name in _WHOLE and value > _LARGEST.get(name, _LARGEST_WHOLE):
+        raise ConfigError(f"{name}: found {value}, expected at most {_LARGEST.get(name, _LARGEST_WHOLE)}.")
     if name in _ABOVE_ZERO and (
-        isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf
+        isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max
     ):
         raise ConfigError(f"{name}: found {value!r}, expected a number above 0.")
     if name == "lora_dropout" and not (isinstance(value, float) and 0 < value < 1):
         raise ConfigError(f"{name}: found {value!r}, expected a probability between 0 and 1.")
     if name == "weight_decay" and (
-        isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf
+        isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max
     ):
         raise ConfigError(f"{name}: found {value!r}, expected a number, at least 0.")
     if name == "target_modules" and not (

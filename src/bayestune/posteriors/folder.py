@@ -2,9 +2,11 @@
 
 import contextlib
 import json
+import math
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 from bayestune.errors import ConfigError
 
 MANIFEST = "bayestune_manifest.json"
+_DEPTH = 64
 
 
 @contextmanager
@@ -39,6 +42,7 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Pat
     work.mkdir()
     try:
         yield work
+        _take_modes(work)
         _flush(work)
         _publish(work, target, aside)
     except BaseException:
@@ -62,9 +66,14 @@ def strict_json(text: bytes, *, limit: int) -> Any:
     if len(text) > limit:
         raise ValueError(f"{len(text)} bytes of JSON, expected at most {limit}")
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        found = json.loads(
+            text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
+        )
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
+    if _is_deeper(found, _DEPTH):
+        raise ValueError(f"JSON nested too deeply, expected at most {_DEPTH} levels")
+    return found
 
 
 def _check_aside(aside: Path) -> None:
@@ -122,6 +131,17 @@ def _aside(target: Path) -> Path:
     return target.with_name(f".{target.name}.old")
 
 
+def _take_modes(work: Path) -> None:
+    """Give every file the mode that umask gives a new one; safetensors keeps its own to the owner."""
+    probe = work / f".{secrets.token_hex(8)}"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for entry in work.rglob("*"):
+        if entry.is_file():
+            entry.chmod(mode)
+
+
 def _flush(folder: Path) -> None:
     for entry in (*folder.rglob("*"), folder):
         _flush_entry(entry)
@@ -145,3 +165,21 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text[:30]} is too large a number")
+    return number
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether lists and objects are nested in more than `levels`; level by level, for the nesting may be deep."""
+    layer = [value]
+    for _ in range(levels + 1):
+        parts = [part.values() if isinstance(part, dict) else part for part in layer if isinstance(part, dict | list)]
+        layer = [item for part in parts for item in part]
+        if not layer:
+            return False
+    return True

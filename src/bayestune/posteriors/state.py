@@ -14,6 +14,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from bayestune.adapters import BlobConfig
+from bayestune.adapters.patterns import pattern_fault
 from bayestune.errors import ConfigError, PosteriorError
 
 KINDS: dict[str, type[LoraConfig]] = {
@@ -25,6 +26,7 @@ KINDS: dict[str, type[LoraConfig]] = {
 }
 """The configuration of the adapter in the folder of each kind of posterior."""
 MAX_RANK = 1 << 16
+MAX_NAMES = 1 << 14
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _NUMBER = (int, float)
@@ -58,6 +60,16 @@ _FREE: dict[str, tuple[type, ...]] = {
     "distribution": (str,),
 }
 _INITS = (True, False, "gaussian", "orthogonal")  # the others change the base weights
+# What the lists and mappings of these settings may hold.
+_CONTENTS: dict[str, Any] = {
+    "target_modules": str,
+    "exclude_modules": str,
+    "layers_to_transform": int,
+    "layers_pattern": str,
+    "rank_pattern": int,
+    "alpha_pattern": int | float,
+    "modules_to_save": str,
+}
 
 
 def active_adapter(model: nn.Module) -> tuple[PeftModel, str, str]:
@@ -190,6 +202,20 @@ def settings_fault(values: Any, kind: str) -> str | None:
             return f"rank: found {rank!r}, expected 1 to {MAX_RANK}"
     if values.get("init_lora_weights", True) not in _INITS:
         return f"init_lora_weights: found {values['init_lora_weights']!r}, expected one of {_INITS}"
+    return _content_fault(values) or pattern_fault(values)
+
+
+def _content_fault(values: Mapping[str, Any]) -> str | None:
+    """The first list or mapping that is longer, or holds other things, than names, numbers of layers and factors."""
+    for name, kind in _CONTENTS.items():
+        found = values.get(name)
+        if not isinstance(found, list | dict):
+            continue
+        if len(found) > MAX_NAMES:
+            return f"{name}: found {len(found)} entries, expected at most {MAX_NAMES}"
+        for entry in found.values() if isinstance(found, dict) else found:
+            if isinstance(entry, bool) or not isinstance(entry, kind):
+                return f"{name}: found a {type(entry).__name__} in it, expected nothing but {kind}"
     return None
 
 

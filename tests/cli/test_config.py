@@ -1,0 +1,73 @@
+"""Files for --config: plain and small, or refused before they can grow."""
+
+from pathlib import Path
+
+import pytest
+
+from bayestune.cli.app import invoke
+from bayestune.cli.config import read_config
+from bayestune.errors import ConfigError
+from bayestune.experiment import Experiment
+
+REQUIRED = "model: m\ntask: t\n"
+LAUGHS = "a0: &a0 [ha, ha, ha]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (LAUGHS, "line 2: found a reference, expected a value"),
+        (REQUIRED + "data: &own [*own]", "line 3: found a reference"),
+        ("one: &one {rank: 2}\nmodel: m\ntask: t\n<<: *one", "line 4: found a reference"),
+        (REQUIRED + "data: " + "[" * 1000 + "]" * 1000, "line 3: found values nested in more than 8 levels"),
+        (REQUIRED + "data: " + "{a: " * 1000 + "}" * 1000, "nested in more than 8 levels"),
+        ("\n".join("- " * 2 * i + "- a" for i in range(12)), "not YAML"),
+        (REQUIRED + f"target_modules: [{'q, ' * 10**6}]", "found more than 16384 bytes"),
+        (REQUIRED + "rank: 1" + "0" * 5000, "digits"),
+        (REQUIRED + "rank: 0x" + "f" * 10_000, "line 3: found a whole number beyond"),
+        (REQUIRED + "rank: -0b" + "1" * 10_000, "line 3: found a whole number beyond"),
+        (REQUIRED + "rank: 1" + ":59" * 4000, "line 3: found a whole number beyond"),
+        (REQUIRED + "learning_rate: 1" + ":59" * 4000 + ".5", "not YAML"),
+        (REQUIRED + "model: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
+        (REQUIRED + "rank: 1\n---\nrank: 2", "single document"),
+        ("[model]: m", "unhashable key"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_X07_a_file_that_is_not_plain_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=words) as caught:
+        read_config(path)
+    assert str(caught.value).startswith(f"--config {path}: ") and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("rank: 1000000000", "rank: found 1000000000, expected at most 65536"),
+        ("members: 18446744073709551615", "members: found 18446744073709551615, expected at most 2147483647"),
+        ("seed: 4294967296", "seed: found 4294967296, expected at most 4294967295"),
+        ("prior_std: .nan", "prior_std: found nan, expected a number above 0"),
+        ("weight_decay: .inf", "weight_decay: found inf, expected a number"),
+        ("learning_rate: 1e999", "learning_rate: found inf, expected a number above 0"),
+        ("lora_dropout: .nan", "lora_dropout: found nan, expected a probability"),
+        ("target_modules: [[q_proj]]", "expected a list of module names"),
+        ("data: [[[[]]]]", "data: found .*, expected a text"),
+    ],
+)
+def test_X07_absurd_values_are_refused_before_the_model_is_looked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, words: str
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(REQUIRED + line)
+    with pytest.raises(ConfigError, match=words):
+        Experiment.from_dict(read_config(path), where="run.yaml")
+    assert invoke(["train", "--config", str(path), "--output", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_X07_a_whole_number_too_large_for_a_float_is_refused() -> None:
+    for name in ("learning_rate", "weight_decay", "lora_alpha"):
+        with pytest.raises(ConfigError, match=f"{name}: found 1000"):
+            Experiment.from_dict({"model": "m", "task": "t", name: 10**400}, where="result.json")
