@@ -345,8 +345,8 @@ def test_P02_a_save_killed_at_any_call_leaves_the_old_posterior_or_the_new(tmp_p
 
 def test_everything_is_on_disk_before_the_folder_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events = []
-    flush, rename = folder_module._flush_entry, os.rename
-    monkeypatch.setattr(folder_module, "_flush_entry", lambda path: (events.append(path.name), flush(path)))
+    flush, rename = folder_module.flush_entry, os.rename
+    monkeypatch.setattr(folder_module, "flush_entry", lambda path: (events.append(path.name), flush(path)))
     monkeypatch.setattr(os, "rename", lambda *args: (events.append("rename"), rename(*args)))
     save_posterior(blob(), tmp_path / "p")
     assert FILES < set(events[: events.index("rename")]) and events[-1] == tmp_path.name
