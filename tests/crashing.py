@@ -287,7 +287,8 @@ def training(folder: Path, chance: random.Random) -> dict[str, Any]:
     assert ended(forked(lambda: train(folder / "whole", tell))) == 0
     os.close(tell)
     os.close(told)
-    for count in itertools.count():
+    count = 0
+    while True:
         told, tell = os.pipe()
         child = forked(lambda tell=tell: train(folder / "killed", tell))
         os.close(tell)
@@ -296,6 +297,7 @@ def training(folder: Path, chance: random.Random) -> dict[str, Any]:
         if (code := ended(child)) == 0:
             break
         assert code == -signal.SIGKILL, code
+        count += 1
     whole, killed = (dict(_files(folder / name / f"checkpoint-{STEPS}")) for name in ("whole", "killed"))
     return {"kills": count, "other": [n for n in whole.keys() | killed.keys() if whole.get(n) != killed.get(n)]}
 

@@ -50,13 +50,13 @@ def run(output: Path, workers: int, resume: Path | None = None) -> BayesTrainer:
 
 
 def parts(trainer: BayesTrainer, output: Path, rank: int) -> dict[str, Any]:
-    """What must be the same: the weights and the optimiser held, the losses logged, and the last checkpoint's files."""
+    """What must be the same: weights, optimiser and losses of the trainer, and the files of the last checkpoint."""
     digest = hashlib.sha256()
     for tensor in trainer.model.state_dict().values():
         digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     moments = hashlib.sha256()
-    for state in trainer.optimizer.state_dict()["state"].values():
-        for tensor in state.values():
+    for _, state in sorted(trainer.optimizer.state_dict()["state"].items()):
+        for _, tensor in sorted(state.items()):
             moments.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logged) == STEPS

@@ -19,7 +19,7 @@ from bayestune.tasks import Row
 from bayestune.training import BayesTrainer, KLSettings
 from bayestune.training.checkpoint import load_random_state, save_random_state
 from bayestune.training.checkpoint_files import last_complete, seal
-from training.toys import TASK, arguments, double_blob, lora, rows
+from training.toys import TASK, arguments, double_blob, lora, rows, trained
 
 STEPS = 8  # 10 rows, 2 a micro-batch, 2 micro-batches an update: 3 updates an epoch, the last of one micro-batch
 CANARIES = (
@@ -52,12 +52,14 @@ def losses(trainer: BayesTrainer) -> list[dict[str, Any]]:
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 5, 6, STEPS - 1])  # 3 and 6 are the ends of epochs
+@pytest.mark.parametrize("step", [1, 2, 3, 5, 6, STEPS - 1, STEPS])  # 3 and 6 are the ends of epochs
 def test_P05_a_resumed_run_is_the_whole_run(whole: tuple[str, Path, BayesTrainer], tmp_path: Path, step: int) -> None:
     method, output, trainer = whole
     torch.manual_seed(step)  # whatever the process did before
     resumed = run(tmp_path, resume=output / f"checkpoint-{step}", method=method, start=1)
-    assert losses(resumed) == losses(trainer)
+    assert losses(resumed) == losses(trainer) and resumed.state.global_step == STEPS
+    for name, parameter in trained(trainer.model).items():
+        assert torch.equal(parameter, trained(resumed.model)[name]), name
     files = ["adapter_model.safetensors", "optimizer.safetensors", "training.json", "rng_0.safetensors"]
     for later in range(step + 1, STEPS + 1):
         theirs, ours = output / f"checkpoint-{later}", tmp_path / f"checkpoint-{later}"

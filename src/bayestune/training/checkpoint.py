@@ -102,6 +102,13 @@ class SafeTrainer(Trainer):
                 rotate(run, self.args.save_total_limit, {run / name} | ({Path(best)} if best else set()))
         self.accelerator.wait_for_everyone()
 
+    def _run_epoch(self, **settings: Any) -> None:
+        """Trainer's, which would make one update more where a run is resumed after its last one."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**settings)
+        else:
+            self.control.should_training_stop = True
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
             # PEFT would ask the network whether the base has other embeddings; they are never adapted here.
