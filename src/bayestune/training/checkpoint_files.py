@@ -66,10 +66,12 @@ def check_checkpoint(checkpoint: Path) -> set[str]:
         found = file_record(entries[name])
         if found != record:
             raise _broken(checkpoint, f"{name} was cut or altered (found {found}, expected {record})")
+    for name in sorted({OPTIMIZER, TRAINING, STATE} - records.keys()):
+        raise _broken(checkpoint, f"{MANIFEST} does not list {name}")
     processes = json.loads(entries[TRAINING].read_bytes())["course"]["processes"]
     states = {f"rng_{rank}.{kind}" for rank in range(processes) for kind in ("json", "safetensors")}
-    for name in sorted({OPTIMIZER, TRAINING, STATE, *states} - records.keys()):
-        raise _broken(checkpoint, f"{MANIFEST} does not list {name}")
+    for name in sorted(states - records.keys()):
+        raise _broken(checkpoint, f"found no {name}, and {processes} processes wrote it")
     return set(records)
 
 
