@@ -1,6 +1,6 @@
 """All planted defects. `make mutants` plants them one by one; the tests named with each must then fail."""
 
-from mutants import draws, files, kl, objective, prediction, runs, width
+from mutants import draws, files, kl, objective, persist, prediction, runs, width
 from mutants.defect import Defect
 
 DEFECTS: tuple[Defect, ...] = (
@@ -11,4 +11,5 @@ DEFECTS: tuple[Defect, ...] = (
     *files.DEFECTS,
     *runs.DEFECTS,
     *width.DEFECTS,
+    *persist.DEFECTS,
 )
