@@ -68,8 +68,7 @@ DEFECTS = (
         name="the older checkpoint goes before the new one stands",
         path=CHECKPOINT,
         before="                seal(written)\n",
-        after="                rotate(run, self.args.save_total_limit and self.args.save_total_limit - 1 or None, set())\n"
-        "                for old in run.glob('checkpoint-*'):\n"
+        after="                for old in run.glob('checkpoint-*'):\n"
         "                    old.rename(run / UNFINISHED / f'gone-{old.name}')\n"
         "                seal(written)\n",
         tests=f"{FAULTS} P04",
