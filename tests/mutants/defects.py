@@ -1,6 +1,6 @@
 """All planted defects. `make mutants` plants them one by one; the tests named with each must then fail."""
 
-from mutants import data, draws, files, kl, maths, objective, prediction, runs, secure, train, width
+from mutants import data, draws, files, kl, maths, objective, persist, prediction, runs, secure, train, width
 from mutants.defect import Defect
 
 DEFECTS: tuple[Defect, ...] = (
@@ -15,4 +15,5 @@ DEFECTS: tuple[Defect, ...] = (
     *width.DEFECTS,
     *maths.DEFECTS,
     *data.DEFECTS,
+    *persist.DEFECTS,
 )

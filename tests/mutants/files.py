@@ -46,7 +46,7 @@ DEFECTS = (
     Defect(
         name="the manifest's own checksum is not compared",
         path=MANIFEST,
-        before="    if _serialised(found) != text:",
+        before="    if serialised(found) != text:",
         after="    if False:",
         tests="posteriors/test_faults.py P08",
     ),
@@ -67,7 +67,7 @@ DEFECTS = (
     Defect(
         name="nothing is flushed to the disk",
         path=FOLDER,
-        before="        _flush(work)\n",
+        before="            flush(work)\n",
         after="",
         tests="posteriors/test_storage.py on_disk",
     ),
@@ -81,7 +81,7 @@ DEFECTS = (
     Defect(
         name="any adapter name becomes a path",
         path=STATE,
-        before="    if not _NAME.fullmatch(name):",
+        before="    if not _NAME.fullmatch(adapter):",
         after="    if False:",
         tests="posteriors/test_storage.py P10",
     ),

@@ -168,8 +168,8 @@ DEFECTS = (
     Defect(
         name="an older folder is left beside each save",
         path="posteriors/folder.py",
-        before="        _flush_entry(target.parent)\n    finally:\n        _remove(aside)",
-        after="        _flush_entry(target.parent)\n    finally:\n"
+        before="        flush_entry(target.parent)\n    finally:\n        _remove(aside)",
+        after="        flush_entry(target.parent)\n    finally:\n"
         "        aside.is_dir() and os.rename(aside, f'{aside}{secrets.token_hex(4)}')",
         tests="inference/test_soak.py saving",
     ),

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 import shutil
 import sys
 from collections.abc import Callable
@@ -11,6 +12,9 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import HealthCheck, given, seed
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -429,6 +433,73 @@ def test_P08_every_truncation_and_addition_is_refused(folder: Path, tensors_read
         with pytest.raises(PosteriorError):
             load_posterior(base, folder)
     assert tensors_read == []
+
+
+@pytest.mark.nightly
+def test_P08_three_thousand_bit_flips_and_all_cuts_of_the_small_files(
+    folder: Path, tensors_read: list[int], nightly_seed: int, figure: Callable[..., None]
+) -> None:
+    base, chance, taken = LLAMA.build(), random.Random(nightly_seed), 0
+    contents = {name: (folder / name).read_bytes() for name in (CONFIG, TENSORS, MANIFEST)}
+    bits = [(name, bit) for name, data in contents.items() for bit in range(8 * len(data))]
+    spoiled = []
+    for name, bit in chance.sample(bits, 3000):
+        flipped = bytearray(contents[name])
+        flipped[bit // 8] ^= 1 << bit % 8
+        spoiled.append((name, bytes(flipped)))
+    spoiled += [
+        (name, contents[name][:length]) for name in (CONFIG, MANIFEST) for length in range(len(contents[name]))
+    ]
+    lengths = chance.sample(range(len(contents[TENSORS])), 2000)
+    spoiled += [(TENSORS, contents[TENSORS][:length]) for length in lengths]
+    for name, data in spoiled:
+        (folder / name).write_bytes(data)
+        try:
+            load_posterior(base, folder)
+            taken += 1
+        except PosteriorError:
+            pass
+        (folder / name).write_bytes(contents[name])
+    assert tensors_read == []
+    figure(f"bit flips and cuts of a posterior taken, of {len(spoiled)}", taken, at_most=0)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("file", [CONFIG, TENSORS, MANIFEST, "tensors' header"])
+def test_P08_whatever_a_file_holds_under_right_sums_no_other_error_comes(
+    original: Path, tmp_path: Path, nightly_seed: int, file: str
+) -> None:
+    base, manifest = LLAMA.build(), read_manifest(original)
+    before, settings = state(base), json.loads((original / CONFIG).read_text())
+    header = (original / TENSORS).read_bytes()
+    names = {CONFIG: sorted(settings), MANIFEST: sorted(set(manifest) - {"format", "files"})}.get(file, [""])
+
+    @seed(nightly_seed)
+    @hypothesis_settings(max_examples=200, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(name=st.sampled_from(names), value=JSON, data=st.binary())
+    def fuzz(name: str, value: Any, data: bytes) -> None:
+        folder = Path(shutil.copytree(original, tmp_path / "p", dirs_exist_ok=True))
+        if file == CONFIG:
+            edit_config(folder, **{name: value})
+        elif file == TENSORS:
+            (folder / TENSORS).write_bytes(data)
+        elif file != MANIFEST:
+            text = json.dumps(value).encode()
+            (folder / TENSORS).write_bytes(len(text).to_bytes(8, "little") + text + header[-64:])
+        seal(folder, **({name: value} if file == MANIFEST else {}))
+        try:
+            load_posterior(base, folder).unload()
+        except PosteriorError:
+            assert state(base) == before
+
+    fuzz()
 
 
 # P9: no pickle

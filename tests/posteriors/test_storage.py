@@ -21,6 +21,7 @@ from bayestune.errors import ConfigError, PosteriorError
 from bayestune.inference.draws import draw
 from bayestune.posteriors import folder as folder_module
 from bayestune.posteriors import load_posterior, save_posterior
+from bayestune.posteriors.state import check_name
 from models import BERT, LLAMA, blob, scatter
 from posteriors.cases import CASES, answers, store
 
@@ -345,8 +346,8 @@ def test_P02_a_save_killed_at_any_call_leaves_the_old_posterior_or_the_new(tmp_p
 
 def test_everything_is_on_disk_before_the_folder_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events = []
-    flush, rename = folder_module._flush_entry, os.rename
-    monkeypatch.setattr(folder_module, "_flush_entry", lambda path: (events.append(path.name), flush(path)))
+    flush, rename = folder_module.flush_entry, os.rename
+    monkeypatch.setattr(folder_module, "flush_entry", lambda path: (events.append(path.name), flush(path)))
     monkeypatch.setattr(os, "rename", lambda *args: (events.append("rename"), rename(*args)))
     save_posterior(blob(), tmp_path / "p")
     assert FILES < set(events[: events.index("rename")]) and events[-1] == tmp_path.name
@@ -358,6 +359,73 @@ def test_P10_an_adapter_name_unfit_for_a_path_is_refused_before_any_write(tmp_pa
     with pytest.raises(ConfigError, match="adapter name: found"):
         save_posterior(model, tmp_path / "p")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "/abs", "a/b", "..", ".", "", "C:\\x", "a\0", "a" * 300, "-x", "\u202ea", "a\n", "_"]
+)
+def test_P10_no_name_of_an_adapter_is_a_path(name: str) -> None:
+    """The names that PEFT itself refuses (with a dot, or empty), too."""
+    with pytest.raises(ConfigError, match="adapter name: found"):
+        check_name(name)
+
+
+@pytest.mark.filterwarnings("ignore:Adapter name .lora_. should not")  # PEFT, when it is made
+@pytest.mark.parametrize("name", ["lora_", "CON", "a" * 64, "0-_"])
+def test_P10_every_other_name_is_saved_as_default(tmp_path: Path, name: str) -> None:
+    """Also those that are odd elsewhere: the folder of a posterior never has the name of its adapter in it."""
+    model = scatter(get_peft_model(LLAMA.build(), LLAMA.config(), adapter_name=name), adapter=name)
+    try:
+        save_posterior(model, tmp_path / "p")
+    except ConfigError as error:  # "lora_" is in the name of every tensor
+        assert "did not write this adapter whole" in str(error) and os.listdir(tmp_path) == []
+        return
+    assert {path.name for path in (tmp_path / "p").iterdir()} == FILES
+    loaded = gaussian_layers(load_posterior(LLAMA.build(), tmp_path / "p"))
+    assert all(torch.equal(loaded[n].rho, layer.rho) for n, layer in gaussian_layers(model).items())
+
+
+def test_P10_a_link_in_the_place_of_the_folder_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "p").symlink_to(tmp_path / "elsewhere")  # leads to nothing yet
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match="exists already" if not overwrite else "symbolic link"):
+            save_posterior(blob(), tmp_path / "p", overwrite=overwrite)
+    assert os.listdir(tmp_path) == ["p"]
+
+
+def test_P11_another_process_that_saves_there_is_named(tmp_path: Path) -> None:
+    with folder_module.alone(tmp_path / "p"), pytest.raises(ConfigError, match="p: another process is saving to it"):
+        save_posterior(blob(), tmp_path / "p")
+    save_posterior(blob(), tmp_path / "p")
+    assert os.listdir(tmp_path) == ["p"]
+
+
+def test_P11_who_comes_second_does_not_replace_what_came_first(tmp_path: Path) -> None:
+    """The folder appears after it was looked for, and before the lock is had: it is looked for again."""
+    first, real = blob(seed=0), folder_module.alone
+
+    @contextmanager
+    def late(target: Path) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(folder_module, "alone", real)
+            save_posterior(first, target)
+        with real(target):
+            yield
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folder_module, "alone", late)
+        with pytest.raises(ConfigError, match="exists already"):
+            save_posterior(blob(seed=1), tmp_path / "p")
+    loaded = gaussian_layers(load_posterior(LLAMA.build(), tmp_path / "p"))
+    assert all(torch.equal(loaded[n].rho, layer.rho) for n, layer in gaussian_layers(first).items())
+
+
+def test_P02_what_killed_saves_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    for name in (".p.0123456789abcdef.tmp", ".p.old.0123456789abcdef.tmp", ".pp.0123456789abcdef.tmp", ".p.mine.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("")
+    save_posterior(blob(), tmp_path / "p")
+    assert sorted(os.listdir(tmp_path)) == [".p.mine.tmp", ".pp.0123456789abcdef.tmp", "p"]
 
 
 def test_an_adapter_named_like_a_module_is_not_saved_in_part(tmp_path: Path) -> None:

@@ -36,16 +36,46 @@ PROMISES = (
     Promise(id="N08", says="Compilation, checkpointing, attention kernels and quantised bases keep the draw."),
     Promise(id="N09", says="Weight decay spares M and G; who gets what is pinned."),
     Promise(id="P01", says="A saved posterior answers bit-equal in a fresh process."),
-    Promise(id="P02", says="A save killed at any filesystem call leaves the old state or the new, whole."),
+    Promise(
+        id="P02",
+        says="A save killed at any filesystem call leaves the old state or the new, whole.",
+        note=(
+            "Calls that Python makes; a file opened to be written is left torn. Power cuts are met by fsync, untested."
+        ),
+    ),
     Promise(id="P03", says="So do real kills at random times."),
-    Promise(id="P04", says="Resuming skips broken checkpoints by name; the last good one is never removed."),
-    Promise(id="P05", says="A resumed run is the uninterrupted one, bit for bit, wherever it stopped."),
+    Promise(
+        id="P04",
+        says="Resuming skips broken checkpoints by name; the last good one is never removed.",
+        note="A broken one counts towards save_total_limit. Named outright, it is refused.",
+    ),
+    Promise(
+        id="P05",
+        says="A resumed run is the uninterrupted one, bit for bit, wherever it stopped.",
+        note="On CPUs, one process and two; SWAG's snapshots are in no checkpoint, its tail starts anew.",
+    ),
     Promise(id="P06", says="A posterior for another base, or with other settings, is refused by name."),
     Promise(id="P07", says="A posterior is never lost by loading it as plain LoRA, nor made from plain LoRA."),
-    Promise(id="P08", says="Bit flips, cuts and additions are refused before a tensor is used."),
+    Promise(
+        id="P08",
+        says="Bit flips, cuts and additions are refused before a tensor is used.",
+        note="A model card (README.md) of a posterior is not checked, nor read. Sums find damage, not malice: who can "
+        "write a folder can write its sums; wrong contents under right sums raise the library's errors only.",
+    ),
     Promise(id="P09", says="No pickle is written or opened."),
-    Promise(id="P10", says="Names that are paths, links that lead out, are refused before any write."),
-    Promise(id="P11", says="Two writers of one folder: one is told; a reader never sees a mix."),
+    Promise(
+        id="P10",
+        says="Names that are paths, links that lead out, are refused before any write.",
+        note="Names of adapters; a run is given as a path, which may lead anywhere. CON and lora_ are in the "
+        "allow-list: no name of an adapter becomes that of a posterior's folder.",
+    ),
+    Promise(
+        id="P11",
+        says="Two writers of one folder: one is told; a reader never sees a mix.",
+        note=(
+            "A reader in the middle of a replacement can be refused (PosteriorError); it finds the new one next time."
+        ),
+    ),
     Promise(id="P12", says="Folders of every released format load and answer as they did."),
     Promise(id="P13", says="The base model is never changed, also after exceptions."),
     Promise(
@@ -224,6 +254,10 @@ PROMISES = (
         "need models of their own.",
     ),
     Promise(id="K04", says="Seeded answers neither read nor move any global random state."),
-    Promise(id="K05", says="Training killed again and again ends where the undisturbed run ends."),
+    Promise(
+        id="K05",
+        says="Training killed again and again ends where the undisturbed run ends.",
+        note="60 updates killed every 1 to 8 of them, rather than 24 hours.",
+    ),
     Promise(id="K06", says="Draws nest; copies and pickles of a model have the same draws."),
 )

@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from bayestune.errors import PosteriorError, TrainingError
+from bayestune.errors import BayestuneWarning, PosteriorError, TrainingError
 from bayestune.tasks import Row
 from bayestune.training import BayesTrainer, KLSettings
-from bayestune.training.checkpoint import last_complete, load_random_state, save_random_state
-from training.toys import TASK, arguments, double_blob, lora, rows
+from bayestune.training.checkpoint import load_random_state, save_random_state
+from bayestune.training.checkpoint_files import last_complete, seal
+from training.toys import TASK, arguments, double_blob, lora, rows, trained
 
 STEPS = 8  # 10 rows, 2 a micro-batch, 2 micro-batches an update: 3 updates an epoch, the last of one micro-batch
 CANARIES = (
@@ -51,12 +52,14 @@ def losses(trainer: BayesTrainer) -> list[dict[str, Any]]:
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 5, 6, STEPS - 1])  # 3 and 6 are the ends of epochs
-def test_resumed_run_is_the_whole_run(whole: tuple[str, Path, BayesTrainer], tmp_path: Path, step: int) -> None:
+@pytest.mark.parametrize("step", [1, 2, 3, 5, 6, STEPS - 1, STEPS])  # 3 and 6 are the ends of epochs
+def test_P05_a_resumed_run_is_the_whole_run(whole: tuple[str, Path, BayesTrainer], tmp_path: Path, step: int) -> None:
     method, output, trainer = whole
     torch.manual_seed(step)  # whatever the process did before
     resumed = run(tmp_path, resume=output / f"checkpoint-{step}", method=method, start=1)
-    assert losses(resumed) == losses(trainer)
+    assert losses(resumed) == losses(trainer) and resumed.state.global_step == STEPS
+    for name, parameter in trained(trainer.model).items():
+        assert torch.equal(parameter, trained(resumed.model)[name]), name
     files = ["adapter_model.safetensors", "optimizer.safetensors", "training.json", "rng_0.safetensors"]
     for later in range(step + 1, STEPS + 1):
         theirs, ours = output / f"checkpoint-{later}", tmp_path / f"checkpoint-{later}"
@@ -108,7 +111,7 @@ def test_optimiser_state_round_trips_before_its_first_step(
         ({"per_device_train_batch_size": 1}, "batch_size=2"),
     ],
 )
-def test_other_settings_are_refused_by_name(
+def test_P05_other_settings_are_refused_by_name(
     whole: tuple[str, Path, BayesTrainer], tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
     method, output, _ = whole
@@ -116,7 +119,7 @@ def test_other_settings_are_refused_by_name(
         run(tmp_path, resume=output / "checkpoint-2", method=method, **settings)
 
 
-def test_other_rows_and_other_kl_are_refused(whole: tuple[str, Path, BayesTrainer], tmp_path: Path) -> None:
+def test_P05_other_rows_and_other_kl_are_refused(whole: tuple[str, Path, BayesTrainer], tmp_path: Path) -> None:
     method, output, trainer = whole
     args = arguments(tmp_path, max_steps=STEPS, gradient_accumulation_steps=2, warmup_steps=2)
     others = [Row(id=row.id, question=row.question[::-1], choices=row.choices, answer=row.answer) for row in rows(10)]
@@ -130,7 +133,9 @@ def test_other_rows_and_other_kl_are_refused(whole: tuple[str, Path, BayesTraine
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.safetensors", "training.json", "rng_0.json"])
-def test_incomplete_checkpoint_is_refused(whole: tuple[str, Path, BayesTrainer], tmp_path: Path, name: str) -> None:
+def test_P04_an_incomplete_checkpoint_is_refused(
+    whole: tuple[str, Path, BayesTrainer], tmp_path: Path, name: str
+) -> None:
     method, output, _ = whole
     checkpoint = tmp_path / "checkpoint-2"
     shutil.copytree(output / "checkpoint-2", checkpoint)
@@ -155,6 +160,7 @@ def test_adapter_that_does_not_fit_is_refused(
     else:
         tensors[name] = tensors[name][:-1].contiguous()
     save_file(tensors, checkpoint / "adapter_model.safetensors")
+    seal(checkpoint)
     with pytest.raises(PosteriorError, match="surplus" if fault == "extra" else name):
         run(tmp_path / "new", resume=checkpoint, method=method)
 
@@ -257,21 +263,26 @@ def test_floats_survive_json_exactly(whole: tuple[str, Path, BayesTrainer]) -> N
     ]
 
 
-def test_a_checkpoint_without_the_files_of_every_process_is_not_complete(
+def test_P04_a_checkpoint_without_the_files_of_every_process_is_not_complete(
     whole: tuple[str, Path, BayesTrainer], tmp_path: Path
 ) -> None:
     """Killed while another process was writing: the one before is taken."""
     _, output, _ = whole
-    for step in (1, 2):
-        shutil.copytree(output / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
-    assert last_complete(tmp_path) == tmp_path / "checkpoint-2"
-    training = tmp_path / "checkpoint-2" / "training.json"
+    first, second = (Path(shutil.copytree(output / f"checkpoint-{n}", tmp_path / f"checkpoint-{n}")) for n in (1, 2))
+    assert last_complete(tmp_path) == second
+    training = second / "training.json"
     content = json.loads(training.read_text())
     content["course"]["processes"] = 2
     training.write_text(json.dumps(content))
-    assert last_complete(tmp_path) == tmp_path / "checkpoint-1"
+    seal(second)
+    with pytest.warns(BayestuneWarning, match=r"checkpoint-2 cannot be resumed: .*rng_1\.json"):
+        assert last_complete(tmp_path) == first
     for kind in ("json", "safetensors"):
-        shutil.copyfile(tmp_path / "checkpoint-2" / f"rng_0.{kind}", tmp_path / "checkpoint-2" / f"rng_1.{kind}")
-    assert last_complete(tmp_path) == tmp_path / "checkpoint-2"
+        shutil.copyfile(second / f"rng_0.{kind}", second / f"rng_1.{kind}")
+    seal(second)
+    assert last_complete(tmp_path) == second
+    with pytest.raises(TrainingError, match="processes=2, this run has 1"):
+        run(tmp_path / "new", resume=second, method=whole[0])
     training.write_text(training.read_text()[:-1])
-    assert last_complete(tmp_path) == tmp_path / "checkpoint-1"
+    with pytest.warns(BayestuneWarning, match=r"checkpoint-2 cannot be resumed: training\.json was cut or altered"):
+        assert last_complete(tmp_path) == first

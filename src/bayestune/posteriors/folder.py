@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from bayestune.errors import ConfigError
 
@@ -25,29 +28,54 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Pat
     Everything is flushed to disk before the renames. An older folder is moved aside first and removed last, so a
     crash leaves the old one or the new one whole; where it falls between the two renames, the old one waits beside
     `path` and `existing_folder` finds it. With `overwrite` only an empty folder, or one holding a bayestune
-    manifest, is replaced.
+    manifest, is replaced. What killed saves to `path` left behind is removed first.
 
     Raises:
-        ConfigError: `path` exists and must not be replaced, or is a link; or the place where the older folder waits
-            is taken by something that bayestune did not write.
+        ConfigError: `path` exists and must not be replaced, or is a link; the place where the older folder waits
+            is taken by something that bayestune did not write; or another process is saving to `path`.
     """
     target = Path(os.path.abspath(path))
     aside = _aside(target)
     _check_aside(aside)
-    if aside.is_dir() and not os.path.lexists(target):
-        os.rename(aside, target)
     _check_target(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
-    work.mkdir()
+    with alone(target):
+        _remove_litter(target)
+        if aside.is_dir() and not os.path.lexists(target):
+            os.rename(aside, target)
+        _check_target(target, overwrite)  # again: another process may have been first
+        work = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+        work.mkdir()
+        try:
+            yield work
+            _take_modes(work)
+            flush(work)
+            _publish(work, target, aside)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def alone(target: Path) -> Iterator[None]:
+    """Inside, no other process or thread that asks for the same is saving to `target`; its folder must exist.
+
+    Raises:
+        ConfigError: one is. The lock goes with its process, however that ends.
+    """
+    path = target.with_name(f".{target.name}.lock")
+    lock = FileLock(path)
     try:
-        yield work
-        _take_modes(work)
-        _flush(work)
-        _publish(work, target, aside)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"{target}: another process is saving to it: wait for that one, or choose another path."
+        ) from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is held: who has it open sees that it is gone
+        lock.release()
 
 
 def existing_folder(path: str | os.PathLike[str]) -> Path:
@@ -74,6 +102,21 @@ def strict_json(text: bytes, *, limit: int) -> Any:
     if _is_deeper(found, _DEPTH):
         raise ValueError(f"JSON nested too deeply, expected at most {_DEPTH} levels")
     return found
+
+
+def flush(folder: Path) -> None:
+    """Have everything in `folder` on the disk."""
+    for entry in (*folder.rglob("*"), folder):
+        flush_entry(entry)
+
+
+def flush_entry(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _check_aside(aside: Path) -> None:
@@ -109,7 +152,7 @@ def _publish(work: Path, target: Path, aside: Path) -> None:
             os.rename(aside, target)
         raise
     try:
-        _flush_entry(target.parent)
+        flush_entry(target.parent)
     finally:
         _remove(aside)
 
@@ -142,17 +185,11 @@ def _take_modes(work: Path) -> None:
             entry.chmod(mode)
 
 
-def _flush(folder: Path) -> None:
-    for entry in (*folder.rglob("*"), folder):
-        _flush_entry(entry)
-
-
-def _flush_entry(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _remove_litter(target: Path) -> None:
+    litter = re.compile(rf"\.{re.escape(target.name)}(\.old)?\.[0-9a-f]{{16}}\.tmp")
+    for path in target.parent.iterdir():
+        if litter.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -44,12 +44,21 @@ def versions() -> dict[str, str]:
 
 def file_record(path: Path) -> dict[str, Any]:
     """``{"sha256", "bytes"}`` of a file."""
-    return {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size}
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
 
 
 def write_manifest(folder: Path, *, content: dict[str, Any]) -> None:
     """Write `content`, with the format version and a checksum over all of it, to the manifest of `folder`."""
-    (folder / MANIFEST).write_bytes(_serialised({"format": FORMAT, **content}))
+    (folder / MANIFEST).write_bytes(serialised({"format": FORMAT, **content}))
+
+
+def serialised(content: dict[str, Any]) -> bytes:
+    """`content` as JSON of one form, with a checksum over all of it."""
+    body = json.dumps(content, sort_keys=True)
+    checksum = hashlib.sha256(body.encode()).hexdigest()
+    return (json.dumps({**content, "checksum": checksum}, sort_keys=True, indent=1) + "\n").encode()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -82,7 +91,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if found["format"] != FORMAT:
         raise PosteriorError(f"{path} has format {found['format']}, expected {FORMAT}: upgrade bayestune to load it.")
     checksum = found.pop("checksum", None)
-    if _serialised(found) != text:
+    if serialised(found) != text:
         raise PosteriorError(f"{path} does not match its own checksum {checksum!r}: restore the folder.")
     if "exported" in found:
         raise PosteriorError(
@@ -170,9 +179,3 @@ def _check_entries(folder: Path, allowed: set[str]) -> None:
             raise PosteriorError(f"{entry} is not in the manifest and is not opened: remove it.")
         if not entry.is_file():
             raise PosteriorError(f"{entry} is not a regular file: restore the folder.")
-
-
-def _serialised(content: dict[str, Any]) -> bytes:
-    body = json.dumps(content, sort_keys=True)
-    checksum = hashlib.sha256(body.encode()).hexdigest()
-    return (json.dumps({**content, "checksum": checksum}, sort_keys=True, indent=1) + "\n").encode()

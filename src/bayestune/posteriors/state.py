@@ -83,14 +83,23 @@ def active_adapter(model: nn.Module) -> tuple[PeftModel, str, str]:
     if len(model.active_adapters) != 1:
         raise ConfigError(f"active adapters: found {model.active_adapters}, expected one: call set_adapter(name).")
     name = model.active_adapters[0]
-    if not _NAME.fullmatch(name):
-        raise ConfigError(f"adapter name: found {name!r}, expected at most 64 letters, digits and . _ - only.")
+    check_name(name)
     config = model.peft_config[name]
     if type(config) is BlobConfig:
         return model, name, "blob"
     if type(config) is LoraConfig:
         return model, name, "point"
     raise ConfigError(f"adapter {name!r}: found a {type(config).__name__}, expected a BlobConfig or a LoraConfig.")
+
+
+def check_name(adapter: str) -> None:
+    """Refuse a name that PEFT would take for a path, or that is none on every system.
+
+    Raises:
+        ConfigError: not 1 to 64 letters, digits and . _ -, the first a letter or digit.
+    """
+    if not _NAME.fullmatch(adapter):
+        raise ConfigError(f"adapter name: found {adapter!r}, expected at most 64 letters, digits and . _ - only.")
 
 
 def adapter_config(model: PeftModel, adapter: str) -> LoraConfig:

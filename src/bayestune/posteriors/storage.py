@@ -170,8 +170,11 @@ def _read(base_model: nn.Module, folder: Path) -> tuple[dict[str, Any], dict[str
     """The checked manifest and files of a folder that is to be loaded onto `base_model`."""
     if isinstance(base_model, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in base_model.modules()):
         raise ConfigError("the base model already carries an adapter: load it anew, or call unload() first.")
-    manifest = read_manifest(folder)
-    return manifest, read_files(folder, manifest["files"])
+    try:
+        manifest = read_manifest(folder)
+        return manifest, read_files(folder, manifest["files"])
+    except OSError as error:  # not of a folder at rest
+        raise PosteriorError(f"{folder} cannot be read ({error}): if it is being replaced, load it again.") from error
 
 
 def _onto(

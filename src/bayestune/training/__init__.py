@@ -1,6 +1,6 @@
 """Training a posterior over adapter weights."""
 
-from bayestune.training.checkpoint import last_complete as last_complete
+from bayestune.training.checkpoint_files import last_complete as last_complete
 from bayestune.training.kl import KLCallback as KLCallback
 from bayestune.training.kl import KLSettings as KLSettings
 from bayestune.training.kl import elbo_kl_weight as elbo_kl_weight

@@ -7,11 +7,14 @@ optimizer.safetensors     tensors of the optimiser's state, named "<parameter nu
 training.json             settings that fix the course of the run, parameter groups, scheduler
 rng_<rank>.safetensors    states of torch (CPU and CUDA) and numpy generators
 rng_<rank>.json           the rest of numpy's state, and Python's
+checkpoint.json           size and sha256 of each of these files
 ========================  ==================================================================
 
-JSON keeps the floats exactly, so a resumed run repeats the uninterrupted one bit for bit.
+JSON keeps the floats exactly, so a resumed run repeats the uninterrupted one bit for bit. How the folder comes to be
+there whole, or not at all, is the business of `checkpoint_files`.
 """
 
+import contextlib
 import json
 import random
 from pathlib import Path
@@ -25,39 +28,32 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from bayestune.errors import ConfigError, PosteriorError, TrainingError
-
-FORMAT = 1
-ADAPTER = "adapter_model.safetensors"
-OPTIMIZER = "optimizer.safetensors"
-TRAINING = "training.json"
-
-
-def last_complete(folder: Path) -> Path | None:
-    """The newest checkpoint in `folder` that holds all its files: not one that a run died while writing."""
-    found = [path for path in folder.glob("checkpoint-*") if _is_complete(path)]
-    return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether every file is there, those of each process of the run too."""
-    files = [ADAPTER, OPTIMIZER, TRAINING, "trainer_state.json"]
-    if not all((checkpoint / name).is_file() for name in files):
-        return False
-    try:
-        processes = int(_read_json(checkpoint / TRAINING)["course"]["processes"])
-    except (ValueError, KeyError, TypeError):  # cut short
-        return False
-    states = [f"rng_{rank}.{kind}" for rank in range(processes) for kind in ("json", "safetensors")]
-    return all((checkpoint / name).is_file() for name in states)
+from bayestune.training.checkpoint_files import (
+    ADAPTER,
+    FORMAT,
+    OPTIMIZER,
+    STATE,
+    TRAINING,
+    UNFINISHED,
+    check_checkpoint,
+    publish,
+    rotate,
+    seal,
+    unfinished,
+)
 
 
 class SafeTrainer(Trainer):
-    """`transformers.Trainer` for adapters, with every pickle of its checkpoints replaced.
+    """`transformers.Trainer` for adapters, with every pickle of its checkpoints replaced, and each written whole.
 
     Raises:
-        TrainingError: on resuming, a file is missing, or was written under other settings than those of this run.
+        ConfigError: on saving, another process is saving a checkpoint in the same folder.
+        TrainingError: on resuming, a file is missing, altered, or was written under other settings than those of
+            this run.
         PosteriorError: on resuming, the adapter weights do not fit the model.
     """
+
+    _saves_to: Path | None = None
 
     def course(self) -> dict[str, Any]:
         """Settings that must be the same for a resumed run to repeat the uninterrupted one; JSON values."""
@@ -76,6 +72,42 @@ class SafeTrainer(Trainer):
             "max_grad_norm": args.max_grad_norm,
             "bf16": args.bf16,
         }
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """The folder of the checkpoints, or the one where the next of them is being written."""
+        return super()._get_output_dir(trial) if self._saves_to is None else str(self._saves_to)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's, in a folder of another name that takes its own when all is written; then the oldest go."""
+        run = Path(self._get_output_dir(trial))
+        name, writes = f"checkpoint-{self.state.global_step}", self.args.should_save
+        with unfinished(run) if writes else contextlib.nullcontext():
+            self.accelerator.wait_for_everyone()
+            self._saves_to = run / UNFINISHED
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._saves_to = None
+            written = run / UNFINISHED / name
+            is_best = self.state.best_model_checkpoint == str(written)
+            if is_best:
+                self.state.best_model_checkpoint = str(run / name)
+            self.accelerator.wait_for_everyone()
+            if writes:
+                if is_best:
+                    self.state.save_to_json(str(written / STATE))
+                seal(written)
+                publish(written, run)
+                best = self.state.best_model_checkpoint
+                rotate(run, self.args.save_total_limit, {run / name} | ({Path(best)} if best else set()))
+        self.accelerator.wait_for_everyone()
+
+    def _run_epoch(self, **settings: Any) -> None:
+        """Trainer's, which would make one update more where a run is resumed after its last one."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**settings)
+        else:
+            self.control.should_training_stop = True
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
@@ -142,10 +174,15 @@ class SafeTrainer(Trainer):
             load_random_state(Path(checkpoint) / f"rng_{self.args.process_index}", self.args.device)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Trainer's first look at a checkpoint: all of it is checked here, before any of it is used."""
+        checkpoint = Path(resume_from_checkpoint)
+        names = check_checkpoint(checkpoint)
         adapter_model = _adapter_model(self.model if model is None else model)
         for adapter in adapter_model.active_adapters:
-            folder = Path(resume_from_checkpoint)
-            load_adapter(adapter_model, adapter, folder if adapter == "default" else folder / adapter)
+            folder = checkpoint if adapter == "default" else checkpoint / adapter
+            if (folder / ADAPTER).relative_to(checkpoint).as_posix() not in names:
+                raise TrainingError(f"{checkpoint} cannot be resumed: it holds no adapter {adapter!r}.")
+            load_adapter(adapter_model, adapter, folder)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None

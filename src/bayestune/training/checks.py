@@ -8,6 +8,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from bayestune.errors import ConfigError, DataError
+from bayestune.posteriors.state import check_name
 from bayestune.training.kl import KLSettings
 
 _OPTIMISERS = ("adamw_torch", "adamw_torch_fused", "sgd")
@@ -55,6 +56,8 @@ def check_model(
         raise ConfigError(
             f"model: found a {type(model).__name__}, expected a PEFT model: get_peft_model(base, BlobConfig(...))."
         )
+    for adapter in model.peft_config:  # each becomes a folder of every checkpoint
+        check_name(adapter)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("model: no parameter is trainable; load the posterior with trainable=True.")
     if train_draws < 1:
