@@ -1,5 +1,6 @@
 """Bounds from the number of checks, and ways to look inside a forward."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from statistics import NormalDist
@@ -16,6 +17,27 @@ from models import LLAMA, blob
 def z_bound(checks: int) -> float:
     """Width in standard errors that `checks` two-sided checks at once leave with probability 1e-6 in all."""
     return NormalDist().inv_cdf(1 - 1e-6 / (2 * checks))
+
+
+def departure(found: Tensor, expected: Tensor | float, error: Tensor | float) -> float:
+    """The largest distance of an entry from what is expected of it, in its standard errors."""
+    return ((found - expected).abs() / error).max().item()
+
+
+def moments_departure(samples: Tensor) -> tuple[float, float]:
+    """How far `samples` [draws, columns] are from standard normal and independent, and how far chance can take them.
+
+    Of mean, variance and fourth moment of every column and the correlation of every two, in standard errors.
+    """
+    count, columns = samples.shape
+    products = samples.T @ samples / count
+    worst = max(
+        departure(samples.mean(0), 0, 1 / math.sqrt(count)),
+        departure(samples.var(0), 1, math.sqrt(2 / count)),
+        departure((samples**4).mean(0), 3, math.sqrt(96 / count)),  # var(e^4) = 105 - 9
+        departure(products - products.diagonal().diag(), 0, 1 / math.sqrt(count)),
+    )
+    return worst, z_bound(columns * (columns + 6) // 2)
 
 
 class Sum(nn.Module):

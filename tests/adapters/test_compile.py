@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from bayestune.adapters import drawn_weights, gaussian_layers, training_noise
 from bayestune.inference.draws import draw
-from bayestune.posteriors.variational import stacked_weights
+from bayestune.posteriors.stacked import stacked_weights
 from models import ARCHITECTURES, BERT, GPT2, LLAMA, QWEN2, Architecture, blob, logits, scatter
 
 ESTIMATORS = pytest.mark.parametrize("estimator", ["independent", "flipout", "flipout_token"])
@@ -84,7 +84,9 @@ def gradients(model: PeftModel, inputs: dict[str, Tensor], step: int) -> dict[st
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
-def test_N08_gradient_checkpointing(architecture: Architecture, reentrant: bool, estimator: str) -> None:
+def test_N08_gradient_checkpointing(
+    architecture: Architecture, reentrant: bool, estimator: str, figure: Callable[..., None]
+) -> None:
     inputs = architecture.inputs()
     model = blob(architecture, estimator=estimator).double()
     expected = gradients(model, inputs, step=1)
@@ -104,8 +106,8 @@ def test_N08_gradient_checkpointing(architecture: Architecture, reentrant: bool,
     found = gradients(model, inputs, step=1)
     assert calls == 2  # the layer was in fact computed again
     assert found.keys() == expected.keys()
-    for name, gradient in found.items():
-        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-12)  # T5 adds in another order
+    error = max((gradient - expected[name]).abs().max().item() for name, gradient in found.items())
+    figure("gradients with checkpointing less those without", error, at_most=1e-12)  # T5 adds in another order
 
 
 @pytest.mark.parametrize("architecture", [LLAMA, QWEN2, GPT2, BERT], ids=lambda a: a.name)

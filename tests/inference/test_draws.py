@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from bayestune.errors import DrawError
 from bayestune.functional import prediction_noise
 from bayestune.inference import draw
 from models import LLAMA, blob, llama
-from probes import bayesian_sum, double_llama, output_of, z_bound
+from probes import bayesian_sum, departure, double_llama, moments_departure, output_of, z_bound
 
+Figure = Callable[..., None]
 IDS = LLAMA.inputs(rows=3, tokens=9)["input_ids"]
 
 
@@ -46,7 +48,7 @@ def test_a_draw_is_the_mean_plus_named_noise() -> None:
         assert torch.allclose(outputs[0].T, layer.weight + layer.rho**2 * noise, rtol=1e-14, atol=1e-14)
 
 
-def test_S10_draws_are_standard_normal_and_independent() -> None:
+def test_S10_draws_are_standard_normal_and_independent(figure: Figure) -> None:
     model, count = bayesian_sum(), 1200
     eye, samples = torch.eye(4, dtype=torch.float64), []
     layers = gaussian_layers(model)
@@ -58,14 +60,13 @@ def test_S10_draws_are_standard_normal_and_independent() -> None:
         samples.append(((torch.stack(outputs).transpose(1, 2) - layer.weight) / layer.rho**2).flatten(1).detach())
     unit = torch.cat(samples, dim=1)
     columns = unit.shape[1]
-    z = z_bound(columns * (columns + 8) // 2)
-    assert unit.mean(0).abs().max() <= z / math.sqrt(count)
-    assert (unit.var(0) - 1).abs().max() <= z * math.sqrt(2 / count)
-    assert ((unit**4).mean(0) - 3).abs().max() <= z * math.sqrt(96 / count)
-    products = unit.T @ unit / count
-    assert (products - products.diagonal().diag()).abs().max() <= z / math.sqrt(count)
-    assert (unit[1:] * unit[:-1]).mean(0).abs().max() <= z / math.sqrt(count - 1)
-    assert (unit[:600] * unit[600:]).mean(0).abs().max() <= z / math.sqrt(600)
+    worst, bound = moments_departure(unit)
+    between = max(
+        departure((unit[1:] * unit[:-1]).mean(0), 0, 1 / math.sqrt(count - 1)),
+        departure((unit[:600] * unit[600:]).mean(0), 0, 1 / math.sqrt(600)),
+    )
+    figure("mean, variance, fourth moment and correlations of draws, standard errors", worst, at_most=bound)
+    figure("correlation of consecutive draws and of seeds, standard errors", between, at_most=z_bound(2 * columns))
 
 
 def test_a_layer_has_the_same_draw_whatever_else_is_adapted() -> None:
@@ -81,7 +82,7 @@ def test_a_layer_has_the_same_draw_whatever_else_is_adapted() -> None:
     assert torch.equal(*found)
 
 
-def test_S11_equal_tokens_get_equal_perturbations() -> None:
+def test_S11_equal_tokens_get_equal_perturbations(figure: Figure) -> None:
     model = double_llama()
     layer = gaussian_layers(model)["model.layers.0.self_attn.q_proj"]  # its input is the token alone
     with output_of(layer) as outputs:
@@ -90,14 +91,16 @@ def test_S11_equal_tokens_get_equal_perturbations() -> None:
             logits(model, torch.tensor([[5, 9, 5, 5], [7, 7, 9, 5]]))
     shift = outputs[1] - outputs[0]
     for one, two in [((0, 0), (0, 2)), ((0, 0), (0, 3)), ((0, 0), (1, 3)), ((1, 0), (1, 1)), ((0, 1), (1, 2))]:
-        assert (shift[one] - shift[two]).abs().max() <= 1e-12 < shift[one].abs().min()
+        figure("perturbations of two equal tokens, difference", departure(shift[one], shift[two], 1), at_most=1e-12)
+        assert shift[one].abs().min() > 1e-6
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
-def test_S11_a_cache_changes_nothing_within_a_draw(dtype: torch.dtype, bound: float) -> None:
+def test_S11_a_cache_changes_nothing_within_a_draw(dtype: torch.dtype, bound: float, figure: Figure) -> None:
     model = double_llama().to(dtype)
     with draw(model, index=4):
-        assert (logits(model) - cached_logits(model)).abs().max() <= bound
+        error = departure(logits(model), cached_logits(model), 1)
+    figure(f"logits with a cache less those without, {dtype}".replace("torch.", ""), error, at_most=bound)
 
 
 def test_S11_generation_is_that_of_one_draw() -> None:

@@ -22,6 +22,7 @@ from inference.cases import Fixed, Letters, Sequences, rows
 from models import LLAMA, blob, llama
 from probes import bayesian_sum, double_llama
 
+Figure = Callable[..., None]
 TESTS = Path(__file__).parent.parent
 
 
@@ -49,12 +50,16 @@ def of_draws(log_probs: Tensor, labels: Tensor | None = None) -> Prediction:
 
 @pytest.mark.parametrize("task", [Letters(), Sequences()], ids=lambda task: task.name)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_N07_stacked_draws_in_any_batch_equal_a_loop(task: Letters, dtype: torch.dtype, bound: float) -> None:
+def test_N07_stacked_draws_in_any_batch_equal_a_loop(
+    task: Letters, dtype: torch.dtype, bound: float, figure: Figure
+) -> None:
     model = double_llama().to(dtype)
     expected = one_by_one(model, task, 7, draws=5, seed=3)
     for batch_size in (1, 3, 16):
         task.forwards.clear()
         found = predict(model, task, rows(7), draws=5, seed=3, batch_size=batch_size)
+        error = (found.draw_log_probs.exp() - expected.exp()).abs().max().item()
+        figure(f"probabilities, stacked less one by one, {dtype}".replace("torch.", ""), error, at_most=bound)
         assert_close(found.draw_log_probs, expected, bound)
         assert found.ids == tuple(f"r{i}" for i in range(7))
         assert max(task.forwards) == 5 * min(7, batch_size)  # the draws did ride together
@@ -81,12 +86,12 @@ def test_choices_flattened_into_rows_share_their_rows_draw() -> None:
     assert (log_probs[..., 0] - log_probs[..., 2]).abs().min() > 1e-6
 
 
-def test_S16_the_predictive_is_the_mean_of_the_draws_probabilities() -> None:
+def test_S16_the_predictive_is_the_mean_of_the_draws_probabilities(figure: Figure) -> None:
     found = predict(double_llama(), Letters(), rows(6), draws=7)
     assert found.draw_log_probs.dtype == torch.float64 and found.draw_log_probs.shape == (7, 6, 4)
     by_hand = found.draw_log_probs.exp().mean(0)
-    assert (found.probs - by_hand).abs().max() <= 1e-14
-    assert (found.probs.sum(-1) - 1).abs().max() <= 1e-12
+    figure("predictive less the mean of the draws", (found.probs - by_hand).abs().max().item(), at_most=1e-14)
+    figure("sum of the probabilities less 1", (found.probs.sum(-1) - 1).abs().max().item(), at_most=1e-12)
     shuffled = of_draws(found.draw_log_probs[[3, 1, 6, 0, 5, 2, 4]])
     assert_close(shuffled.log_probs, found.log_probs, 1e-14)
     assert torch.equal(found.answer, by_hand.argmax(-1))
@@ -103,12 +108,13 @@ def test_S16_one_draw_is_one_pass() -> None:
     assert found.epistemic.abs().max() <= 1e-12
 
 
-def test_S16_averaging_lowers_the_expected_nll() -> None:
+def test_S16_averaging_lowers_the_expected_nll(figure: Figure) -> None:
     model, labels = blob(LLAMA).eval(), torch.tensor([row.target for row in rows(4)])
     for seed in range(50):
         found = predict(model, Letters(), rows(4), draws=10, seed=seed)
         together = -found.log_probs[range(4), labels].mean()
-        assert together <= -found.draw_log_probs[:, range(4), labels].mean() + 1e-12
+        apart = -found.draw_log_probs[:, range(4), labels].mean()
+        figure("NLL of 10 draws less the mean NLL of one, nats", (together - apart).item(), at_most=1e-12)
 
 
 def test_S16_no_draws_is_the_mean() -> None:
@@ -122,11 +128,11 @@ def test_S16_no_draws_is_the_mean() -> None:
 
 @pytest.mark.parametrize("gap", [60.0, 110.0, 200.0, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_N02_large_gaps_and_absent_choices_stay_finite(gap: float, dtype: torch.dtype) -> None:
+def test_N02_large_gaps_and_absent_choices_stay_finite(gap: float, dtype: torch.dtype, figure: Figure) -> None:
     table = torch.tensor([[0.0, gap, -math.inf], [gap, 0.0, -math.inf], [0.0, 0.0, -math.inf]], dtype=dtype)
     found = predict(blob(LLAMA).eval(), Fixed(table), [rows(1)[0].__class__(**vars_of(i)) for i in range(3)], draws=4)
-    assert found.log_probs[0, 0].item() == pytest.approx(-gap, abs=1e-5)
-    assert found.log_probs[1, 1].item() == pytest.approx(-gap, abs=1e-5)
+    error = max(abs(found.log_probs[i, i].item() + gap) for i in (0, 1))
+    figure("log-probability less the gap between the logits, nats", error, at_most=1e-5)
     assert (found.probs[:, 2] == 0).all() and not found.log_probs.isnan().any()
     for part in (found.total, found.aleatoric, found.epistemic):
         assert part.isfinite().all() and part.min() >= 0
@@ -145,9 +151,10 @@ def test_N02_draws_that_disagree_completely_are_averaged_exactly() -> None:
     assert found.epistemic.tolist() == [pytest.approx(math.log(2))] and found.aleatoric.tolist() == [0.0]
 
 
-def test_S14_with_b_at_zero_the_draws_agree() -> None:
+def test_S14_with_b_at_zero_the_draws_agree(figure: Figure) -> None:
     found = predict(get_peft_model(llama(), LLAMA.config()), Letters(), rows(5), draws=6)
-    assert (found.draw_log_probs.exp() - found.draw_log_probs[0].exp()).abs().max() <= 1e-7
+    error = (found.draw_log_probs.exp() - found.draw_log_probs[0].exp()).abs().max().item()
+    figure("probabilities of draws with B = 0, difference", error, at_most=1e-7)
     assert found.epistemic.max() <= 1e-6
 
 
@@ -234,11 +241,15 @@ class Short(Letters):
     ],
     ids=["first", "first two", "third", "more than two", "more than one"],
 )
-def test_R01_answers_are_the_same_when_memory_runs_out(draws: int, fails: Callable[[int, int], bool]) -> None:
+def test_R01_answers_are_the_same_when_memory_runs_out(
+    draws: int, fails: Callable[[int, int], bool], figure: Callable[..., None]
+) -> None:
     model, task = double_llama(), Short(fails)
     expected = predict(model, Letters(), rows(10), draws=draws, batch_size=4)
     found = predict(model, task, rows(10), draws=draws, batch_size=4)
     assert_close(found.draw_log_probs, expected.draw_log_probs, 1e-12)
+    worst = (found.draw_log_probs.exp() - expected.draw_log_probs.exp()).abs().max().item()
+    figure("probabilities of predict, split where memory runs out, beside whole", worst, at_most=1e-12)
     assert found.ids == expected.ids and 0 in task.forwards
 
 

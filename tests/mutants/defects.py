@@ -1,6 +1,6 @@
 """All planted defects. `make mutants` plants them one by one; the tests named with each must then fail."""
 
-from mutants import data, draws, files, kl, objective, prediction, runs, width
+from mutants import data, draws, files, kl, maths, objective, prediction, runs, train, width
 from mutants.defect import Defect
 
 DEFECTS: tuple[Defect, ...] = (
@@ -10,6 +10,8 @@ DEFECTS: tuple[Defect, ...] = (
     *prediction.DEFECTS,
     *files.DEFECTS,
     *runs.DEFECTS,
+    *train.DEFECTS,
     *width.DEFECTS,
     *data.DEFECTS,
+    *maths.DEFECTS,
 )

@@ -27,13 +27,6 @@ DEFECTS = (
         tests="training/test_trainer.py N09",
     ),
     Defect(
-        name="a loss that is not finite is trained on",
-        path=TRAINER,
-        before="        if bad.any():\n            draw, row",
-        after="        if False:\n            draw, row",
-        tests="training/test_trainer.py nan",
-    ),
-    Defect(
         name="evaluation leaves the model in evaluation mode",
         path=TRAINER,
         before="                module.training = training\n",
@@ -43,7 +36,7 @@ DEFECTS = (
     Defect(
         name="the prior of the MAP counted once a row",
         path=TRAINER,
-        before="share = processes * rows / (total * len(self._train_ids))",
+        before="share = processes * rows / (total * len(self._train.ids))",
         after="share = processes * rows / total",
         tests="training/test_prior.py",
     ),

@@ -83,4 +83,25 @@ DEFECTS = (
         after="last = int(good[0])",
         tests="metrics/test_selective.py threshold",
     ),
+    Defect(
+        name="antithetic draws that are the same draw twice",
+        path="posteriors/stacked.py",
+        before="(-1) ** k * prediction_noise(",
+        after="prediction_noise(",
+        tests="posteriors/test_variational.py antithetic",
+    ),
+    Defect(
+        name="covariance of logits with G for the standard deviation",
+        path="posteriors/sampling_free.py",
+        before="std(layer.rho.detach()).flatten()",
+        after="layer.rho.detach().flatten()",
+        tests="posteriors/test_variational.py covariance",
+    ),
+    Defect(
+        name="covariance of logits instead of their differences",
+        path="posteriors/sampling_free.py",
+        before="(vector - first * vector.sum(1, keepdim=True) for vector in others)",
+        after="(vector + 0 * first for vector in others)",
+        tests="posteriors/test_variational.py covariance",
+    ),
 )

@@ -127,13 +127,39 @@ PROMISES = (
             "same rows."
         ),
     ),
-    Promise(id="R01", says="Out of memory: smaller micro-batches, the same effective batch and result."),
+    Promise(
+        id="R01",
+        says="Out of memory: smaller micro-batches, the same effective batch and result.",
+        note="Noise and dropout masks are drawn by micro-batch. Where memory runs out in the first update, the run is "
+        "bit for bit that of the smaller micro-batches from the start; where later, that of large ones before and "
+        "small ones from there on, which for plain LoRA without dropout is the same to rounding. The smaller size is "
+        "in no checkpoint: a resumed run starts with whole micro-batches, and repeats the other bit for bit where "
+        "memory runs out again in its first update. Of several processes one cannot do this alone: it stops the run "
+        "and says which it is. Predictions in other chunks are equal to rounding of float64, not to the bit.",
+    ),
     Promise(id="R02", says="A missing GPU is said before weights are loaded; a lost one leaves the last checkpoint."),
     Promise(id="R03", says="A full disk stops the run with what is needed; the last checkpoint stays whole."),
     Promise(id="R04", says="SIGINT and SIGTERM in any phase: exit 130 or 143, resumable."),
-    Promise(id="R05", says="NaN stops before the update, and names step, part, rows and the last good checkpoint."),
-    Promise(id="R06", says="Two processes train what one trains; the KL counts once."),
-    Promise(id="R07", says="A dead process ends the run in time, and leaves a good checkpoint."),
+    Promise(
+        id="R05",
+        says="NaN stops before the update, and names step, part, rows and the last good checkpoint.",
+        note="The KL is of no row: its message names the layer. The rows of a gradient are found by running each row "
+        "of the update again alone; where the cause is a draw of the noise that does not come again, all rows of the "
+        "update are named. A logit of -inf for a class that is not the answer is a masked choice, not an error.",
+    ),
+    Promise(
+        id="R06",
+        says="Two processes train what one trains; the KL counts once.",
+        note="Each process draws noise of its own: two processes of BLoB are one whose micro-batches are given that "
+        "noise, not one without more. Where the rows do not fill the last batch of an epoch in every process, "
+        "accelerate goes on with the first rows; one process does not.",
+    ),
+    Promise(
+        id="R07",
+        says="A dead process ends the run in time, and leaves a good checkpoint.",
+        note="The launcher (torchrun) names the dead process; the others only see its connection close. One that "
+        "hangs is noticed after `ddp_timeout`, by default 30 minutes. Shown with gloo, on a CPU.",
+    ),
     Promise(id="R08", says="Odd environments: no HOME, no terminal, C locale, read-only folders, odd paths."),
     Promise(id="R09", says="Exit codes, one line on stderr, JSON also for failures, no traceback."),
     Promise(id="R10", says="A result records all that made it, and can be made again from its record."),

@@ -49,7 +49,9 @@ def test_N07_padding_batch_and_neighbours_do_not_matter(
 
 
 @pytest.mark.parametrize("gap", [0.0, 60.0, 110.0, 200.0, 1e4])
-def test_N02_the_loss_is_the_gap_and_its_gradient_is_finite(tokenizers: Tokenizers, gap: float) -> None:
+def test_N02_the_loss_is_the_gap_and_its_gradient_is_finite(
+    tokenizers: Tokenizers, gap: float, figure: Callable[..., None]
+) -> None:
     task = classification("rte", tokenizers["encoder"]())
     batch = task.collate([task.example(TextRow(id="r", text="It rains.", label=1))])
     logits = torch.tensor([[gap, 0.0]], requires_grad=True)
@@ -60,7 +62,7 @@ def test_N02_the_loss_is_the_gap_and_its_gradient_is_finite(tokenizers: Tokenize
     model.config = SimpleNamespace(pad_token_id=0)  # pyright: ignore[reportFunctionMemberAccess]
     loss = task.loss(model, batch)
     expected = torch.nn.functional.softplus(torch.tensor(gap, dtype=torch.float64))
-    assert abs(loss.item() - expected) <= 1e-5
+    figure("loss less the gap between the logits, nats", abs(loss.item() - expected.item()), at_most=1e-5)
     loss.sum().backward()
     assert logits.grad is not None
     assert logits.grad.isfinite().all()

@@ -1,44 +1,127 @@
-"""One of several training processes: trains a toy and writes what it then holds. Started by test_processes.py.
+"""One of several training processes: trains toys and writes what it then holds. Started by test_processes.py.
 
-    process.py KIND ROWS FOLDER
+    process.py FOLDER [FAULT]
 
-KIND is "lora"; "blob"; or "kl", BLoB with B frozen at 0, so that only the KL moves M and G. ROWS are those of a batch
-of one process.
+Without a fault it trains every kind of `KINDS`, one after the other. FAULT is what befalls process 1 when plain LoRA
+is trained: "killed" at update 5, "memory" runs out in its second micro-batch, or it has fewer "rows" than the others.
 """
 
+import json
 import os
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors.torch import save_file
+from torch import Tensor
 
 from bayestune.experiment.processes import leave
 from bayestune.training import BayesTrainer, KLSettings
 from training.toys import TASK, arguments, double_blob, lora, rows, trained
 
+KINDS = ("lora", "blob", "kl")
+"""Plain LoRA; BLoB; BLoB with B frozen at 0, so that only the KL moves M and G."""
 
-def main(kind: str, batch: str, folder: str) -> None:
+
+def model_of(kind: str) -> PeftModel:
     model = lora() if kind == "lora" else double_blob()
     if kind == "kl":
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
                     parameter.zero_().requires_grad_(False)
-    rank = int(os.environ.get("RANK", "0"))
-    if rank == 0:
-        save_file(trained(model), Path(folder) / "start.safetensors")
-    trainer = BayesTrainer(
-        model,
+    return model
+
+
+class AsTwo(BayesTrainer):
+    """One process, whose two micro-batches an update see the noise that two processes would see."""
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        if self._noise is not None:
+            self._noise.rank, self._noise.micro = self._noise.micro, 0
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            self._noise.micro = self._noise.rank + 1
+            return loss
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+def trainer_of(kind: str, folder: Path, *, alone: bool, **settings: Any) -> BayesTrainer:
+    """20 updates of 4 rows: in two processes of a micro-batch of 2 each, or `alone` in two micro-batches.
+
+    It is evaluated on 7 rows, two or four at once, so that the last batch is short of rows for both.
+    """
+    return (AsTwo if alone else BayesTrainer)(
+        model_of(kind),
         task=TASK,
-        args=arguments(Path(folder), per_device_train_batch_size=int(batch), max_steps=12, ddp_backend="gloo"),
+        args=arguments(
+            folder,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2 if alone else 1,
+            per_device_eval_batch_size=4 if alone else 2,
+            max_steps=20,
+            ddp_backend=None if alone else "gloo",
+            **settings,
+        ),
         train_rows=rows(20),
+        eval_rows=rows(7),
         kl=None if kind == "lora" else KLSettings(cycle=4),
     )
-    trainer.train()
-    save_file(trained(model), Path(folder) / f"rank{rank}.safetensors")
-    leave(0)
+
+
+def scores(trainer: BayesTrainer) -> dict[str, Any]:
+    """Metrics of an evaluation, and the labels in the order of its answers."""
+    found = trainer.predict(trainer.eval_dataset)
+    metrics = {name: found.metrics[f"test_{name}"] for name in ("loss", "nll", "accuracy")}
+    return {**metrics, "labels": found.label_ids.tolist(), "logits": found.predictions.tolist()}
+
+
+def main(folder: Path) -> None:
+    rank = int(os.environ["RANK"])
+    for kind in KINDS:
+        trainer = trainer_of(kind, folder, alone=False)
+        trainer.train()
+        save_file(trained(trainer.model), folder / f"{kind}-{rank}.safetensors")
+        (folder / f"{kind}-{rank}.json").write_text(json.dumps(scores(trainer)))
+
+
+def faulty(folder: Path, fault: str) -> None:
+    """Plain LoRA with a checkpoint after every second update; the error goes to FAULT-RANK.txt."""
+    rank = int(os.environ["RANK"])
+    (folder / f"{rank}.pid").write_text(str(os.getpid()))
+    step = BayesTrainer.training_step
+
+    def training_step(self: BayesTrainer, *args: Any, **kwargs: Any) -> Tensor:
+        if rank == 1 and fault == "killed" and self.state.global_step == 5:
+            (folder / "killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if rank == 1 and fault == "memory":
+            TASK.logits = no_memory  # type: ignore[method-assign]
+        return step(self, *args, **kwargs)
+
+    BayesTrainer.training_step = training_step
+    try:
+        short = rank == 1 and fault == "rows"
+        trainer = BayesTrainer(
+            lora(),
+            task=TASK,
+            args=arguments(
+                folder, max_steps=20, ddp_backend="gloo", ddp_timeout=60, save_strategy="steps", save_steps=2
+            ),
+            train_rows=rows(18 if short else 20),
+        )
+        trainer.train()
+    except Exception as error:
+        (folder / f"{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+        leave(3)
+
+
+def no_memory(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    raise torch.OutOfMemoryError("on purpose")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(Path(sys.argv[1])) if len(sys.argv) == 2 else faulty(Path(sys.argv[1]), sys.argv[2])
+    leave(0)

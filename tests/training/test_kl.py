@@ -1,6 +1,7 @@
 """The KL step: closed form, its guards, and `KLCallback` on a plain Trainer."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def test_kl_step_stops_at_the_minimum_and_keeps_the_floor() -> None:
     assert torch.equal(layer.rho.abs(), torch.full_like(layer.rho, RHO_FLOOR))
 
 
-def test_N01_an_update_of_1e_5_moves_G() -> None:
+def test_N01_an_update_of_1e_5_moves_G(figure: Callable[..., None]) -> None:
     model = get_peft_model(LLAMA.build().bfloat16(), LLAMA.config())
     layer = next(iter(gaussian_layers(model).values()))
     with torch.no_grad():
@@ -79,7 +80,7 @@ def test_N01_an_update_of_1e_5_moves_G() -> None:
     before = layer.rho.detach().clone()
     kl_step(layer, rate=0.01, weight=0.0, along_nll=True)
     moved = before - layer.rho
-    assert (moved - 1e-5).abs().max() <= 1e-8
+    figure("update of G = 0.05 by 1e-5 on a bf16 base, error", (moved - 1e-5).abs().max().item(), at_most=1e-8)
 
 
 def test_elbo_weight_is_one_over_rows() -> None:

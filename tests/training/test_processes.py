@@ -1,48 +1,127 @@
 """Several processes train what one trains on batches as large as theirs together (gloo, on a CPU)."""
 
+import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 import bayestune
+from bayestune.errors import ConfigError
+from bayestune.training import last_complete
+from bayestune.training.checks import check_same_course
+from training.process import KINDS, scores, trainer_of
+from training.toys import rows, trained
 
 SCRIPT = Path(__file__).parent / "process.py"
-Weights = dict[str, Tensor]
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
-def train(kind: str, processes: int, folder: Path) -> tuple[Weights, list[Weights]]:
-    """The weights before, and after on each process, of 12 updates of 4 rows."""
-    folder.mkdir()
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     paths = [str(Path(bayestune.__file__).parent.parent), str(SCRIPT.parent.parent)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, str(SCRIPT), kind, str(4 // processes), str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment,
-    )
+    command = [*LAUNCHER, str(SCRIPT), str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes wrote after 20 updates of each kind."""
+    folder = tmp_path_factory.mktemp("two")
+    done = launch(folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    start = load_file(folder / "start.safetensors")
-    return start, [load_file(folder / f"rank{rank}.safetensors") for rank in range(processes)]
+    return folder
 
 
-@pytest.mark.parametrize("kind", ["lora", "blob", "kl"])
-def test_R06_two_processes_train_what_one_trains(kind: str, tmp_path: Path) -> None:
-    """Plain LoRA in float64 to rounding, and the KL alone; BLoB, whose processes have noise of their own, keeps the
-    processes bit-equal."""
-    start, (first, second) = train(kind, 2, tmp_path / "two")
+@pytest.mark.parametrize("kind", KINDS)
+def test_R06_two_processes_train_what_one_trains(
+    two: Path, tmp_path: Path, figure: Callable[..., None], kind: str
+) -> None:
+    """To rounding of float64; BLoB too, beside one process whose micro-batches see the noise of two processes."""
+    first, second = (load_file(two / f"{kind}-{rank}.safetensors") for rank in (0, 1))
+    alone = trainer_of(kind, tmp_path, alone=True)
+    start = trained(alone.model)
+    alone.train()
+    expected = trained(alone.model)
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
-        assert not torch.equal(tensor, start[name]), name
-    if kind != "blob":
-        _, (alone,) = train(kind, 1, tmp_path / "one")
-        for name, tensor in alone.items():
-            torch.testing.assert_close(first[name], tensor, rtol=1e-9, atol=1e-9)
+        assert (tensor - start[name]).abs().max() > 1e-3, name
+    difference = max((first[name] - expected[name]).abs().max().item() for name in expected)
+    figure(f"weights of {kind} after 20 updates", difference, at_most=1e-12)
+
+    here = scores(alone)
+    for found in (json.loads((two / f"{kind}-{rank}.json").read_text()) for rank in (0, 1)):
+        assert found["labels"] == here["labels"] == [row.answer for row in rows(7)]
+        assert found["accuracy"] == here["accuracy"]
+        worst = max(abs(found[name] - here[name]) for name in ("loss", "nll"))
+        figure(f"NLL of {kind} on 7 rows in batches of 2 and 2, nats", worst, at_most=1e-12)
+
+
+@pytest.mark.nightly
+def test_R07_a_killed_process_ends_the_run_and_leaves_a_checkpoint(
+    tmp_path: Path, figure: Callable[..., None]
+) -> None:
+    """Killed at update 5: the launcher names the rank and ends, nobody stays, checkpoint 4 is whole."""
+    done = launch(tmp_path, "killed")
+    ended = time.time()
+    assert done.returncode != 0
+    assert "SIGKILL" in done.stderr and "rank      : 1 (local_rank: 1)" in done.stderr, done.stderr[-3000:]
+    died = (tmp_path / "killed").stat().st_mtime
+    figure("seconds from the kill to the end of the launcher, ddp_timeout 60", ended - died, at_most=60 + 10)
+    assert_gone(tmp_path)
+    assert last_complete(tmp_path) == tmp_path / "checkpoint-4"
+    for file in (tmp_path / "checkpoint-4").glob("*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(file).values())
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("fault", "rank", "message"),
+    [
+        ("rows", 0, "ConfigError: process 1 has rows=18, process 0 has 20"),
+        ("rows", 1, "ConfigError: process 1 has rows=18, process 0 has 20"),
+        ("memory", 1, "TrainingError: step 0: memory ran out on cpu:0 in micro-batch 1 of the update, process 1 of 2"),
+    ],
+)
+def test_R07_processes_that_cannot_go_on_together_end(
+    faults: Callable[[str], Path], fault: str, rank: int, message: str
+) -> None:
+    assert (faults(fault) / f"{rank}.txt").read_text().startswith(message)
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a run that failed with a fault, made once for each."""
+    made: dict[str, Path] = {}
+
+    def get(fault: str) -> Path:
+        if fault not in made:
+            made[fault] = tmp_path_factory.mktemp(fault)
+            assert launch(made[fault], fault).returncode != 0
+            assert_gone(made[fault])
+        return made[fault]
+
+    return get
+
+
+def assert_gone(folder: Path) -> None:
+    """No process of the run is left."""
+    pids = [int(path.read_text()) for path in folder.glob("*.pid")]
+    assert len(pids) == 2
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+@pytest.mark.parametrize("name", ["rows", "row_sha256", "seed", "prior_std"])
+def test_R07_processes_with_another_course_are_refused_by_name(name: str) -> None:
+    course = {"seed": 1, "rows": 20, "row_sha256": "ab"}
+    check_same_course([course, dict(course)])
+    with pytest.raises(ConfigError, match=f"process 2 has {name}=7, process 0 has "):
+        check_same_course([course, course, {**course, name: 7}])

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from bayestune.adapters import drawn_weights
-from bayestune.posteriors.variational import single_weights
+from bayestune.posteriors.stacked import single_weights
 
 _LOCK = threading.Lock()
 _HELD: Counter[nn.Module] = Counter()  # modules that were in training mode, by how many contexts hold them out of it

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from bayestune.errors import ConfigError, DataError, DrawError, PosteriorError
 from bayestune.inference.draws import evaluation_mode
 from bayestune.posteriors.base import Posterior, Sampler
-from bayestune.posteriors.variational import StackedDraws
+from bayestune.posteriors.stacked import StackedDraws
 from bayestune.tasks import AnyRow, Task
 
 

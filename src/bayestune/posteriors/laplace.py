@@ -20,7 +20,7 @@ from bayestune.posteriors.kfac import FactorSums, KroneckerFactor, add_batch
 from bayestune.posteriors.linearised import LinearisedDraws, ProbitAnswer, probit_logits
 from bayestune.posteriors.linears import covered_linears, plain_adapter, refuse_if_too_large
 from bayestune.posteriors.prior_precision import CANDIDATES, best_candidate, most_evident
-from bayestune.posteriors.variational import StackedDraws
+from bayestune.posteriors.stacked import StackedDraws
 from bayestune.tasks import AnyRow, Task
 
 PREDICTIVES = ("mc", "probit")

@@ -1,7 +1,7 @@
 """A point: one adapter and no spread. What maximum likelihood (MLE) and maximum a posteriori (MAP) training leave."""
 
 from bayestune.posteriors.base import Posterior, Sampler, refuse_draws
-from bayestune.posteriors.variational import StackedDraws
+from bayestune.posteriors.stacked import StackedDraws
 
 
 class Point(Posterior):

@@ -1,125 +1,42 @@
-"""A posterior that lives in the adapter itself: BLoB, Bayes by backprop, dropout masks, and what TFB leaves.
+"""A posterior that lives in the adapter itself: BLoB, Bayes by backprop, dropout masks, and what TFB leaves."""
 
-Several draws ride in one forward: rows are repeated, the draw outermost, and the base model's products are shared.
-"""
+from peft import PeftModel
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from bayestune.errors import ConfigError
+from bayestune.posteriors.base import Posterior, Sampler, refuse_draws
+from bayestune.posteriors.sampling_free import LogitDraws
+from bayestune.posteriors.stacked import StackedDraws
 
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
-
-from bayestune.adapters import RandomLinear, drawn_weights, is_merged, random_layers, row_major_sizes
-from bayestune.errors import DrawError
-from bayestune.functional import prediction_noise
-from bayestune.posteriors.base import Posterior, Sampler
-from bayestune.tasks import Task
-
-CPU_TOKENS = 2048
-"""Tokens of one stacked forward on a CPU: beyond the cache, stacking draws no longer pays."""
+PREDICTIVES = ("mc", "antithetic", "linearised")
 
 
 class Variational(Posterior):
     """The distribution that a BLOB adapter holds: draw k has the weights ``layer.drawn(noise(seed, k, layer.name))``.
 
     For BLoB (arXiv 2406.11675) these are ``A = M + G^2 * noise``.
+
+    Args:
+        predictive: how `predict` averages over it. "mc", independent draws. "antithetic", draws in pairs of opposite
+            noise, whose averages vary less: an even number of them. "linearised", no draws of weights: logits
+            linearised about the mean are Gaussian, so one forward and C - 1 backward passes give any number of
+            draws of the logits; for Gaussian adapters. A choice of the prediction: it is not saved.
+
+    Raises:
+        ConfigError: another `predictive`.
     """
 
     kind = "blob"
     default_draws = 10
 
+    def __init__(self, model: PeftModel, *, temperature: float = 1.0, predictive: str = "mc") -> None:
+        super().__init__(model, temperature=temperature)
+        if predictive not in PREDICTIVES:
+            raise ConfigError(f"predictive: found {predictive!r}, expected one of {', '.join(PREDICTIVES)}.")
+        self.predictive = predictive
+
     def sampler(self, *, draws: int, seed: int) -> Sampler:
-        return StackedDraws.of(self.model, draws=draws, seed=seed)
-
-
-class StackedDraws(Sampler):
-    """`slices` draws given by their matrices, [slices, r, n] for each layer of `weights`; the mean of others."""
-
-    def __init__(self, model: nn.Module, weights: Mapping[RandomLinear, Tensor], slices: int) -> None:
-        self.model, self.weights, self.slices = model, weights, slices
-
-    @classmethod
-    def of(cls, model: nn.Module, *, draws: int, seed: int) -> "StackedDraws":
-        """Draws 0 to `draws` - 1 of every random layer of `model`; with ``draws=0`` the mean, of any model.
-
-        Raises:
-            DrawError: draws were asked of a model without an (unmerged) Gaussian adapter.
-        """
-        return cls(model, stacked_weights(model, range(draws), seed) if draws else {}, max(draws, 1))
-
-    def logits(self, task: Task, batch: dict[str, Tensor], part: range) -> Float[Tensor, "draws rows classes"]:
-        """One forward with the rows repeated for each draw of `part`."""
-        count, first = len(part), part.start
-        repeated = {key: value.repeat(count, *[1] * (value.dim() - 1)) for key, value in batch.items()}
-        drawn = {
-            layer: weight[first : first + count] if count > 1 else weight[first]
-            for layer, weight in self.weights.items()
-        }
-        sizes = row_major_sizes(tuple(repeated["input_ids"].shape), count) if count > 1 else None
-        with drawn_weights(drawn, sizes=sizes):
-            return task.logits(self.model, repeated).unflatten(0, (count, -1))
-
-    def at_once(self, batch: dict[str, Tensor]) -> int:
-        """All that fit a quarter of the free memory (CPU: `CPU_TOKENS`); one where experts see a choice of tokens."""
-        if any(layer.routed for layer in self.weights):
-            return 1
-        tokens = batch["input_ids"].numel()
-        device = batch["input_ids"].device
-        if device.type != "cuda":
-            return max(1, CPU_TOKENS // tokens)
-        free, _ = torch.cuda.mem_get_info(device)
-        config: Any = self.model.config
-        hidden = config.get_text_config().hidden_size
-        # One layer's activations at a time: about 24 hidden vectors a token (attention, the widest MLP, copies).
-        return max(1, int(free / 4 / (24 * hidden * 4 * tokens)))
-
-
-def sampled_layers(model: nn.Module) -> dict[str, RandomLinear]:
-    """The active random layers of `model`, by name.
-
-    Raises:
-        DrawError: there are none, or the adapter is merged.
-    """
-    layers = random_layers(model)
-    if not layers:
-        raise DrawError(
-            "the model has no active Gaussian adapter to draw from: use draws=0, or train one with BlobConfig."
-        )
-    if is_merged(model):
-        raise DrawError("the adapter is merged into the base weights, where a draw cannot reach it: unmerge it first.")
-    return layers
-
-
-def stacked_weights(model: nn.Module, indices: Sequence[int], seed: int) -> dict[RandomLinear, Tensor]:
-    """The matrices of several draws, [len(indices), r, n] a layer, for `drawn_weights`.
-
-    Raises:
-        DrawError: as `sampled_layers`.
-    """
-    weights = {}
-    with torch.no_grad():
-        for name, layer in _named(model):
-            noise = [prediction_noise(seed, k, name, tuple(layer.weight.shape)) for k in indices]
-            weights[layer] = layer.drawn(torch.stack(noise))
-    return weights
-
-
-def single_weights(model: nn.Module, index: int, seed: int) -> dict[RandomLinear, Tensor]:
-    """The matrices of one draw, [r, n] a layer, for `drawn_weights`.
-
-    Raises:
-        DrawError: as `sampled_layers`.
-    """
-    return {layer: weight[0] for layer, weight in stacked_weights(model, [index], seed).items()}
-
-
-def _named(model: nn.Module) -> list[tuple[str, RandomLinear]]:
-    """Every random layer with the name of its noise: the active adapters', and each other's as if it were active.
-
-    The others are reached by `adapter_names=[...]` or a `set_adapter` inside the draw.
-    """
-    active = sampled_layers(model)
-    seen = {id(layer) for layer in active.values()}
-    others = [m for m in model.modules() if isinstance(m, RandomLinear) and id(m) not in seen]
-    return [*active.items(), *((layer.name, layer) for layer in others)]
+        if self.predictive == "linearised" and draws:
+            return LogitDraws(self.model, draws=draws, seed=seed)
+        if self.predictive == "antithetic" and draws % 2:
+            raise refuse_draws(draws, "antithetic draws come in pairs: ask for an even number.")
+        return StackedDraws.of(self.model, draws=draws, seed=seed, antithetic=self.predictive == "antithetic")

@@ -142,6 +142,12 @@ def check_padding(model: Any, attention_mask: Tensor, pad_id: int) -> None:
             f"set model.config.pad_token_id = {pad_id}"
         )
 
+    def refuse_if_empty(self, row: AnyRow, tokens: int) -> None:
+        """Raise a DataError for a row whose text the tokenizer turns into no token at all."""
+        if tokens < 1:
+            name = "question" if isinstance(row, Row) else "text"
+            raise row.fault(name, "text without a token", "text that the tokenizer knows at least one token of")
+
 
 def labels_of(examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     """`{"labels": [rows] int64}`, or nothing unless every example is labelled."""

@@ -233,6 +233,7 @@ class EncoderMultipleChoice(Task):
         encoded = self.tokenizer(first, second, padding=False, truncation=False, verbose=False)
         encodings = [{key: encoded[key][choice] for key in encoded} for choice in range(len(row.choices))]
         example = {"id": row.id, "encodings": encodings, "label": row.target}
+        self.refuse_if_empty(row, min(len(encoding["input_ids"]) for encoding in encodings))
         self.refuse_if_too_long(row, self.tokens(example))
         return example
 

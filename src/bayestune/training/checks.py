@@ -1,10 +1,13 @@
 """What `BayesTrainer` refuses before it starts, by name and with what to do."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from peft import PeftModel
 from torch import nn
 from transformers import TrainingArguments
 
-from bayestune.errors import ConfigError
+from bayestune.errors import ConfigError, DataError
 from bayestune.training.kl import KLSettings
 
 _OPTIMISERS = ("adamw_torch", "adamw_torch_fused", "sgd")
@@ -62,3 +65,30 @@ def check_model(
         )
     if prior_std is not None and random:
         raise ConfigError("prior_std is the MAP's, of a point: a random adapter has that of BlobConfig(prior_std).")
+
+
+def check_rows(args: TrainingArguments, rows: int) -> None:
+    """Refuse an epoch without a single batch."""
+    if not rows:
+        raise DataError("found no training row, expected at least one.")
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and rows < batch:
+        raise ConfigError(
+            f"dataloader_drop_last=True drops all training rows: found {rows}, expected at least one batch of "
+            f"{batch}; leave it False, or take smaller batches."
+        )
+
+
+def check_same_course(courses: Sequence[dict[str, Any]]) -> None:
+    """Refuse processes that would not train the same: with other rows one of them would wait for the others for ever.
+
+    `courses` are those of all processes (`SafeTrainer.course`), in the order of their ranks.
+    """
+    first = courses[0]
+    for rank, course in enumerate(courses):
+        for name in {**first, **course}:
+            if course.get(name) != first.get(name):
+                raise ConfigError(
+                    f"process {rank} has {name}={course.get(name)!r}, process 0 has {first.get(name)!r}: expected the "
+                    "same in all; give every process the same settings and the same rows, in the same order."
+                )

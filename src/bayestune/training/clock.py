@@ -29,6 +29,12 @@ class NoiseCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         assert self._noise is not None
+        self._noise.step = state.global_step
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Go back to the first micro-batch of the update."""
+        assert self._noise is not None
         for layer in self._random:
             layer.noise = None  # a part of the model called alone must not train on old noise
-        self._noise.step, self._noise.micro = state.global_step, 0
+        self._noise.micro = 0

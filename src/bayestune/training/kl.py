@@ -25,13 +25,14 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from bayestune.adapters import GaussianLinear, gaussian_layers
 from bayestune.errors import ConfigError
 from bayestune.functional import clamp_rho, gaussian_kl_gradient, paper_kl_weight
 from bayestune.training.clock import NoiseCallback
+from bayestune.training.finite import first_nonfinite, stopped
 
 Schedule = Callable[[int, int], float]
 """KL weight of update `step` (from 0) in cycles of `cycle` updates."""
@@ -106,6 +107,7 @@ class KLCallback(NoiseCallback):
 
     Raises:
         ConfigError: when training begins: no Gaussian layer, fp16, DeepSpeed, or weight decay on G.
+        TrainingError: a step of the KL is not finite; raised before the optimiser's.
     """
 
     def __init__(self, settings: KLSettings) -> None:
@@ -115,6 +117,7 @@ class KLCallback(NoiseCallback):
         self.settings = settings
         self._layers: list[GaussianLinear] = []
         self._along_nll = True
+        self._rate = self._weight = 0.0  # of this update
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -144,14 +147,43 @@ class KLCallback(NoiseCallback):
         self._along_nll = not _optimised(self._layers, optimizer)
         super().on_train_begin(args, state, control, **kwargs)
 
-    def on_optimizer_step(
+    def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         group = kwargs["optimizer"].param_groups[0]
-        rate = self.settings.learning_rate * group["lr"] / _peak_rate(group, args)
-        weight = self.settings.schedule(state.global_step, self.settings.cycle)
+        self._rate = self.settings.learning_rate * group["lr"] / _peak_rate(group, args)
+        self._weight = self.settings.schedule(state.global_step, self.settings.cycle)
+        found = f"the KL weight is {self._weight}, its learning rate {self._rate}"
+        if math.isfinite(self._rate * self._weight):
+            bad = first_nonfinite(self._gradients())
+            if bad is None:
+                return
+            found = f"the KL gradient of {bad[0]} (of {bad[1]} in all) is not finite"
+        raise stopped(
+            "kl",
+            found,
+            step=state.global_step,
+            learning_rate=group["lr"],
+            output=args.output_dir,
+            advice="look at the schedule of KLSettings, or lower its learning_rate",
+        )
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         for layer in self._layers:
-            kl_step(layer, rate=rate, weight=weight, along_nll=self._along_nll)
+            kl_step(layer, rate=self._rate, weight=self._weight, along_nll=self._along_nll)
+
+    @torch.no_grad()
+    def _gradients(self) -> dict[str, Tensor]:
+        """What the step moves M and G along, by the names of the layers."""
+        gradients: dict[str, Tensor] = {}
+        for layer in self._layers:
+            mean, rho = gaussian_kl_gradient(layer.weight, layer.rho, layer.prior_std)
+            gradients |= {f"M of {layer.name}": mean, f"G of {layer.name}": rho}
+            if self._along_nll and layer.rho.grad is not None:
+                gradients[f"G of {layer.name} (with its NLL)"] = layer.rho.grad
+        return gradients
 
 
 def _peak_rate(group: dict[str, Any], args: TrainingArguments) -> float:

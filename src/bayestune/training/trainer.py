@@ -7,22 +7,26 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from bayestune.adapters import gaussian_layers, random_layers, training_noise
-from bayestune.errors import ConfigError, DataError, TrainingError
+from bayestune.errors import ConfigError, TrainingError
 from bayestune.functional import cycle_steps, std
 from bayestune.metrics import accuracy, nll
 from bayestune.tasks import AnyRow, Task
 from bayestune.training.batches import ROW, Collator, Examples
 from bayestune.training.checkpoint import SafeTrainer
-from bayestune.training.checks import check_arguments, check_model
+from bayestune.training.checks import check_arguments, check_model, check_rows, check_same_course
 from bayestune.training.clock import NoiseCallback
+from bayestune.training.finite import Part, first_nonfinite, listed, nonfinite_rows, stopped
 from bayestune.training.kl import KLCallback, KLSettings
+from bayestune.training.memory import BackOff, logits_in_parts
 from bayestune.training.order import LengthGrouped
 from bayestune.training.prior import gaussian_penalty
 
@@ -35,6 +39,10 @@ class BayesTrainer(SafeTrainer):
     averaged logits. AdamW moves M, B and `modules_to_save`; the KL and G are the business of `KLCallback` (see
     `training.kl`; BLoB, arXiv 2406.11675, and its released code). Weight decay spares M, which has the prior instead.
     Evaluation during training is at the mean. Checkpoints hold safetensors and JSON only and resume bit for bit.
+
+    When memory runs out the update begins again with half the rows a forward, and so do all later ones: the rows of an
+    update and all that depends on them stay, and a `BayestuneWarning` says so. The result is that of micro-batches of
+    that size from the start, to rounding for plain LoRA without dropout (noise and masks are drawn by micro-batch).
 
     Args:
         model: PEFT model with a BLOB or a LORA adapter.
@@ -51,7 +59,8 @@ class BayesTrainer(SafeTrainer):
     Raises:
         ConfigError: a setting that cannot be right, named with what to do.
         DataError: a training row without a label, or one that the task cannot score.
-        TrainingError: a loss or gradient became NaN or infinite; raised before the update.
+        TrainingError: a loss, a gradient or the KL became NaN or infinite, or memory ran out with one row a forward
+            or in one of several processes; raised before the update.
     """
 
     loss_is_scaled_for_ga = True
@@ -78,28 +87,30 @@ class BayesTrainer(SafeTrainer):
         self._noise = training_noise(model) if random else None
         check_model(model, bool(random), bool(self._gaussian), kl, prior_std, train_draws)
         train = Examples(task, task.rows("train") if train_rows is None else train_rows)
-        if not len(train):
-            raise DataError("found no training row, expected at least one.")
-        self._train_ids, self._train_lengths, self._train_sha256 = train.ids, train.lengths, train.sha256
-        own: list[TrainerCallback] = []
+        check_rows(args, len(train))
+        self._train, self._collator = train, Collator(task)
+        self._clock: NoiseCallback | None = None
         if self._gaussian:
             batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
             kl = kl or KLSettings(cycle=cycle_steps(len(train), batch, processes=args.world_size))
-            own = [KLCallback(kl)]
+            self._clock = KLCallback(kl)
         elif random:
-            own = [NoiseCallback()]
+            self._clock = NoiseCallback()
         self.kl = kl
         super().__init__(
             model=model,
             args=args,
-            data_collator=Collator(task),
+            data_collator=self._collator,
             train_dataset=train,
             eval_dataset=None if eval_rows is None else Examples(task, eval_rows),
             compute_metrics=_scores,
-            callbacks=[*own, *(callbacks or [])],
+            callbacks=[*([self._clock] if self._clock else []), *(callbacks or [])],
         )
+        self._memory = BackOff(self.args, self._train.ids, self._batch_of)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ConfigError("the accelerate configuration asks for DeepSpeed or FSDP: not supported, use DDP.")
+        if args.world_size > 1:
+            check_same_course(gather_object([self.course()]))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW (or plain SGD) over M, B and the trained heads; G is in none of its groups."""
@@ -129,13 +140,14 @@ class BayesTrainer(SafeTrainer):
             return super()._get_train_sampler(train_dataset)
         rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         assert self.args.data_seed is not None
-        return LengthGrouped(self._train_lengths, batch_size=rows, seed=self.args.data_seed)
+        return LengthGrouped(self._train.lengths, batch_size=rows, seed=self.args.data_seed)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], int]:
         """The micro-batches of one update, and the number of rows in them, over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._memory.begin()
         rows = sum(len(batch[ROW]) for batch in batches)
         if self.args.world_size > 1:
             gathered = self.accelerator.gather(torch.tensor(rows, device=device))
@@ -162,22 +174,38 @@ class BayesTrainer(SafeTrainer):
         if draws > 1:
             batch = {name: tensor.repeat(draws, *[1] * (tensor.dim() - 1)) for name, tensor in batch.items()}
         nll = self._row_nll(model, batch, draws * rows).view(draws, rows)
-        self._refuse_nonfinite_loss(nll, index)
+        found = nonfinite_rows(nll, [self._train.ids[int(row)] for row in index])
+        if found is not None:
+            raise self._stopped("nll", found, advice="look at that row, or lower the learning rate")
         total = rows if num_items_in_batch is None else int(num_items_in_batch)
         processes = 1 if num_items_in_batch is None else self.args.world_size
         loss = nll.sum() * (processes / (draws * total))
         if self.prior_std is not None:
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            share = processes * rows / (total * len(self._train_ids))
+            share = processes * rows / (total * len(self._train.ids))
             loss = loss + gaussian_penalty(trained, self.prior_std) * share
         return (loss, nll) if return_outputs else loss
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        """Trainer's, on as many rows at once as memory allows; the loss is what this adds to that of the update."""
+        run = super().training_step
+
+        def undo() -> None:
+            model.zero_grad()
+            if self._clock is not None:
+                self._clock.rewind()
+
+        loss = self._memory.run(
+            inputs,
+            lambda part: run(model, part, num_items_in_batch),
+            undo,
+            step=self.state.global_step,
+            shared=isinstance(model, DistributedDataParallel),
+        )
         if self.accelerator.sync_gradients:
-            self._refuse_nonfinite_gradient()
+            self._refuse_nonfinite_gradient(num_items_in_batch)
         return loss
 
     def prediction_step(
@@ -191,7 +219,7 @@ class BayesTrainer(SafeTrainer):
         batch = self._prepare_inputs(inputs)
         labels = batch["labels"]
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = self.task.logits(model, {name: value for name, value in batch.items() if name != ROW})
+            logits = logits_in_parts(self.task, model, {k: value for k, value in batch.items() if k != ROW})
         loss = F.cross_entropy(logits.double(), labels)
         return (loss, None, None) if prediction_loss_only else (loss, logits.detach(), labels)
 
@@ -230,8 +258,8 @@ class BayesTrainer(SafeTrainer):
         course = {
             **super().course(),
             "train_draws": self.train_draws,
-            "rows": len(self._train_ids),
-            "row_sha256": self._train_sha256,
+            "rows": len(self._train.ids),
+            "row_sha256": self._train.sha256,
         }
         if self.prior_std is not None:
             course["prior_std"] = self.prior_std
@@ -260,26 +288,46 @@ class BayesTrainer(SafeTrainer):
             "std": math.fsum(std(layer.rho.double()).sum().item() for layer in layers) / entries,
         }
 
-    def _refuse_nonfinite_loss(self, nll: Tensor, index: Tensor) -> None:
-        bad = ~nll.detach().isfinite()
-        if bad.any():
-            draw, row = (int(i) for i in bad.nonzero()[0])
-            raise TrainingError(
-                f"step {self.state.global_step}: the NLL of row {self._train_ids[int(index[row])]!r} is "
-                f"{nll[draw, row].item()} ({int(bad.any(0).sum())} such rows in the batch), expected a finite number. "
-                "Nothing was updated; look at that row, or lower the learning rate."
-            )
+    def _batch_of(self, rows: Sequence[int]) -> dict[str, Any]:
+        return self._collator([self._train[row] for row in rows])
 
-    def _refuse_nonfinite_gradient(self) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         assert self.model is not None
-        named = [(name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None]
-        if not named or torch.stack([grad.isfinite().all() for _, grad in named]).all():
-            return
-        bad = [name for name, grad in named if not grad.isfinite().all()]
-        raise TrainingError(
-            f"step {self.state.global_step}: the NLL gradient of {bad[0]} ({len(bad)} of {len(named)} parameters) is "
-            "not finite. Nothing was updated; lower the learning rate, or train in float32."
+        bad = first_nonfinite({name: p for name, p in self.model.named_parameters() if p.requires_grad})
+        if bad is not None:
+            found = f"{bad[0]} ({bad[1]} parameters in all) is not finite after the update"
+            raise self._stopped("weights", found, advice="lower the learning rate")
+        super()._save_checkpoint(model, trial)
+
+    def _refuse_nonfinite_gradient(self, num_items_in_batch: Tensor | int | None) -> None:
+        assert self.model is not None
+        # Squared, as AdamW keeps them: a square that overflows would stop its parameter for good.
+        bad = first_nonfinite(
+            {name: p.grad.square() for name, p in self.model.named_parameters() if p.grad is not None}
         )
+        if bad is None:
+            return
+        found = f"the NLL gradient of {bad[0]} ({bad[1]} parameters in all) is not finite"
+        rows = self._memory.rows
+        guilty = [row for row in rows if self._spoils_gradient(row, num_items_in_batch)]
+        of = "from" if guilty else "from one of"
+        ids = [self._train.ids[row] for row in guilty or rows]
+        advice = "look at that row, lower the learning rate, or train in float32"
+        raise self._stopped("gradient", f"{found}, {of} {listed(ids)}", advice=advice)
+
+    def _spoils_gradient(self, row: int, num_items_in_batch: Tensor | int | None) -> bool:
+        """Whether the gradient of this row alone, in this process alone, is not finite."""
+        assert self.model is not None
+        self.model.zero_grad()
+        if self._clock is not None:
+            self._clock.rewind()
+        super().training_step(self.model, self._batch_of([row]), num_items_in_batch)
+        return not all(p.grad.square().isfinite().all() for p in self.model.parameters() if p.grad is not None)
+
+    def _stopped(self, part: Part, found: str, *, advice: str) -> TrainingError:
+        rate = self.args.learning_rate if self.lr_scheduler is None else self._get_learning_rate()
+        step, output = self.state.global_step, self.args.output_dir
+        return stopped(part, found, step=step, learning_rate=rate, output=output, advice=advice)
 
 
 def _scores(evaluated: EvalPrediction) -> dict[str, float]:

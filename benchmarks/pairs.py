@@ -1,0 +1,55 @@
+"""Timing several ways of doing the same in turn, so that a machine's moods fall on all of them alike."""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from bayestune.experiment.record import hardware, versions
+
+
+def seconds(
+    ways: Mapping[str, Callable[[], object]], *, pairs: int, warmup: int, device: str
+) -> dict[str, list[float]]:
+    """Seconds of each way in each of `pairs` rounds: A B C, A B C, ...; the `warmup` rounds before do not count."""
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in tqdm(range(warmup + pairs), desc="rounds", unit="round", disable=None):
+        for name, way in ways.items():
+            _wait(device)
+            start = time.perf_counter()
+            way()
+            _wait(device)
+            if turn >= warmup:
+                found[name].append(time.perf_counter() - start)
+    return found
+
+
+def ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    """Median over rounds of one way's time by another's."""
+    return statistics.median(a / b for a, b in zip(times, others, strict=True))
+
+
+def spread(times: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """Quartiles of the same ratios."""
+    ratios = [a / b for a, b in zip(times, others, strict=True)]
+    first, _, third = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+    return first, third
+
+
+def header(device: str) -> dict[str, Any]:
+    """What made a result: the command, versions and hardware."""
+    command = ["python", *sys.argv]
+    return {"command": command, "device": device, "versions": versions(), "hardware": hardware()}
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)

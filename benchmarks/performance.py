@@ -1,0 +1,191 @@
+"""docs/performance.md and its plot from results/bench/*.json: nothing in them is typed by hand but the words.
+
+    python benchmarks/performance.py            # rewrite them
+    python benchmarks/performance.py --check    # exit 1 if the page differs from what results/ gives
+
+The records are made by `benchmarks/bench.sh`.
+"""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+from bayestune.experiment import write_text
+from bayestune.experiment.record import read_json
+
+ROOT = Path(__file__).parent.parent
+BENCH, PAGE, PLOT = ROOT / "results" / "bench", ROOT / "docs" / "performance.md", ROOT / "docs" / "images"
+NONE = "not measured (no GPU)"
+TRAIN = ("llama-4x128", "minilm-8x128", "llama7b-4x300", "llama7b-4x300-checkpointing")
+PREDICT = ("llama-1x100", "llama-4x100", "minilm-1x4x40", "minilm-8x4x64", "llama7b-1x50", "llama7b-1x100",
+           "llama7b-1x300", "llama7b-4x50", "llama7b-4x100", "llama7b-4x300")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    text = page()
+    if parser.parse_args().check:
+        sys.exit(0 if PAGE.read_text(encoding="utf-8") == text else f"{PAGE}: differs from results/bench")
+    write_text(PAGE, text)
+    plot(record("scaling"))
+
+
+def record(name: str) -> dict[str, Any] | None:
+    path = BENCH / f"{name}.json"
+    return read_json(path, "a record of a benchmark") if path.is_file() else None
+
+
+def page() -> str:
+    parts = [
+        "# Performance",
+        "Made by `python benchmarks/performance.py` from `results/bench/*.json`, which `benchmarks/bench.sh` makes. "
+        "Ways that are compared take turns in one process; a ratio is the median over these rounds, and quartiles. "
+        '"Reference" is the released code\'s way, written afresh in `benchmarks/looped_reference.py`: noise on '
+        "activations with signs for every token, the KL by autograd in float64, a second optimiser, draws in a loop.",
+        _machine(),
+        "## A training step of BLoB, by one of plain LoRA",
+        _training(),
+        "## Ten draws",
+        "By ten plain LoRA forwards, one after the other, with the logits of every position (first columns), and by a "
+        'loop that asks for the label\'s logits alone. "At once" is how many draws ride in one forward.',
+        _prediction(),
+        "## Without draws of weights",
+        _sampling_free(),
+        "## Growth",
+        _scaling(),
+        "## Start of the command line",
+        _start(),
+        "## What was left out",
+        "- GPU figures: none of the machines that made these records had one. The scripts take `--device cuda`.\n"
+        "- A Triton kernel for the product of the stacked [mean | noise] projection: what it would gain can only be "
+        "seen on a GPU, so there is none; the products are torch's batched ones.\n"
+        "- Sharing the work below the first Bayesian layer between draws: with adapters in every layer, the default, "
+        "that is the embedding alone.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _machine() -> str:
+    found = next(r for name in (*TRAIN, *PREDICT) for r in (record(f"train_{name}"), record(f"predict_{name}")) if r)
+    hardware, versions = found["hardware"], found["versions"]
+    return (
+        f"Machine: {hardware['cores']} {hardware['machine']} cores, {hardware['threads']} threads, "
+        f"{hardware['device']}; torch {versions['torch']}, "
+        f"transformers {versions['transformers']}, peft {versions['peft']}. Float32."
+    )
+
+
+def _table(heads: list[str], lines: list[list[str]]) -> str:
+    rows = [heads, ["---"] * len(heads), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _quartiles(found: dict[str, Any]) -> str:
+    low, high = found["quartiles"]
+    return f"{found['ratio']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _training() -> str:
+    heads = ["shape", "BLoB / LoRA", "reference / LoRA", "LoRA, ms", "peak memory, BLoB / LoRA", "rounds"]
+    lines = []
+    for name in TRAIN:
+        found = record(f"train_{name}")
+        if found is None:
+            lines.append([name, NONE, "", "", "", ""])
+            continue
+        memory = f"{found['memory_ratio']:.3f}"
+        lines.append([name, _quartiles(found), f"{found['reference_ratio']:.3f}",
+                      f"{found['milliseconds']['lora']:.0f}", memory, str(found["pairs"])])  # fmt: skip
+    return _table(heads, lines) + "\n\nMemory is the peak of a process of its own, less G and its gradient for BLoB."
+
+
+def _prediction() -> str:
+    heads = ["shape", "ten draws / loop", "reference / loop", "ten draws / short loop", "ten draws / one forward"]
+    heads += ["at once", "making the draws, ms"]
+    lines = []
+    for name in PREDICT:
+        found = record(f"predict_{name}")
+        if found is None:
+            lines.append([name, NONE, *[""] * 5])
+            continue
+        lines.append([name, f"{found['per_loop']:.3f}", f"{found['reference_ratio']:.3f}",
+                      f"{found['per_short_loop']:.3f}", f"{found['per_forward']:.2f}", str(found["at_once"]),
+                      f"{found['draw_ms']:.1f}"])  # fmt: skip
+    return _table(heads, lines)
+
+
+def _sampling_free() -> str:
+    found = record("sampling_free")
+    if found is None:
+        return "Not measured."
+    ways = list(found["runs"][0]["ways"])
+    lines = []
+    for way in ways:
+        runs = [run["ways"][way] for run in found["runs"]]
+        means = {m: [statistics.mean(r[m] for r in repeats) for repeats in runs] for m in ("nll", "ece", "seconds")}
+        forward = [statistics.mean(r["seconds"] for r in run["ways"]["mean"]) for run in found["runs"]]
+        times = statistics.mean(s / f for s, f in zip(means["seconds"], forward, strict=True))
+        scores = [f"{statistics.mean(means[name]):.4f}" for name in ("nll", "ece")]
+        lines.append([way, *scores, f"{times:.1f}"])
+    head = (
+        f"`Variational(model, predictive=...)` on {len(found['runs'])} posterior(s) of `bayestune table`, "
+        f"{found['rows']} rows of the evaluation split, mean over {found['repeats']} seeds of the draws (the numbers "
+        "of the linearised logits cost nothing: there are 1,000). NLL in nats; time by that of the mean alone."
+    )
+    return f"{head}\n\n{_table(['predictive, draws', 'NLL', 'ECE', 'time'], lines)}"
+
+
+def _scaling() -> str:
+    found = record("scaling")
+    if found is None:
+        return "Not measured."
+    names = ("tokens", "rows", "rank", "layers", "draws")
+    lines = []
+    for what, exponents in found["exponents"].items():
+        lines.append([what, *(f"{exponents[name]:.2f}" if name in exponents else "" for name in names)])
+    base = ", ".join(f"{value} {name}" for name, value in found["base"].items())
+    return (
+        f"One size at a time, from {base}, on a 4-layer Llama of 512. The exponent of seconds; 1 is linear.\n\n"
+        f"{_table(['', *names], lines)}\n\n![Seconds and memory against size](images/scaling.png)"
+    )
+
+
+def _start() -> str:
+    found = record("start")
+    if found is None:
+        return "Not measured."
+    return (
+        f"`bayestune --help`: {found['seconds']:.2f} s, {found['cold_seconds']:.2f} s without byte code; Python "
+        f"itself {found['python_seconds']:.2f} s (medians of {found['runs']}, {found['cold_runs']}, {found['runs']})."
+    )
+
+
+def plot(found: dict[str, Any] | None) -> None:
+    if found is None:
+        return
+    names = ("tokens", "rows", "rank", "layers", "draws")
+    figure, axes = plt.subplots(2, len(names), figsize=(15, 5.5), layout="constrained", sharey="row")
+    for column, name in enumerate(names):
+        for row, (unit, label, scale) in enumerate((("seconds", "seconds", 1), ("bytes", "peak MiB", 2**-20))):
+            axis = axes[row][column]
+            for what, curves in found["curves"].items():
+                if name in curves:
+                    sizes = [int(size) for size in curves[name]]
+                    axis.plot(sizes, [point[unit] * scale for point in curves[name].values()], "o-", label=what)
+            axis.set(xscale="log", yscale="log", xlabel=name)
+            axis.set_xticks(sizes, [str(size) for size in sizes])
+            axis.minorticks_off()
+            if column == 0:
+                axis.set_ylabel(label)
+                axis.legend()
+    figure.savefig(PLOT / "scaling.png", dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Ten draws of a posterior against plain forwards.
+
+    python benchmarks/predict.py [--shape llama-1x100] [--device cpu] [--json FILE]
+
+Prints one JSON object. "ratio" is the median over rounds of the time of ten draws, as `predict` makes them, by that of
+ten plain LoRA forwards, one after the other, with the logits of every position ("per_loop", on a CPU), or by that of
+one such forward ("per_forward", on a GPU); "claim" says which. "reference_ratio" has the released code's way
+(`looped_reference.py`) in the place of `predict`'s. "per_short_loop" is the same against a loop that asks for the
+label's logits alone, which leaves what stacking itself gains. The matrices of the draws are made once a call of
+`predict`, whatever its rows; "draw_ms" is what that takes.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from looped_reference import looped, take_over
+from pairs import default_device, header, ratio, seconds, spread
+from shapes import Answers, Shape
+
+from bayestune.experiment import write_json
+from bayestune.posteriors.stacked import StackedDraws
+
+DRAWS = 10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--shape", help="default: llama-1x100, on a GPU llama7b-1x100")
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="write the object to this file too")
+    options = parser.parse_args()
+    gpu = options.device.startswith("cuda")
+    shape = Shape.of(options.shape or ("llama7b-1x100" if gpu else "llama-1x100"))
+    task, batch = Answers(shape), shape.batch(options.device)
+    plain = shape.adapted(options.device, bayesian=False).eval()
+    bayesian = shape.adapted(options.device, bayesian=True).eval()
+    reference = shape.adapted(options.device, bayesian=False).eval()
+    take_over(reference)
+    sampler = StackedDraws.of(bayesian, draws=DRAWS, seed=0)
+    at_once = min(DRAWS, sampler.at_once(batch))
+
+    @torch.inference_mode()
+    def stacked() -> None:
+        for start in range(0, DRAWS, at_once):
+            sampler.logits(task, batch, range(start, min(start + at_once, DRAWS)))
+
+    ways = {
+        "stacked": stacked,
+        "plain": lambda: looped(plain, lambda model: task.whole_logits(model, batch), 1),
+        "loop": lambda: looped(plain, lambda model: task.whole_logits(model, batch), DRAWS),
+        "short_loop": lambda: looped(plain, lambda model: task.logits(model, batch), DRAWS),
+        "reference": lambda: looped(reference, lambda model: task.whole_logits(model, batch), DRAWS),
+        "draw": lambda: StackedDraws.of(bayesian, draws=DRAWS, seed=1),
+    }
+    times = seconds(ways, pairs=options.pairs, warmup=options.warmup, device=options.device)
+    against = times["plain"] if gpu else times["loop"]
+    found = {
+        "ratio": ratio(times["stacked"], against),
+        "reference_ratio": ratio(times["reference"], against),
+        "pairs": options.pairs,
+        "shape": shape.name,
+        "claim": "per_forward" if gpu else "per_loop",
+        "draws": DRAWS,
+        "at_once": at_once,
+        "quartiles": spread(times["stacked"], against),
+        "per_forward": ratio(times["stacked"], times["plain"]),
+        "per_loop": ratio(times["stacked"], times["loop"]),
+        "per_short_loop": ratio(times["stacked"], times["short_loop"]),
+        "draw_ms": 1000 * torch.tensor(times["draw"]).median().item(),
+        "milliseconds": {way: 1000 * torch.tensor(t).median().item() for way, t in times.items()},
+        **header(options.device),
+    }
+    print(json.dumps(found))
+    if options.json:
+        write_json(options.json, found)
+
+
+if __name__ == "__main__":
+    main()

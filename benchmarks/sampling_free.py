@@ -1,0 +1,65 @@
+"""The linearised predictive, antithetic pairs and independent draws on saved posteriors: NLL, ECE and seconds.
+
+    python benchmarks/sampling_free.py RUN... --data DIR [--rows 250] [--json FILE]
+
+Each RUN is the folder of a BLoB run. Every way answers the same rows of the evaluation split, `--repeats` times with
+seeds of its own; 100 independent draws are what the others are measured against.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from pairs import header
+
+from bayestune import evaluate, predict
+from bayestune.experiment import Run, load_run, write_json
+from bayestune.experiment.methods import autocast
+from bayestune.experiment.record import rows_sha256
+from bayestune.posteriors import Variational
+
+WAYS: dict[str, tuple[Any, int]] = {
+    "mean": ("mc", 0),
+    "mc 4": ("mc", 4),
+    "antithetic 4": ("antithetic", 4),
+    "mc 10": ("mc", 10),
+    "antithetic 10": ("antithetic", 10),
+    "linearised": ("linearised", 1000),
+    "mc 100": ("mc", 100),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="folders of BLoB runs")
+    parser.add_argument("--data", help="folder of data sets")
+    parser.add_argument("--rows", type=int, default=250)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="write the object to this file too")
+    options = parser.parse_args()
+    found = [measured(load_run(folder, data=options.data), Path(folder).name, options) for folder in options.runs]
+    record = {"rows": options.rows, "repeats": options.repeats, "runs": found, **header("cpu")}
+    print(json.dumps(record))
+    if options.json:
+        write_json(options.json, record)
+
+
+def measured(run: Run, name: str, options: argparse.Namespace) -> dict[str, Any]:
+    assert run.experiment.eval_split is not None
+    rows = run.task.rows(run.experiment.eval_split)[: options.rows]
+    ways: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    for seed in range(options.repeats):
+        for way, (predictive, draws) in WAYS.items():
+            posterior = Variational(run.posterior.model, predictive=predictive)
+            start = time.perf_counter()
+            with autocast(run.experiment):
+                scores = evaluate(predict(posterior, run.task, rows, draws=draws, seed=seed))
+            seconds = time.perf_counter() - start
+            ways[way].append({"nll": scores.nll, "ece": scores.ece, "accuracy": scores.accuracy, "seconds": seconds})
+    return {"run": name, "rows_sha256": rows_sha256(rows), "ways": ways}
+
+
+if __name__ == "__main__":
+    main()

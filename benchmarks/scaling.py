@@ -1,0 +1,125 @@
+"""How time and memory grow with tokens, rows, rank, adapted layers and draws: a 4-layer Llama, one size at a time.
+
+    python benchmarks/scaling.py [--json FILE]
+
+For a training step of BLoB and for a prediction of 10 draws (at once as many as `predict` takes): the median seconds,
+and the peak of resident memory above what was resident before, each point in a process of its own. "exponents" are
+the slopes of log(seconds) over log(size), by least squares; a slope up to 1 is linear or better.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from pairs import header
+from peft import PeftModel, get_peft_model
+from shapes import ALPHA, Answers, Shape
+from tqdm.auto import tqdm
+from train_step import bayestune_step
+
+from bayestune import BlobConfig
+from bayestune.experiment import write_json
+from bayestune.posteriors.stacked import StackedDraws
+
+SIZES: dict[str, tuple[int, ...]] = {
+    "tokens": (32, 64, 128, 256),
+    "rows": (1, 2, 4, 8),
+    "rank": (4, 8, 16, 32, 64),
+    "layers": (1, 2, 4),
+    "draws": (1, 2, 5, 10, 20),
+}
+BASE = {"tokens": 64, "rows": 2, "rank": 8, "layers": 4, "draws": 10}
+REPEATS = 7
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the object to this file too")
+    parser.add_argument("--point", help="print one measurement, no more: its sizes as JSON")
+    options = parser.parse_args()
+    if options.point:
+        print(json.dumps(point(**json.loads(options.point))))
+        return
+    wanted = [("train", name) for name in SIZES if name != "draws"] + [("predict", name) for name in SIZES]
+    todo = [(what, name, size) for what, name in wanted for size in SIZES[name]]
+    curves: dict[str, dict[str, dict[str, dict[str, float]]]] = {"train": {}, "predict": {}}
+    for what, name, size in tqdm(todo, desc="scaling", unit="point", disable=None):
+        sizes = json.dumps({**BASE, name: size, "what": what})
+        command = [sys.executable, __file__, "--point", sizes]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        curves[what].setdefault(name, {})[str(size)] = json.loads(done.stdout.splitlines()[-1])
+    exponents = {what: {name: exponent(curve) for name, curve in found.items()} for what, found in curves.items()}
+    record = {"base": BASE, "curves": curves, "exponents": exponents, **header("cpu")}
+    print(json.dumps(record))
+    if options.json:
+        write_json(options.json, record)
+
+
+def point(*, what: str, tokens: int, rows: int, rank: int, layers: int, draws: int) -> dict[str, float]:
+    """Median seconds, and bytes of the peak above what was resident before."""
+    shape = Shape(name="", model="llama", rows=rows, choices=None, tokens=tokens)
+    model = adapted(shape, rank, layers)
+    way = training(model, shape) if what == "train" else prediction(model, shape, draws)
+    before = psutil.Process().memory_info().rss
+    seconds = []
+    for turn in range(REPEATS + 2):
+        start = time.perf_counter()
+        way()
+        if turn >= 2:
+            seconds.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": statistics.median(seconds), "bytes": max(0, peak - before)}
+
+
+def adapted(shape: Shape, rank: int, layers: int) -> PeftModel:
+    """BLoB on the query and value projections of the last `layers` layers."""
+    config = BlobConfig(
+        r=rank,
+        lora_alpha=ALPHA,
+        target_modules=["q_proj", "v_proj"],
+        layers_to_transform=list(range(4 - layers, 4)),
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = get_peft_model(shape.base("cpu"), config)
+    assert isinstance(model, PeftModel)
+    return model
+
+
+def training(model: PeftModel, shape: Shape) -> Callable[[], None]:
+    task, batch = Answers(shape), shape.batch("cpu")
+    return bayestune_step(model.train(), lambda model: task.loss(model, batch).mean())
+
+
+def prediction(model: PeftModel, shape: Shape, draws: int) -> Callable[[], None]:
+    task, batch = Answers(shape), shape.batch("cpu")
+    model.eval()
+
+    @torch.inference_mode()
+    def answer() -> None:
+        sampler = StackedDraws.of(model, draws=draws, seed=0)
+        at_once = min(draws, sampler.at_once(batch))
+        for start in range(0, draws, at_once):
+            sampler.logits(task, batch, range(start, min(start + at_once, draws)))
+
+    return answer
+
+
+def exponent(curve: dict[str, Any]) -> float:
+    sizes = np.log([float(size) for size in curve])
+    return float(np.polyfit(sizes, np.log([found["seconds"] for found in curve.values()]), 1)[0])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""How long `bayestune --help` takes, beside Python's own start.
+
+    python benchmarks/start.py [--json FILE]
+
+"warm" runs have the byte code of every module at hand; "cold" ones have none, as right after an installation. Each is
+a new process; the figures are medians. Files are in the page cache in both.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from pairs import header
+
+from bayestune.experiment import write_json
+
+RUNS, COLD = 15, 5
+COMMANDS = {"help": ["-m", "bayestune", "--help"], "python": ["-c", "pass"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the object to this file too")
+    options = parser.parse_args()
+    entry = Path(sys.executable).parent / "bayestune"
+    commands = {name: [sys.executable, *command] for name, command in COMMANDS.items()}
+    if entry.is_file():
+        commands["help"] = [str(entry), "--help"]
+    warm = {name: [seconds(command, os.environ) for _ in range(RUNS + 1)][1:] for name, command in commands.items()}
+    cold = []
+    for _ in range(COLD):
+        with tempfile.TemporaryDirectory() as folder:
+            cold.append(seconds(commands["help"], {**os.environ, "PYTHONPYCACHEPREFIX": folder}))
+    found = {
+        "seconds": statistics.median(warm["help"]),
+        "cold_seconds": statistics.median(cold),
+        "python_seconds": statistics.median(warm["python"]),
+        "runs": RUNS,
+        "cold_runs": COLD,
+        **header("cpu"),
+    }
+    print(json.dumps(found))
+    if options.json:
+        write_json(options.json, found)
+
+
+def seconds(command: list[str], environment: os._Environ[str] | dict[str, str]) -> float:
+    start = time.perf_counter()
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

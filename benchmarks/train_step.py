@@ -1,0 +1,138 @@
+"""A training step of BLoB against one of plain LoRA, in time and in memory; the released code's way beside it.
+
+    python benchmarks/train_step.py [--shape llama-4x128] [--device cpu] [--checkpointing] [--json FILE]
+
+Prints one JSON object: "ratio" is the median over rounds of BLoB's time by plain LoRA's, "reference_ratio" that of
+`looped_reference.py`. A step is forward, backward, AdamW and, for BLoB, noise and KL, as `BayesTrainer` takes them.
+"memory" is each way's peak in a process of its own (allocated by CUDA, or resident), and "memory_ratio" BLoB's less
+G and its gradient, by plain LoRA's.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from looped_reference import ReferenceTraining
+from pairs import default_device, header, ratio, seconds, spread
+from peft import PeftModel
+from shapes import Answers, Shape
+
+from bayestune.adapters import gaussian_layers, training_noise
+from bayestune.experiment import write_json
+from bayestune.functional import paper_kl_weight
+from bayestune.training.kl import kl_step
+
+CYCLE = 100
+WAYS = ("lora", "blob", "reference")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--shape", help="default: llama-4x128, on a GPU llama7b-4x300")
+    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--json", type=Path, help="write the object to this file too")
+    parser.add_argument("--memory-of", choices=WAYS, help="print the peak memory, in bytes, of a few steps, no more")
+    options = parser.parse_args()
+    shape = Shape.of(options.shape or ("llama7b-4x300" if options.device.startswith("cuda") else "llama-4x128"))
+    if options.memory_of:
+        print(peak(step_of(options.memory_of, shape, options), options.device))
+        return
+    steps = {way: step_of(way, shape, options) for way in WAYS}
+    times = seconds(steps, pairs=options.pairs, warmup=options.warmup, device=options.device)
+    memory = {way: memory_of(way, shape.name, options) for way in WAYS}
+    extra = extra_bytes(shape)
+    found = {
+        "ratio": ratio(times["blob"], times["lora"]),
+        "reference_ratio": ratio(times["reference"], times["lora"]),
+        "pairs": options.pairs,
+        "shape": shape.name,
+        "checkpointing": options.checkpointing,
+        "quartiles": spread(times["blob"], times["lora"]),
+        "milliseconds": {way: 1000 * torch.tensor(t).median().item() for way, t in times.items()},
+        "memory": memory,
+        "memory_ratio": (memory["blob"] - extra) / memory["lora"],
+        "extra_bytes": extra,
+        **header(options.device),
+    }
+    print(json.dumps(found))
+    if options.json:
+        write_json(options.json, found)
+
+
+def step_of(way: str, shape: Shape, options: argparse.Namespace) -> Callable[[], None]:
+    """A closure that takes one training step."""
+    model = shape.adapted(options.device, bayesian=way == "blob").train()
+    if options.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    task, batch = Answers(shape), shape.batch(options.device)
+
+    def loss(model: PeftModel) -> torch.Tensor:
+        return task.loss(model, batch).mean()
+
+    if way == "reference":
+        training = ReferenceTraining(model, loss)
+        return lambda: training.step(paper_kl_weight(0, CYCLE))
+    return bayestune_step(model, loss) if way == "blob" else plain_step(model, loss)
+
+
+def plain_step(model: PeftModel, loss: Callable[[PeftModel], torch.Tensor]) -> Callable[[], None]:
+    adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, eps=1e-6, weight_decay=0.0)
+
+    def step() -> None:
+        loss(model).backward()
+        adam.step()
+        adam.zero_grad()
+
+    return step
+
+
+def bayestune_step(model: PeftModel, loss: Callable[[PeftModel], torch.Tensor]) -> Callable[[], None]:
+    layers, noise = list(gaussian_layers(model).values()), training_noise(model)
+    rhos = {id(layer.rho) for layer in layers}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in rhos]
+    adam = torch.optim.AdamW(others, lr=1e-4, eps=1e-6, weight_decay=0.0)
+
+    def step() -> None:
+        noise.step, noise.micro = noise.step + 1, 0
+        loss(model).backward()
+        adam.step()
+        for layer in layers:
+            kl_step(layer, rate=0.01, weight=paper_kl_weight(noise.step, CYCLE), along_nll=True)
+        model.zero_grad()
+
+    return step
+
+
+def peak(step: Callable[[], None], device: str) -> int:
+    for _ in range(3):
+        step()
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def memory_of(way: str, shape: str, options: argparse.Namespace) -> int:
+    """Peak memory of a way in a process of its own, in bytes."""
+    command = [sys.executable, __file__, "--memory-of", way, "--shape", shape, "--device", options.device]
+    command += ["--checkpointing"] if options.checkpointing else []
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def extra_bytes(shape: Shape) -> int:
+    """G and its gradient."""
+    model = shape.adapted("meta" if shape.causal else "cpu", bayesian=True)
+    return sum(2 * layer.rho.numel() * layer.rho.element_size() for layer in gaussian_layers(model).values())
+
+
+if __name__ == "__main__":
+    main()

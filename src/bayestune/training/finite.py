@@ -1,0 +1,51 @@
+"""Numbers that are not finite stop training before the update, and the error says where and what is left."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bayestune.errors import TrainingError
+from bayestune.training.checkpoint import last_complete
+
+Part = Literal["nll", "gradient", "kl", "weights"]
+
+
+def stopped(
+    part: Part, found: str, *, step: int, learning_rate: float, output: str | Path | None, advice: str
+) -> TrainingError:
+    """The error that ends training at update `step` because of `part`; `output` is the folder of the checkpoints."""
+    last = None if output is None else last_complete(Path(output))
+    return TrainingError(
+        f"step {step}, {part}: {found}, expected finite numbers. Nothing of this update is kept; the "
+        f"learning rate was {learning_rate:g}, the last good checkpoint is {last or 'none'}: {advice}."
+    )
+
+
+def first_nonfinite(tensors: Mapping[str, Tensor]) -> tuple[str, int] | None:
+    """The name of the first tensor with an entry that is not finite, and how many such tensors there are."""
+    if not tensors or torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).all():
+        return None
+    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    return bad[0], len(bad)
+
+
+def nonfinite_rows(nll: Float[Tensor, "draws rows"], ids: Sequence[str]) -> str | None:
+    """What is wrong with the NLLs, naming the rows whose `ids` these are; None if all are finite."""
+    bad = ~nll.detach().isfinite()
+    if not bad.any():
+        return None
+    draw, place = (int(i) for i in bad.nonzero()[0])
+    others = [ids[int(i)] for i in bad.any(0).nonzero()[:, 0] if int(i) != place]
+    also = f" (and that of {listed(others)} is not finite)" if others else ""
+    return f"the NLL of row {ids[place]!r} is {nll[draw, place].item()}{also}"
+
+
+def listed(ids: Sequence[str], at_most: int = 5) -> str:
+    """The rows by their first ids, and how many more there are."""
+    more = len(ids) - at_most
+    names = ", ".join(repr(name) for name in ids[:at_most]) + (f" and {more} more" if more > 0 else "")
+    return f"row {names}" if len(ids) == 1 else f"rows {names}"

@@ -1,0 +1,146 @@
+"""When memory runs out in training: the update begins again, in smaller forwards, as if it had not been tried.
+
+Nothing of the failed try may remain: its gradients are discarded, and torch's generators and the clock of the training
+noise go back to the first micro-batch of the update. The rows of the update, and so its normalisation, the number of
+updates, the learning rate and the KL are those of the run without the failure.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import TrainingArguments
+
+from bayestune.errors import BayestuneWarning, TrainingError
+from bayestune.tasks import Task
+from bayestune.training.batches import ROW
+
+
+class BackOff:
+    """Runs the micro-batches of an update on as many rows at once as memory allows.
+
+    Attributes:
+        rows_at_once: of a forward; starts as the size of a micro-batch and is halved each time memory runs out.
+    """
+
+    def __init__(
+        self, args: TrainingArguments, ids: Sequence[str], batch_of: Callable[[Sequence[int]], dict[str, Any]]
+    ) -> None:
+        self.rows_at_once = args.per_device_train_batch_size
+        self._args, self._ids, self._batch_of = args, ids, batch_of
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin a new update."""
+        self._batches: list[dict[str, Any]] = []
+        self._loss: Tensor | float = 0.0  # of those that are done
+        self._generators: list[Tensor] = []
+
+    @property
+    def rows(self) -> list[int]:
+        """Numbers of the rows of the update, as far as it has come."""
+        return [int(row) for batch in self._batches for row in batch[ROW]]
+
+    def run(
+        self,
+        batch: dict[str, Any],
+        forward: Callable[[dict[str, Any]], Tensor],
+        undo: Callable[[], None],
+        *,
+        step: int,
+        shared: bool,
+    ) -> Tensor:
+        """Run the next micro-batch of the update; the loss that it adds to that of the ones before.
+
+        Args:
+            forward: forward and backward of some rows; their share of the loss.
+            undo: discards the gradients of the update and rewinds its noise.
+            shared: whether other processes would have to do the same.
+
+        Raises:
+            TrainingError: memory ran out with one row, or in one of several processes.
+        """
+        if not self._batches:
+            self._generators = self._generator_states()
+        self._batches.append(batch)
+        todo, before = [batch], 0.0
+        while True:
+            losses, part = [], batch
+            try:
+                for part in self._parts(todo):
+                    losses.append(forward(part))
+                break
+            except torch.OutOfMemoryError as error:
+                self._halve(part[ROW], error, step, shared)
+            # Only here are the tensors of the failed forward free: the error held them.
+            undo()
+            self._restore_generators()
+            todo, before = self._batches, self._loss
+        loss = torch.stack(losses).sum() - before
+        self._loss = self._loss + loss
+        return loss
+
+    def _parts(self, batches: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Batches of at most `rows_at_once` rows, padded anew where they are smaller than those given."""
+        for batch in batches:
+            if len(batch[ROW]) <= self.rows_at_once:
+                yield batch
+            else:
+                yield from (self._batch_of(rows.tolist()) for rows in batch[ROW].split(self.rows_at_once))
+
+    def _halve(self, index: Tensor, error: torch.OutOfMemoryError, step: int, shared: bool) -> None:
+        """Halve `rows_at_once` after a forward of the rows `index` failed; refuse where that cannot help."""
+        where = f"step {step}: memory ran out on {self._args.device}"
+        if shared:
+            raise TrainingError(
+                f"{where} in micro-batch {len(self._batches)} of the update, process {self._args.process_index} of "
+                f"{self._args.world_size}: it cannot make its own smaller, since the others would wait for it. "
+                "Nothing was updated; give a smaller batch size, and more processes or accumulation steps."
+            ) from error
+        if len(index) == 1:
+            raise TrainingError(
+                f"{where} with one row a forward, {self._ids[int(index[0])]!r}. Nothing was updated; use shorter "
+                "rows, fewer train_draws, gradient checkpointing, bf16, or a larger device."
+            ) from error
+        before, self.rows_at_once = self.rows_at_once, self.rows_at_once // 2
+        warnings.warn(
+            f"{where} with {before} rows a forward: from this update on {self.rows_at_once}, and as many rows an "
+            "update as before.",
+            BayestuneWarning,
+            stacklevel=3,
+        )
+
+    def _generator_states(self) -> list[Tensor]:
+        on_gpu = self._args.device.type == "cuda"
+        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(self._args.device)] if on_gpu else [])]
+
+    def _restore_generators(self) -> None:
+        torch.set_rng_state(self._generators[0])
+        for state in self._generators[1:]:
+            torch.cuda.set_rng_state(state, self._args.device)
+
+
+def logits_in_parts(task: Task, model: Any, batch: dict[str, Tensor]) -> Float[Tensor, "rows classes"]:
+    """`task.logits`, in halves where memory runs out: rows do not depend on each other.
+
+    Raises:
+        TrainingError: one row alone does not fit.
+    """
+    rows = len(batch["labels"])
+    try:
+        return task.logits(model, batch)
+    except torch.OutOfMemoryError as error:
+        if rows == 1:
+            raise TrainingError(
+                f"evaluation: memory ran out on {batch['labels'].device} with one row. The training state is as the "
+                "last update left it; use shorter evaluation rows, bf16, or a larger device."
+            ) from error
+    halves = [{name: tensor[half] for name, tensor in batch.items()} for half in _halves(rows)]
+    return torch.cat([logits_in_parts(task, model, half) for half in halves])
+
+
+def _halves(rows: int) -> tuple[slice, slice]:
+    return slice(0, rows // 2), slice(rows // 2, rows)
