@@ -222,9 +222,9 @@ DEFECTS = (
         tests="experiment/test_rows.py D13",
     ),
     Defect(
-        name="a resumed run takes other rows",
+        name="a run is resumed on changed rows",
         path="training/trainer.py",
-        before='            "row_sha256": self._train_sha256,\n',
+        before='            "row_sha256": self._train.sha256,\n',
         after="",
         tests="cli/test_bad_rows.py D13",
     ),

@@ -115,6 +115,13 @@ class Task(ABC):
             expected = f"at most {self.max_tokens} (max_tokens, or the tokenizer's own limit; nothing is ever cut)"
             raise row.fault(_main_text(row), f"{tokens} tokens with its prompt and answer", expected)
 
+    def refuse_if_empty(self, row: AnyRow, tokens: int) -> None:
+        """Raise a DataError for a row whose text the tokenizer turns into no token at all."""
+        if tokens < 1:
+            raise row.fault(
+                _main_text(row), "text without a token", "text that the tokenizer knows at least one token of"
+            )
+
     def _refuse_without_embedding(self, row: AnyRow, example: dict[str, Any]) -> None:
         if self.embeddings is None:
             return
@@ -141,12 +148,6 @@ def check_padding(model: Any, attention_mask: Tensor, pad_id: int) -> None:
             f"the model pads with id {theirs} and the tokenizer with {pad_id}, expected the same; "
             f"set model.config.pad_token_id = {pad_id}"
         )
-
-    def refuse_if_empty(self, row: AnyRow, tokens: int) -> None:
-        """Raise a DataError for a row whose text the tokenizer turns into no token at all."""
-        if tokens < 1:
-            name = "question" if isinstance(row, Row) else "text"
-            raise row.fault(name, "text without a token", "text that the tokenizer knows at least one token of")
 
 
 def labels_of(examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
