@@ -39,7 +39,7 @@ PROMISES = (
     Promise(
         id="P02",
         says="A save killed at any filesystem call leaves the old state or the new, whole.",
-        note="Calls that Python makes; a file opened to be written is left torn. Power cuts are met by fsync, untested.",
+        note="Calls that Python makes; a file opened to be written is left torn. Power cuts: fsync, untested.",
     ),
     Promise(id="P03", says="So do real kills at random times."),
     Promise(
@@ -70,7 +70,7 @@ PROMISES = (
     Promise(
         id="P11",
         says="Two writers of one folder: one is told; a reader never sees a mix.",
-        note="A reader in the middle of a replacement can be refused (PosteriorError); it finds the new one next time.",
+        note="A reader in the middle of a replacement can be refused (PosteriorError); then it loads again.",
     ),
     Promise(id="P12", says="Folders of every released format load and answer as they did."),
     Promise(id="P13", says="The base model is never changed, also after exceptions."),
