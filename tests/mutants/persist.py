@@ -92,7 +92,7 @@ DEFECTS = (
         path=FILES,
         before="        publish(written, run)\n    shutil",
         after="        continue\n    shutil",
-        tests="test_crashes.py P02",
+        tests=f"{FAULTS} P02",
     ),
     Defect(
         name="what a killed save left is taken for a checkpoint",

@@ -105,12 +105,14 @@ def test_P08_no_cut_or_longer_file_of_a_checkpoint_is_taken(run: Path) -> None:
 
 
 @pytest.mark.nightly
-def test_P08_three_thousand_bit_flips_and_all_cuts(run: Path, nightly_seed: int, figure: Callable[..., None]) -> None:
+def test_P08_three_thousand_bit_flips_and_many_cuts(run: Path, nightly_seed: int, figure: Callable[..., None]) -> None:
     folder = run / "checkpoint-3"
     taken = flips_taken(folder, 3000, random.Random(nightly_seed))
     figure("bit flips of a checkpoint taken, of 3,000", taken, at_most=0)
-    cuts = sum(cuts_taken(folder / name, list(range((folder / name).stat().st_size))) for name in FILES)
-    figure("cuts of a checkpoint taken, of all", cuts, at_most=0)
+    chance = random.Random(nightly_seed)
+    lengths = {name: range((folder / name).stat().st_size) for name in FILES}
+    cuts = sum(cuts_taken(folder / name, chance.sample(size, min(len(size), 300))) for name, size in lengths.items())
+    figure("cuts of a checkpoint taken, of 300 a file", cuts, at_most=0)
 
 
 def test_P08_a_damaged_checkpoint_is_refused_before_a_tensor_is_read(
