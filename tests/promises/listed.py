@@ -332,7 +332,7 @@ PROMISES = (
         id="K02",
         says="Nor do they slow down.",
         bound="see the note",
-        note="Not timed: a call counts operations of torch and Python function calls, and the last call has as "
+        note="Not timed: operations of torch and calls of Python functions are counted; the last call has as "
         "many as the tenth.",
     ),
     Promise(

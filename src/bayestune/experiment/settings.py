@@ -233,7 +233,7 @@ def _check(name: str, value: Any) -> None:
         raise ConfigError(f"{name}: found {value!r}, expected one of {', '.join(get_args(_CHOICES[name]))}.")
     if name in _WHOLE and (type(value) is not int or value < _WHOLE[name]):
         raise ConfigError(f"{name}: found {value!r}, expected a whole number, at least {_WHOLE[name]}.")
-    if name in _WHOLE and value > _LARGEST.get(name, _LARGEST_WHOLE):
+    if name in _WHOLE and isinstance(value, int) and value > _LARGEST.get(name, _LARGEST_WHOLE):
         raise ConfigError(f"{name}: found {value}, expected at most {_LARGEST.get(name, _LARGEST_WHOLE)}.")
     if name in _ABOVE_ZERO and (
         isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max

@@ -93,10 +93,9 @@ def strict_json(text: bytes, *, limit: int) -> Any:
     """
     if len(text) > limit:
         raise ValueError(f"{len(text)} bytes of JSON, expected at most {limit}")
+    decoded = text.decode("utf-8")
     try:
-        found = json.loads(
-            text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
-        )
+        found = json.loads(decoded, parse_float=_finite, object_pairs_hook=_unique, parse_constant=_no_constant)
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
     if _is_deeper(found, _DEPTH):
