@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bayestune.errors import TrainingError
-from bayestune.training.checkpoint import last_complete
+from bayestune.training.checkpoint_files import last_complete
 
 Part = Literal["nll", "gradient", "kl", "weights"]
 
