@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tokenizers import normalizers, processors
+from tokenizers import Regex, normalizers, processors
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from bayestune.errors import DataError
+from bayestune.errors import DataError, TaskError
 from bayestune.inference import predict
-from bayestune.tasks import Row, TextRow, classification, encoder_multiple_choice
+from bayestune.tasks import Row, TextRow, classification, encoder_multiple_choice, multiple_choice
 from bayestune.tasks.base import widen
 from bayestune.training import BayesTrainer
 from models import BERT, GPT2, LLAMA, Architecture, blob
@@ -108,3 +108,11 @@ def test_N05_rows_masked_as_a_whole_are_answered_and_trained_on(
     )
     trainer.train()
     assert all(parameter.isfinite().all() for parameter in masked_model.parameters())
+
+
+def test_N05_a_label_without_a_token_before_it_is_refused(tokenizers: Tokenizers) -> None:
+    """Nothing of the prompt is left: the answer would be scored after nothing at all."""
+    tokenizer = tokenizers["lettered"]()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex("(?m).*Answer:"), "")
+    with pytest.raises(TaskError, match="openbookqa: .*no token comes before the label"):
+        multiple_choice("openbookqa", tokenizer)
