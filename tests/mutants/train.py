@@ -38,7 +38,7 @@ DEFECTS = (
         name="a smaller forward normalised by its own rows",
         path=TRAINER,
         before="lambda part: run(model, part, num_items_in_batch)",
-        after="lambda part: run(model, part, None)",
+        after="lambda part: run(model, part, num_items_in_batch if part is inputs else None)",
         tests=FIRST,
     ),
     Defect(
@@ -47,7 +47,7 @@ DEFECTS = (
         before="        self._batches: list[dict[str, Any]] = []\n",
         after="        self._batches: list[dict[str, Any]] = []\n"
         "        self.rows_at_once = self._args.per_device_train_batch_size\n",
-        tests="training/test_memory.py later",
+        tests=FIRST,
     ),
     Defect(
         name="one of several processes makes its forwards smaller",
