@@ -34,7 +34,8 @@ def build(folder: Path) -> Path:
         project.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, project / name)
     shutil.copytree(SOURCE, project / "src" / "bayestune", ignore=shutil.ignore_patterns("__pycache__"))
-    environment = {**os.environ, "SOURCE_DATE_EPOCH": "1700000000"}
+    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # uv-build is one
+    environment = {**os.environ, "SOURCE_DATE_EPOCH": "1700000000", "PATH": programs}
     command = [sys.executable, "-c", BUILD, str(folder)]
     subprocess.run(command, cwd=project, env=environment, capture_output=True, check=True)
     return next(folder.glob("*.whl"))
