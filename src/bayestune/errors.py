@@ -33,5 +33,9 @@ class TrainingError(BayestuneError, RuntimeError):
     """Training was stopped before it could do harm."""
 
 
+class DiskError(BayestuneError, OSError):
+    """A file that could not be written."""
+
+
 class BayestuneWarning(UserWarning):
     """A result that should be looked at."""

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from bayestune.cli.config import read_config
+from bayestune.cli.signals import Stopped
 from bayestune.errors import ConfigError
 
 
@@ -74,7 +75,7 @@ def table(
         return
     try:
         run_table(grid, progress=True)
-    except KeyboardInterrupt:
+    except Stopped:
         print("stopped: what is finished is kept, the same command goes on", file=sys.stderr)
         raise
     rebuild_table(table, results, output)

@@ -21,6 +21,7 @@ from bayestune.experiment.backbone import (
     is_generative,
     load_base,
 )
+from bayestune.experiment.disk import writing
 from bayestune.experiment.folder import (
     CHECKPOINTS,
     EXPERIMENT,
@@ -105,6 +106,7 @@ def run(
     Raises:
         ConfigError, DataError, TaskError: a setting or a row that cannot be used; nothing was trained or written.
         TrainingError: training was stopped because the loss or a gradient was no longer finite.
+        DiskError: a file cannot be written; the last checkpoint is whole.
     """
     started, output = time.monotonic(), Path(output)
     backbone = find_backbone(experiment.model)
@@ -124,7 +126,7 @@ def run(
         progress=progress,
     )
     training.check()
-    with run_folder(output, experiment, resume=resume) if is_main() else contextlib.nullcontext():
+    with writing(output), run_folder(output, experiment, resume=resume) if is_main() else contextlib.nullcontext():
         posterior = obtain(model, start, training, rows.fit)
         if not is_main():
             return Result(experiment=experiment, output=output, scores={}, predictions={}, seconds=0.0)
