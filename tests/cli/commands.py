@@ -1,7 +1,9 @@
 """A tiny model with its data, and command lines about it; and a process that runs one and waits at a place of it."""
 
 import importlib
+import multiprocessing
 import os
+import resource
 import signal
 import sys
 from multiprocessing.connection import Connection
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 
 from bayestune.cli.app import invoke
-from toys import pretrained_llama, write_data
+from toys import pretrained_llama, questions, write_data, write_rows
 
 STEPS = 6
 PLACES = {
@@ -29,9 +31,11 @@ PLACES = {
 
 
 def make_world(folder: Path) -> Path:
-    """`folder` with llama/ (model and tokenizer) and data/."""
+    """`folder` with llama/ (model and tokenizer), data/, rows.jsonl, and whole/, a run with checkpoints."""
     pretrained_llama(folder / "llama")
     write_data(folder / "data")
+    write_rows(folder / "rows.jsonl", questions(50, 4))
+    assert invoke(training(folder, folder / "whole", "--checkpoint-steps", "2")) == 0
     return folder
 
 
@@ -42,18 +46,44 @@ def training(world: Path, output: Path, *flags: str) -> list[str]:
     return ["train", *(part for name, value in given.items() for part in (f"--{name}", str(value))), *flags]
 
 
+def predicting(world: Path, output: Path, *flags: str) -> list[str]:
+    """`bayestune predict` with that run."""
+    return ["predict", str(world / "whole"), "--input", str(world / "rows.jsonl"), "--output", str(output), *flags]
+
+
+def adapter(run: Path) -> bytes:
+    return (run / "posterior" / "adapter_model.safetensors").read_bytes()
+
+
+def processes() -> Any:
+    """Where processes are started that have the packages imported already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bayestune.cli.app"])
+    return context
+
+
 def run(place: str, call: int, arguments: list[str], talk: Connection, log: str) -> None:
     """Run the command line in this process; before the `call`-th call of a place, say so and wait for an answer.
 
     Output goes to `log`.out and `log`.err.
     """
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
-    torch.set_num_threads(1)
-    for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
-        file = os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, stream.fileno())
+    _begin(f"{log}.out", f"{log}.err")
     _wait_at(PLACES[place], call, talk)
     sys.exit(invoke(arguments))
+
+
+def run_short_of_space(arguments: list[str], out: str, err: str, largest: int) -> None:
+    """Run the command line in this process, with output to two files; no other may be larger than `largest` bytes."""
+    _begin(out, err)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+    sys.exit(invoke(arguments))
+
+
+def _begin(out: str, err: str) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
+    torch.set_num_threads(1)
+    for stream, name in ((sys.stdout, out), (sys.stderr, err)):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
 
 
 def _wait_at(name: str, call: int, talk: Connection) -> None:

@@ -1,6 +1,5 @@
 """SIGINT and SIGTERM, sent to real processes that wait at a known place of a command."""
 
-import multiprocessing
 import os
 import signal
 import threading
@@ -13,8 +12,7 @@ from typing import Any
 import pytest
 
 from bayestune.cli.app import invoke
-from cli.commands import make_world, run, training
-from toys import questions, write_rows
+from cli.commands import adapter, make_world, predicting, processes, run, training
 
 SECONDS = 120
 """How long a process may take to come to a place, on a busy machine."""
@@ -26,18 +24,13 @@ Start = Callable[..., Child]
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, data, and whole/, a run that no signal came to."""
-    world = make_world(tmp_path_factory.mktemp("world"))
-    assert invoke(training(world, world / "whole", "--checkpoint-steps", "2")) == 0
-    write_rows(world / "rows.jsonl", questions(50, 4))
-    return world
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """Start a command line in a process of its own, and return when it waits at the place."""
-    context = multiprocessing.get_context("forkserver")  # the packages are imported once
-    context.set_forkserver_preload(["bayestune.cli.app"])
-    children = []
+    context, children = processes(), []
 
     def started(place: str, call: int, arguments: list[str]) -> Child:
         talk, other = context.Pipe()
@@ -63,10 +56,6 @@ def ended(child: Child, number: int) -> tuple[int, float]:
     talk.send("go on")
     process.join(SECONDS)
     return process.exitcode, time.monotonic() - sent
-
-
-def adapter(output: Path) -> bytes:
-    return (output / "posterior" / "adapter_model.safetensors").read_bytes()
 
 
 def check_stopped(folder: Path, code: int, number: int) -> str:
@@ -181,8 +170,7 @@ def test_R04_a_signal_in_any_phase_of_predict_ends_it(
 ) -> None:
     output = tmp_path / "answers.jsonl"
     output.write_text("mine")
-    command = ["predict", str(world / "whole"), "--input", str(world / "rows.jsonl"), "--output", str(output)]
-    code, seconds = ended(start(place, 1, [*command, "--overwrite"]), number)
+    code, seconds = ended(start(place, 1, predicting(world, output, "--overwrite")), number)
     check_stopped(tmp_path, code, number)
     figure("seconds from the signal to the end", seconds, at_most=30)
     assert output.read_text() == "mine" and {path.name for path in tmp_path.iterdir()} == {

@@ -9,15 +9,28 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from bayestune.cli.console import fail, flush_output, lasting_stderr, quiet
+from bayestune.cli.console import (
+    INTERNAL,
+    INTERRUPTED,
+    OK,
+    STOPPED,
+    TERMINATED,
+    USER,
+    fail,
+    flush_output,
+    lasting_stderr,
+    quiet,
+)
 from bayestune.cli.reporting import report, table
 from bayestune.cli.signals import Stopped, stoppable
 from bayestune.cli.trained import evaluate, export, predict
 from bayestune.cli.training import demo, train
 from bayestune.errors import BayestuneError, TrainingError
 
-OK, INTERNAL, USER, STOPPED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
-_STOPPED = {signal.SIGINT: ("interrupted", INTERRUPTED), signal.SIGTERM: ("terminated", TERMINATED)}
+_STOPPED: dict[int, tuple[str, int]] = {
+    signal.SIGINT: ("interrupted", INTERRUPTED),
+    signal.SIGTERM: ("terminated", TERMINATED),
+}
 
 app = typer.Typer(
     rich_markup_mode=None,
@@ -60,7 +73,8 @@ def invoke(arguments: Sequence[str]) -> int:
     In the main thread SIGINT and SIGTERM end the command; a second one ends the process.
     """
     with lasting_stderr():
-        return _invoke([argument for argument in arguments if argument != "--debug"], debug="--debug" in arguments)
+        given = [argument for argument in arguments if argument != "--debug"]
+        return flush_output(_invoke(given, debug="--debug" in arguments))
 
 
 def _invoke(arguments: list[str], *, debug: bool) -> int:
@@ -68,7 +82,6 @@ def _invoke(arguments: list[str], *, debug: bool) -> int:
     try:
         with stoppable(), contextlib.nullcontext() if debug else quiet():
             code = app(arguments, prog_name="bayestune", standalone_mode=False)
-            flush_output()
         return code if isinstance(code, int) else OK
     except typer.TyperException as error:
         return fail(f"error: {error.format_message()}", error, USER, as_json=as_json)

@@ -13,6 +13,8 @@ from tqdm.utils import ObjectWrapper
 
 from bayestune.errors import BayestuneWarning
 
+OK, INTERNAL, USER, STOPPED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
+
 
 def fail(message: str, error: BaseException, code: int, *, as_json: bool) -> int:
     """Say in one line on stderr, and as a JSON object on stdout if that was asked for, what went wrong; `code`."""
@@ -23,17 +25,15 @@ def fail(message: str, error: BaseException, code: int, *, as_json: bool) -> int
     return code
 
 
-def flush_output() -> None:
-    """Write out what was printed.
-
-    Raises:
-        OSError: stdout takes no more; what it has not taken is dropped.
-    """
+def flush_output(code: int) -> int:
+    """Write out what was printed; `code`, or that of an error if stdout takes no more: it is then dropped."""
     try:
         sys.stdout.flush()
     except OSError as error:
         _drop(sys.stdout)
-        raise OSError(f"stdout: cannot be written: {error.strerror}.") from error
+        line = f"error: stdout: cannot be written: {error.strerror}."
+        return code or fail(line, error, USER, as_json=False)
+    return code
 
 
 @contextlib.contextmanager
