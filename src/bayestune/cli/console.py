@@ -21,7 +21,8 @@ def fail(message: str, error: BaseException, code: int, *, as_json: bool) -> int
     line = " ".join(message.split())
     print(line, file=sys.stderr)
     if as_json:
-        print(json.dumps({"error": {"type": type(error).__name__, "message": line, "exit_code": code}}))
+        with contextlib.suppress(OSError):  # stdout itself may be what failed
+            print(json.dumps({"error": {"type": type(error).__name__, "message": line, "exit_code": code}}))
     return code
 
 
