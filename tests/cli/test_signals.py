@@ -100,7 +100,7 @@ def test_R04_a_signal_in_any_phase_of_training_ends_it_and_it_goes_on_to_the_sam
     if saved is None:
         assert not output.exists()
     else:
-        newest = max((output / "checkpoints").iterdir(), key=lambda path: int(path.name.rpartition("-")[2]))
+        newest = max((output / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
         assert newest.name == f"checkpoint-{saved}"
         assert (f"checkpoint-{saved}, to resume from" in line) == (place in ("step", "update", "checkpoint"))
         command.append("--resume")

@@ -1,6 +1,6 @@
 """All planted defects. `make mutants` plants them one by one; the tests named with each must then fail."""
 
-from mutants import draws, files, kl, objective, prediction, runs, width
+from mutants import draws, files, kl, objective, prediction, runs, runtime, width
 from mutants.defect import Defect
 
 DEFECTS: tuple[Defect, ...] = (
@@ -10,5 +10,6 @@ DEFECTS: tuple[Defect, ...] = (
     *prediction.DEFECTS,
     *files.DEFECTS,
     *runs.DEFECTS,
+    *runtime.DEFECTS,
     *width.DEFECTS,
 )

@@ -9,7 +9,9 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from bayestune.cli.console import (
+from bayestune.cli.reporting import report, table
+from bayestune.cli.signals import Stopped, stoppable
+from bayestune.cli.streams import (
     INTERNAL,
     INTERRUPTED,
     OK,
@@ -21,8 +23,6 @@ from bayestune.cli.console import (
     lasting_stderr,
     quiet,
 )
-from bayestune.cli.reporting import report, table
-from bayestune.cli.signals import Stopped, stoppable
 from bayestune.cli.trained import evaluate, export, predict
 from bayestune.cli.training import demo, train
 from bayestune.errors import BayestuneError, TrainingError
