@@ -37,5 +37,9 @@ class VersionError(BayestuneError, ImportError):
     """An installed package of a version that bayestune does not work with."""
 
 
+class DiskError(BayestuneError, OSError):
+    """A file that could not be written."""
+
+
 class BayestuneWarning(UserWarning):
     """A result that should be looked at."""

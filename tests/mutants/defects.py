@@ -1,6 +1,6 @@
 """All planted defects. `make mutants` plants them one by one; the tests named with each must then fail."""
 
-from mutants import data, draws, files, kl, maths, objective, persist, prediction, runs, secure, train, width
+from mutants import data, draws, files, kl, maths, objective, persist, prediction, runs, runtime, secure, train, width
 from mutants.defect import Defect
 
 DEFECTS: tuple[Defect, ...] = (
@@ -12,6 +12,7 @@ DEFECTS: tuple[Defect, ...] = (
     *runs.DEFECTS,
     *train.DEFECTS,
     *secure.DEFECTS,
+    *runtime.DEFECTS,
     *width.DEFECTS,
     *maths.DEFECTS,
     *data.DEFECTS,

@@ -255,9 +255,29 @@ PROMISES = (
         "memory runs out again in its first update. Of several processes one cannot do this alone: it stops the run "
         "and says which it is. Predictions in other chunks are equal to rounding of float64, not to the bit.",
     ),
-    Promise(id="R02", says="A missing GPU is said before weights are loaded; a lost one leaves the last checkpoint."),
-    Promise(id="R03", says="A full disk stops the run with what is needed; the last checkpoint stays whole."),
-    Promise(id="R04", says="SIGINT and SIGTERM in any phase: exit 130 or 143, resumable."),
+    Promise(
+        id="R02",
+        says="A missing GPU is said before weights are loaded; a lost one leaves the last checkpoint.",
+        note="There is no flag for the device: a GPU is used where torch sees one, else the CPU, and result.json "
+        "says which. Without a GPU everything runs, bf16 and quantised bases too; a package that they need "
+        "is asked for before weights are loaded. The loss of a device is shown with the error that torch "
+        "raises, not on a GPU: exit 1, resumable.",
+    ),
+    Promise(
+        id="R03",
+        says="A full disk stops the run with what is needed; the last checkpoint stays whole.",
+        note="Shown with a real limit on the size of files for checkpoints, with injected errors for posterior, "
+        "record and answers. What is needed is an estimate from the weights; free space is told for a full "
+        "disk, not for a quota. A log that takes no more is silent from then on.",
+    ),
+    Promise(
+        id="R04",
+        says="SIGINT and SIGTERM in any phase: exit 130 or 143, resumable.",
+        bound="same bytes; 30 s to end",
+        note="With checkpoints on, a signal waits for the update and its checkpoint, as long as these take. "
+        "Several processes, fits, and runs without checkpoints end at once. A second signal has the "
+        "system's own effect. While the program is being imported a signal has Python's own effect.",
+    ),
     Promise(
         id="R05",
         says="NaN stops before the update, and names step, part, rows and the last good checkpoint.",
@@ -278,9 +298,19 @@ PROMISES = (
         note="The launcher (torchrun) names the dead process; the others only see its connection close. One that "
         "hangs is noticed after `ddp_timeout`, by default 30 minutes. Shown with gloo, on a CPU.",
     ),
-    Promise(id="R08", says="Odd environments: no HOME, no terminal, C locale, read-only folders, odd paths."),
+    Promise(
+        id="R08",
+        says="Odd environments: no HOME, no terminal, C locale, read-only folders, odd paths.",
+        note="The C locale is Python's, which writes UTF-8. Seconds are those of a monotonic clock.",
+    ),
     Promise(id="R09", says="Exit codes, one line on stderr, JSON also for failures, no traceback."),
-    Promise(id="R10", says="A result records all that made it, and can be made again from its record."),
+    Promise(
+        id="R10",
+        says="A result records all that made it, and can be made again from its record.",
+        note="`bayestune train --config RESULT.json`: the same numbers with the same machine, versions and "
+        "threads; what differs from the record is named before training. The demo's own result.json has no "
+        "hashes, those of its two runs do.",
+    ),
     Promise(
         id="X01",
         says="Code beside a model or a posterior is never run.",

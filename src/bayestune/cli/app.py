@@ -1,25 +1,36 @@
 """The program `bayestune`: its commands, and what becomes of errors and signals."""
 
 import contextlib
-import logging
-import os
 import signal
 import sys
 import traceback
-import warnings
-from collections.abc import Iterator, Sequence
-from types import FrameType
-from typing import Annotated, Any, NoReturn
+from collections.abc import Sequence
+from typing import Annotated, NoReturn
 
 import typer
 
-from bayestune.cli.console import tell
 from bayestune.cli.reporting import report, table
+from bayestune.cli.signals import Stopped, stoppable
+from bayestune.cli.streams import (
+    INTERNAL,
+    INTERRUPTED,
+    OK,
+    STOPPED,
+    TERMINATED,
+    USER,
+    fail,
+    flush_output,
+    lasting_stderr,
+    quiet,
+)
 from bayestune.cli.trained import evaluate, export, predict
 from bayestune.cli.training import demo, train
-from bayestune.errors import BayestuneError, BayestuneWarning, TrainingError
+from bayestune.errors import BayestuneError, TrainingError
 
-OK, INTERNAL, USER, STOPPED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
+_STOPPED: dict[int, tuple[str, int]] = {
+    signal.SIGINT: ("interrupted", INTERRUPTED),
+    signal.SIGTERM: ("terminated", TERMINATED),
+}
 
 app = typer.Typer(
     rich_markup_mode=None,
@@ -27,8 +38,11 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Train a posterior over LoRA weights, get calibrated answers from it, serve it anywhere a LoRA runs.",
     epilog="Exit codes: 0 done; 1 internal error; 2 wrong flag, file, row or setting (nothing was trained or "
-    "overwritten); 3 training stopped because a loss or gradient was not finite; 130 interrupted (Ctrl-C); "
-    "143 terminated. Errors go to stderr, one line each.",
+    "overwritten), or a file that cannot be written (the last checkpoint stays whole); 3 training stopped: "
+    "a loss, gradient or the KL was not finite, or memory ran out at one row; 130 interrupted (Ctrl-C); "
+    "143 terminated. With --checkpoint-steps "
+    "both finish the update and save a checkpoint first; a second one ends at once. Errors go to stderr, one line "
+    'each; with --json also to stdout, as {"error": {"type", "message", "exit_code"}}.',
 )
 
 
@@ -55,72 +69,33 @@ def main() -> NoReturn:
 
 
 def invoke(arguments: Sequence[str]) -> int:
-    """Run one command line; the exit code. What goes wrong is told in one line on stderr."""
-    debug = "--debug" in arguments
+    """Run one command line; the exit code. What goes wrong is told in one line on stderr, with --json also on stdout.
+
+    In the main thread SIGINT and SIGTERM end the command; a second one ends the process.
+    """
+    with lasting_stderr():
+        given = [argument for argument in arguments if argument != "--debug"]
+        return flush_output(_invoke(given, debug="--debug" in arguments))
+
+
+def _invoke(arguments: list[str], *, debug: bool) -> int:
+    as_json = "--json" in arguments
     try:
-        with contextlib.nullcontext() if debug else _quiet(), _terminable():
-            arguments = [argument for argument in arguments if argument != "--debug"]
+        with stoppable(), contextlib.nullcontext() if debug else quiet():
             code = app(arguments, prog_name="bayestune", standalone_mode=False)
         return code if isinstance(code, int) else OK
     except typer.TyperException as error:
-        return _tell(f"error: {error.format_message()}", USER)
-    except KeyboardInterrupt:
-        return _tell("interrupted", INTERRUPTED)
-    except _Terminated:
-        return _tell("terminated", TERMINATED)
+        return fail(f"error: {error.format_message()}", error, USER, as_json=as_json)
+    except Stopped as stopped:
+        what, code = _STOPPED[stopped.number]
+        return fail(f"{what}: {stopped}" if str(stopped) else what, stopped, code, as_json=as_json)
     except Exception as error:
         if debug:
             traceback.print_exc()
         if isinstance(error, TrainingError):
-            return _tell(f"training stopped: {error}", STOPPED)
-        if isinstance(error, BayestuneError | OSError | ImportError):
-            return _tell(f"error: {error}", USER)
-        return _tell(f"internal error: {type(error).__name__}: {error} (--debug shows where)", INTERNAL)
-
-
-class _Terminated(BaseException):
-    """SIGTERM."""
-
-
-def _tell(message: str, code: int) -> int:
-    tell(" ".join(message.split()))
-    return code
-
-
-def _tell_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-    if issubclass(category, BayestuneWarning):  # a library may switch its own on again
-        tell(f"warning: {message}")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep libraries' advice and load reports off the console; their errors still show."""
-    from transformers.utils.logging import disable_progress_bar, enable_progress_bar
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("always", BayestuneWarning)
-            warnings.showwarning = _tell_warning
-            yield
-    finally:
-        enable_progress_bar()
-        logging.disable(before)
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Turn SIGTERM into an exception, so that files are left whole; the handler before is put back."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise _Terminated
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+            message, code = f"training stopped: {error}", STOPPED
+        elif isinstance(error, BayestuneError | OSError | ImportError):
+            message, code = f"error: {error}", USER
+        else:
+            message, code = f"internal error: {type(error).__name__}: {error} (--debug shows where)", INTERNAL
+        return fail(message, error, code, as_json=as_json)

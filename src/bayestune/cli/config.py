@@ -1,4 +1,4 @@
-"""Run files: the settings of `bayestune train` as YAML."""
+"""Run files: the settings of `bayestune train` as YAML, or the record of a run that is to be made again."""
 
 from pathlib import Path
 from typing import Any
@@ -59,3 +59,15 @@ def read_config(path: Path) -> dict[str, Any]:
         kind = "nothing" if found is None else f"a {type(found).__name__}"
         raise ConfigError(f"--config {path}: found {kind}, expected settings such as 'model: ...', one a line.")
     return found
+
+
+def read_run_file(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The settings in a YAML file; or those that a result.json or a cell was made with, and that record.
+
+    Raises:
+        ConfigError: as `read_config`.
+    """
+    content = read_config(path)
+    if isinstance(content.get("experiment"), dict) and isinstance(content.get("sha256"), dict):
+        return content["experiment"], content
+    return content, None

@@ -8,6 +8,7 @@ import typer
 
 from bayestune.cli.config import read_config
 from bayestune.cli.console import say, tell
+from bayestune.cli.signals import Stopped
 from bayestune.errors import ConfigError
 
 
@@ -75,7 +76,7 @@ def table(
         return
     try:
         run_table(grid, progress=True)
-    except KeyboardInterrupt:
+    except Stopped:
         tell("stopped: what is finished is kept, the same command goes on")
         raise
     rebuild_table(table, results, output)

@@ -80,8 +80,10 @@ def predict(
         raise ConfigError(f"--output {output}: found {found}, expected another file to write.")
 
     from bayestune.experiment import load_run, write_text
+    from bayestune.experiment.disk import check_writable
     from bayestune.tasks import Row, read_rows
 
+    check_writable(output.parent, f"--output {output}")
     rows = read_rows(input, labelled=False)
     loaded = load_run(run, data=data)
     loaded.task.check(rows)

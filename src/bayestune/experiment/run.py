@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from bayestune.experiment.backbone import (
     is_generative,
     load_base,
 )
+from bayestune.experiment.disk import writing
 from bayestune.experiment.folder import (
     CHECKPOINTS,
     EXPERIMENT,
@@ -30,15 +31,17 @@ from bayestune.experiment.folder import (
     earlier_run,
     run_folder,
 )
-from bayestune.experiment.methods import Start, adapter_file, autocast, begin, evaluations, obtain, tempered
+from bayestune.experiment.methods import Start, autocast, begin, evaluations, obtain, tempered
 from bayestune.experiment.overlap import count_repeated
-from bayestune.experiment.processes import is_main, process_count
-from bayestune.experiment.record import file_sha256, hardware, read_json, rows_sha256, versions, write_json
+from bayestune.experiment.processes import is_main
+from bayestune.experiment.provenance import provenance, warn_if_other
+from bayestune.experiment.record import file_sha256, read_json, write_json
 from bayestune.experiment.settings import Experiment
 from bayestune.experiment.train import Training, kl_settings
 from bayestune.functional import std
 from bayestune.inference import Prediction, Scores, evaluate, predict
-from bayestune.posteriors import Posterior, load, save_posterior
+from bayestune.posteriors import Ensemble, Posterior, load, save_posterior
+from bayestune.posteriors.state import adapter_tensors
 from bayestune.tasks import AnyRow, Task
 
 
@@ -90,6 +93,7 @@ def run(
     overwrite: bool = False,
     resume: bool = False,
     command: Sequence[str] = (),
+    record: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> Result:
     """Train and evaluate `experiment`; leave posterior/, experiment.json and, last of all, result.json in `output`.
@@ -102,10 +106,12 @@ def run(
         overwrite: replace a run that is in `output`; it comes back if the new one ends with nothing to show.
         resume: go on from the last of its checkpoints.
         command: recorded in result.json. progress: show bars on stderr.
+        record: what result.json of an earlier run held, to make that again; a warning names what differs here.
 
     Raises:
         ConfigError, DataError, TaskError: a setting or a row that cannot be used; nothing was trained or written.
         TrainingError: training was stopped because the loss or a gradient was no longer finite.
+        DiskError: a file cannot be written; the last checkpoint is whole.
     """
     started, output = time.monotonic(), Path(output)
     backbone = find_backbone(experiment.model)
@@ -126,7 +132,9 @@ def run(
         progress=progress,
     )
     training.check()
-    with run_folder(output, experiment, resume=resume) if is_main() else contextlib.nullcontext():
+    origin = provenance(backbone, rows.train, rows.evaluation, experiment.adapter) if is_main() else {}
+    warn_if_other(record or {}, origin)
+    with writing(output), run_folder(output, experiment, resume=resume) if is_main() else contextlib.nullcontext():
         posterior = obtain(model, start, training, rows.fit)
         if not is_main():
             return Result(experiment=experiment, output=output, scores={}, predictions={}, seconds=0.0)
@@ -144,9 +152,10 @@ def run(
             seconds=time.monotonic() - started,
             temperature=posterior.temperature,
         )
-        hashes = _hashes(backbone, rows, output, experiment.adapter)
-        record = {**_record(result, rows, hashes, command), "repeated_rows": repeated}
-        write_json(output / RESULT, {**record, "kl": _kl(finished, len(rows.train))})
+        weights = {"adapter": file_sha256(output / POSTERIOR / "adapter_model.safetensors")}
+        origin["sha256"] = {**weights, **origin["sha256"]}
+        content = {**_record(result, rows, command), **origin, "repeated_rows": repeated}
+        write_json(output / RESULT, {**content, "kl": _kl(finished, len(rows.train))})
     return result
 
 
@@ -155,10 +164,13 @@ def _save(posterior: Posterior, training: Training, temperature_rows: Sequence[A
     if not training.experiment.checkpoint_steps and training.checkpoints.is_dir():
         with contextlib.suppress(OSError):
             training.checkpoints.rmdir()
-    save_posterior(posterior, folder, overwrite=training.resume)
-    if temperature_rows:
-        posterior.temperature = tempered(posterior, training.task, temperature_rows, training.experiment)
-        save_posterior(posterior, folder, overwrite=True)
+    copies = len(posterior.members) if isinstance(posterior, Ensemble) else 1
+    size = copies * sum(tensor.nbytes for tensor in adapter_tensors(posterior.model, "default").values())
+    with writing(folder, needed=size + sum(tensor.nbytes for tensor in posterior.tensors().values())):
+        save_posterior(posterior, folder, overwrite=training.resume)
+        if temperature_rows:
+            posterior.temperature = tempered(posterior, training.task, temperature_rows, training.experiment)
+            save_posterior(posterior, folder, overwrite=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,8 +204,8 @@ def _repeated(experiment: Experiment, rows: _Rows) -> dict[str, dict[str, int]]:
     return count_repeated(rows.evaluation, experiment.eval_split, named)
 
 
-def _record(result: Result, rows: _Rows, hashes: dict[str, Any], command: Sequence[str]) -> dict[str, Any]:
-    """What result.json holds."""
+def _record(result: Result, rows: _Rows, command: Sequence[str]) -> dict[str, Any]:
+    """What result.json holds, beside its `provenance` and the KL."""
     experiment = result.experiment
     return {
         "seed": experiment.seed,
@@ -205,12 +217,8 @@ def _record(result: Result, rows: _Rows, hashes: dict[str, Any], command: Sequen
         "command": list(command),
         "temperature": result.temperature,
         "steps": experiment.steps,
-        "processes": process_count(),
         "seconds": round(result.seconds, 1),
         "rows": {"train": len(rows.train), "eval": len(rows.evaluation)},
-        "sha256": hashes,
-        "versions": versions(),
-        "hardware": hardware(),
     }
 
 
@@ -283,15 +291,3 @@ def _checked(task: Task, split: str | None) -> list[AnyRow]:
     rows = [] if split is None else task.rows(split)
     task.check(rows)
     return rows
-
-
-def _hashes(backbone: Backbone, rows: _Rows, output: Path, adapter: str | None) -> dict[str, Any]:
-    weights = sorted(Path(backbone.source).glob("*.safetensors")) if Path(backbone.source).is_dir() else []
-    start = {} if adapter is None else {"start": file_sha256(adapter_file(Path(adapter)))}
-    return {
-        "base": {path.name: file_sha256(path) for path in weights},
-        "adapter": file_sha256(output / POSTERIOR / "adapter_model.safetensors"),
-        **start,
-        "train_rows": rows_sha256(rows.train),
-        "eval_rows": rows_sha256(rows.evaluation),
-    }

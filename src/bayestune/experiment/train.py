@@ -12,9 +12,11 @@ from peft import PeftModel
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from bayestune.errors import BayestuneWarning
+from bayestune.experiment.disk import writing
 from bayestune.experiment.processes import is_main, process_count
 from bayestune.experiment.progress import ProgressBar
 from bayestune.experiment.settings import KL_METHODS, Experiment
+from bayestune.experiment.stopping import StopAtStep
 from bayestune.functional import cycle_steps, linear_kl_weight, paper_kl_weight, uniform_kl_weight
 from bayestune.tasks import AnyRow, Task
 from bayestune.training import (
@@ -65,7 +67,14 @@ class Training:
         """Train `model` in place; `arguments` replace those of `TrainingArguments` that the experiment gives."""
         experiment = self.experiment
         given = TrainingArguments(**{**_arguments(experiment, self.checkpoints), **arguments})
-        with ProgressBar(f"train {label}", disable=not (self.progress and is_main())) as bar:
+        saves = given.save_strategy != "no"
+        size = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+        with (
+            ProgressBar(f"train {label}", disable=not (self.progress and is_main())) as bar,
+            # Several processes would stop at different updates, and wait for each other.
+            StopAtStep(active=saves and process_count() == 1) as stop,
+            writing(self.checkpoints, needed=3 * size),  # the weights, and AdamW's two moments
+        ):
             trainer = BayesTrainer(
                 model,
                 task=self.task,
@@ -73,12 +82,12 @@ class Training:
                 train_rows=self.rows,
                 kl=kl_settings(experiment, len(self.rows)),
                 prior_std=experiment.map_prior_std if experiment.method == "map" else None,
-                callbacks=[*callbacks, bar],
+                callbacks=[*callbacks, bar, stop],
             )
             trainer.remove_callback(PrinterCallback)
             last = last_complete(self.checkpoints) if self.resume else None
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
-        if given.save_strategy == "no" and is_main():
+        if not saves and is_main():
             with contextlib.suppress(OSError):  # something else put a file there
                 self.checkpoints.rmdir()  # the Trainer makes it all the same
 

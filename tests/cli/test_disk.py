@@ -1,0 +1,196 @@
+"""Files that cannot be written, and devices that are lost: what is said, and what is left."""
+
+import errno
+import importlib
+import os
+import re
+import resource
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bayestune.cli.app import invoke
+from bayestune.training import BayesTrainer
+from cli.commands import adapter, make_world, predicting, processes, run_short_of_space, training
+
+SECONDS = 120
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, data, and whole/, a run that nothing came in the way of."""
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def unfinished(world: Path, output: Path, step: int) -> list[str]:
+    """Make `output` the whole run as it was after the checkpoint of `step`; the command that goes on with it."""
+    shutil.copytree(world / "whole", output)
+    shutil.rmtree(output / "posterior")
+    (output / "result.json").unlink()
+    for checkpoint in (output / "checkpoints").iterdir():
+        if checkpoint.name != f"checkpoint-{step}":
+            shutil.rmtree(checkpoint)
+    return training(world, output, "--checkpoint-steps", "2", "--resume")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def beside_checkpoints(folder: Path) -> dict[str, bytes]:
+    return {name: content for name, content in contents(folder).items() if not name.startswith("checkpoints")}
+
+
+def only_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The last line on stderr, which is an error without a traceback."""
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    line = error.rstrip("\n").rpartition("\n")[2]
+    assert line.startswith("error: ")
+    return line
+
+
+def fails_within(patch: pytest.MonkeyPatch, module: str, name: str, call: str, number: int) -> None:
+    """While a function runs, `os.<call>` fails with the system's error `number`."""
+    owner = importlib.import_module(module)
+    real = getattr(owner, name)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        with pytest.MonkeyPatch.context() as inside:
+            inside.setattr(os, call, fail)
+            return real(*args, **kwargs)
+
+    patch.setattr(owner, name, failing)
+
+
+@pytest.mark.parametrize(
+    ("record_call", "posterior_call", "number"),
+    [
+        ("fsync", "fsync", errno.ENOSPC),
+        pytest.param("replace", "rename", errno.EDQUOT, marks=pytest.mark.nightly),
+        pytest.param("fsync", "fsync", errno.EIO, marks=pytest.mark.nightly),
+    ],
+)
+def test_R03_a_full_disk_ends_a_run_and_leaves_the_last_checkpoint_and_posterior(
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    record_call: str,
+    posterior_call: str,
+    number: int,
+) -> None:
+    """At the record first, when there is a posterior; then at the posterior, which stays the one that is there."""
+    output = tmp_path / "run"
+    command = unfinished(world, output, 4)
+    finished = beside_checkpoints(world / "whole").keys()
+    steps = [("write_json", record_call, "result.json"), ("save_posterior", posterior_call, "posterior")]
+    for place, call, file in steps:
+        before = beside_checkpoints(output)
+        with monkeypatch.context() as patch:
+            fails_within(patch, "bayestune.experiment.run", place, call, number)
+            assert invoke(command) == 2
+        line = only_line(capsys)
+        assert line.startswith(f"error: {output / file}: cannot be written: {os.strerror(number)}")
+        assert ("MB free" in line) == (number == errno.ENOSPC)
+        after = beside_checkpoints(output)
+        assert {name: after[name] for name in before} == before
+        assert after.keys() == finished - {"result.json"}
+    assert invoke(command) == 0
+    assert adapter(output) == adapter(world / "whole")
+
+
+def test_R03_a_checkpoint_that_does_not_fit_ends_training_and_leaves_the_last(world: Path, tmp_path: Path) -> None:
+    """With a real limit of the system on the size of a file, in a process of its own."""
+    output = tmp_path / "run"
+    command = unfinished(world, output, 4)
+    before = contents(output)
+    largest = max(len(content) for content in contents(output / "checkpoints").values()) - 1
+    assert largest > 10_000  # bytes; other files are smaller
+    child = processes().Process(
+        target=run_short_of_space, args=(command, str(tmp_path / "out"), str(tmp_path / "err"), largest)
+    )
+    child.start()
+    child.join(SECONDS)
+    error = (tmp_path / "err").read_text()
+    assert child.exitcode == 2 and "Traceback" not in error, error
+    line = error.rstrip("\n").rpartition("\n")[2]
+    assert line == f"error: {output / 'checkpoints'}: cannot be written: {os.strerror(errno.EFBIG)}."
+    after = contents(output)
+    assert {name: after[name] for name in before} == before
+    assert not (output / "posterior").exists() and not (output / "result.json").exists()
+    assert invoke(command) == 0
+    assert adapter(output) == adapter(world / "whole")
+
+
+def test_R03_answers_that_do_not_fit_leave_the_earlier_ones(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    output = tmp_path / "answers.jsonl"
+    output.write_text("mine")
+    fails_within(monkeypatch, "bayestune.experiment", "write_text", "fsync", errno.ENOSPC)
+    assert invoke(predicting(world, output, "--overwrite")) == 2
+    line = only_line(capsys)
+    assert line.startswith(f"error: {output}: cannot be written: No space left on device (")
+    found = re.search(r"\(([\d.]+) MB free, about ([\d.]+) MB needed\)", line)
+    assert found and float(found[1]) > 0 and float(found[2]) < 1
+    assert contents(tmp_path) == {"answers.jsonl": b"mine"}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_R03_a_log_on_a_full_disk_does_not_end_training_and_output_there_is_an_error(
+    world: Path, tmp_path: Path
+) -> None:
+    command = unfinished(world, tmp_path / "run", 4)
+    runs = [
+        (command, str(tmp_path / "out"), "/dev/full", 0),
+        (["evaluate", str(world / "whole"), "--json"], "/dev/full", str(tmp_path / "err"), 2),
+    ]
+    for arguments, out, err, code in runs:
+        child = processes().Process(target=run_short_of_space, args=(arguments, out, err, resource.RLIM_INFINITY))
+        child.start()
+        child.join(SECONDS)
+        assert child.exitcode == code, [path.read_text() for path in tmp_path.glob("err*")]
+    assert adapter(tmp_path / "run") == adapter(world / "whole")
+    line = (tmp_path / "err").read_text().rstrip("\n").rpartition("\n")[2]
+    assert line.startswith("error: ") and os.strerror(errno.ENOSPC) in line
+
+
+def test_R02_a_device_lost_on_the_way_leaves_the_last_checkpoint(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """As torch tells it; and nothing is done on the device after it."""
+    output = tmp_path / "run"
+    command = training(world, output, "--checkpoint-steps", "2")
+    real = BayesTrainer.training_step
+
+    def lost(self: BayesTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 4:
+            raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BayesTrainer, "training_step", lost)
+        assert invoke(command) == 1
+    assert "internal error: AcceleratorError: CUDA error" in capsys.readouterr().err
+    assert invoke([*command, "--resume"]) == 0
+    assert adapter(output) == adapter(world / "whole")
+
+
+def test_R02_what_a_machine_lacks_is_said_before_weights_are_loaded(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def load(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("bayestune.experiment.backbone.AutoModelForCausalLM.from_pretrained", load)
+    monkeypatch.setattr("bayestune.experiment.backbone.importlib.util.find_spec", lambda name: None)
+    assert invoke(training(world, tmp_path / "run", "--quantization", "nf4")) == 2
+    assert "needs the package bitsandbytes" in only_line(capsys)
+    assert not (tmp_path / "run").exists()

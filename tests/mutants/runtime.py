@@ -1,0 +1,111 @@
+"""Defects of signals, disks, exit codes and records."""
+
+from mutants.defect import Defect
+
+DEFECTS = (
+    Defect(
+        name="a signal does not wait for the checkpoint",
+        path="experiment/stopping.py",
+        before="            self._raised = error\n",
+        after="            raise\n",
+        tests="cli/test_signals.py step-1-1",
+    ),
+    Defect(
+        name="a second signal is as the first",
+        path="cli/signals.py",
+        before="            signal.signal(other, signal.SIG_DFL)\n",
+        after="            pass\n",
+        tests="cli/test_signals.py second",
+    ),
+    Defect(
+        name="a signal outside training is let go by",
+        path="cli/signals.py",
+        before="        raise Stopped(number)\n",
+        after="        pass\n",
+        tests="cli/test_signals.py predict",
+    ),
+    Defect(
+        name="an ignored signal is heard",
+        path="cli/signals.py",
+        before="if handler not in (signal.SIG_IGN, None)",
+        after="if handler is not None",
+        tests="cli/test_signals.py put_back",
+    ),
+    Defect(
+        name="a thread takes the handlers",
+        path="cli/signals.py",
+        before="threading.current_thread() is not threading.main_thread()",
+        after="False",
+        tests="cli/test_signals.py put_back",
+    ),
+    Defect(
+        name="a full disk is an error without the file",
+        path="experiment/disk.py",
+        before="        if number not in _OF_THE_DISK:\n",
+        after="        if True:\n",
+        tests="cli/test_disk.py R03",
+    ),
+    Defect(
+        name="an error of safetensors is not one of the disk",
+        path="experiment/disk.py",
+        before="    return int(found[1]) if found else None\n",
+        after="    return None\n",
+        tests="cli/test_disk.py does_not_fit_ends",
+    ),
+    Defect(
+        name="a full log ends training",
+        path="cli/streams.py",
+        before="            return self._wrapped.write(text)\n        except OSError:",
+        after="            return self._wrapped.write(text)\n        except ValueError:",
+        tests="cli/test_disk.py a_log",
+    ),
+    Defect(
+        name="an output that cannot be written is found when all is done",
+        path="experiment/disk.py",
+        before="    if not os.access(there, os.W_OK | os.X_OK):\n",
+        after="    if False:\n",
+        tests="cli/test_contract.py cannot_be_written",
+    ),
+    Defect(
+        name="quantisation is refused when weights are there",
+        path="experiment/backbone.py",
+        before='    if importlib.util.find_spec("bitsandbytes") is None:\n',
+        after="    if False:\n",
+        tests="cli/test_disk.py lacks",
+    ),
+    Defect(
+        name="a failure has no JSON",
+        path="cli/streams.py",
+        before="    if as_json:\n",
+        after="    if False:\n",
+        tests="cli/test_contract.py R09",
+    ),
+    Defect(
+        name="terminated is told as interrupted",
+        path="cli/app.py",
+        before='("terminated", TERMINATED)',
+        after='("interrupted", INTERRUPTED)',
+        tests="cli/test_contract.py R09",
+    ),
+    Defect(
+        name="a record made with other rows passes for the same",
+        path="experiment/provenance.py",
+        before="if one[inner] != other[inner]]",
+        after="if False]",
+        tests="cli/test_contract.py named_before",
+    ),
+    Defect(
+        name="a run made again forgets the seed of the record",
+        path="cli/config.py",
+        before='return content["experiment"], content',
+        after='return {**content["experiment"], "seed": 1}, content',
+        tests="cli/test_contract.py made_again",
+    ),
+    Defect(
+        name="a model of the Hub has no hash",
+        path="experiment/provenance.py",
+        before="folder = Path(config).parent if isinstance(config, str) else None",
+        after="folder = None",
+        tests="cli/test_contract.py odd_environment",
+    ),
+)
