@@ -7,7 +7,7 @@ import yaml
 
 from bayestune.errors import ConfigError
 
-_LIMIT, _DEPTH = 1 << 14, 8
+_LIMIT, _DEPTH = 1 << 16, 8
 _LARGEST = 1 << 64
 
 
@@ -41,7 +41,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """The settings in a YAML file, a plain mapping; only data is read, no tag makes an object.
 
     Raises:
-        ConfigError: it cannot be read, is longer than 16 KiB, or is not a mapping of names to values.
+        ConfigError: it cannot be read, is longer than 64 KiB, or is not a mapping of names to values.
     """
     try:
         with path.open("rb") as file:
