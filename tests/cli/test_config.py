@@ -22,7 +22,7 @@ LAUGHS = "a0: &a0 [ha, ha, ha]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 
         (REQUIRED + "data: " + "[" * 1000 + "]" * 1000, "line 3: found values nested in more than 8 levels"),
         (REQUIRED + "data: " + "{a: " * 1000 + "}" * 1000, "nested in more than 8 levels"),
         ("\n".join("- " * 2 * i + "- a" for i in range(12)), "not YAML"),
-        (REQUIRED + f"target_modules: [{'q, ' * 10**6}]", "found more than 16384 bytes"),
+        (REQUIRED + f"target_modules: [{'q, ' * 10**6}]", "found more than 65536 bytes"),
         (REQUIRED + "rank: 1" + "0" * 5000, "digits"),
         (REQUIRED + "rank: 0x" + "f" * 10_000, "line 3: found a whole number beyond"),
         (REQUIRED + "rank: -0b" + "1" * 10_000, "line 3: found a whole number beyond"),

@@ -346,7 +346,7 @@ PROMISES = (
     Promise(
         id="X07",
         says="Absurd configurations are refused within a second.",
-        note="Bounded, not timed: a file of settings has at most 1 MiB of JSON in 64 levels or 16 KiB of YAML in 8 "
+        note="Bounded, not timed: a file of settings has at most 1 MiB of JSON in 64 levels or 64 KiB of YAML in 8 "
         "without references; ranks and lists have largest sizes; a regular expression in it has at most 256 "
         "characters, stars only after dots and at most three stars and groups, so longer ones must become "
         "lists of names.",
