@@ -10,7 +10,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 from jaxtyping import install_import_hook  # noqa: E402
 
-install_import_hook("bayestune", "beartype.beartype")  # before anything imports bayestune
+install_import_hook(["bayestune", "bayestune_cli"], "beartype.beartype")  # before anything imports bayestune
 
 from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402

@@ -31,7 +31,7 @@ def watch(event: str, arguments: tuple[Any, ...]) -> None:
 
 def main(report: str, results: str) -> None:
     sys.addaudithook(watch)
-    from bayestune.cli.app import invoke
+    from bayestune_cli.app import invoke
 
     train = ["train", "--model", "llama", "--data", "data", "--task", "colours", "--steps", "4", "--batch-size", "4"]
     train += ["--max-tokens", "200", "--draws", "2"]

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM
 
 from bayestune import demo
 from bayestune.adapters import gaussian_layers
-from bayestune.cli.app import app, invoke
 from bayestune.errors import BayestuneWarning
 from bayestune.experiment import Experiment, load_run
+from bayestune_cli.app import app, invoke
 from toys import pretrained_llama, questions, write_data, write_rows
 
 STEPS, DRAWS = 6, 3
@@ -479,7 +479,7 @@ def test_help_names_the_commands_and_the_exit_codes(capsys: pytest.CaptureFixtur
 
 
 def test_the_program_starts_and_exits_as_a_process() -> None:
-    code = "from bayestune.cli import main; main()"
+    code = "from bayestune_cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code, "evaluate", "/nowhere"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: /nowhere")
@@ -495,6 +495,6 @@ def test_our_own_warnings_are_shown_and_those_of_libraries_are_not(
             warnings.warn("look at this", BayestuneWarning, stacklevel=1)
         return 0
 
-    monkeypatch.setattr("bayestune.cli.app.app", warned)
+    monkeypatch.setattr("bayestune_cli.app.app", warned)
     assert invoke(["demo"]) == 0
     assert capsys.readouterr().err == "warning: look at this\n" * 2

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from transformers import RobertaConfig, RobertaModel
 
 import bayestune
-from bayestune.cli.app import invoke
 from bayestune.experiment import Experiment, load_run
 from bayestune.recipes.paper import llama2_7b, roberta
+from bayestune_cli.app import invoke
 from models import seeded
 from toys import byte_tokenizer, pretrained_llama, write_data, write_rows
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCE = ROOT / "src" / "bayestune"
+SOURCE = ROOT / "src"
 SOURCES = ("pyproject.toml", "README.md", "LICENSE")
-PACKED = {f"data/everyday/{split}.jsonl.gz" for split in ("train", "test", "ood")}
+PACKED = {f"bayestune/data/everyday/{split}.jsonl.gz" for split in ("train", "test", "ood")}
 BUILD = "import sys, uv_build; print(uv_build.build_wheel(sys.argv[1]))"
 
 
@@ -33,7 +33,7 @@ def build(folder: Path) -> Path:
     for name in SOURCES:
         project.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, project / name)
-    shutil.copytree(SOURCE, project / "src" / "bayestune", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(SOURCE, project / "src", ignore=shutil.ignore_patterns("__pycache__"))
     programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # uv-build is one
     environment = {**os.environ, "SOURCE_DATE_EPOCH": "1700000000", "PATH": programs}
     command = [sys.executable, "-c", BUILD, str(folder)]
@@ -64,9 +64,7 @@ def test_X08_the_wheel_is_reproducible_and_lists_every_file(tmp_path: Path) -> N
         (record,) = [name for name in names if name.endswith(".dist-info/RECORD")]
         listed = {line.rsplit(",", 2)[0] for line in wheel.read(record).decode().splitlines()}
         assert listed == {name for name in names if not name.endswith("/")}
-        package = {
-            name.removeprefix("bayestune/"): wheel.read(name) for name in listed if name.startswith("bayestune/")
-        }
+        package = {name: wheel.read(name) for name in listed if not name.split("/")[0].endswith(".dist-info")}
     assert package == files()
 
 

@@ -1,5 +1,5 @@
 """`python -m bayestune`, for launchers such as `accelerate launch -m bayestune train ...`."""
 
-from bayestune.cli.app import main
+from bayestune_cli import main
 
 main()

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bayestune.cli.app import invoke
+from bayestune_cli.app import invoke
 from toys import pretrained_llama, questions, write_data, write_rows
 
 STEPS = 6
@@ -58,7 +58,7 @@ def adapter(run: Path) -> bytes:
 def processes() -> Any:
     """Where processes are started that have the packages imported already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bayestune.cli.app"])
+    context.set_forkserver_preload(["bayestune_cli.app"])
     return context
 
 

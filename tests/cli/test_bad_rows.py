@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from bayestune.cli.app import invoke
+from bayestune_cli.app import invoke
 from toys import pretrained_llama, questions, write_data, write_rows
 
 BAD = {"id": "r7", "question": "Q", "choices": ["a", "b"], "answer": 0}
@@ -171,7 +171,7 @@ def test_D07_odd_text_comes_out_as_it_went_in_also_in_the_C_locale(world: Path, 
     assert all(text.encode() in expected for name, text in ODD.items() if name in ("NFC", "NFD", "override"))
     for name in ("raw", "escaped"):
         (tmp_path / name).unlink()
-    code = "import json, sys; from bayestune.cli.app import invoke"
+    code = "import json, sys; from bayestune_cli.app import invoke"
     code += "; sys.exit([invoke(command) for command in json.loads(sys.argv[1])] != [0, 0, 2])"
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     arguments = [sys.executable, "-c", code, json.dumps(list(commands.values()))]

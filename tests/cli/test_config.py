@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from bayestune.cli.app import invoke
-from bayestune.cli.config import read_config
 from bayestune.errors import ConfigError
 from bayestune.experiment import Experiment
+from bayestune_cli.app import invoke
+from bayestune_cli.config import read_config
+from bayestune_cli.console import FlagError
 
 REQUIRED = "model: m\ntask: t\n"
 LAUGHS = "a0: &a0 [ha, ha, ha]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
@@ -37,7 +38,7 @@ LAUGHS = "a0: &a0 [ha, ha, ha]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 
 def test_X07_a_file_that_is_not_plain_is_refused(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=words) as caught:
+    with pytest.raises(FlagError, match=words) as caught:
         read_config(path)
     assert str(caught.value).startswith(f"--config {path}: ") and len(str(caught.value)) < 500
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-import bayestune.cli
-from bayestune.cli.app import invoke
-from bayestune.cli.console import plain
+import bayestune_cli
 from bayestune.errors import BayestuneWarning, TrainingError
+from bayestune_cli.app import invoke
+from bayestune_cli.console import plain
 from toys import pretrained_llama, questions, write_data, write_rows
 
 STEERING = {
@@ -108,14 +108,14 @@ def test_X05_no_warning_steers_the_terminal(monkeypatch: pytest.MonkeyPatch, cap
         warnings.warn(f"row {STEERING['clear']}", BayestuneWarning, stacklevel=1)
         raise TrainingError(f"rows {STEERING['one byte']}")
 
-    monkeypatch.setattr("bayestune.cli.app.app", warned)
+    monkeypatch.setattr("bayestune_cli.app.app", warned)
     assert invoke(["demo"]) == 3
     err = capsys.readouterr().err
     assert err == "warning: row \\x1b[2J\\x1b[H\ntraining stopped: rows \\x9b31m\n"
 
 
 def test_X05_all_that_is_printed_goes_one_way() -> None:
-    folder = Path(bayestune.cli.__file__).parent
+    folder = Path(bayestune_cli.__file__).parent
     for path in folder.glob("*.py"):
         names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
         assert "print" not in names or path.name == "console.py", path

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 import bayestune
-from bayestune.cli.app import invoke
-from bayestune.cli.signals import Stopped
 from bayestune.errors import ConfigError, DataError, DiskError, TrainingError
 from bayestune.training.checkpoint import SafeTrainer
+from bayestune_cli.app import invoke
+from bayestune_cli.signals import Stopped
 from cli.commands import adapter, make_world, predicting, training
 
 
@@ -83,7 +83,7 @@ def test_R09_a_wrong_use_has_valid_json_too_and_done_is_0(world: Path, capsys: p
 
 PROGRAM = """
 import json, os, sys
-from bayestune.cli.app import invoke
+from bayestune_cli.app import invoke
 assert False
 os.umask(0o077)
 sys.exit(max(invoke(arguments) for arguments in json.loads(sys.argv[1])))

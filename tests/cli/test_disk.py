@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from bayestune.cli.app import invoke
 from bayestune.training import BayesTrainer
+from bayestune_cli.app import invoke
 from cli.commands import adapter, make_world, predicting, processes, run_short_of_space, training
 
 SECONDS = 120

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bayestune.cli.app import invoke
+from bayestune_cli.app import invoke
 from tabled import answers, record, save
 
 

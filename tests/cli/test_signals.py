@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bayestune.cli.app import invoke
+from bayestune_cli.app import invoke
 from cli.commands import adapter, make_world, predicting, processes, run, training
 
 SECONDS = 120

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from bayestune.cli.app import invoke
 from bayestune.errors import ConfigError, DataError
 from bayestune.experiment.cells import read_cells
 from bayestune.experiment.fill import run_table
 from bayestune.experiment.grid import Grid, plan
 from bayestune.experiment.run import Run
 from bayestune.experiment.train import Training
+from bayestune_cli.app import invoke
 from toys import pretrained_bert, questions, write_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::bayestune.errors.BayestuneWarning")  # so small a model knows little

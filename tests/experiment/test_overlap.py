@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from bayestune.cli.app import invoke
 from bayestune.errors import BayestuneWarning
 from bayestune.experiment.overlap import count_repeated
 from bayestune.tasks import AnyRow, Row, TextRow, load_rows
+from bayestune_cli.app import invoke
 from toys import pretrained_llama, questions, write_data, write_rows
 
 LEARNT = Row(id="t1", question="Is the café open?", choices=("Yes, sir", "No", "Perhaps"), answer=0)

@@ -10,7 +10,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 
-from bayestune.cli.app import invoke
+from bayestune_cli.app import invoke
 from toys import pretrained_llama, write_data
 
 CODE = """\

@@ -41,7 +41,7 @@ def planted(defect: Defect) -> str | None:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "src"
         shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__"))
-        path = source / "bayestune" / defect.path
+        path = source / defect.file
         text = path.read_text(encoding="utf-8")
         if text.count(defect.before) != 1:
             return f"found {text.count(defect.before)} times in {defect.path}, expected once: {defect.before!r}"

@@ -83,7 +83,7 @@ DEFECTS = (
     ),
     Defect(
         name="ids lose the blanks around them",
-        path="cli/trained.py",
+        path="bayestune_cli/trained.py",
         before='            "id": row.id,\n',
         after='            "id": row.id.strip(),\n',
         tests="cli/test_bad_rows.py D07",

@@ -57,7 +57,7 @@ DEFECTS = (
     ),
     Defect(
         name="flags of other methods taken in silence",
-        path="cli/training.py",
+        path="bayestune_cli/training.py",
         before="if name in given and method not in methods:",
         after="if False:",
         tests="test_cli.py another_method",
@@ -71,7 +71,7 @@ DEFECTS = (
     ),
     Defect(
         name="rate of the file beside the width of a flag",
-        path="cli/training.py",
+        path="bayestune_cli/training.py",
         before='if {"kl_learning_rate", "posterior_std"} & given.keys():',
         after="if False:",
         tests="test_cli.py flags_win",

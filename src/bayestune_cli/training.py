@@ -7,9 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from bayestune.cli.config import read_run_file
-from bayestune.cli.console import say
-from bayestune.errors import ConfigError
+from bayestune_cli.config import read_run_file
+from bayestune_cli.console import FlagError, say
 
 _PAPER = "default: the paper's for this kind of model"
 
@@ -41,12 +40,12 @@ def _check_of_method(given: Mapping[str, Any], method: str) -> None:
     """Refuse a flag that the method has no use for.
 
     Raises:
-        ConfigError: naming the flag, and the methods that have.
+        FlagError: naming the flag, and the methods that have.
     """
     for name, methods in _OF_METHODS.items():
         if name in given and method not in methods:
             flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag}: found it with method {method!r}, expected method {' or '.join(methods)}.")
+            raise FlagError(f"{flag}: found it with method {method!r}, expected method {' or '.join(methods)}.")
 
 
 def train(

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bayestune.cli.console import say
-from bayestune.errors import ConfigError
+from bayestune_cli.console import FlagError, say
 
 if TYPE_CHECKING:
     from bayestune.experiment import Run
@@ -72,12 +71,12 @@ def predict(
 ) -> None:
     """Answer rows: probabilities, the answer's index, and total, aleatoric and epistemic uncertainty in nats."""
     if output.exists() and not overwrite:
-        raise ConfigError(f"--output {output}: the file exists; choose another, or pass --overwrite.")
+        raise FlagError(f"--output {output}: the file exists; choose another, or pass --overwrite.")
     if not output.parent.is_dir():
-        raise ConfigError(f"--output {output}: found no folder {output.parent}, expected one.")
+        raise FlagError(f"--output {output}: found no folder {output.parent}, expected one.")
     if output.is_dir() or output.resolve() == input.resolve():
         found = "a folder" if output.is_dir() else "the file of --input"
-        raise ConfigError(f"--output {output}: found {found}, expected another file to write.")
+        raise FlagError(f"--output {output}: found {found}, expected another file to write.")
 
     from bayestune.experiment import load_run, write_text
     from bayestune.experiment.disk import check_writable
@@ -116,7 +115,7 @@ def export(
 ) -> None:
     """Write the mean and draws of a run as ordinary LoRA adapters, for PEFT and for servers."""
     if output.exists() and not overwrite:
-        raise ConfigError(f"--output {output}: it exists; choose another, or pass --overwrite.")
+        raise FlagError(f"--output {output}: it exists; choose another, or pass --overwrite.")
 
     from bayestune.experiment import load_run
     from bayestune.export import export_lora
@@ -129,7 +128,7 @@ def export(
 def _draws(loaded: "Run", draws: int | None) -> int:
     """What was asked for, or else the run's own number."""
     if draws is not None and draws < 0:
-        raise ConfigError(f"--draws: found {draws}, expected 0 (the mean) or more.")
+        raise FlagError(f"--draws: found {draws}, expected 0 (the mean) or more.")
     return loaded.default_draws if draws is None else draws
 
 

@@ -1,6 +1,11 @@
-"""The program `bayestune`: its commands, and what becomes of errors and signals."""
+"""The program `bayestune`: its commands, and what becomes of errors and signals.
+
+It is a package beside `bayestune`, whose import takes seconds, since it makes PEFT know the type BLOB: nothing of that
+is imported before a command runs, so `bayestune --help` answers at once.
+"""
 
 import contextlib
+import os
 import signal
 import sys
 import traceback
@@ -9,9 +14,9 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from bayestune.cli.reporting import report, table
-from bayestune.cli.signals import Stopped, stoppable
-from bayestune.cli.streams import (
+from bayestune_cli.reporting import report, table
+from bayestune_cli.signals import Stopped, stoppable
+from bayestune_cli.streams import (
     INTERNAL,
     INTERRUPTED,
     OK,
@@ -23,9 +28,8 @@ from bayestune.cli.streams import (
     lasting_stderr,
     quiet,
 )
-from bayestune.cli.trained import evaluate, export, predict
-from bayestune.cli.training import demo, train
-from bayestune.errors import BayestuneError, TrainingError
+from bayestune_cli.trained import evaluate, export, predict
+from bayestune_cli.training import demo, train
 
 _STOPPED: dict[int, tuple[str, int]] = {
     signal.SIGINT: ("interrupted", INTERRUPTED),
@@ -61,9 +65,9 @@ def main() -> NoReturn:
     """Entry point of the program."""
     code = invoke(sys.argv[1:])
 
-    from bayestune.experiment.processes import leave, process_count
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from bayestune.experiment.processes import leave
 
-    if process_count() > 1:
         leave(code)
     sys.exit(code)
 
@@ -79,9 +83,9 @@ def invoke(arguments: Sequence[str]) -> int:
 
 
 def _invoke(arguments: list[str], *, debug: bool) -> int:
-    as_json = "--json" in arguments
+    as_json, helps = "--json" in arguments, not arguments or "--help" in arguments
     try:
-        with stoppable(), contextlib.nullcontext() if debug else quiet():
+        with stoppable(), contextlib.nullcontext() if debug or helps else quiet():
             code = app(arguments, prog_name="bayestune", standalone_mode=False)
         return code if isinstance(code, int) else OK
     except typer.TyperException as error:
@@ -90,6 +94,8 @@ def _invoke(arguments: list[str], *, debug: bool) -> int:
         what, code = _STOPPED[stopped.number]
         return fail(f"{what}: {stopped}" if str(stopped) else what, stopped, code, as_json=as_json)
     except Exception as error:
+        from bayestune.errors import BayestuneError, TrainingError
+
         if debug:
             traceback.print_exc()
         if isinstance(error, TrainingError):

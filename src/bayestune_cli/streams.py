@@ -11,8 +11,7 @@ from typing import Any, TextIO
 
 from tqdm.utils import ObjectWrapper
 
-from bayestune.cli.console import say, tell
-from bayestune.errors import BayestuneWarning
+from bayestune_cli.console import say, tell
 
 OK, INTERNAL, USER, STOPPED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 
@@ -76,6 +75,12 @@ def quiet() -> Iterator[None]:
     """Keep libraries' advice and load reports off the console; their errors still show."""
     from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
+    from bayestune.errors import BayestuneWarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, BayestuneWarning):  # a library may switch its own on again
+            tell(f"warning: {message}")
+
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -84,13 +89,8 @@ def quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("always", BayestuneWarning)
-            warnings.showwarning = _tell_warning
+            warnings.showwarning = show
             yield
     finally:
         enable_progress_bar()
         logging.disable(before)
-
-
-def _tell_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-    if issubclass(category, BayestuneWarning):  # a library may switch its own on again
-        tell(f"warning: {message}")

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from bayestune.errors import ConfigError
+from bayestune_cli.console import FlagError
 
 _LIMIT, _DEPTH = 1 << 16, 8
 _LARGEST = 1 << 64
@@ -41,23 +41,23 @@ def read_config(path: Path) -> dict[str, Any]:
     """The settings in a YAML file, a plain mapping; only data is read, no tag makes an object.
 
     Raises:
-        ConfigError: it cannot be read, is longer than 64 KiB, or is not a mapping of names to values.
+        FlagError: it cannot be read, is longer than 64 KiB, or is not a mapping of names to values.
     """
     try:
         with path.open("rb") as file:
             content = file.read(_LIMIT + 1)
         text = content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: cannot be read: {error}") from error
+        raise FlagError(f"--config {path}: cannot be read: {error}") from error
     if len(content) > _LIMIT:
-        raise ConfigError(f"--config {path}: found more than {_LIMIT} bytes, expected settings, one a line.")
+        raise FlagError(f"--config {path}: found more than {_LIMIT} bytes, expected settings, one a line.")
     try:
         found = _Loader(text).get_single_data()
     except (yaml.YAMLError, ValueError, OverflowError) as error:
-        raise ConfigError(f"--config {path}: not YAML: {error}") from error
+        raise FlagError(f"--config {path}: not YAML: {error}") from error
     if not isinstance(found, dict):
         kind = "nothing" if found is None else f"a {type(found).__name__}"
-        raise ConfigError(f"--config {path}: found {kind}, expected settings such as 'model: ...', one a line.")
+        raise FlagError(f"--config {path}: found {kind}, expected settings such as 'model: ...', one a line.")
     return found
 
 
@@ -65,7 +65,7 @@ def read_run_file(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The settings in a YAML file; or those that a result.json or a cell was made with, and that record.
 
     Raises:
-        ConfigError: as `read_config`.
+        FlagError: as `read_config`.
     """
     content = read_config(path)
     if isinstance(content.get("experiment"), dict) and isinstance(content.get("sha256"), dict):

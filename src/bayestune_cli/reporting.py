@@ -6,10 +6,9 @@ from typing import Annotated
 
 import typer
 
-from bayestune.cli.config import read_config
-from bayestune.cli.console import say, tell
-from bayestune.cli.signals import Stopped
-from bayestune.errors import ConfigError
+from bayestune_cli.config import read_config
+from bayestune_cli.console import FlagError, say, tell
+from bayestune_cli.signals import Stopped
 
 
 def table(
@@ -42,20 +41,20 @@ def table(
     if rebuild:
         for name, value in given.items():
             if value:
-                raise ConfigError(f"table: found --{name} with --rebuild, expected one of them: it is for training.")
+                raise FlagError(f"table: found --{name} with --rebuild, expected one of them: it is for training.")
         rebuild_table(table, results, output)
         return
     settings = {} if config is None else read_config(config)
     settings |= {name: given[name] for name in ("data", "model", "steps") if given[name] is not None}
     if "model" not in settings:
-        raise ConfigError("table: found no --model, expected one (or --rebuild, which trains nothing).")
+        raise FlagError("table: found no --model, expected one (or --rebuild, which trains nothing).")
 
     from bayestune.experiment.fill import run_table
     from bayestune.experiment.grid import Grid, plan
     from bayestune.experiment.processes import process_count
 
     if process_count() > 1:
-        raise ConfigError("table: found several processes, expected one: launch `bayestune train` for those.")
+        raise FlagError("table: found several processes, expected one: launch `bayestune train` for those.")
 
     grid = Grid(
         table=table,
@@ -88,7 +87,7 @@ def _seeds(text: str) -> list[int]:
     except ValueError:
         seeds = [-1]
     if min(seeds) < 0:
-        raise ConfigError(f"--seeds: found {text!r}, expected whole numbers from 0 on, with commas, such as 1,2,3.")
+        raise FlagError(f"--seeds: found {text!r}, expected whole numbers from 0 on, with commas, such as 1,2,3.")
     return list(dict.fromkeys(seeds))
 
 
@@ -96,7 +95,7 @@ def rebuild_table(name: str, results: Path, output: Path) -> None:
     """Print the table made from the cells under `results/name`, and write it to `output` as Markdown and HTML.
 
     Raises:
-        ConfigError: as `read_cells` and `table_view`. ModuleNotFoundError: jinja2 is not installed.
+        FlagError: as `read_cells` and `table_view`. ModuleNotFoundError: jinja2 is not installed.
     """
     from bayestune.experiment import read_cells, write_text
     from bayestune.experiment.tables import html_table, markdown_table
@@ -121,11 +120,11 @@ def report(
 ) -> None:
     """Write one page about recorded cells: tables, reliability, risk-coverage, other data, and how they were made."""
     if output.is_dir():
-        raise ConfigError(f"--output {output}: found a folder, expected a file to write, such as report.html.")
+        raise FlagError(f"--output {output}: found a folder, expected a file to write, such as report.html.")
     if output.exists() and not overwrite:
-        raise ConfigError(f"--output {output}: the file exists; choose another, or pass --overwrite.")
+        raise FlagError(f"--output {output}: the file exists; choose another, or pass --overwrite.")
     if not output.parent.is_dir():
-        raise ConfigError(f"--output {output}: found no folder {output.parent}, expected one.")
+        raise FlagError(f"--output {output}: found no folder {output.parent}, expected one.")
 
     from bayestune.experiment import read_cells, write_text
     from bayestune.experiment.pages import report_page

@@ -1,3 +1,0 @@
-"""The command line, `bayestune`."""
-
-from bayestune.cli.app import main as main

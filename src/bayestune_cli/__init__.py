@@ -1,0 +1,3 @@
+"""The command line, `bayestune`."""
+
+from bayestune_cli.app import main as main
