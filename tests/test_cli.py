@@ -23,6 +23,8 @@ from bayestune import demo
 from bayestune.adapters import gaussian_layers
 from bayestune.errors import BayestuneWarning
 from bayestune.experiment import Experiment, load_run
+from bayestune.inference import evaluate, predict
+from bayestune.posteriors import Variational
 from bayestune_cli.app import app, invoke
 from toys import pretrained_llama, questions, write_data, write_rows
 
@@ -137,6 +139,25 @@ def test_evaluate_json_is_one_object_with_the_scores_of_training(
     assert (found["task"], found["split"], found["draws"]) == ("colours", "dev", DRAWS)
     trained = json.loads((world / "run" / "result.json").read_text())["methods"][f"blob_n{DRAWS}"]
     assert {name: found[name] for name in trained} == trained
+
+
+@pytest.mark.parametrize("way", ["antithetic", "linearised"])
+def test_evaluate_averages_as_asked(world: Path, capsys: pytest.CaptureFixture[str], way: str) -> None:
+    assert invoke(["evaluate", str(world / "run"), "--predictive", way, "--draws", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    run = load_run(world / "run")
+    expected = evaluate(predict(Variational(run.model, predictive=way), run.task, run.task.rows("dev"), draws=4))
+    assert {name: found[name] for name in ("nll", "draws", "predictive")} == {
+        "nll": expected.nll, "draws": 4, "predictive": way
+    }  # fmt: skip
+
+
+def test_a_way_of_averaging_that_does_not_fit_is_refused(world: Path, tmp_path: Path, capsys: Any) -> None:
+    assert invoke(["evaluate", str(world / "run"), "--predictive", "sobol"]) == 2
+    assert "expected one of mc, antithetic, linearised" in capsys.readouterr().err
+    assert invoke([*train_arguments(world, method="mle"), "--output", str(tmp_path / "mle")]) == 0
+    assert invoke(["evaluate", str(tmp_path / "mle"), "--predictive", "mc"]) == 2
+    assert "--predictive: found it for a run of method 'mle'" in capsys.readouterr().err
 
 
 def test_evaluate_takes_split_draws_and_other_data(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -459,8 +480,8 @@ def test_the_flags_are_these() -> None:
     run_flags = {"output", "config", "resume", "overwrite"}
     assert flags == {
         "train": {field.name for field in dataclasses.fields(Experiment)} | run_flags,
-        "evaluate": {"run", "data", "split", "draws", "seed", "ood", "as_json"},
-        "predict": {"run", "input", "output", "data", "draws", "seed", "overwrite"},
+        "evaluate": {"run", "data", "split", "draws", "predictive", "seed", "ood", "as_json"},
+        "predict": {"run", "input", "output", "data", "draws", "predictive", "seed", "overwrite"},
         "export": {"run", "output", "data", "draws", "seed", "overwrite"},
         "demo": {"output", "seed", "overwrite"},
         "table": {

@@ -1,5 +1,6 @@
 """`bayestune evaluate`, `predict` and `export`: what a trained run is for."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +19,13 @@ Data = Annotated[str | None, typer.Option(help="Folder of data sets; default: th
 Draws = Annotated[
     int | None, typer.Option(help="Draws to average, 0 for the mean, if there is one; default: as trained.")
 ]
+Predictive = Annotated[
+    str | None,
+    typer.Option(
+        help="How to average, for blob, bbb, dropout and tfb: mc, independent draws (default); antithetic, pairs of "
+        "opposite draws; linearised, Gaussian logits about the mean (not dropout), where draws are cheap: take 1000."
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the draws.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in --output.")]
 
@@ -27,6 +35,7 @@ def evaluate(
     data: Data = None,
     split: Annotated[str | None, typer.Option(help="Such as dev+test; default: that of the run.")] = None,
     draws: Draws = None,
+    predictive: Predictive = None,
     seed: Seed = 0,
     ood: Annotated[
         str | None,
@@ -35,10 +44,10 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Score a run: accuracy, NLL, ECE and Brier with 95 % intervals, and how well uncertainty finds other data."""
-    from bayestune.experiment import load_run, score_table
+    from bayestune.experiment import score_table
     from bayestune.inference import evaluate as scores_of
 
-    loaded = load_run(run, data=data)
+    loaded = _load(run, data, predictive)
     count = _draws(loaded, draws)
     chosen = split or loaded.experiment.eval_split
     assert chosen is not None
@@ -50,6 +59,8 @@ def evaluate(
     if as_json:
         answer = {**scores.as_dict(), "task": loaded.task.name, "split": chosen, "seed": seed}
         answer["temperature"] = loaded.posterior.temperature
+        if predictive is not None:
+            answer["predictive"] = predictive
         say(json.dumps({**answer, "method": loaded.experiment.method, **({"ood": others} if others else {})}))
         return
     say(score_table({f"{loaded.experiment.method} N={count}": scores}))
@@ -66,6 +77,7 @@ def predict(
     output: Annotated[Path, typer.Option(help="File for the answers, one JSON object a row.")],
     data: Data = None,
     draws: Draws = None,
+    predictive: Predictive = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
@@ -78,13 +90,13 @@ def predict(
         found = "a folder" if output.is_dir() else "the file of --input"
         raise FlagError(f"--output {output}: found {found}, expected another file to write.")
 
-    from bayestune.experiment import load_run, write_text
+    from bayestune.experiment import write_text
     from bayestune.experiment.disk import check_writable
     from bayestune.tasks import Row, read_rows
 
     check_writable(output.parent, f"--output {output}")
     rows = read_rows(input, labelled=False)
-    loaded = load_run(run, data=data)
+    loaded = _load(run, data, predictive)
     loaded.task.check(rows)
     prediction = loaded.predict(rows, draws=_draws(loaded, draws), seed=seed, progress=True)
     probs = prediction.probs.tolist()
@@ -123,6 +135,21 @@ def export(
     loaded = load_run(run, data=data)
     for folder in export_lora(loaded.posterior, output, draws=_draws(loaded, draws), seed=seed, overwrite=overwrite):
         say(folder)
+
+
+def _load(run: Path, data: str | None, predictive: str | None) -> "Run":
+    """The run in a folder, its posterior averaged over as asked."""
+    from bayestune.experiment import load_run
+    from bayestune.posteriors import Variational
+
+    loaded = load_run(run, data=data)
+    if predictive is None:
+        return loaded
+    if not isinstance(loaded.posterior, Variational):
+        method = loaded.experiment.method
+        raise FlagError(f"--predictive: found it for a run of method {method!r}, expected blob, bbb, dropout or tfb.")
+    posterior = Variational(loaded.model, temperature=loaded.posterior.temperature, predictive=predictive)
+    return dataclasses.replace(loaded, posterior=posterior)
 
 
 def _draws(loaded: "Run", draws: int | None) -> int:

@@ -115,7 +115,8 @@ def test_D10_choices_padded_with_another_id_than_the_models_are_refused(
 
 def backbone(tokenizer: PreTrainedTokenizerFast, *, decodes: bool, **settings: Any) -> Backbone:
     config = LlamaConfig(**settings) if decodes else BertConfig(**settings)
-    return Backbone(source="here", config=config, tokenizer=tokenizer, family="causal" if decodes else "encoder")
+    family = "causal" if decodes else "encoder"
+    return Backbone(source="here", config=config, tokenizer=tokenizer, family=family, positions=None)
 
 
 @pytest.mark.parametrize("decodes", [True, False])

@@ -90,7 +90,11 @@ class BlobConfig(LoraConfig):
                 f"BlobConfig init_lora_weights: found {self.init_lora_weights!r}, expected one of {_INITS}; "
                 "the others change the base weights or replace A after the posterior is made."
             )
-        fault = pattern_fault(vars(self))
+        # Which layers are adapted is found once, in the caller's own words; a saved posterior lists them.
+        named = {
+            name: value for name, value in vars(self).items() if name not in ("target_modules", "exclude_modules")
+        }
+        fault = pattern_fault(named)
         if fault:
             raise ConfigError(f"BlobConfig {fault}.")
 

@@ -21,6 +21,7 @@ TENSOR_FILE = "adapter_model.safetensors"
 PART_FILE = "posterior.safetensors"
 CARD = "README.md"
 _LIMIT = 1 << 24
+CONFIG_LIMIT = 1 << 20
 
 
 def member_folder(number: int) -> str:

@@ -1,7 +1,6 @@
 """Saving a posterior as a folder, and loading it with every byte checked."""
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,13 @@ from torch import Tensor, nn
 from bayestune.adapters import is_merged
 from bayestune.adapters.card import add_notice
 from bayestune.errors import ConfigError, PosteriorError
+from bayestune.posteriors.adapter_files import write_adapter
 from bayestune.posteriors.base import Posterior
 from bayestune.posteriors.fingerprint import fingerprint, settings, settings_difference, weights_difference
 from bayestune.posteriors.folder import existing_folder, new_folder, strict_json
 from bayestune.posteriors.manifest import (
     CONFIG_FILE,
+    CONFIG_LIMIT,
     PART_FILE,
     STD,
     TENSOR_FILE,
@@ -48,8 +49,6 @@ from bayestune.posteriors.state import (
 )
 from bayestune.posteriors.variational import Variational
 
-_CONFIG_LIMIT = 1 << 20
-
 
 def save_posterior(model: nn.Module | Posterior, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Save a posterior, or the active adapter of a model, to the folder `path`, whole or not at all.
@@ -77,7 +76,7 @@ def save_posterior(model: nn.Module | Posterior, path: str | os.PathLike[str], *
     tensors = adapter_tensors(model, adapter)
     _check_savable(model, tensors)
     with new_folder(path, overwrite=overwrite) as folder:
-        _write_adapter(model, adapter, folder)
+        write_adapter(model, adapter, folder)
         if kind == "blob":
             add_notice(folder)
         _check_written(folder, kind, tensors)
@@ -204,18 +203,9 @@ def _check_savable(model: PeftModel, tensors: dict[str, Tensor]) -> None:
             )
 
 
-def _write_adapter(model: PeftModel, adapter: str, folder: Path) -> None:
-    # Embeddings are saved only as modules_to_save: PEFT's own guess would store frozen base weights, and ask the Hub.
-    model.save_pretrained(str(folder), selected_adapters=[adapter], save_embedding_layers=False)
-    if adapter != "default":
-        for name in (CONFIG_FILE, TENSOR_FILE):
-            os.replace(folder / adapter / name, folder / name)
-        shutil.rmtree(folder / adapter)
-
-
 def _check_written(folder: Path, kind: str, tensors: dict[str, Tensor]) -> None:
     """That PEFT wrote all of `tensors` and nothing else, and settings that `load_posterior` will take."""
-    fault = settings_fault(strict_json((folder / CONFIG_FILE).read_bytes(), limit=_CONFIG_LIMIT), kind)
+    fault = settings_fault(strict_json((folder / CONFIG_FILE).read_bytes(), limit=CONFIG_LIMIT), kind)
     if fault:
         raise ConfigError(f"the adapter cannot be saved as a posterior: {fault}.")
     written = safetensors.torch.load_file(folder / TENSOR_FILE)
@@ -234,7 +224,7 @@ def _config(folder: Path, text: bytes, manifest: dict[str, Any]) -> LoraConfig:
     if manifest["std"] != (STD if kind == "blob" else None):
         raise PosteriorError(f"{folder}: found the parameterisation std = {manifest['std']}, expected std = {STD}.")
     try:
-        values = strict_json(text, limit=_CONFIG_LIMIT)
+        values = strict_json(text, limit=CONFIG_LIMIT)
         fault = settings_fault(values, kind)
         if fault:
             raise PosteriorError(f"{folder / CONFIG_FILE}: {fault}.")
