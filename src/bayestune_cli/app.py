@@ -14,6 +14,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from bayestune_cli.console import tell
 from bayestune_cli.reporting import report, table
 from bayestune_cli.signals import Stopped, stoppable
 from bayestune_cli.streams import (
@@ -26,6 +27,7 @@ from bayestune_cli.streams import (
     fail,
     flush_output,
     lasting_stderr,
+    open_streams,
     quiet,
 )
 from bayestune_cli.trained import evaluate, export, predict
@@ -63,6 +65,7 @@ for command in (train, evaluate, predict, export, demo, table, report):
 
 def main() -> NoReturn:
     """Entry point of the program."""
+    open_streams()
     code = invoke(sys.argv[1:])
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -97,7 +100,7 @@ def _invoke(arguments: list[str], *, debug: bool) -> int:
         from bayestune.errors import BayestuneError, TrainingError
 
         if debug:
-            traceback.print_exc()
+            tell(traceback.format_exc())
         if isinstance(error, TrainingError):
             message, code = f"training stopped: {error}", STOPPED
         elif isinstance(error, BayestuneError | OSError | ImportError):

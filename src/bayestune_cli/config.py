@@ -27,6 +27,14 @@ class _Loader(yaml.SafeLoader):
         self.depth -= 1
         return node
 
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.YAMLError(f"line {key.start_mark.line + 1}: found {key.value!r} twice")
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return super().construct_mapping(node, deep)
+
     def construct_yaml_int(self, node: Any) -> int:
         number = super().construct_yaml_int(node)
         if abs(number) > _LARGEST:
@@ -53,7 +61,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise FlagError(f"--config {path}: found more than {_LIMIT} bytes, expected settings, one a line.")
     try:
         found = _Loader(text).get_single_data()
-    except (yaml.YAMLError, ValueError, OverflowError) as error:
+    except (yaml.YAMLError, ValueError, ArithmeticError, LookupError, AttributeError) as error:  # of its constructors
         raise FlagError(f"--config {path}: not YAML: {error}") from error
     if not isinstance(found, dict):
         kind = "nothing" if found is None else f"a {type(found).__name__}"

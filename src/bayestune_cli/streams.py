@@ -26,6 +26,13 @@ def fail(message: str, error: BaseException, code: int, *, as_json: bool) -> int
     return code
 
 
+def open_streams() -> None:
+    """Send a stream that the process was started without nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+
+
 def flush_output(code: int) -> int:
     """Write out what was printed; `code`, or that of an error if stdout takes no more: it is then dropped."""
     try:

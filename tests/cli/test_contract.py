@@ -79,6 +79,26 @@ def test_R09_a_wrong_use_has_valid_json_too_and_done_is_0(world: Path, capsys: p
     assert "error" not in json.loads(capsys.readouterr().out)
 
 
+def test_R09_a_program_started_without_a_stdout_still_ends_in_its_own_way() -> None:
+    for arguments, code in (["--help"], 0), (["evaluate", "/nowhere", "--json"], 2):
+        command = ["sh", "-c", 'exec "$0" -m bayestune_cli "$@" >&-', sys.executable, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == code
+        assert "Traceback" not in done.stderr and ("/nowhere" in done.stderr) == (code == 2)
+
+
+def test_X05_a_traceback_has_no_escapes_either(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("\x1b]0;owned\x07")
+
+    monkeypatch.setattr("bayestune_cli.app.app", failing)
+    assert invoke(["--debug", "demo"]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err and "owned" in err and "\x1b" not in err
+
+
 # Odd environments.
 
 PROGRAM = """

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bayestune.adapters import BlobConfig
-from bayestune.adapters.patterns import FORKS, LONGEST, pattern_fault
+from bayestune.adapters.patterns import EXPRESSIONS, FORKS, LONGEST, pattern_fault
 from bayestune.errors import ConfigError, PosteriorError
 from bayestune.posteriors import load_posterior, save_posterior, storage
 from bayestune.posteriors.manifest import file_record, read_manifest, write_manifest
@@ -105,6 +105,15 @@ def test_X07_a_pattern_that_may_take_for_ever_is_never_run(saved: Path, folder: 
 )
 def test_X07_patterns_as_they_are_in_use_are_taken(pattern: str) -> None:
     assert pattern_fault({"target_modules": pattern, "rank_pattern": {pattern: 4}}) is None
+
+
+def test_X07_many_patterns_together_are_never_run(saved: Path, folder: Path) -> None:
+    """Each is bounded, and so is their number; names are not counted."""
+    half = EXPRESSIONS // 2 + 1
+    settings = {name: {f".*.*{name}{i}": 4 for i in range(half)} for name in ("rank_pattern", "alpha_pattern")}
+    refused(folder, changed(saved, **settings), f"alpha_pattern: found more than {EXPRESSIONS} regular expressions")
+    names = {f"model.layers.{i}.self_attn.q_proj": 4 for i in range(10 * EXPRESSIONS)}
+    assert pattern_fault({"rank_pattern": names, "alpha_pattern": names}) is None
 
 
 def test_X07_layers_found_by_a_regular_expression_are_saved_by_name(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from bayestune.posteriors import Variational, load, save_posterior
 from bayestune.posteriors.jacobian import traced
 from bayestune.posteriors.sampling_free import difference_covariance, symmetric_root
 from bayestune.posteriors.stacked import StackedDraws
+from bayestune.posteriors.variational import PREDICTIVES
 from inference.cases import CLASSES, Letters, rows
 from models import GPT2, LLAMA, blob
 from posteriors.laplace_cases import jacobians
@@ -105,6 +106,26 @@ def test_the_linearised_answer_does_not_depend_on_the_batch_and_leaves_the_model
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("pair", [range(2), range(25)], ids=["one difference", "many"])
+def test_a_root_moves_no_more_than_rounding_moves_the_covariance(pair: range) -> None:
+    """Also where eigenvalues are equal, or nearly: the root of a row does not depend on who else is in its batch."""
+    size = len(pair)
+    for covariance in (torch.eye(size), torch.ones(size, size) + torch.eye(size), _covariance(size)):
+        nudged = covariance * (1 + 3e-7 * _covariance(size).sign())
+        nudged = (nudged + nudged.T) / 2
+        root, other = symmetric_root(torch.stack([covariance, nudged]))
+        torch.testing.assert_close(root, root.T, rtol=0, atol=1e-5)
+        # A root of a matrix of norm n moves by at most sqrt of the change where it is singular (Powers and Stormer).
+        change = torch.linalg.matrix_norm(covariance - nudged, ord="nuc").item()
+        rounding = 10 * torch.finfo(torch.float32).eps * torch.linalg.matrix_norm(covariance, ord=2).item()
+        assert torch.linalg.matrix_norm(root - other) <= (change + size * rounding) ** 0.5
+
+
+def _covariance(size: int) -> Tensor:
+    factor = torch.randn(size, size + 2, generator=torch.Generator().manual_seed(size))
+    return factor @ factor.T / size
+
+
 def test_the_linearised_draws_have_the_keyed_noise() -> None:
     """Logits of draw k: the mean's plus R z_k, for two choices R being the standard deviation of their difference."""
     model = double_llama()
@@ -114,10 +135,18 @@ def test_the_linearised_draws_have_the_keyed_noise() -> None:
     inputs = TASK.collate([TASK.example(row) for row in pair])
     layers = gaussian_layers(model)
     variances = difference_covariance(traced(model, layers, TASK, inputs), layers)[:, 0, 0]
-    moved = (found[..., 1] - found[..., 0] - (mean[:, 1] - mean[:, 0])).abs()
+    moved = found[..., 1] - found[..., 0] - (mean[:, 1] - mean[:, 0])
     noise = prediction_noise(9, 0, "logits", (5, CLASSES - 1)).double()
-    # eigh orders eigenvalues upwards: with two choices the only one that is not 0 comes last
-    torch.testing.assert_close(moved, noise[:, -1:].abs() * variances.sqrt(), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(moved, noise[:, :1] * variances.sqrt(), rtol=1e-6, atol=1e-9)
+
+
+def test_predictions_can_be_asked_for_in_inference_mode() -> None:
+    for way in PREDICTIVES:
+        posterior = Variational(double_llama(), predictive=way)
+        expected = predict(posterior, TASK, rows(3), draws=4)
+        with torch.inference_mode():
+            found = predict(posterior, TASK, rows(3), draws=4)
+        assert torch.equal(found.draw_log_probs, expected.draw_log_probs)
 
 
 def test_masks_are_not_gaussian_and_are_refused() -> None:

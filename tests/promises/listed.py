@@ -248,12 +248,17 @@ PROMISES = (
     Promise(
         id="R01",
         says="Out of memory: smaller micro-batches, the same effective batch and result.",
-        note="Noise and dropout masks are drawn by micro-batch. Where memory runs out in the first update, the run is "
-        "bit for bit that of the smaller micro-batches from the start; where later, that of large ones before and "
-        "small ones from there on, which for plain LoRA without dropout is the same to rounding. The smaller size is "
-        "in no checkpoint: a resumed run starts with whole micro-batches, and repeats the other bit for bit where "
-        "memory runs out again in its first update. Of several processes one cannot do this alone: it stops the run "
-        "and says which it is. Predictions in other chunks are equal to rounding of float64, not to the bit.",
+        note=(
+            "On GPUs, whose allocator says so (torch.OutOfMemoryError); a CPU's ends the run, and so does memory "
+            "that runs out in the optimiser's own step. Noise and dropout masks are drawn by micro-batch. Where "
+            "memory runs out in the first update and the smaller size divides the larger, the run is bit for bit "
+            "that of the smaller micro-batches from the start; where later, that of large ones before and small "
+            "ones from there on, which for plain LoRA without dropout is the same to rounding. The smaller size "
+            "is in no checkpoint: a resumed run starts with whole micro-batches, and repeats the other bit for "
+            "bit where memory runs out again in its first update. Of several processes one cannot do this alone: "
+            "it stops the run and says which it is. Predictions in other chunks are equal to rounding of float64, "
+            "not to the bit."
+        ),
     ),
     Promise(
         id="R02",

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-LONGEST, FORKS = 256, 3
+LONGEST, FORKS, EXPRESSIONS = 256, 3, 64
 # Names, dots, escapes, groups of alternatives, and a star after a dot: nothing here can repeat what itself repeats.
 _PLAIN = re.compile(r"(?:[\w.^$|()\\-]|(?<=\.)\*)*")
 
@@ -13,8 +13,9 @@ def pattern_fault(settings: Mapping[str, Any]) -> str | None:
     """The first setting of LoRA whose regular expression might take for ever, in words; None where there is none.
 
     With at most `FORKS` stars and groups, and the star that PEFT adds in front of some, a match takes at most the
-    fourth power of the length of a module's name.
+    fourth power of the length of a module's name; and at most `EXPRESSIONS` of them are more than names.
     """
+    expressions = 0
     for name, pattern in _patterns(settings):
         forks = pattern.count("*") + pattern.count("(")
         if len(pattern) > LONGEST or forks > FORKS or not _PLAIN.fullmatch(pattern):
@@ -22,6 +23,9 @@ def pattern_fault(settings: Mapping[str, Any]) -> str | None:
                 f"{name}: found {pattern[:60]!r}, expected names, or a short regular expression with no other "
                 f"operators than . .* ( | ) and at most {FORKS} stars and groups; list the names of the layers"
             )
+        expressions += forks > 0
+        if expressions > EXPRESSIONS:
+            return f"{name}: found more than {EXPRESSIONS} regular expressions in all; list the names of the layers"
     return None
 
 

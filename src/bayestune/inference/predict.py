@@ -116,11 +116,11 @@ def predict(
             if isinstance(model, Posterior)
             else StackedDraws.of(module, draws=draws, seed=seed)
         )
-        logits = torch.empty(sampler.slices, len(rows), task.classes, dtype=torch.float64)
         with (
             torch.inference_mode(not sampler.gradients),
             tqdm(total=len(rows), desc="predict", unit="row", disable=not progress) as bar,
         ):
+            logits = torch.empty(sampler.slices, len(rows), task.classes, dtype=torch.float64)
             while todo:
                 places = todo.pop(0)
                 batch = {key: t.to(device) for key, t in task.collate([examples[i] for i in places]).items()}

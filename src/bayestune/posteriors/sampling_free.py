@@ -60,9 +60,12 @@ def difference_covariance(
 
 
 def symmetric_root(covariance: Float[Tensor, "rows d d"]) -> Float[Tensor, "rows d d"]:
-    """R with ``R R^T = covariance``, which may be singular."""
+    """The symmetric R with ``R R = covariance``, which may be singular: a continuous function of it.
+
+    So rounding of the covariance stays rounding of R, where signs and bases of its eigenvectors are anyone's guess.
+    """
     values, vectors = torch.linalg.eigh(covariance)
-    return vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
+    return (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)) @ vectors.transpose(-1, -2)
 
 
 def _gaussians(model: nn.Module) -> dict[str, GaussianLinear]:

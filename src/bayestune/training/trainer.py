@@ -43,6 +43,7 @@ class BayesTrainer(SafeTrainer):
     When memory runs out the update begins again with half the rows a forward, and so do all later ones: the rows of an
     update and all that depends on them stay, and a `BayestuneWarning` says so. The result is that of micro-batches of
     that size from the start, to rounding for plain LoRA without dropout (noise and masks are drawn by micro-batch).
+    So it is on a GPU; where a CPU's memory runs out, or that of the optimiser's own step, the run ends.
 
     Args:
         model: PEFT model with a BLOB or a LORA adapter.
