@@ -104,4 +104,11 @@ DEFECTS = (
         after="(vector + 0 * first for vector in others)",
         tests="posteriors/test_variational.py covariance",
     ),
+    Defect(
+        name="a root that turns with the signs of eigenvectors",
+        path="posteriors/sampling_free.py",
+        before=" @ vectors.transpose(-1, -2)\n",
+        after="\n",
+        tests="posteriors/test_variational.py root",
+    ),
 )

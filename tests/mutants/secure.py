@@ -187,4 +187,18 @@ DEFECTS = (
         after="# everyday\0",
         tests="test_wheel.py texts",
     ),
+    Defect(
+        name="any number of expressions",
+        path="adapters/patterns.py",
+        before="if expressions > EXPRESSIONS:",
+        after="if False:",
+        tests="posteriors/test_limits.py together",
+    ),
+    Defect(
+        name="a setting given twice",
+        path="bayestune_cli/config.py",
+        before="key.value in seen:",
+        after="False:",
+        tests="cli/test_config.py not_plain",
+    ),
 )
