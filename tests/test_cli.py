@@ -26,6 +26,7 @@ from bayestune.experiment import Experiment, load_run
 from bayestune.inference import evaluate, predict
 from bayestune.posteriors import Variational
 from bayestune_cli.app import app, invoke
+from bayestune_cli.streams import quietly
 from toys import pretrained_llama, questions, write_data, write_rows
 
 STEPS, DRAWS = 6, 3
@@ -258,7 +259,7 @@ def test_resume_ends_where_the_uninterrupted_run_ended(world: Path, tmp_path: Pa
     (cut / "checkpoints" / f"checkpoint-{STEPS}" / "training.json").unlink()  # it died while writing this one
     assert invoke([*train_arguments(world, checkpoint_steps=2, seed=1), "--output", str(cut), "--resume"]) == 2
     assert "seed" in capsys.readouterr().err
-    assert invoke([*command, "--output", str(cut), "--resume"]) == 0
+    assert invoke(["train", "--output", str(cut), "--resume"]) == 0  # with the settings that it has
     bar = capsys.readouterr().err
     assert f" 4/{STEPS} " in bar and f" 1/{STEPS} " not in bar  # it went on, and did not start anew
     name = "posterior/adapter_model.safetensors"
@@ -516,6 +517,6 @@ def test_our_own_warnings_are_shown_and_those_of_libraries_are_not(
             warnings.warn("look at this", BayestuneWarning, stacklevel=1)
         return 0
 
-    monkeypatch.setattr("bayestune_cli.app.app", warned)
+    monkeypatch.setattr("bayestune_cli.app.app", quietly(warned))
     assert invoke(["demo"]) == 0
     assert capsys.readouterr().err == "warning: look at this\n" * 2

@@ -4,7 +4,6 @@ It is a package beside `bayestune`, whose import takes seconds, since it makes P
 is imported before a command runs, so `bayestune --help` answers at once.
 """
 
-import contextlib
 import os
 import signal
 import sys
@@ -20,6 +19,7 @@ from bayestune_cli.signals import Stopped, stoppable
 from bayestune_cli.streams import (
     INTERNAL,
     INTERRUPTED,
+    LOUD,
     OK,
     STOPPED,
     TERMINATED,
@@ -28,7 +28,7 @@ from bayestune_cli.streams import (
     flush_output,
     lasting_stderr,
     open_streams,
-    quiet,
+    quietly,
 )
 from bayestune_cli.trained import evaluate, export, predict
 from bayestune_cli.training import demo, train
@@ -60,7 +60,7 @@ def program(
 
 
 for command in (train, evaluate, predict, export, demo, table, report):
-    app.command()(command)
+    app.command()(quietly(command))
 
 
 def main() -> NoReturn:
@@ -86,9 +86,9 @@ def invoke(arguments: Sequence[str]) -> int:
 
 
 def _invoke(arguments: list[str], *, debug: bool) -> int:
-    as_json, helps = "--json" in arguments, not arguments or "--help" in arguments
+    as_json, loud = "--json" in arguments, LOUD.set(debug)
     try:
-        with stoppable(), contextlib.nullcontext() if debug or helps else quiet():
+        with stoppable():
             code = app(arguments, prog_name="bayestune", standalone_mode=False)
         return code if isinstance(code, int) else OK
     except typer.TyperException as error:
@@ -108,3 +108,5 @@ def _invoke(arguments: list[str], *, debug: bool) -> int:
         else:
             message, code = f"internal error: {type(error).__name__}: {error} (--debug shows where)", INTERNAL
         return fail(message, error, code, as_json=as_json)
+    finally:
+        LOUD.reset(loud)

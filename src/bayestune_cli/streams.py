@@ -1,12 +1,14 @@
 """What a command writes to its terminal or log: its errors, one line each, and little of other libraries."""
 
 import contextlib
+import functools
 import json
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, TextIO
 
 from tqdm.utils import ObjectWrapper
@@ -77,27 +79,44 @@ def _drop(stream: TextIO) -> None:
     os.close(nowhere)
 
 
+LOUD: ContextVar[bool] = ContextVar("LOUD", default=False)
+"""Whether libraries may say what they like: --debug."""
+
+
+def quietly(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`command`, with libraries kept quiet while it runs, and not before its flags are known to be right."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with contextlib.nullcontext() if LOUD.get() else quiet():
+            return command(*args, **kwargs)
+
+    return run
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep libraries' advice and load reports off the console; their errors still show."""
-    from transformers.utils.logging import disable_progress_bar, enable_progress_bar
-
-    from bayestune.errors import BayestuneWarning
-
-    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-        if issubclass(category, BayestuneWarning):  # a library may switch its own on again
-            tell(f"warning: {message}")
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    disable_progress_bar()
+    logging.disable(logging.WARNING)  # before any import: packages tell at once what they lack
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            from transformers.utils.logging import disable_progress_bar, enable_progress_bar
+
+            from bayestune.errors import BayestuneWarning
+
+            def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+                if issubclass(category, BayestuneWarning):  # a library may switch its own on again
+                    tell(f"warning: {message}")
+
             warnings.simplefilter("always", BayestuneWarning)
             warnings.showwarning = show
-            yield
+            disable_progress_bar()
+            try:
+                yield
+            finally:
+                enable_progress_bar()
     finally:
-        enable_progress_bar()
         logging.disable(before)

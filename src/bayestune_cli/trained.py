@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from bayestune.inference import Prediction
     from bayestune.tasks import AnyRow, Task
 
+LINEARISED_DRAWS = 1000
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that `bayestune train` made.")]
 Data = Annotated[str | None, typer.Option(help="Folder of data sets; default: that of the run.")]
 Draws = Annotated[
@@ -23,7 +24,7 @@ Predictive = Annotated[
     str | None,
     typer.Option(
         help="How to average, for blob, bbb, dropout and tfb: mc, independent draws (default); antithetic, pairs of "
-        "opposite draws; linearised, Gaussian logits about the mean (not dropout), where draws are cheap: take 1000."
+        "opposite draws; linearised, Gaussian logits about the mean (not dropout), of which 1000 draws cost nothing."
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the draws.")]
@@ -48,7 +49,7 @@ def evaluate(
     from bayestune.inference import evaluate as scores_of
 
     loaded = _load(run, data, predictive)
-    count = _draws(loaded, draws)
+    count = _draws(loaded, draws, predictive)
     chosen = split or loaded.experiment.eval_split
     assert chosen is not None
     rows = loaded.task.rows(chosen)
@@ -59,11 +60,10 @@ def evaluate(
     if as_json:
         answer = {**scores.as_dict(), "task": loaded.task.name, "split": chosen, "seed": seed}
         answer["temperature"] = loaded.posterior.temperature
-        if predictive is not None:
-            answer["predictive"] = predictive
+        answer["predictive"] = predictive or "mc"
         say(json.dumps({**answer, "method": loaded.experiment.method, **({"ood": others} if others else {})}))
         return
-    say(score_table({f"{loaded.experiment.method} N={count}": scores}))
+    say(score_table({f"{loaded.experiment.method} N={count}{f' {predictive}' if predictive else ''}": scores}))
     if loaded.posterior.temperature != 1:
         say(f"temperature {loaded.posterior.temperature:.4g}")
     for name, other in others.items():
@@ -98,7 +98,7 @@ def predict(
     rows = read_rows(input, labelled=False)
     loaded = _load(run, data, predictive)
     loaded.task.check(rows)
-    prediction = loaded.predict(rows, draws=_draws(loaded, draws), seed=seed, progress=True)
+    prediction = loaded.predict(rows, draws=_draws(loaded, draws, predictive), seed=seed, progress=True)
     probs = prediction.probs.tolist()
     lines = []
     for i, row in enumerate(rows):
@@ -152,11 +152,13 @@ def _load(run: Path, data: str | None, predictive: str | None) -> "Run":
     return dataclasses.replace(loaded, posterior=posterior)
 
 
-def _draws(loaded: "Run", draws: int | None) -> int:
-    """What was asked for, or else the run's own number."""
+def _draws(loaded: "Run", draws: int | None, predictive: str | None = None) -> int:
+    """What was asked for, or else the run's own number; many of linearised logits, which cost nothing."""
     if draws is not None and draws < 0:
         raise FlagError(f"--draws: found {draws}, expected 0 (the mean) or more.")
-    return loaded.default_draws if draws is None else draws
+    if draws is not None:
+        return draws
+    return LINEARISED_DRAWS if predictive == "linearised" else loaded.default_draws
 
 
 def _unknown(loaded: "Run", name: str) -> tuple["Task", list["AnyRow"]]:

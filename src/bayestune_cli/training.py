@@ -135,7 +135,9 @@ def train(
     temperature_split: Annotated[
         str | None, typer.Option(help="Any method: rows to fit a temperature on, such as dev; default none.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in --output, with its settings.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --output.")] = False,
 ) -> None:
     """Train a posterior (or plain LoRA), evaluate it, and leave both in a run folder."""
@@ -178,8 +180,10 @@ def train(
         "swag_learning_rate": swag_learning_rate,
         "temperature_split": temperature_split,
     }
-    settings, record = ({}, None) if config is None else read_run_file(config)
     given = {name: value for name, value in given.items() if value is not None}
+    if resume and config is None and not {"model", "task"} & given.keys():
+        config = output / "experiment.json"
+    settings, record = ({}, None) if config is None else read_run_file(config)
     if {"kl_learning_rate", "posterior_std"} & given.keys():  # one of them takes the place of the other
         settings = {
             name: value for name, value in settings.items() if name not in ("kl_learning_rate", "posterior_std")

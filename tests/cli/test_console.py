@@ -13,6 +13,7 @@ import bayestune_cli
 from bayestune.errors import BayestuneWarning, TrainingError
 from bayestune_cli.app import invoke
 from bayestune_cli.console import plain
+from bayestune_cli.streams import quietly
 from toys import pretrained_llama, questions, write_data, write_rows
 
 STEERING = {
@@ -108,7 +109,7 @@ def test_X05_no_warning_steers_the_terminal(monkeypatch: pytest.MonkeyPatch, cap
         warnings.warn(f"row {STEERING['clear']}", BayestuneWarning, stacklevel=1)
         raise TrainingError(f"rows {STEERING['one byte']}")
 
-    monkeypatch.setattr("bayestune_cli.app.app", warned)
+    monkeypatch.setattr("bayestune_cli.app.app", quietly(warned))
     assert invoke(["demo"]) == 3
     err = capsys.readouterr().err
     assert err == "warning: row \\x1b[2J\\x1b[H\ntraining stopped: rows \\x9b31m\n"

@@ -1,13 +1,16 @@
 """Draws: contexts inside which a Bayesian model is one deterministic function."""
 
+import operator
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import SupportsIndex
 
 from torch import nn
 
 from bayestune.adapters import drawn_weights
+from bayestune.errors import ConfigError
 from bayestune.posteriors.stacked import single_weights
 
 _LOCK = threading.Lock()
@@ -23,8 +26,12 @@ def draw(model: nn.Module, *, index: int = 0, seed: int = 0) -> Iterator[None]:
     Only the current thread is affected, so threads may hold different draws of one model.
 
     Raises:
+        ConfigError: `index` or `seed` is no whole number, or below 0.
         DrawError: the model has no Gaussian adapter, or it is merged into the base weights.
     """
+    for name, value in {"index": index, "seed": seed}.items():
+        if not isinstance(value, SupportsIndex) or operator.index(value) < 0:
+            raise ConfigError(f"draw {name}: found {value!r}, expected a whole number, at least 0.")
     with evaluation_mode(model), drawn_weights(single_weights(model, index, seed)):
         yield
 
