@@ -47,6 +47,27 @@ DEFECTS = (
         tests="tasks/test_data.py 50_MB",
     ),
     Defect(
+        name="what a tokenizer puts around a text counts as its tokens",
+        path=BASE,
+        before="            [text for _, text in texts], add_special_tokens=False,",
+        after="            [text for _, text in texts], add_special_tokens=True,",
+        tests="tasks/test_rows_without_tokens.py own",
+    ),
+    Defect(
+        name="the second sentence may have no token",
+        path=DATA,
+        before='*([] if self.text_pair is None else [("text_pair", self.text_pair)])',
+        after="",
+        tests="tasks/test_rows_without_tokens.py own",
+    ),
+    Defect(
+        name="a choice may have no token",
+        path=DATA,
+        before='*passage, *(("choices", choice) for choice in self.choices)]',
+        after="*passage]",
+        tests="tasks/test_rows_without_tokens.py own",
+    ),
+    Defect(
         name="a bool is a label",
         path=DATA,
         before="    if type(value) is not int:",

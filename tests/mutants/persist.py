@@ -157,4 +157,25 @@ DEFECTS = (
         after="return rho * rho * rho.abs()\n",
         tests="test_golden.py P12",
     ),
+    Defect(
+        name="a checkpoint may say that any number of processes wrote it",
+        path=FILES,
+        before="    if type(processes) is not int or not 1 <= processes <= files:",
+        after="    if type(processes) is not int or processes < 1:",
+        tests=f"{FAULTS} more",
+    ),
+    Defect(
+        name="settings that are not JSON end the search for a checkpoint",
+        path=FILES,
+        before="    except (ValueError, RecursionError) as error:",
+        after="    except RecursionError as error:",
+        tests=f"{FAULTS} sums",
+    ),
+    Defect(
+        name="the form of the settings of a checkpoint is not checked",
+        path=FILES,
+        before="    if not isinstance(found, dict) or any(type",
+        after="    if False and any(type",
+        tests=f"{FAULTS} sums",
+    ),
 )

@@ -41,7 +41,28 @@ def test_N05_a_text_without_a_token_is_refused_by_name(bare: PreTrainedTokenizer
     task = encoder_multiple_choice("openbookqa", bare)
     with pytest.raises(DataError, match=r"\(id r\): field 'question': found text without a token"):
         task.example(Row(id="r", question=INVISIBLE, choices=("some", INVISIBLE), answer=0))
-    task.example(Row(id="r", question=INVISIBLE, choices=("some", "more"), answer=0))
+
+
+@pytest.mark.parametrize("framed", [True, False], ids=["[CLS] and [SEP]", "bare"])
+def test_N05_each_text_of_a_row_has_a_token_of_its_own(
+    bare: PreTrainedTokenizerFast, tokenizers: Tokenizers, framed: bool
+) -> None:
+    """What a tokenizer puts around every text is nothing to look at."""
+    tokenizer = tokenizers["encoder"]() if framed else bare
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(INVISIBLE, "")
+    sentences = classification("rte", tokenizer)
+    sentences.example(TextRow(id="r", text=f"x{INVISIBLE}", text_pair="y"))
+    for name in ("text", "text_pair"):
+        with pytest.raises(DataError, match=rf"field '{name}': found text without a token \('\\u200b'\)"):
+            sentences.example(TextRow(**{"id": "r", "text": "x", "text_pair": "y", name: INVISIBLE}))
+    empty = {"question": INVISIBLE, "choices": ("some", INVISIBLE), "passage": INVISIBLE}
+    for data, names in (("openbookqa", ["question", "choices", "passage"]), ("winogrande_s", ["choices"])):
+        task = encoder_multiple_choice(data, tokenizer)
+        plain = {"id": "r", "question": "an _", "choices": ("some", "more"), "passage": "x", "answer": 0}
+        task.example(Row(**plain))
+        for name in names:
+            with pytest.raises(DataError, match=f"field '{name}': found text without a token"):
+                task.example(Row(**{**plain, name: empty[name]}))
 
 
 def test_N05_a_text_of_one_token_is_answered_as_any_other(bare: PreTrainedTokenizerFast, build: Build) -> None:

@@ -1,6 +1,7 @@
 """A checkpoint that is not exactly what was written is refused before any of it is used, or passed over by name."""
 
 import errno
+import json
 import os
 import random
 import re
@@ -226,6 +227,44 @@ def test_P04_broken_checkpoints_are_passed_over_by_name(run: Path) -> None:
         assert last_complete(run) is None
     assert re.search(r"checkpoint-1 .*found no checkpoint\.json", str(warned[-1].message)) and len(warned) == 4
     assert last_complete(run / "none") is None
+
+
+WRONG: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
+    "empty": ("is not an object with course", lambda saved: {}),
+    "list": ("is not an object with course", lambda saved: []),
+    "scheduler": ("is not an object with course", lambda saved: {**saved, "scheduler": None}),
+    "format": ("has format 2, expected 1", lambda saved: {**saved, "format": 2}),
+    "state": ("has an optimizer without state", lambda saved: {**saved, "optimizer": {"state": {}}}),
+    "letter": ("has processes='x', expected 1 to", lambda saved: {**saved, "course": {"processes": "x"}}),
+    "bool": ("has processes=True, expected 1 to", lambda saved: {**saved, "course": {"processes": True}}),
+    "none": ("has processes=0, expected 1 to", lambda saved: {**saved, "course": {"processes": 0}}),
+    "more": ("has processes=9, expected 1 to 8", lambda saved: {**saved, "course": {"processes": 9}}),
+    "many": ("has processes=30000000, expected 1 to 8", lambda saved: {**saved, "course": {"processes": 30_000_000}}),
+}
+
+
+@pytest.mark.parametrize("name", [*WRONG, "no JSON", "deep"])
+def test_P04_wrong_training_settings_under_right_sums_are_passed_over_by_name(run: Path, name: str) -> None:
+    path = run / "checkpoint-3" / "training.json"
+    if name in WRONG:
+        says, change = WRONG[name]
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    else:
+        says = "is not JSON"
+        path.write_text("{" if name == "no JSON" else "[" * 100_000)
+    seal(run / "checkpoint-3")
+    with pytest.warns(BayestuneWarning, match=rf"checkpoint-3 cannot be resumed: training\.json {says}"):
+        assert last_complete(run) == run / "checkpoint-2"
+    with pytest.raises(TrainingError, match=rf"training\.json {says}"):
+        trainer(run).train(resume_from_checkpoint=str(run / "checkpoint-3"))
+
+
+def test_P04_a_scheduler_that_keeps_infinities_is_resumed(tmp_path: Path) -> None:
+    plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": "loss", "eval_strategy": "epoch"}
+    trainer(tmp_path, **plateau).train()
+    assert "Infinity" in (tmp_path / "checkpoint-2" / "training.json").read_text()
+    trainer(tmp_path, **plateau).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert last_complete(tmp_path) == tmp_path / "checkpoint-3"
 
 
 def test_P04_a_broken_checkpoint_is_replaced_when_its_step_comes_again(run: Path) -> None:

@@ -115,12 +115,16 @@ class Task(ABC):
             expected = f"at most {self.max_tokens} (max_tokens, or the tokenizer's own limit; nothing is ever cut)"
             raise row.fault(_main_text(row), f"{tokens} tokens with its prompt and answer", expected)
 
-    def refuse_if_empty(self, row: AnyRow, tokens: int) -> None:
-        """Raise a DataError for a row whose text the tokenizer turns into no token at all."""
-        if tokens < 1:
-            raise row.fault(
-                _main_text(row), "text without a token", "text that the tokenizer knows at least one token of"
-            )
+    def refuse_if_empty(self, row: AnyRow) -> None:
+        """Raise a DataError for a row with a text that the tokenizer by itself turns into no token at all."""
+        texts = row.texts
+        encoded = self.tokenizer(
+            [text for _, text in texts], add_special_tokens=False, padding=False, truncation=False, verbose=False
+        )
+        for (name, text), ids in zip(texts, encoded["input_ids"], strict=True):
+            if not ids:
+                expected = "text that the tokenizer knows at least one token of"
+                raise row.fault(name, f"text without a token ({shown(text)})", expected)
 
     def _refuse_without_embedding(self, row: AnyRow, example: dict[str, Any]) -> None:
         if self.embeddings is None:

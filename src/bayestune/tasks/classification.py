@@ -50,10 +50,10 @@ class Classification(Task):
 
     def example(self, row: AnyRow) -> dict[str, Any]:
         self.spec.check(row)
+        self.refuse_if_empty(row)
         first, second = (row.question, row.passage) if isinstance(row, Row) else (row.text, row.text_pair)
         encoded = self.tokenizer(first, second, padding=False, truncation=False, verbose=False)
         example = {"id": row.id, "encoding": dict(encoded), "label": row.target}
-        self.refuse_if_empty(row, self.tokens(example))
         self.refuse_if_too_long(row, self.tokens(example))
         return example
 

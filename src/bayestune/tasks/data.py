@@ -87,6 +87,12 @@ class Row:
         """The class index, or None when unlabelled."""
         return self.answer
 
+    @property
+    def texts(self) -> list[tuple[str, str]]:
+        """Every text that is put to a model, each after the name of its field."""
+        passage = [] if self.passage is None else [("passage", self.passage)]
+        return [("question", self.question), *passage, *(("choices", choice) for choice in self.choices)]
+
     def fault(self, name: str, found: str, expected: str) -> DataError:
         """The error that names this row and one of its fields."""
         return fault(self.where, self.id, name, found, expected)
@@ -114,6 +120,11 @@ class TextRow:
     def target(self) -> int | None:
         """The class index, or None when unlabelled."""
         return self.label
+
+    @property
+    def texts(self) -> list[tuple[str, str]]:
+        """Every text that is put to a model, each after the name of its field."""
+        return [("text", self.text), *([] if self.text_pair is None else [("text_pair", self.text_pair)])]
 
     def fault(self, name: str, found: str, expected: str) -> DataError:
         """The error that names this row and one of its fields."""

@@ -152,6 +152,7 @@ class CausalMultipleChoice(Task):
 
     def example(self, row: AnyRow) -> dict[str, Any]:
         self.spec.check(row)
+        self.refuse_if_empty(row)
         assert isinstance(row, Row)
         context, scored, problem = self._scored(row)
         if problem is not None:
@@ -224,6 +225,7 @@ class EncoderMultipleChoice(Task):
 
     def example(self, row: AnyRow) -> dict[str, Any]:
         self.spec.check(row)
+        self.refuse_if_empty(row)
         assert isinstance(row, Row)
         if self.spec.blank:
             first, second = [row.question.replace("_", choice) for choice in row.choices], None
@@ -233,7 +235,6 @@ class EncoderMultipleChoice(Task):
         encoded = self.tokenizer(first, second, padding=False, truncation=False, verbose=False)
         encodings = [{key: encoded[key][choice] for key in encoded} for choice in range(len(row.choices))]
         example = {"id": row.id, "encodings": encodings, "label": row.target}
-        self.refuse_if_empty(row, min(len(encoding["input_ids"]) for encoding in encodings))
         self.refuse_if_too_long(row, self.tokens(example))
         return example
 

@@ -137,8 +137,6 @@ class SafeTrainer(Trainer):
         if checkpoint is None:
             return
         saved = _read_json(Path(checkpoint) / TRAINING)
-        if saved["format"] != FORMAT:
-            raise TrainingError(f"{checkpoint}/{TRAINING}: found format {saved['format']}, expected {FORMAT}.")
         for name, value in {**self.course(), "step": self.state.global_step}.items():
             if saved["course"].get(name) != value:
                 raise TrainingError(

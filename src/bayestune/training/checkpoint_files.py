@@ -19,6 +19,7 @@ from typing import Any
 from bayestune.errors import BayestuneWarning, TrainingError
 from bayestune.posteriors.folder import alone, flush, flush_entry, strict_json
 from bayestune.posteriors.manifest import file_record, serialised
+from bayestune.tasks.data import shown
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
@@ -49,7 +50,7 @@ def check_checkpoint(checkpoint: Path) -> set[str]:
     """Names of the files of a checkpoint, if each is as it was written. Other files in it are not opened.
 
     Raises:
-        TrainingError: a file is missing, altered, or a link.
+        TrainingError: a file is missing, altered, or a link, or `training.json` is not of the form that is written.
     """
     entries = {path.relative_to(checkpoint).as_posix(): path for path in sorted(checkpoint.rglob("*"))}
     for name, path in entries.items():
@@ -68,7 +69,7 @@ def check_checkpoint(checkpoint: Path) -> set[str]:
             raise _broken(checkpoint, f"{name} was cut or altered (found {found}, expected {record})")
     for name in sorted({OPTIMIZER, TRAINING, STATE} - records.keys()):
         raise _broken(checkpoint, f"{MANIFEST} does not list {name}")
-    processes = json.loads(entries[TRAINING].read_bytes())["course"]["processes"]
+    processes = _processes(checkpoint, len(records))
     states = {f"rng_{rank}.{kind}" for rank in range(processes) for kind in ("json", "safetensors")}
     for name in sorted(states - records.keys()):
         raise _broken(checkpoint, f"found no {name}, and {processes} processes wrote it")
@@ -157,6 +158,28 @@ def _records(checkpoint: Path) -> dict[str, Any]:
     if found.get("format") != FORMAT or not isinstance(found.get("files"), dict):
         raise _broken(checkpoint, f"{MANIFEST} has format {found.get('format')!r}, expected {FORMAT}")
     return found["files"]
+
+
+def _processes(checkpoint: Path, files: int) -> int:
+    """How many processes wrote a checkpoint of so many `files`, by its `training.json`, whose form is checked."""
+    path = checkpoint / TRAINING
+    if path.stat().st_size > _LIMIT:
+        raise _broken(checkpoint, f"{TRAINING} has more than {_LIMIT} bytes")
+    try:
+        found = json.loads(path.read_bytes())  # not strictly: the scheduler of plateaus keeps infinities
+    except (ValueError, RecursionError) as error:
+        raise _broken(checkpoint, f"{TRAINING} is not JSON ({error})") from None
+    parts = {"course": dict, "optimizer": dict, "scheduler": dict, "format": int}
+    if not isinstance(found, dict) or any(type(found.get(name)) is not kind for name, kind in parts.items()):
+        raise _broken(checkpoint, f"{TRAINING} is not an object with {', '.join(parts)}")
+    if found["format"] != FORMAT:
+        raise _broken(checkpoint, f"{TRAINING} has format {shown(found['format'])}, expected {FORMAT}")
+    processes, optimizer = found["course"].get("processes"), found["optimizer"]
+    if type(optimizer.get("state")) is not dict or type(optimizer.get("param_groups")) is not list:
+        raise _broken(checkpoint, f"{TRAINING} has an optimizer without state or param_groups")
+    if type(processes) is not int or not 1 <= processes <= files:
+        raise _broken(checkpoint, f"{TRAINING} has processes={shown(processes)}, expected 1 to {files}, the files")
+    return processes
 
 
 def _broken(checkpoint: Path, fault: str) -> TrainingError:
