@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -174,6 +175,23 @@ def test_R08_a_clock_that_jumps_changes_nothing(world: Path, tmp_path: Path, mon
     assert adapter(tmp_path / "run") == adapter(world / "whole")
     assert 0 <= record(tmp_path / "run")["seconds"] < 3600
     assert (tmp_path / "run" / "checkpoints" / "checkpoint-6").is_dir()
+
+
+def test_P11_a_run_that_was_made_while_weights_were_loaded_is_not_replaced(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another process began later, with a smaller model."""
+    output = tmp_path / "run"
+
+    def slow(*args: Any) -> dict[str, Any]:
+        shutil.copytree(world / "whole", output)
+        return {}
+
+    monkeypatch.setattr(importlib.import_module("bayestune.experiment.run"), "provenance", slow)
+    assert invoke(training(world, output)) == 2
+    assert f"error: output {output}: the folder is not empty" in capsys.readouterr().err
+    assert adapter(output) == adapter(world / "whole") and record(output) == record(world / "whole")
+    assert os.listdir(tmp_path) == ["run"]
 
 
 # Runs made again.

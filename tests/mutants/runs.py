@@ -66,4 +66,18 @@ DEFECTS = (
         after="        if False:\n",
         tests="test_methods.py refused_and_nothing",
     ),
+    Defect(
+        name="a folder that filled while weights were loaded is written to",
+        path="experiment/folder.py",
+        before="        _check_content(output, experiment, overwrite=overwrite, resume=resume)\n        with _in_place",
+        after="        with _in_place",
+        tests="cli/test_contract.py P11",
+    ),
+    Defect(
+        name="a run is made without its lock",
+        path="experiment/folder.py",
+        before="    return alone(output if os.access(output.parent, os.W_OK | os.X_OK) else output / _INSIDE)",
+        after='    return __import__("contextlib").nullcontext()',
+        tests="experiment/test_folder.py P11",
+    ),
 )
