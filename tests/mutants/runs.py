@@ -69,8 +69,8 @@ DEFECTS = (
     Defect(
         name="a folder that filled while weights were loaded is written to",
         path="experiment/folder.py",
-        before="        _check_content(output, experiment, overwrite=overwrite, resume=resume)\n        with _in_place",
-        after="        with _in_place",
+        before="        _check_content(output, experiment, overwrite=overwrite, resume=resume)\n        with _in",
+        after="        with _in",
         tests="cli/test_contract.py P11",
     ),
     Defect(
