@@ -154,6 +154,21 @@ def test_R08_an_output_that_cannot_be_written_is_said_before_weights_are_loaded(
     assert not list(closed.iterdir())
 
 
+def test_R08_an_output_that_is_not_utf_8_is_said_before_weights_are_loaded(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """safetensors writes there, and cannot read back what it wrote: all that was trained would be lost."""
+
+    def load(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("bayestune.experiment.backbone.AutoModelForCausalLM.from_pretrained", load)
+    assert invoke(training(world, tmp_path / os.fsdecode(b"out\xff") / "run")) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: output ") and r"out\udcff/run': found a path that is not UTF-8" in err
+    assert err.count("\n") == 1 and not os.listdir(tmp_path)
+
+
 def test_R08_a_clock_that_jumps_changes_nothing(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Back by a day at every look, and checkpoints that are older the newer they are."""
     now = time.time()

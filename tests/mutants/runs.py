@@ -80,4 +80,11 @@ DEFECTS = (
         after='    return __import__("contextlib").nullcontext()',
         tests="experiment/test_folder.py P11",
     ),
+    Defect(
+        name="an output that is not UTF-8 is found out at the end",
+        path="experiment/folder.py",
+        before="        str(output.absolute()).encode()\n",
+        after="        pass\n",
+        tests="cli/test_contract.py R08_an_output_that_is_not",
+    ),
 )

@@ -41,6 +41,11 @@ def check_output(output: Path, experiment: Experiment, *, overwrite: bool, resum
     """
     if overwrite and resume:
         raise ConfigError("found overwrite and resume, expected one of them: replace the run, or go on with it.")
+    try:
+        str(output.absolute()).encode()
+    except UnicodeEncodeError:
+        found = f"output {str(output.absolute())!r}: found a path that is not UTF-8"
+        raise ConfigError(f"{found}, in which safetensors reads no file; choose another folder.") from None
     adapter = None if experiment.adapter is None else Path(experiment.adapter).resolve()
     if adapter is not None and output.resolve() in (adapter, *adapter.parents):
         raise ConfigError(f"output {output}: found the adapter to start from in it; choose another folder.")
