@@ -87,4 +87,11 @@ DEFECTS = (
         after="        pass\n",
         tests="cli/test_contract.py R08_an_output_that_is_not",
     ),
+    Defect(
+        name="a full disk at an export is an internal error",
+        path="bayestune_cli/trained.py",
+        before="    with writing(output):\n        folders",
+        after="    if True:\n        folders",
+        tests="cli/test_disk.py export",
+    ),
 )
