@@ -94,4 +94,18 @@ DEFECTS = (
         after="    if True:\n        folders",
         tests="cli/test_disk.py export",
     ),
+    Defect(
+        name="a record without the tokenizer and the configuration of the base",
+        path="experiment/provenance.py",
+        before='        "base_settings": _hashes(backbone, *_SETTINGS),\n',
+        after="",
+        tests="cli/test_contract.py R10_rows_of",
+    ),
+    Defect(
+        name="a record without the rows that a temperature is fitted on",
+        path="experiment/run.py",
+        before=', "temperature": self.temperature}',
+        after="}",
+        tests="cli/test_contract.py R10_rows_of",
+    ),
 )

@@ -133,7 +133,7 @@ def run(
         progress=progress,
     )
     training.check()
-    origin = provenance(backbone, rows.train, rows.evaluation, experiment.adapter) if is_main() else {}
+    origin = provenance(backbone, rows.by_use(), experiment.adapter) if is_main() else {}
     warn_if_other(record or {}, origin)
     folder = run_folder(output, experiment, overwrite=overwrite, resume=resume)
     with writing(output), folder if is_main() else contextlib.nullcontext():
@@ -192,6 +192,10 @@ class _Rows:
             fit=_checked(task, experiment.fit_split),
             temperature=_checked(task, experiment.temperature_split),
         )
+
+    def by_use(self) -> dict[str, list[AnyRow]]:
+        """As `provenance` takes them."""
+        return {"train": self.train, "eval": self.evaluation, "fit": self.fit, "temperature": self.temperature}
 
 
 def _repeated(experiment: Experiment, rows: _Rows) -> dict[str, dict[str, int]]:
