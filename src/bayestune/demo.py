@@ -29,6 +29,8 @@ SETTINGS: dict[str, Any] = {
 }
 NAMES = {"mle": "MLE", "blob_n0": "BLoB N=0", "blob_n10": "BLoB N=10"}
 FILES = {"mle", "blob", "result.json", "reliability.png", "reliability.svg"}
+LITTER = {f".{method}.{kind}" for method in ("mle", "blob") for kind in ("lock", "before")}
+"""What a demo that was killed leaves beside its runs: their locks, and the runs that they replace."""
 SHOWN = 5
 
 
@@ -95,7 +97,7 @@ def _train(method: str, seed: int, output: Path, overwrite: bool) -> Result:
 def _check_output(output: Path, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output {output}: found a file, expected a folder or nothing.")
-    found = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    found = {path.name for path in output.iterdir()} - LITTER if output.is_dir() else set()
     if found - FILES:
         raise ConfigError(
             f"output {output}: found {min(found - FILES)}, which is not of a demo; choose another folder."

@@ -130,10 +130,15 @@ def export(
         raise FlagError(f"--output {output}: it exists; choose another, or pass --overwrite.")
 
     from bayestune.experiment import load_run
+    from bayestune.experiment.disk import check_writable, writing
     from bayestune.export import export_lora
 
+    check_writable(output.parent, f"--output {output}")
     loaded = load_run(run, data=data)
-    for folder in export_lora(loaded.posterior, output, draws=_draws(loaded, draws), seed=seed, overwrite=overwrite):
+    count = _draws(loaded, draws)
+    with writing(output):
+        folders = export_lora(loaded.posterior, output, draws=count, seed=seed, overwrite=overwrite)
+    for folder in folders:
         say(folder)
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -173,6 +174,21 @@ def test_R08_an_output_that_cannot_be_written_is_said_before_weights_are_loaded(
     assert not list(closed.iterdir())
 
 
+def test_R08_an_output_that_is_not_utf_8_is_said_before_weights_are_loaded(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """safetensors writes there, and cannot read back what it wrote: all that was trained would be lost."""
+
+    def load(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("bayestune.experiment.backbone.AutoModelForCausalLM.from_pretrained", load)
+    assert invoke(training(world, tmp_path / os.fsdecode(b"out\xff") / "run")) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: output ") and r"out\udcff/run': found a path that is not UTF-8" in err
+    assert err.count("\n") == 1 and not os.listdir(tmp_path)
+
+
 def test_R08_a_clock_that_jumps_changes_nothing(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Back by a day at every look, and checkpoints that are older the newer they are."""
     now = time.time()
@@ -196,7 +212,27 @@ def test_R08_a_clock_that_jumps_changes_nothing(world: Path, tmp_path: Path, mon
     assert (tmp_path / "run" / "checkpoints" / "checkpoint-6").is_dir()
 
 
+def test_P11_a_run_that_was_made_while_weights_were_loaded_is_not_replaced(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another process began later, with a smaller model."""
+    output = tmp_path / "run"
+
+    def slow(*args: Any) -> dict[str, Any]:
+        shutil.copytree(world / "whole", output)
+        return {}
+
+    monkeypatch.setattr(importlib.import_module("bayestune.experiment.run"), "provenance", slow)
+    assert invoke(training(world, output)) == 2
+    assert f"error: output {output}: the folder is not empty" in capsys.readouterr().err
+    assert adapter(output) == adapter(world / "whole") and record(output) == record(world / "whole")
+    assert os.listdir(tmp_path) == ["run"]
+
+
 # Runs made again.
+
+SETTINGS = ("config.json", "tokenizer.json", "tokenizer_config.json")
+"""What a rerun depends on in the folder of the model, beside the weights."""
 
 
 def test_R10_a_run_made_again_from_its_record_has_the_same_numbers(
@@ -242,3 +278,42 @@ def test_R10_what_is_not_as_in_the_record_is_named_before_training(
     assert invoke([*command, "--output", str(tmp_path / "run")]) == 2
     warning = "the record was made with other sha256.base, sha256.train_rows, versions.torch: "
     assert f"warning: {warning}" in capsys.readouterr().err
+
+
+def test_R10_rows_of_other_uses_and_settings_of_the_base_are_in_the_record_too(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record is made, and then everything in it changes but the weights; records of before say nothing of these."""
+
+    def train(*args: Any, **kwargs: Any) -> None:
+        raise ConfigError("stop here")
+
+    for name in ("llama", "data"):
+        shutil.copytree(world / name, tmp_path / name)
+    colours = tmp_path / "data" / "colours"
+    lines = (colours / "train.jsonl").read_text().splitlines(keepends=True)
+    files = {name: colours / f"{name}.jsonl" for name in ("heat", "fit")}
+    for number, file in enumerate(files.values()):
+        file.write_text("".join(lines[4 * number : 4 * number + 4]))
+    splits = ("--method", "laplace", "--fit-split", "fit", "--temperature-split", "heat")
+    command = training(tmp_path, tmp_path / "run", *splits)
+    del command[command.index("--rho-init") : command.index("--rho-init") + 2]
+    assert invoke(command) == 0
+    found = record(tmp_path / "run")
+    settings = {name: hashlib.sha256((tmp_path / "llama" / name).read_bytes()).hexdigest() for name in SETTINGS}
+    assert found["sha256"]["base_settings"] == settings
+    for file in files.values():
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
+    config = tmp_path / "llama" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "rms_norm_eps": 0.5}))
+    monkeypatch.setattr("bayestune.training.BayesTrainer.train", train)
+    capsys.readouterr()
+    others = ("base_settings", "fit_rows", "temperature_rows")
+    assert invoke(["train", "--config", str(tmp_path / "run" / "result.json"), "--output", str(tmp_path / "a")]) == 2
+    named = ", ".join(f"sha256.{name}" for name in others)
+    assert f"warning: the record was made with other {named}: " in capsys.readouterr().err
+    before = {**found, "sha256": {name: value for name, value in found["sha256"].items() if name not in others}}
+    (tmp_path / "before.json").write_text(json.dumps(before))
+    assert invoke(["train", "--config", str(tmp_path / "before.json"), "--output", str(tmp_path / "b")]) == 2
+    err = capsys.readouterr().err
+    assert "stop here" in err and "the record was made with other" not in err

@@ -143,6 +143,22 @@ def test_R03_answers_that_do_not_fit_leave_the_earlier_ones(
     assert contents(tmp_path) == {"answers.jsonl": b"mine"}
 
 
+def test_R03_an_export_that_does_not_fit_leaves_nothing_and_is_said(world: Path, tmp_path: Path) -> None:
+    """With a real limit of the system on the size of a file: it is safetensors that meets it."""
+    output, first = tmp_path / "lora", tmp_path / "first"
+    assert invoke(["export", str(world / "whole"), "--output", str(first)]) == 0
+    largest = (first / "mean" / "adapter_model.safetensors").stat().st_size - 1
+    arguments = ["export", str(world / "whole"), "--output", str(output)]
+    child = processes().Process(
+        target=run_short_of_space, args=(arguments, str(tmp_path / "out"), str(tmp_path / "err"), largest)
+    )
+    child.start()
+    child.join(SECONDS)
+    line = (tmp_path / "err").read_text().rstrip("\n").rpartition("\n")[2]
+    assert child.exitcode == 2 and line == f"error: {output}: cannot be written: {os.strerror(errno.EFBIG)}."
+    assert sorted(os.listdir(tmp_path)) == ["err", "first", "out"]
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_R03_a_log_on_a_full_disk_does_not_end_training_and_output_there_is_an_error(
     world: Path, tmp_path: Path

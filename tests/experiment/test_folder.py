@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from bayestune import demo
 from bayestune.errors import ConfigError
 from bayestune.experiment import Experiment
 from bayestune.experiment import folder as folders
 from bayestune.experiment.folder import check_output, earlier_run, run_folder
+from bayestune.posteriors.folder import alone
 
 GIVEN = Experiment(model="m", task="t")
 
@@ -31,7 +33,7 @@ def write_run(output: Path, content: str) -> None:
 def replace(output: Path, *, fails: bool) -> None:
     """`--overwrite` with a run that finishes, or that is interrupted with nothing to show."""
     check_output(output, GIVEN, overwrite=True, resume=False)
-    with run_folder(output, GIVEN, resume=False):
+    with run_folder(output, GIVEN, overwrite=True, resume=False):
         (output / "checkpoints" / "steps_0").mkdir(parents=True)  # a trainer makes its folder at once
         if fails:
             raise KeyboardInterrupt
@@ -95,13 +97,13 @@ def test_what_cost_time_is_kept_and_the_earlier_run_waits(tmp_path: Path) -> Non
     output = tmp_path / "run"
     write_run(output, "old")
     check_output(output, GIVEN, overwrite=True, resume=False)
-    with pytest.raises(KeyboardInterrupt), run_folder(output, GIVEN, resume=False):
+    with pytest.raises(KeyboardInterrupt), run_folder(output, GIVEN, overwrite=True, resume=False):
         (output / "checkpoints" / "checkpoint-2").mkdir(parents=True)
         (output / "checkpoints" / "checkpoint-2" / "state").write_text("new")
         raise KeyboardInterrupt
     assert whole(earlier_run(output)) == "old" and not (output / "result.json").exists()
     check_output(output, GIVEN, overwrite=False, resume=True)
-    with run_folder(output, GIVEN, resume=True):
+    with run_folder(output, GIVEN, overwrite=False, resume=True):
         write_run(output, "new")
     assert whole(output) == "new" and not earlier_run(output).exists()
 
@@ -135,3 +137,85 @@ def test_a_run_that_waits_is_named(tmp_path: Path) -> None:
     write_run(earlier_run(tmp_path / "run"), "old")
     with pytest.raises(ConfigError, match=r"waits in .*\.run\.before"):
         load_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("finished", [False, True])
+def test_P11_a_folder_in_which_a_run_is_being_made_is_not_touched(
+    finished: bool, overwrite: bool, tmp_path: Path
+) -> None:
+    """Neither its run, nor the one that waits until that is finished; before weights are loaded, and after."""
+    output = tmp_path / "run"
+    write_run(earlier_run(output), "old")
+    if finished:
+        write_run(output, "new")
+    before = {path for path in tmp_path.rglob("*")}
+    with alone(output):
+        with pytest.raises(ConfigError, match="run: another process is saving to it"):
+            check_output(output, GIVEN, overwrite=overwrite, resume=False)
+        with pytest.raises(ConfigError, match="run: another process is saving to it"):
+            with run_folder(output, GIVEN, overwrite=overwrite, resume=False):
+                pass
+    assert {path for path in tmp_path.rglob("*")} == before
+
+
+def test_P11_a_run_has_its_folder_alone_until_it_ends(tmp_path: Path) -> None:
+    output = tmp_path / "new" / "run"
+    for fails in (True, False):
+        replace_alone(output, fails=fails)
+        assert os.listdir(output.parent) == ["run"]
+    assert whole(output) == "new"
+
+
+def replace_alone(output: Path, *, fails: bool) -> None:
+    """A run in the midst of which nobody else gets the lock."""
+    try:
+        with run_folder(output, GIVEN, overwrite=True, resume=False):
+            with pytest.raises(ConfigError, match="another process"), alone(output):
+                pass
+            if fails:
+                raise KeyboardInterrupt
+            write_run(output, "new")
+    except KeyboardInterrupt:
+        pass
+
+
+def test_P11_who_comes_second_to_a_folder_does_not_replace_the_run_there(tmp_path: Path) -> None:
+    """Both looked at the folder while it was empty."""
+    output = tmp_path / "run"
+    check_output(output, GIVEN, overwrite=False, resume=False)
+    write_run(output, "first")
+    with pytest.raises(ConfigError, match="not empty"), run_folder(output, GIVEN, overwrite=False, resume=False):
+        pass
+    assert whole(output) == "first" and os.listdir(tmp_path) == ["run"]
+
+
+def test_P11_a_lock_that_was_left_is_no_file_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the folder; or in it, where the one that it lies in cannot be written to, as with a mounted folder."""
+    output, real = tmp_path / "run", os.access
+    (tmp_path / ".run.lock").touch()
+    output.mkdir()
+    check_output(output, GIVEN, overwrite=False, resume=False)
+    assert os.listdir(tmp_path) == ["run"]
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and real(path, mode))
+    (output / ".run.lock").touch()
+    check_output(output, GIVEN, overwrite=False, resume=False)
+    (output / ".run.lock").touch()
+    with run_folder(output, GIVEN, overwrite=False, resume=False):
+        assert (output / ".run.lock").exists() and os.listdir(tmp_path) == ["run"]
+        write_run(output, "new")
+    assert whole(output) == "new" and not (output / ".run.lock").exists()
+
+
+def test_P11_what_a_killed_demo_left_is_no_file_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Trained(Exception):
+        pass
+
+    def train(*args: Any) -> None:
+        raise Trained
+
+    monkeypatch.setattr(demo, "_train", train)
+    for name in (".mle.lock", ".blob.before"):
+        (tmp_path / name).touch()
+    with pytest.raises(Trained):
+        demo.run_demo(tmp_path)

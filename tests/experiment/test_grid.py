@@ -239,11 +239,13 @@ def test_a_split_that_cannot_be_read_is_an_error_and_not_a_missing_one(
 
 
 def test_a_run_that_another_process_makes_is_not_made_twice(grid: Grid) -> None:
+    """Another table, or `bayestune train` with the same --output."""
     grid = make_like(grid, methods=("mle",), seeds=(1,))
-    lock = grid.runs / "openbookqa" / ".mle-seed1.lock"
-    lock.parent.mkdir(parents=True)
-    with FileLock(lock), pytest.raises(ConfigError, match="another process is making this run"):
-        run_table(grid)
+    output = grid.runs / "openbookqa" / "mle-seed1"
+    output.parent.mkdir(parents=True)
+    for name, words in ((".mle-seed1.table.lock", "is making this run"), (".mle-seed1.lock", "is saving to it")):
+        with FileLock(output.with_name(name)), pytest.raises(ConfigError, match=f"another process {words}"):
+            run_table(grid)
     assert run_table(grid) == 5
 
 

@@ -205,7 +205,8 @@ PROMISES = (
             "ids are texts: a number as id is refused. Repeated rows are counted in result.json and warned "
             "of, not refused, as published splits have them (14 of the 500 test rows of OpenBookQA are in its "
             "train split with the choices in another order); up to case, blanks, NFKC and the order of "
-            "choices. `bayestune evaluate` on another split does not look at the training rows."
+            "choices. `bayestune evaluate` on another split does not look at the training rows, and a run with "
+            "`--adapter` only at the splits that it names itself, not at those the adapter was trained on."
         ),
     ),
     Promise(id="D09", says="The scored tokens are those of the prompt with its label, for every tokenizer."),

@@ -76,7 +76,7 @@ def _trained(
     output, made = planned.output, {}
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(output.parent / f".{output.name}.lock", timeout=0):
+        with FileLock(output.parent / f".{output.name}.table.lock", timeout=0):
             if not (output / RESULT).is_file():
                 stopped = (output / EXPERIMENT).is_file()
                 found = run(planned.experiment, output, resume=stopped, command=command, progress=progress)

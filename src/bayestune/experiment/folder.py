@@ -2,25 +2,29 @@
 
 A run that `--overwrite` replaces waits beside its folder, as `.NAME.before`, until the new one is finished. It goes
 there, and comes back, by one rename each, so that a crash at any moment leaves it whole in one of the two places.
+While a run is being made, its lock `.NAME.lock` lies there too, or in the folder where nothing can be put beside it.
 """
 
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from bayestune.errors import ConfigError
 from bayestune.experiment.disk import check_writable
 from bayestune.experiment.record import read_json, write_json
 from bayestune.experiment.settings import Experiment
+from bayestune.posteriors.folder import alone
 
 POSTERIOR, CHECKPOINTS, RESULT, EXPERIMENT = "posterior", "checkpoints", "result.json", "experiment.json"
 ADAPTER = "adapter"
 """The plain LoRA adapter that a run trained as the start of "laplace", "tfb" or "swag"."""
 
 _OWN = (POSTERIOR, CHECKPOINTS, ADAPTER, RESULT, EXPERIMENT)
+_INSIDE = "run"
+"""What the lock is called after where it lies in the folder itself."""
 
 
 def earlier_run(output: Path) -> Path:
@@ -33,18 +37,35 @@ def check_output(output: Path, experiment: Experiment, *, overwrite: bool, resum
     """Refuse to touch a folder that is not ours to touch; undo what a replacement left that was killed.
 
     Raises:
-        ConfigError: naming the folder, what is in it, and what to do.
+        ConfigError: naming the folder, what is in it, and what to do; or another process makes a run there.
     """
     if overwrite and resume:
         raise ConfigError("found overwrite and resume, expected one of them: replace the run, or go on with it.")
+    try:
+        str(output.absolute()).encode()
+    except UnicodeEncodeError:
+        found = f"output {str(output.absolute())!r}: found a path that is not UTF-8"
+        raise ConfigError(f"{found}, in which safetensors reads no file; choose another folder.") from None
     adapter = None if experiment.adapter is None else Path(experiment.adapter).resolve()
     if adapter is not None and output.resolve() in (adapter, *adapter.parents):
         raise ConfigError(f"output {output}: found the adapter to start from in it; choose another folder.")
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output {output}: found a file, expected a folder or nothing.")
     check_writable(output, f"output {output}")
+    if output.resolve().parent.is_dir():
+        with _alone(output.resolve()):
+            _check_content(output, experiment, overwrite=overwrite, resume=resume)
+
+
+def _alone(output: Path) -> AbstractContextManager[None]:
+    """The lock of the run in `output`; a mounted folder may lie in one that cannot be written to."""
+    return alone(output if os.access(output.parent, os.W_OK | os.X_OK) else output / _INSIDE)
+
+
+def _check_content(output: Path, experiment: Experiment, *, overwrite: bool, resume: bool) -> None:
+    """The part of `check_output` that holds only while the lock is held."""
     _recover(output.resolve(), overwrite=overwrite)
-    found = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    found = _names(output)
     if resume:
         _check_resumed(output, experiment)
     elif found and not overwrite:
@@ -89,18 +110,31 @@ def _recover(output: Path, *, overwrite: bool) -> None:
 
 
 @contextmanager
-def run_folder(output: Path, experiment: Experiment, *, resume: bool) -> Iterator[None]:
-    """Inside, `output` is the folder of this run, with its settings in it.
+def run_folder(output: Path, experiment: Experiment, *, overwrite: bool, resume: bool) -> Iterator[None]:
+    """Inside, `output` is the folder of this run alone, with its settings in it.
 
     A run that was there waits beside it. It is removed when the new one is finished, and is back if that one ends by
     any exception before it has a checkpoint or an adapter to show. Files of others are kept either way.
+
+    Raises:
+        ConfigError: another process makes a run there, or has made one since `check_output`.
     """
     output = output.resolve()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(output):
+        _check_content(output, experiment, overwrite=overwrite, resume=resume)
+        with _in_place(output, experiment, resume=resume):
+            yield
+
+
+@contextmanager
+def _in_place(output: Path, experiment: Experiment, *, resume: bool) -> Iterator[None]:
+    """`run_folder` once the folder has been checked."""
     before = earlier_run(output)
-    if not resume and output.is_dir() and any(output.iterdir()):
+    if not resume and _names(output):
         os.rename(output, before)
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        output.mkdir(exist_ok=True)
         if not resume:
             write_json(output / EXPERIMENT, experiment.as_dict())
         yield
@@ -110,6 +144,12 @@ def run_folder(output: Path, experiment: Experiment, *, resume: bool) -> Iterato
         raise
     if before.is_dir():
         _drop(before, output)
+
+
+def _names(output: Path) -> set[str]:
+    """What is in the folder, without the lock."""
+    found = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    return found - {f".{_INSIDE}.lock"}
 
 
 def _has_something(output: Path) -> bool:

@@ -14,28 +14,36 @@ from bayestune.experiment.processes import process_count
 from bayestune.experiment.record import file_sha256, hardware, rows_sha256, versions
 from bayestune.tasks import AnyRow
 
+_SETTINGS = ("config.json", "tokenizer*.json", "*.model", "vocab.*", "merges.txt", "*_tokens*.json")
+"""The files beside the weights that say how these are used and how texts become tokens."""
 
-def provenance(
-    backbone: Backbone, train: Sequence[AnyRow], evaluation: Sequence[AnyRow], adapter: str | None
-) -> dict[str, Any]:
-    """Hashes of the base's files, the rows and the adapter to start from; processes, versions and hardware."""
+
+def provenance(backbone: Backbone, rows: Mapping[str, Sequence[AnyRow]], adapter: str | None) -> dict[str, Any]:
+    """Hashes of the base's files, the rows and the adapter to start from; processes, versions and hardware.
+
+    Args:
+        rows: those of each use, such as "train", "eval" and "fit"; none where there are no rows for it.
+    """
     start = {} if adapter is None else {"start": file_sha256(adapter_file(Path(adapter)))}
     hashes = {
-        "base": {path.name: file_sha256(path) for path in _weight_files(backbone)},
+        "base": _hashes(backbone, "*.safetensors"),
+        "base_settings": _hashes(backbone, *_SETTINGS),
         **start,
-        "train_rows": rows_sha256(train),
-        "eval_rows": rows_sha256(evaluation),
+        **{f"{use}_rows": rows_sha256(found) for use, found in rows.items() if found},
     }
     return {"processes": process_count(), "sha256": hashes, "versions": versions(), "hardware": hardware()}
 
 
-def _weight_files(backbone: Backbone) -> list[Path]:
-    """In the model's folder, or where what was fetched from the Hugging Face Hub is kept."""
+def _hashes(backbone: Backbone, *patterns: str) -> dict[str, str]:
+    """By name, of the files in the model's folder, or where what was fetched from the Hugging Face Hub is kept."""
     folder: Path | None = Path(backbone.source)
     if not folder.is_dir():
         config = try_to_load_from_cache(backbone.source, "config.json")
         folder = Path(config).parent if isinstance(config, str) else None
-    return [] if folder is None else sorted(folder.glob("*.safetensors"))
+    if folder is None:
+        return {}
+    found = {path.name: path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return {name: file_sha256(found[name]) for name in sorted(found)}
 
 
 def warn_if_other(record: Mapping[str, Any], found: Mapping[str, Any]) -> None:

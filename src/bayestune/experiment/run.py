@@ -109,7 +109,8 @@ def run(
         record: what result.json of an earlier run held, to make that again; a warning names what differs here.
 
     Raises:
-        ConfigError, DataError, TaskError: a setting or a row that cannot be used; nothing was trained or written.
+        ConfigError, DataError, TaskError: a setting or a row that cannot be used, or another process makes a run in
+            `output`; nothing was trained or written.
         TrainingError: training was stopped because the loss or a gradient was no longer finite.
         DiskError: a file cannot be written; the last checkpoint is whole.
     """
@@ -132,9 +133,10 @@ def run(
         progress=progress,
     )
     training.check()
-    origin = provenance(backbone, rows.train, rows.evaluation, experiment.adapter) if is_main() else {}
+    origin = provenance(backbone, rows.by_use(), experiment.adapter) if is_main() else {}
     warn_if_other(record or {}, origin)
-    with writing(output), run_folder(output, experiment, resume=resume) if is_main() else contextlib.nullcontext():
+    folder = run_folder(output, experiment, overwrite=overwrite, resume=resume)
+    with writing(output), folder if is_main() else contextlib.nullcontext():
         posterior = obtain(model, start, training, rows.fit)
         if not is_main():
             return Result(experiment=experiment, output=output, scores={}, predictions={}, seconds=0.0)
@@ -190,6 +192,10 @@ class _Rows:
             fit=_checked(task, experiment.fit_split),
             temperature=_checked(task, experiment.temperature_split),
         )
+
+    def by_use(self) -> dict[str, list[AnyRow]]:
+        """As `provenance` takes them."""
+        return {"train": self.train, "eval": self.evaluation, "fit": self.fit, "temperature": self.temperature}
 
 
 def _repeated(experiment: Experiment, rows: _Rows) -> dict[str, dict[str, int]]:

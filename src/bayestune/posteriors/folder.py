@@ -74,8 +74,10 @@ def alone(target: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is held: who has it open sees that it is gone
-        lock.release()
+        try:
+            path.unlink(missing_ok=True)  # while it is held: who has it open sees that it is gone
+        finally:
+            lock.release()
 
 
 def existing_folder(path: str | os.PathLike[str]) -> Path:
