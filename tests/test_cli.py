@@ -268,6 +268,20 @@ def test_resume_ends_where_the_uninterrupted_run_ended(world: Path, tmp_path: Pa
     assert "finished" in capsys.readouterr().err
 
 
+def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(world: Path, tmp_path: Path, capsys: Any) -> None:
+    run = tmp_path / "run"
+    assert invoke([*train_arguments(world, checkpoint_steps=3), "--output", str(run)]) == 0
+    (run / "result.json").unlink()
+    for checkpoint in (run / "checkpoints").iterdir():
+        (checkpoint / "optimizer.safetensors").write_bytes(b"")
+    before = snapshot(run)
+    assert invoke(["train", "--output", str(run), "--resume"]) == 2
+    err = capsys.readouterr().err
+    assert "optimizer.safetensors was cut or altered" in err and "there is no older one that is whole" in err
+    assert err.splitlines()[-1].startswith(f"error: {run / 'checkpoints'}: found no checkpoint that is whole")
+    assert snapshot(run) == before
+
+
 def test_overwrite_replaces_the_whole_run(world: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert invoke([*train_arguments(world, checkpoint_steps=3), "--output", str(run)]) == 0

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from bayestune.errors import BayestuneWarning
+from bayestune.errors import BayestuneWarning, ConfigError
 from bayestune.experiment.disk import writing
 from bayestune.experiment.processes import is_main, process_count
 from bayestune.experiment.progress import ProgressBar
@@ -85,11 +85,20 @@ class Training:
                 callbacks=[*callbacks, bar, stop],
             )
             trainer.remove_callback(PrinterCallback)
-            last = last_complete(self.checkpoints) if self.resume else None
+            last = self._last_checkpoint() if self.resume else None
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         if not saves and is_main():
             with contextlib.suppress(OSError):  # something else put a file there
                 self.checkpoints.rmdir()  # the Trainer makes it all the same
+
+    def _last_checkpoint(self) -> Path | None:
+        """Where to go on from; None if the run ended before its first checkpoint."""
+        last = last_complete(self.checkpoints)
+        if last is None and any(self.checkpoints.glob("checkpoint-*")):
+            raise ConfigError(
+                f"{self.checkpoints}: found no checkpoint that is whole; to train anew, overwrite the run."
+            )
+        return last
 
 
 def kl_settings(experiment: Experiment, rows: int) -> KLSettings | None:

@@ -35,15 +35,20 @@ def last_complete(folder: Path) -> Path | None:
     """The newest checkpoint in `folder` that is whole. Newer ones that are not are named in a `BayestuneWarning`."""
     work = folder / UNFINISHED
     waiting = [] if work.is_symlink() else _checkpoints(work)  # whole, if a save was killed at its very end
+    faults, whole = [], None
     for checkpoint in sorted([*_checkpoints(folder), *waiting], key=_step, reverse=True):
         try:
             check_checkpoint(checkpoint)
         except TrainingError as error:
             if checkpoint not in waiting:
-                warnings.warn(f"{error} An older one is taken, if there is one.", BayestuneWarning, stacklevel=2)
+                faults.append(str(error))
         else:
-            return checkpoint
-    return None
+            whole = checkpoint
+            break
+    instead = "there is no older one that is whole" if whole is None else f"{whole.name} is taken instead"
+    for fault in faults:
+        warnings.warn(f"{fault}; {instead}.", BayestuneWarning, stacklevel=2)
+    return whole
 
 
 def check_checkpoint(checkpoint: Path) -> set[str]:
@@ -66,7 +71,7 @@ def check_checkpoint(checkpoint: Path) -> set[str]:
             raise _broken(checkpoint, f"found no {name}")
         found = file_record(entries[name])
         if found != record:
-            raise _broken(checkpoint, f"{name} was cut or altered (found {found}, expected {record})")
+            raise _broken(checkpoint, f"{name} was cut or altered")
     for name in sorted({OPTIMIZER, TRAINING, STATE} - records.keys()):
         raise _broken(checkpoint, f"{MANIFEST} does not list {name}")
     processes = _processes(checkpoint, len(records))
@@ -184,6 +189,5 @@ def _processes(checkpoint: Path, files: int) -> int:
 
 def _broken(checkpoint: Path, fault: str) -> TrainingError:
     return TrainingError(
-        f"{checkpoint} cannot be resumed: {fault}. Expected a complete checkpoint of this trainer, as it was written; "
-        "pickled files are not read. Choose another checkpoint."
+        f"{checkpoint} cannot be resumed: {fault}, expected a complete checkpoint of this trainer as it was written"
     )
