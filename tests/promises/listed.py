@@ -267,8 +267,8 @@ PROMISES = (
     Promise(
         id="R03",
         says="A full disk stops the run with what is needed; the last checkpoint stays whole.",
-        note="Shown with a real limit on the size of files for checkpoints and exports, with injected errors for posterior, "
-        "record and answers. What is needed is an estimate from the weights; free space is told for a full "
+        note="Shown with a real limit on the size of files for checkpoints and exports, with injected errors for "
+        "posterior, record and answers. What is needed is an estimate from the weights; free space is told for a full "
         "disk, not for a quota. A log that takes no more is silent from then on.",
     ),
     Promise(
