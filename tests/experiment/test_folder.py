@@ -13,6 +13,7 @@ from bayestune.errors import ConfigError
 from bayestune.experiment import Experiment
 from bayestune.experiment import folder as folders
 from bayestune.experiment.folder import check_output, earlier_run, run_folder
+from bayestune.experiment.record import read_json
 from bayestune.posteriors.folder import alone
 
 GIVEN = Experiment(model="m", task="t")
@@ -219,3 +220,27 @@ def test_P11_what_a_killed_demo_left_is_no_file_of_others(tmp_path: Path, monkey
         (tmp_path / name).touch()
     with pytest.raises(Trained):
         demo.run_demo(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"seed": 1, "seed": 2}', "key 'seed' is given twice"),
+        ('{"a": ' * 100 + "1" + "}" * 100, "nested too deeply"),
+        ('{"a": ' * 100_000, "nested too deeply"),
+        ("{" + " " * (1 << 24) + "}", "bytes of JSON, expected at most 16777216"),
+    ],
+    ids=["twice", "deep", "very_deep", "long"],
+)
+def test_X07_a_record_without_bounds_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "experiment.json").write_text(text)
+    with pytest.raises(ConfigError, match=rf"experiment\.json: cannot be read as a record: .*{words}"):
+        read_json(tmp_path / "experiment.json", "a record")
+
+
+def test_X07_of_a_record_that_is_too_long_no_more_is_read(tmp_path: Path) -> None:
+    """A file that takes no space and says that it has a terabyte."""
+    with (tmp_path / "experiment.json").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ConfigError, match="expected at most 16777216"):
+        read_json(tmp_path / "experiment.json", "a record")

@@ -74,8 +74,8 @@ DEFECTS = (
     Defect(
         name="a key given twice",
         path=FOLDER,
-        before="object_pairs_hook=_unique, parse_constant=_no_constant)",
-        after="parse_constant=_no_constant)",
+        before="json.loads(decoded, object_pairs_hook=_unique, ",
+        after="json.loads(decoded, ",
         tests="posteriors/test_faults.py P06",
     ),
     Defect(

@@ -108,4 +108,18 @@ DEFECTS = (
         after="}",
         tests="cli/test_contract.py R10_rows_of",
     ),
+    Defect(
+        name="a record of any length is read",
+        path="experiment/record.py",
+        before="file.read(_LIMIT + 1)",
+        after="file.read()",
+        tests="experiment/test_folder.py X07",
+    ),
+    Defect(
+        name="a record may give a key twice",
+        path="experiment/record.py",
+        before="strict_json(file.read(_LIMIT + 1), limit=_LIMIT, finite=False)",
+        after="json.loads(file.read())",
+        tests="experiment/test_folder.py twice",
+    ),
 )

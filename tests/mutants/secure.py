@@ -48,7 +48,7 @@ DEFECTS = (
     Defect(
         name="a number of JSON may overflow",
         path="posteriors/folder.py",
-        before="parse_float=_finite, ",
+        before='"parse_float": _finite, ',
         after="",
         tests="posteriors/test_limits.py bounds",
     ),

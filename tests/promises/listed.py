@@ -272,8 +272,8 @@ PROMISES = (
     Promise(
         id="R03",
         says="A full disk stops the run with what is needed; the last checkpoint stays whole.",
-        note="Shown with a real limit on the size of files for checkpoints, with injected errors for posterior, "
-        "record and answers. What is needed is an estimate from the weights; free space is told for a full "
+        note="Shown with a real limit on the size of files for checkpoints and exports, with injected errors for "
+        "posterior, record and answers. What is needed is an estimate from the weights; free space is told for a full "
         "disk, not for a quota. A log that takes no more is silent from then on.",
     ),
     Promise(
@@ -355,7 +355,7 @@ PROMISES = (
         note="Bounded, not timed: a file of settings has at most 1 MiB of JSON in 64 levels or 64 KiB of YAML in 8 "
         "without references; ranks and lists have largest sizes; a regular expression in it has at most 256 "
         "characters, stars only after dots and at most three stars and groups, so longer ones must become "
-        "lists of names.",
+        "lists of names. A record of a run or of a table has at most 16 MiB in 64 levels.",
     ),
     Promise(
         id="X08",

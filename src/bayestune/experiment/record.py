@@ -13,8 +13,10 @@ import torch
 
 from bayestune.errors import ConfigError
 from bayestune.experiment.disk import writing
+from bayestune.posteriors.folder import strict_json
 from bayestune.tasks import AnyRow
 
+_LIMIT = 1 << 24
 _PACKAGES = ("bayestune", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy")
 
 
@@ -80,16 +82,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """The object in a JSON file.
+    """The object in a JSON file of at most 16 MiB and 64 levels, in which no key is given twice.
 
     Raises:
-        ConfigError: no such file, or not one JSON object; `what` says what the file should be.
+        ConfigError: no such file, or not one such object; `what` says what the file should be.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = strict_json(file.read(_LIMIT + 1), limit=_LIMIT, finite=False)  # a cell's check names the field
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file, expected {what}.") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as {what}: {error}.") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: found a {type(content).__name__}, expected {what}.")

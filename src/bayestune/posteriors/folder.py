@@ -87,17 +87,18 @@ def existing_folder(path: str | os.PathLike[str]) -> Path:
     return aside if aside.is_dir() and not os.path.lexists(target) else target
 
 
-def strict_json(text: bytes, *, limit: int) -> Any:
+def strict_json(text: bytes, *, limit: int, finite: bool = True) -> Any:
     """Parse at most `limit` bytes of JSON.
 
     Raises:
-        ValueError: too long, too deep, not UTF-8, not JSON, a key given twice, or NaN and infinities.
+        ValueError: too long, too deep, not UTF-8, not JSON, a key given twice; or, if `finite`, NaN and infinities.
     """
     if len(text) > limit:
         raise ValueError(f"{len(text)} bytes of JSON, expected at most {limit}")
     decoded = text.decode("utf-8")
+    numbers: dict[str, Any] = {"parse_float": _finite, "parse_constant": _no_constant} if finite else {}
     try:
-        found = json.loads(decoded, parse_float=_finite, object_pairs_hook=_unique, parse_constant=_no_constant)
+        found = json.loads(decoded, object_pairs_hook=_unique, **numbers)
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
     if _is_deeper(found, _DEPTH):
