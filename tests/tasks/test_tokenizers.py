@@ -1,11 +1,14 @@
 """Tokenizers with a pad that is the EOS, none at all, a chat template, a doubled BOS, or tokens of no model."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from tokenizers import processors
 from transformers import (
     BertConfig,
@@ -17,7 +20,11 @@ from transformers import (
 
 from bayestune.errors import ConfigError, DataError, TaskError
 from bayestune.experiment.backbone import Backbone, build_task
+from bayestune.inference import predict
 from bayestune.tasks import Row, TextRow, classification, encoder_multiple_choice, multiple_choice
+from bayestune.training import BayesTrainer
+from models import BERT, LLAMA, Architecture
+from training.toys import arguments
 
 Tokenizers = dict[str, Callable[[], PreTrainedTokenizerFast]]
 Build = Callable[..., PreTrainedModel]
@@ -141,6 +148,40 @@ def test_D10_a_row_with_a_token_beyond_the_embeddings_is_refused_and_others_are_
     sentences = build_task(backbone(tokenizer, decodes=decodes, vocab_size=size), "rte", None, 300)
     with pytest.raises(DataError, match="field 'text': found token '<b>'"):
         sentences.check([TextRow(id="t", text="a <b> c", label=0)])
+
+
+@pytest.mark.parametrize("architecture", [LLAMA, BERT], ids=lambda architecture: architecture.name)
+def test_D10_training_and_predicting_refuse_a_token_without_an_embedding_by_its_row(
+    tokenizers: Tokenizers, tmp_path: Path, architecture: Architecture
+) -> None:
+    """With tasks and models put together by hand; a pad without one is refused where rows are padded."""
+    tokenizer = tokenizers["lettered"]() if architecture is LLAMA else tokenizers["encoder"]()
+    size = len(tokenizer)
+    tokenizer.add_tokens(["<new>"])
+    sizes = {"vocab_size": size, "max_position_embeddings": 200, "pad_token_id": None, "num_labels": 2}
+    model = get_peft_model(architecture.build(**sizes), architecture.config())
+    if architecture is LLAMA:
+        task = multiple_choice("openbookqa", tokenizer)
+        rows = [Row(id=text, question=text, choices=tuple("wxyz"), answer=0) for text in ("an old one", "a <new> one")]
+    else:
+        task = classification("rte", tokenizer)
+        rows = [TextRow(id=text, text=text, label=0) for text in ("an old one", "a <new> one")]
+    says = rf"\(id a <new> one\): field '\w+': found token '<new>' with id {size}, expected ids below {size}, "
+    with pytest.raises(DataError, match=says):
+        predict(model, task, rows, draws=2)
+    with pytest.raises(DataError, match=says):
+        BayesTrainer(model, task=task, args=arguments(tmp_path), train_rows=rows)
+    with pytest.raises(DataError, match=says):
+        BayesTrainer(model, task=task, args=arguments(tmp_path), train_rows=rows[:1], eval_rows=rows)
+    assert predict(model, task, rows[:1], draws=0).probs.isfinite().all()
+    longer = dataclasses.replace(
+        rows[0], id="longer", **{"text" if architecture is BERT else "question": "an older one"}
+    )
+    tokenizer.pad_token = "<new>"
+    task = type(task)(task.spec, tokenizer, data=None, max_tokens=200)
+    predict(model, task, rows[:1], draws=0)
+    with pytest.raises(TaskError, match=f"pads with id {size}, expected one below {size}, the embeddings"):
+        predict(model, task, [rows[0], longer], draws=0)
 
 
 @pytest.mark.parametrize("decodes", [True, False])

@@ -98,7 +98,8 @@ def predict(
 
     Raises:
         ConfigError: `draws` or `batch_size` out of range.
-        DataError: no rows, or a row that cannot be scored; names the row.
+        DataError: no rows, or a row that cannot be scored or has a token without an embedding; names the row.
+        TaskError: as `Task.examples` and `task.logits`.
         DrawError: the posterior has no such draws, as a model without an (unmerged) Gaussian adapter has none.
         PosteriorError: the model's logits are not finite; names the row.
     """
@@ -106,10 +107,10 @@ def predict(
         raise ConfigError(f"predict: found draws={draws}, batch_size={batch_size}, expected at least 0 and 1.")
     if not rows:
         raise DataError("predict: found no rows, expected at least one.")
-    examples = [task.example(row) for row in rows]
+    module, temperature = (model.model, model.temperature) if isinstance(model, Posterior) else (model, 1.0)
+    examples = task.examples(rows, module)
     longest_first = sorted(range(len(rows)), key=lambda i: -task.tokens(examples[i]))
     todo = [longest_first[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    module, temperature = (model.model, model.temperature) if isinstance(model, Posterior) else (model, 1.0)
     device = next(module.parameters()).device
     with evaluation_mode(module):
         sampler = (

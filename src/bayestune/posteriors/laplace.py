@@ -184,7 +184,7 @@ def _batches(
 ) -> Iterator[tuple[list[AnyRow], dict[str, Tensor]]]:
     """The rows and the tensors of each batch: long rows first, so that memory runs out at once or never."""
     device = next(model.parameters()).device
-    examples = [task.example(row) for row in rows]
+    examples = task.examples(rows, model)
     order = sorted(range(len(rows)), key=lambda i: -task.tokens(examples[i]))
     with tqdm(total=len(rows), desc="laplace", unit="row", disable=not progress) as bar:
         for start in range(0, len(rows), batch_size):

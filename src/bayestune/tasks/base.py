@@ -8,9 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bayestune.errors import ConfigError, DataError, TaskError
 from bayestune.tasks.data import AnyRow, Row, shown
@@ -103,11 +104,32 @@ class Task(ABC):
         faults = []
         for row in rows:
             try:
-                self._refuse_without_embedding(row, self.example(row))
+                self._refuse_without_embedding(row, self.example(row), self.embeddings)
             except DataError as error:
                 faults.append(error)
         if faults:
             raise DataError(f"{faults[0]} ({len(faults)} of {len(rows)} rows cannot be used)") from faults[0]
+
+    def examples(self, rows: Sequence[AnyRow], model: nn.Module) -> list[dict[str, Any]]:
+        """`example` of each row, when `model` has an embedding for each token of theirs and for the padding.
+
+        Raises:
+            DataError: as `example`; or a token has no embedding.
+            TaskError: the padding has none, and the rows are not all of one length.
+        """
+        examples, known = [self.example(row) for row in rows], embeddings_of(model)
+        if known is None or not examples:
+            return examples
+        for row, example in zip(rows, examples, strict=True):
+            self._refuse_without_embedding(row, example, known)
+        ends = [choose(examples, key=self.tokens) for choose in (min, max)]
+        pad_id = int(self.collate(ends)["input_ids"].max())
+        if pad_id >= known:
+            raise TaskError(
+                f"the tokenizer pads with id {pad_id}, expected one below {known}, the embeddings of the model; "
+                "choose another pad_token, or call model.resize_token_embeddings before the adapter is added"
+            )
+        return examples
 
     def refuse_if_too_long(self, row: AnyRow, tokens: int) -> None:
         """Raise a DataError for a row of more tokens than `max_tokens`."""
@@ -126,17 +148,29 @@ class Task(ABC):
                 expected = "text that the tokenizer knows at least one token of"
                 raise row.fault(name, f"text without a token ({shown(text)})", expected)
 
-    def _refuse_without_embedding(self, row: AnyRow, example: dict[str, Any]) -> None:
-        if self.embeddings is None:
+    def _refuse_without_embedding(self, row: AnyRow, example: dict[str, Any], known: int | None) -> None:
+        if known is None:
             return
         largest = int(self.collate([example])["input_ids"].max())
-        if largest >= self.embeddings:
+        if largest >= known:
             found = f"token {shown(self.tokenizer.convert_ids_to_tokens(largest))} with id {largest}"
-            raise row.fault(_main_text(row), found, f"ids below {self.embeddings}, the embeddings of the model")
+            raise row.fault(_main_text(row), found, f"ids below {known}, the embeddings of the model")
 
 
 def _main_text(row: AnyRow) -> str:
     return "question" if isinstance(row, Row) else "text"
+
+
+def embeddings_of(model: nn.Module) -> int | None:
+    """How many tokens a model has embeddings for; None for one that does not look its tokens up in one table."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(base, PreTrainedModel):
+        return None
+    try:
+        table = base.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return table.num_embeddings if isinstance(table, nn.Embedding) else None
 
 
 def check_padding(model: Any, attention_mask: Tensor, pad_id: int) -> None:

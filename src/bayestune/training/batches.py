@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from bayestune.tasks import AnyRow, Row, Task
@@ -19,17 +19,18 @@ class Examples(Dataset[tuple[int, dict[str, Any]]]):
     """Tokenised rows of a task, each with its number; `sha256` is that of their ids, tokens and labels.
 
     Raises:
-        DataError: a row has no label, or the task cannot score it.
+        DataError: a row has no label, or the task cannot score it with `model`.
+        TaskError: as `Task.examples`.
     """
 
-    def __init__(self, task: Task, rows: Sequence[AnyRow]) -> None:
+    def __init__(self, task: Task, rows: Sequence[AnyRow], model: nn.Module) -> None:
         for row in rows:
             if row.target is None:
                 raise row.fault(
                     "answer" if isinstance(row, Row) else "label", "nothing", "a label to train or evaluate on"
                 )
         self.ids = [row.id for row in rows]
-        self._examples = [task.example(row) for row in rows]
+        self._examples = task.examples(rows, model)
         content = json.dumps(self._examples, sort_keys=True)
         self.sha256 = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
         self.lengths = [task.tokens(example) for example in self._examples]

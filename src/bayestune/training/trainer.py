@@ -59,7 +59,7 @@ class BayesTrainer(SafeTrainer):
 
     Raises:
         ConfigError: a setting that cannot be right, named with what to do.
-        DataError: a training row without a label, or one that the task cannot score.
+        DataError: a row without a label, or one that the task cannot score or that has a token without an embedding.
         TrainingError: a loss, a gradient or the KL became NaN or infinite, or memory ran out with one row a forward
             or in one of several processes; raised before the update.
     """
@@ -87,7 +87,7 @@ class BayesTrainer(SafeTrainer):
         self._gaussian, random = gaussian_layers(model), random_layers(model)
         self._noise = training_noise(model) if random else None
         check_model(model, bool(random), bool(self._gaussian), kl, prior_std, train_draws)
-        train = Examples(task, task.rows("train") if train_rows is None else train_rows)
+        train = Examples(task, task.rows("train") if train_rows is None else train_rows, model)
         check_rows(args, len(train))
         self._train, self._collator = train, Collator(task)
         self._clock: NoiseCallback | None = None
@@ -103,7 +103,7 @@ class BayesTrainer(SafeTrainer):
             args=args,
             data_collator=self._collator,
             train_dataset=train,
-            eval_dataset=None if eval_rows is None else Examples(task, eval_rows),
+            eval_dataset=None if eval_rows is None else Examples(task, eval_rows, model),
             compute_metrics=_scores,
             callbacks=[*([self._clock] if self._clock else []), *(callbacks or [])],
         )
