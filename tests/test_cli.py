@@ -282,6 +282,26 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(world: Path, tmp_pat
     assert snapshot(run) == before
 
 
+def test_a_posterior_of_another_run_is_not_taken_in_silence(world: Path, tmp_path: Path, capsys: Any) -> None:
+    other, mixed = tmp_path / "other", shutil.copytree(world / "run", tmp_path / "mixed")
+    assert invoke([*train_arguments(world, seed=5), "--output", str(other)]) == 0
+    shutil.rmtree(mixed / "posterior")
+    shutil.copytree(other / "posterior", mixed / "posterior")
+    capsys.readouterr()
+    assert invoke(["evaluate", str(mixed)]) == 0
+    assert "the posterior is not the one that result.json was made with" in capsys.readouterr().err
+    assert invoke(["evaluate", str(other)]) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_an_unfinished_run_says_how_to_go_on(world: Path, tmp_path: Path, capsys: Any) -> None:
+    run = shutil.copytree(world / "run", tmp_path / "run")
+    (run / "result.json").unlink()
+    for command in ([*train_arguments(world), "--output", str(run)], ["evaluate", str(run)]):
+        assert invoke(command) == 2
+        assert "--resume" in capsys.readouterr().err
+
+
 def test_overwrite_replaces_the_whole_run(world: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert invoke([*train_arguments(world, checkpoint_steps=3), "--output", str(run)]) == 0

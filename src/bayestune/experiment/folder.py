@@ -69,7 +69,9 @@ def _check_content(output: Path, experiment: Experiment, *, overwrite: bool, res
     if resume:
         _check_resumed(output, experiment)
     elif found and not overwrite:
-        raise ConfigError(f"output {output}: the folder is not empty; choose another, or pass --overwrite.")
+        begun = EXPERIMENT in found and RESULT not in found
+        hint = " A run was begun there: --resume goes on with it." if begun else ""
+        raise ConfigError(f"output {output}: the folder is not empty; choose another, or pass --overwrite.{hint}")
     elif found and not _is_run(output):
         raise ConfigError(f"output {output}: found files but no {EXPERIMENT} of a run; nothing is overwritten.")
 

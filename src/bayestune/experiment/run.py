@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from peft import PeftModel
 
 from bayestune.adapters import gaussian_layers
-from bayestune.errors import ConfigError
+from bayestune.errors import BayestuneWarning, ConfigError
 from bayestune.experiment.backbone import (
     Backbone,
     build_task,
@@ -248,6 +249,7 @@ def load_run(folder: str | Path, *, data: str | Path | None = None) -> Run:
     if not (folder / RESULT).is_file():
         waiting = earlier_run(folder)
         hint = f" The run that was to be replaced there waits in {waiting}." if waiting.is_dir() else ""
+        hint = hint or (" Go on with it: train --resume." if (folder / EXPERIMENT).is_file() else "")
         raise ConfigError(f"{folder}: found no {RESULT}, expected {what}.{hint}")
     experiment = Experiment.from_dict(read_json(folder / EXPERIMENT, what), where=str(folder / EXPERIMENT))
     if data is not None:
@@ -255,7 +257,12 @@ def load_run(folder: str | Path, *, data: str | Path | None = None) -> Run:
     backbone = find_backbone(experiment.model)
     experiment, task = _resolve(experiment, backbone)
     base, _ = load_base(backbone, task, experiment)
-    return Run(experiment=experiment, task=task, posterior=load(base, folder / POSTERIOR))
+    posterior = load(base, folder / POSTERIOR)
+    recorded = read_json(folder / RESULT, what).get("sha256", {}).get("adapter")
+    if recorded != file_sha256(folder / POSTERIOR / "adapter_model.safetensors"):
+        message = f"{folder}: the posterior is not the one that {RESULT} was made with; its scores are of another."
+        warnings.warn(message, BayestuneWarning, stacklevel=2)
+    return Run(experiment=experiment, task=task, posterior=posterior)
 
 
 def other_task(trained: Run, name: str) -> Task:

@@ -96,7 +96,7 @@ class Training:
         last = last_complete(self.checkpoints)
         if last is None and any(self.checkpoints.glob("checkpoint-*")):
             raise ConfigError(
-                f"{self.checkpoints}: found no checkpoint that is whole; to train anew, overwrite the run."
+                f"{self.checkpoints}: found no checkpoint that is whole; to train anew, pass --overwrite."
             )
         return last
 
