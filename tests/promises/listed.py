@@ -100,7 +100,8 @@ PROMISES = (
         says="Rows without a token to look at are refused or answered, never NaN.",
         bound="refused or finite",
         note=(
-            "A text that the tokenizer by itself turns into no token is refused by its row and field. A task of your own whose row is "
+            "A text that the tokenizer by itself turns into no token is refused by its row and field. "
+            "A task of your own whose row is "
             "masked as a whole gets an answer, which means nothing."
         ),
     ),
