@@ -196,9 +196,30 @@ DEFECTS = (
     Defect(
         name="the first token beyond the embeddings is let in",
         path=BASE,
-        before="        if largest >= self.embeddings:",
-        after="        if largest > self.embeddings:",
+        before="        if largest >= known:",
+        after="        if largest > known:",
         tests="cli/test_bad_rows.py D10",
+    ),
+    Defect(
+        name="predict takes tokens beyond the embeddings",
+        path="inference/predict.py",
+        before="    examples = task.examples(rows, module)",
+        after="    examples = [task.example(row) for row in rows]",
+        tests="tasks/test_tokenizers.py predicting",
+    ),
+    Defect(
+        name="the trainer takes tokens beyond the embeddings",
+        path="training/batches.py",
+        before="task.examples(rows, model)",
+        after="[task.example(row) for row in rows]",
+        tests="tasks/test_tokenizers.py predicting",
+    ),
+    Defect(
+        name="rows are padded with an id beyond the embeddings",
+        path=BASE,
+        before="        if pad_id >= known:",
+        after="        if pad_id > known:",
+        tests="tasks/test_tokenizers.py predicting",
     ),
     Defect(
         name="a pad beyond the embeddings is let in",

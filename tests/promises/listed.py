@@ -100,7 +100,8 @@ PROMISES = (
         says="Rows without a token to look at are refused or answered, never NaN.",
         bound="refused or finite",
         note=(
-            "A text that the tokenizer turns into no token is refused by its row. A task of your own whose row is "
+            "A text that the tokenizer by itself turns into no token is refused by its row and field. "
+            "A task of your own whose row is "
             "masked as a whole gets an answer, which means nothing."
         ),
     ),
@@ -148,7 +149,8 @@ PROMISES = (
         id="P08",
         says="Bit flips, cuts and additions are refused before a tensor is used.",
         note="A model card (README.md) of a posterior is not checked, nor read. Sums find damage, not malice: who can "
-        "write a folder can write its sums; wrong contents under right sums raise the library's errors only.",
+        "write a folder can write its sums; wrong contents of a posterior under right sums raise the library's errors "
+        "only, and of a checkpoint the form of training.json is checked.",
     ),
     Promise(id="P09", says="No pickle is written or opened."),
     Promise(
