@@ -62,8 +62,8 @@ DEFECTS = (
     Defect(
         name="a text without a token is scored",
         path="tasks/base.py",
-        before="if tokens < 1:",
-        after="if tokens < 0:",
+        before="if not ids:",
+        after="if False:",
         tests="tasks/test_rows_without_tokens.py refused",
     ),
     Defect(
