@@ -62,8 +62,8 @@ DEFECTS = (
     Defect(
         name="a text without a token is scored",
         path="tasks/base.py",
-        before="            if not ids:",
-        after="            if ids is None:",
+        before="if not ids:",
+        after="if False:",
         tests="tasks/test_rows_without_tokens.py refused",
     ),
     Defect(
