@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+import bayestune
+
 ROOT = Path(__file__).parent.parent
-SOURCE = ROOT / "src"
+SOURCE = Path(bayestune.__file__).parent.parent
 SOURCES = ("pyproject.toml", "README.md", "LICENSE")
 PACKED = {f"bayestune/data/everyday/{split}.jsonl.gz" for split in ("train", "test", "ood")}
 BUILD = "import sys, uv_build; print(uv_build.build_wheel(sys.argv[1]))"
