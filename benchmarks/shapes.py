@@ -8,6 +8,7 @@ llama7b  the shape of Llama-2-7B, bfloat16; the same layers
 minilm   the packaged MiniLM (6 layers of 384); query, value, and a new head
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +25,9 @@ from transformers import (
 
 from bayestune import BlobConfig
 from bayestune.experiment.backbone import embedded_model
-from bayestune.tasks import AnyRow, Task
-from bayestune.tasks.base import widen
+from bayestune.functional import derive_seed
+from bayestune.tasks import AnyRow, Task, TextRow
+from bayestune.tasks.base import labels_of, widen
 
 CLASSES = 4
 RANK, ALPHA = 8, 16
@@ -131,10 +133,18 @@ class Answers(Task):
         return widen(logits[:, -1, 10 : 10 + CLASSES] if self.shape.causal else logits)
 
     def example(self, row: AnyRow) -> dict[str, Any]:
-        raise NotImplementedError
+        """Random tokens that follow from the row's id, and its label."""
+        assert isinstance(row, TextRow) and self.shape.choices is None
+        generator = torch.Generator().manual_seed(derive_seed(row.id))
+        tokens = torch.randint(5, 30_000, (self.shape.tokens,), generator=generator)
+        return {"id": row.id, "label": row.label, "input_ids": tokens.tolist()}
 
-    def collate(self, examples: Any) -> dict[str, Tensor]:
-        raise NotImplementedError
+    def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        ids = torch.tensor([example["input_ids"] for example in examples])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **labels_of(examples)}
 
     def tokens(self, example: dict[str, Any]) -> int:
-        raise NotImplementedError
+        return self.shape.tokens
+
+    def train_rows(self, rows: int) -> list[AnyRow]:
+        return [TextRow(id=f"row-{i}", text="benchmark", label=i % CLASSES) for i in range(rows)]

@@ -183,7 +183,7 @@ def test_S07_without_data_the_posterior_is_the_prior(figure: Figure) -> None:
         layer.weight.fill_(0.3)
     before = layer.kl().item()
     for _ in range(2000):
-        kl_step(layer, rate=1e-4, weight=1.0, along_nll=False)
+        kl_step([layer], rate=1e-4, weight=1.0, along_nll=False)
     assert before > 1
     figure("KL without data, nats", abs(layer.kl().item()), at_most=1e-4)
 

@@ -59,8 +59,8 @@ DEFECTS = (
     Defect(
         name="KL step without the schedule's weight",
         path=KL,
-        before="layer.weight.sub_(d_mean, alpha=rate * weight)",
-        after="layer.weight.sub_(d_mean, alpha=rate)",
+        before="mean.sub_(d_mean, alpha=rate * weight)",
+        after="mean.sub_(d_mean, alpha=rate)",
         tests="training/test_kl.py kl_step",
     ),
     Defect(

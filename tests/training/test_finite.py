@@ -1,5 +1,6 @@
 """NaN and infinity stop training before the update, and the error says where, of what, and what is left."""
 
+import math
 import os
 import re
 import subprocess
@@ -18,6 +19,7 @@ import bayestune
 from bayestune.adapters import gaussian_layers
 from bayestune.errors import TrainingError
 from bayestune.training import BayesTrainer, KLSettings
+from bayestune.training.finite import first_nonfinite, largest
 from toys import pretrained_llama, write_data
 from training.toys import TASK, arguments, double_blob, lora, rows, trained
 
@@ -127,6 +129,18 @@ def without_b() -> PeftModel:
             if "lora_B" in name:
                 parameter.zero_().requires_grad_(False)
     return model
+
+
+def test_R05_the_largest_entry_tells_whether_all_are_finite() -> None:
+    one = torch.ones(2, 3)
+    tensors = [one, -2e19 * one, one.half() * 300, one.double() * 1e200, one.bfloat16(), one * one.new_tensor(0)]
+    plain, squares = largest(tensors), largest(tensors, squared=True)
+    assert plain.tolist() == pytest.approx([1, 2e19, 300, 1e200, 1, 0], rel=1e-6)
+    assert squares.isfinite().tolist() == [True, False, False, False, True, True]  # each in its own dtype
+    for spoilt in (math.nan, math.inf, -math.inf):
+        one[1, 1] = spoilt
+        assert first_nonfinite(["a", "b", "c"], largest([torch.ones(1), one, one])) == ("b", 2)
+    assert first_nonfinite([], largest([])) is None
 
 
 @pytest.mark.parametrize("fault", ["weight", "gradient"])

@@ -48,7 +48,7 @@ def test_kl_step_is_sgd_through_autograd(along_nll: bool) -> None:
     expected_mean = layer.weight - 0.01 * layer.weight.grad
     expected_rho = layer.rho - 0.01 * (layer.rho.grad + (nll_gradient if along_nll else 0))
     layer.rho.grad = nll_gradient
-    kl_step(layer, rate=0.01, weight=0.25, along_nll=along_nll)
+    kl_step([layer], rate=0.01, weight=0.25, along_nll=along_nll)
     assert (layer.weight - expected_mean).abs().max() <= 1e-15
     assert (layer.rho - expected_rho).abs().max() <= 1e-15
 
@@ -62,13 +62,30 @@ def test_kl_step_stops_at_the_minimum_and_keeps_the_floor() -> None:
         layer.rho[0] = -1e-3
         layer.rho[1] = 0.0
         layer.rho[2] = 50.0
-    kl_step(layer, rate=0.01, weight=0.5, along_nll=False)
+    kl_step([layer], rate=0.01, weight=0.5, along_nll=False)
     assert (layer.rho[0] + best).abs().max() <= 1e-14
     assert (layer.rho[1:] - best).abs().max() <= 1e-14
 
     layer.rho.grad = layer.rho.detach().clone()
-    kl_step(layer, rate=1.0, weight=0.0, along_nll=True)
+    kl_step([layer], rate=1.0, weight=0.0, along_nll=True)
     assert torch.equal(layer.rho.abs(), torch.full_like(layer.rho, RHO_FLOOR))
+
+
+def test_layers_move_together_as_each_does_alone() -> None:
+    """Other priors, shapes and dtypes, and a layer that no loss reached, bit for bit."""
+    together, alone = double_blob(), double_blob()
+    for model in (together, alone):
+        layers = list(gaussian_layers(model).values())
+        assert len(layers) > 2
+        layers[1].prior_std = 0.5
+        layers[2].float()
+        for place, layer in enumerate(layers):
+            generator = torch.Generator().manual_seed(place)
+            layer.rho.grad = torch.randn(layer.rho.shape, generator=generator).to(layer.rho) if place else None
+    kl_step(gaussian_layers(together).values(), rate=0.01, weight=0.25, along_nll=True)
+    for layer in gaussian_layers(alone).values():
+        kl_step([layer], rate=0.01, weight=0.25, along_nll=True)
+    assert all(torch.equal(trained(together)[name], value) for name, value in trained(alone).items())
 
 
 def test_N01_an_update_of_1e_5_moves_G(figure: Callable[..., None]) -> None:
@@ -78,7 +95,7 @@ def test_N01_an_update_of_1e_5_moves_G(figure: Callable[..., None]) -> None:
         layer.rho.fill_(0.05)
     layer.rho.grad = torch.full_like(layer.rho, 1e-3)
     before = layer.rho.detach().clone()
-    kl_step(layer, rate=0.01, weight=0.0, along_nll=True)
+    kl_step([layer], rate=0.01, weight=0.0, along_nll=True)
     moved = before - layer.rho
     figure("update of G = 0.05 by 1e-5 on a bf16 base, error", (moved - 1e-5).abs().max().item(), at_most=1e-8)
 
@@ -105,8 +122,7 @@ def test_callback_adds_the_kl_to_a_plain_trainer(tmp_path: Path) -> None:
         training_noise(model).seed = 5  # the seed of the arguments, which the callback sets itself
         plain_trainer(model, tmp_path, callbacks).train()
         if not callbacks:
-            for layer in gaussian_layers(model).values():
-                kl_step(layer, rate=0.01, weight=2 / 7, along_nll=False)
+            kl_step(gaussian_layers(model).values(), rate=0.01, weight=2 / 7, along_nll=False)
         after.append(trained(model))
     assert all(torch.equal(after[0][name], after[1][name]) for name in after[0])
 
@@ -161,7 +177,7 @@ def test_the_rate_of_the_kl_is_a_share_of_the_peak(tmp_path: Path, kind: str) ->
     )
     trainer.train()
     for share in shares:
-        kl_step(reference, rate=0.01 * share, weight=1e-3, along_nll=False)
+        kl_step([reference], rate=0.01 * share, weight=1e-3, along_nll=False)
     assert (layer.rho - reference.rho).abs().max() <= 1e-15
 
 

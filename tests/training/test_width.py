@@ -49,7 +49,7 @@ def test_the_recursion_is_the_kl_step_under_transformers_schedule(
         "linear", optimizer, num_warmup_steps=math.ceil(warmup * updates), num_training_steps=updates
     )
     for step in range(updates):
-        kl_step(layer, rate=optimizer.param_groups[0]["lr"], weight=schedule(step, cycle), along_nll=False)
+        kl_step([layer], rate=optimizer.param_groups[0]["lr"], weight=schedule(step, cycle), along_nll=False)
         optimizer.step()
         course.step()
     found = kl_only_std(
@@ -111,7 +111,7 @@ def test_small_steps_grow_the_width_by_four_times_the_rate_a_weight() -> None:
 def test_a_start_wider_than_the_prior_shrinks_to_it(start: float) -> None:
     layer = layer_at(start, 0.2)
     for step in range(30):
-        kl_step(layer, rate=0.01 * (30 - step) / 30, weight=uniform_kl_weight(step, 5), along_nll=False)
+        kl_step([layer], rate=0.01 * (30 - step) / 30, weight=uniform_kl_weight(step, 5), along_nll=False)
     found = kl_only_std(0.01, updates=30, cycle=5, start=start, prior_std=0.2, schedule=uniform_kl_weight, warmup=0.0)
     assert found == pytest.approx(std(layer.rho).mean().item(), rel=1e-12)
 
@@ -123,7 +123,7 @@ def test_the_means_shrink_as_the_docstring_says() -> None:
     layer = layer_at(0.01, 1.0)
     before = layer.weight.detach().clone()
     for step in range(1000):
-        kl_step(layer, rate=rate * (1000 - step) / 1000, weight=1 / 1000, along_nll=False)
+        kl_step([layer], rate=rate * (1000 - step) / 1000, weight=1 / 1000, along_nll=False)
     factor = (layer.weight / before).mean().item()
     # Against the limit: (std / s_p)^2 = 0.4 % of the growth, and a step of a thousandth.
     assert math.log(factor) == pytest.approx(-(0.06 - 0.01) / 4, rel=0.01)

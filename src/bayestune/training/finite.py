@@ -1,6 +1,7 @@
 """Numbers that are not finite stop training before the update, and the error says where and what is left."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -25,12 +26,23 @@ def stopped(
     )
 
 
-def first_nonfinite(tensors: Mapping[str, Tensor]) -> tuple[str, int] | None:
-    """The name of the first tensor with an entry that is not finite, and how many such tensors there are."""
-    if not tensors or torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).all():
+@torch.no_grad()
+def largest(tensors: Sequence[Tensor], *, squared: bool = False) -> Float[Tensor, " tensors"]:
+    """The largest magnitude in each tensor, or its square in the tensor's dtype; NaN where an entry is NaN."""
+    if not tensors:
+        return torch.empty(0)
+    found = torch._foreach_norm(tensors, math.inf)
+    found = torch._foreach_mul(found, found) if squared else found
+    return torch.stack([value.to(found[0].device) for value in found])
+
+
+def first_nonfinite(names: Sequence[str], values: Float[Tensor, " names"]) -> tuple[str, int] | None:
+    """The name of the first value that is not finite, and how many such values there are."""
+    bad = ~values.isfinite()
+    if not bad.any():
         return None
-    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-    return bad[0], len(bad)
+    places = bad.nonzero()[:, 0]
+    return names[int(places[0])], len(places)
 
 
 def nonfinite_rows(nll: Float[Tensor, "draws rows"], ids: Sequence[str]) -> str | None:

@@ -19,7 +19,7 @@ M's is not, since AdamW rescales the NLL gradient and not the KL's, just as deco
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ from bayestune.adapters import GaussianLinear, gaussian_layers
 from bayestune.errors import ConfigError
 from bayestune.functional import clamp_rho, gaussian_kl_gradient, paper_kl_weight
 from bayestune.training.clock import NoiseCallback
-from bayestune.training.finite import first_nonfinite, stopped
+from bayestune.training.finite import first_nonfinite, largest, stopped
 
 Schedule = Callable[[int, int], float]
 """KL weight of update `step` (from 0) in cycles of `cycle` updates."""
@@ -75,8 +75,8 @@ class KLSettings:
 
 
 @torch.no_grad()
-def kl_step(layer: GaussianLinear, *, rate: float, weight: float, along_nll: bool) -> None:
-    """One step of plain SGD on ``weight * KL`` for M and G of `layer`, in place (module docstring).
+def kl_step(layers: Iterable[GaussianLinear], *, rate: float, weight: float, along_nll: bool) -> None:
+    """One step of plain SGD on ``weight * KL`` for M and G of `layers`, in place (module docstring).
 
     Args:
         rate: learning rate eta of this update.
@@ -84,16 +84,20 @@ def kl_step(layer: GaussianLinear, *, rate: float, weight: float, along_nll: boo
         along_nll: whether G also moves along its NLL gradient, `layer.rho.grad`; M never does.
 
     The KL part stops at the minimum of the KL, ``|G| = sqrt(s_p)``, where a G near 0, whose gradient is
-    ``-2 / G``, would jump far past it. ``|G|`` stays at or above `RHO_FLOOR`.
+    ``-2 / G``, would jump far past it. ``|G|`` stays at or above `RHO_FLOOR`. All layers of one prior move in one
+    computation: their entries are laid end to end.
     """
-    d_mean, d_rho = gaussian_kl_gradient(layer.weight, layer.rho, layer.prior_std)
-    layer.weight.sub_(d_mean, alpha=rate * weight)
-    best = torch.full_like(layer.rho, math.sqrt(layer.prior_std)).copysign(layer.rho)
-    to_best = best - layer.rho
-    step = (-rate * weight * d_rho).clamp(min=to_best.clamp(max=0), max=to_best.clamp(min=0))
-    if along_nll and layer.rho.grad is not None:
-        step.sub_(layer.rho.grad, alpha=rate)
-    layer.rho.copy_(clamp_rho(layer.rho + step))
+    for prior_std, group in _of_one_prior(layers):
+        mean, rho = _joined([layer.weight for layer in group]), _joined([layer.rho for layer in group])
+        d_mean, d_rho = gaussian_kl_gradient(mean, rho, prior_std)
+        mean.sub_(d_mean, alpha=rate * weight)
+        to_best = torch.full_like(rho, math.sqrt(prior_std)).copysign(rho) - rho
+        step = (-rate * weight * d_rho).clamp(min=to_best.clamp(max=0), max=to_best.clamp(min=0))
+        if along_nll:
+            gradients = [torch.zeros_like(g) if g.grad is None else g.grad for g in (layer.rho for layer in group)]
+            step.sub_(_joined(gradients), alpha=rate)
+        _put_back(mean, [layer.weight for layer in group])
+        _put_back(clamp_rho(rho + step), [layer.rho for layer in group])
 
 
 class KLCallback(NoiseCallback):
@@ -155,7 +159,7 @@ class KLCallback(NoiseCallback):
         self._weight = self.settings.schedule(state.global_step, self.settings.cycle)
         found = f"the KL weight is {self._weight}, its learning rate {self._rate}"
         if math.isfinite(self._rate * self._weight):
-            bad = first_nonfinite(self._gradients())
+            bad = self._nonfinite_gradient()
             if bad is None:
                 return
             found = f"the KL gradient of {bad[0]} (of {bad[1]} in all) is not finite"
@@ -171,19 +175,39 @@ class KLCallback(NoiseCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        for layer in self._layers:
-            kl_step(layer, rate=self._rate, weight=self._weight, along_nll=self._along_nll)
+        kl_step(self._layers, rate=self._rate, weight=self._weight, along_nll=self._along_nll)
 
     @torch.no_grad()
-    def _gradients(self) -> dict[str, Tensor]:
-        """What the step moves M and G along, by the names of the layers."""
-        gradients: dict[str, Tensor] = {}
-        for layer in self._layers:
-            mean, rho = gaussian_kl_gradient(layer.weight, layer.rho, layer.prior_std)
-            gradients |= {f"M of {layer.name}": mean, f"G of {layer.name}": rho}
-            if self._along_nll and layer.rho.grad is not None:
-                gradients[f"G of {layer.name} (with its NLL)"] = layer.rho.grad
-        return gradients
+    def _nonfinite_gradient(self) -> tuple[str, int] | None:
+        """The first gradient that is not finite, and how many; they grow with |M| and |G|, so the largest tell."""
+        names: list[str] = []
+        values: list[Tensor] = []
+        for prior_std, group in _of_one_prior(self._layers):
+            means, rhos = largest([layer.weight for layer in group]), largest([layer.rho for layer in group])
+            values += gaussian_kl_gradient(means, rhos, prior_std)
+            names += [f"M of {layer.name}" for layer in group] + [f"G of {layer.name}" for layer in group]
+            if self._along_nll:
+                given = [layer for layer in group if layer.rho.grad is not None]
+                values.append(largest([layer.rho.grad for layer in given if layer.rho.grad is not None]))
+                names += [f"G of {layer.name} (with its NLL)" for layer in given]
+        return first_nonfinite(names, torch.cat([value.to(values[0].device) for value in values]))
+
+
+def _of_one_prior(layers: Iterable[GaussianLinear]) -> list[tuple[float, list[GaussianLinear]]]:
+    """The layers whose entries one computation can move: of one prior, device and dtype."""
+    groups: dict[tuple[float, torch.device, torch.dtype], list[GaussianLinear]] = {}
+    for layer in layers:
+        groups.setdefault((layer.prior_std, layer.rho.device, layer.rho.dtype), []).append(layer)
+    return [(prior_std, group) for (prior_std, _, _), group in groups.items()]
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def _put_back(joined: Tensor, tensors: Sequence[Tensor]) -> None:
+    parts = joined.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
 
 def _peak_rate(group: dict[str, Any], args: TrainingArguments) -> float:

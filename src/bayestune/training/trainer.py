@@ -24,7 +24,7 @@ from bayestune.training.batches import ROW, Collator, Examples
 from bayestune.training.checkpoint import SafeTrainer
 from bayestune.training.checks import check_arguments, check_model, check_rows, check_same_course
 from bayestune.training.clock import NoiseCallback
-from bayestune.training.finite import Part, first_nonfinite, listed, nonfinite_rows, stopped
+from bayestune.training.finite import Part, first_nonfinite, largest, listed, nonfinite_rows, stopped
 from bayestune.training.kl import KLCallback, KLSettings
 from bayestune.training.memory import BackOff, logits_in_parts
 from bayestune.training.order import LengthGrouped
@@ -294,7 +294,8 @@ class BayesTrainer(SafeTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         assert self.model is not None
-        bad = first_nonfinite({name: p for name, p in self.model.named_parameters() if p.requires_grad})
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        bad = first_nonfinite(list(trained), largest(list(trained.values())))
         if bad is not None:
             found = f"{bad[0]} ({bad[1]} parameters in all) is not finite after the update"
             raise self._stopped("weights", found, advice="lower the learning rate")
@@ -303,9 +304,8 @@ class BayesTrainer(SafeTrainer):
     def _refuse_nonfinite_gradient(self, num_items_in_batch: Tensor | int | None) -> None:
         assert self.model is not None
         # Squared, as AdamW keeps them: a square that overflows would stop its parameter for good.
-        bad = first_nonfinite(
-            {name: p.grad.square() for name, p in self.model.named_parameters() if p.grad is not None}
-        )
+        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        bad = first_nonfinite(list(gradients), largest(list(gradients.values()), squared=True))
         if bad is None:
             return
         found = f"the NLL gradient of {bad[0]} ({bad[1]} parameters in all) is not finite"

@@ -1,0 +1,143 @@
+"""An update of `BayesTrainer` against one of transformers' Trainer with plain LoRA: whole trainings, step by step.
+
+    python benchmarks/trainer_step.py [--shape llama-4x128] [--device cpu] [--json FILE]
+
+Three trainings run in threads of one process and hand the turn on after every update, so that one computes at a time:
+"lora", transformers' Trainer on plain LoRA; "bayes_lora", `BayesTrainer` on plain LoRA; "blob", `BayesTrainer` on
+BLoB. A time is that of all that happens between two updates: batch, forward, backward, clipping, AdamW, noise, KL,
+checks. "ratio" is the median over rounds of BLoB's by that of "lora", "checks_ratio" that of "bayes_lora", "control_ratio"
+that of a second "lora": how far it is from 1 is the machine's doing.
+`train_step.py` measures the same without a trainer.
+"""
+
+import argparse
+import json
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from pairs import default_device, header, ratio, spread
+from shapes import Answers, Shape
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging
+
+from bayestune.experiment import write_json
+from bayestune.training import BayesTrainer
+
+WAYS = ("lora", "bayes_lora", "blob", "lora_again")
+
+
+class PlainTrainer(Trainer):
+    """transformers' own, with the loss of the task."""
+
+    def __init__(self, task: Answers, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.task = task
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        return self.task.loss(model, inputs).mean()
+
+
+class Turns:
+    """Whose turn it is, and the seconds that each took."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.waiting, self.seconds = list(names), {name: [] for name in names}
+        self._changed = threading.Condition()
+
+    def take(self, name: str) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self.waiting[0] == name)
+
+    def pass_on(self, *, leave: bool = False) -> None:
+        with self._changed:
+            name = self.waiting.pop(0)
+            self.waiting += [] if leave else [name]
+            self._changed.notify_all()
+
+
+class InTurn(TrainerCallback):
+    """Takes the turn before the first update, hands it on after each, and leaves when training ends."""
+
+    def __init__(self, name: str, turns: Turns, device: str) -> None:
+        self.name, self.turns, self.device, self.start = name, turns, device, 0.0
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.turns.take(self.name)
+        self.start = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize(self.device)
+        self.turns.seconds[self.name].append(time.perf_counter() - self.start)
+        self.turns.pass_on()
+        self.turns.take(self.name)
+        self.start = time.perf_counter()
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.turns.pass_on(leave=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--shape", help="default: llama-4x128, on a GPU llama7b-4x300")
+    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="write the object to this file too")
+    options = parser.parse_args()
+    shape = Shape.of(options.shape or ("llama7b-4x300" if options.device.startswith("cuda") else "llama-4x128"))
+    logging.set_verbosity_error()
+    turns = Turns(WAYS)
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = [trainer_of(way, shape, turns, Path(folder) / way, options) for way in WAYS]
+        threads = [threading.Thread(target=trainer.train, daemon=True) for trainer in trainers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    times = {way: found[options.warmup :] for way, found in turns.seconds.items()}
+    found = {
+        "ratio": ratio(times["blob"], times["lora"]),
+        "checks_ratio": ratio(times["bayes_lora"], times["lora"]),
+        "control_ratio": ratio(times["lora_again"], times["lora"]),
+        "pairs": options.pairs,
+        "shape": shape.name,
+        "quartiles": spread(times["blob"], times["lora"]),
+        "milliseconds": {way: 1000 * torch.tensor(t).median().item() for way, t in times.items()},
+        **header(options.device),
+    }
+    print(json.dumps(found))
+    if options.json:
+        write_json(options.json, found)
+
+
+def trainer_of(way: str, shape: Shape, turns: Turns, output: Path, options: argparse.Namespace) -> Trainer:
+    task = Answers(shape)
+    args = TrainingArguments(
+        output_dir=str(output),
+        max_steps=options.warmup + options.pairs,
+        per_device_train_batch_size=shape.rows,
+        learning_rate=1e-4,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not options.device.startswith("cuda"),
+        remove_unused_columns=False,
+    )
+    model = shape.adapted(options.device, bayesian=way == "blob").train()
+    rows, callbacks = task.train_rows(16 * shape.rows), [InTurn(way, turns, options.device)]
+    if not way.startswith("lora"):
+        return BayesTrainer(model, task=task, args=args, train_rows=rows, callbacks=callbacks)
+    examples = [task.example(row) for row in rows]
+    return PlainTrainer(
+        task, model=model, args=args, train_dataset=examples, data_collator=task.collate, callbacks=callbacks
+    )
+
+
+if __name__ == "__main__":
+    main()
