@@ -3,9 +3,10 @@
     python benchmarks/train_step.py [--shape llama-4x128] [--device cpu] [--checkpointing] [--json FILE]
 
 Prints one JSON object: "ratio" is the median over rounds of BLoB's time by plain LoRA's, "reference_ratio" that of
-`looped_reference.py`, "control_ratio" that of a second plain LoRA: how far it is from 1 is the machine's doing. A step is forward, backward, AdamW and, for BLoB, noise and KL, as `BayesTrainer` takes them.
-"memory" is each way's peak in a process of its own (allocated by CUDA, or resident), and "memory_ratio" BLoB's less
-G and its gradient, by plain LoRA's.
+`looped_reference.py`, "control_ratio" that of a second plain LoRA: how far it is from 1 is the machine's doing. A step
+is forward, backward, AdamW and, for BLoB, noise and KL, as `BayesTrainer` takes them. "memory" is each way's peak in a
+process of its own (allocated by CUDA, or resident), and "memory_ratio" BLoB's less G and its gradient, by plain
+LoRA's.
 """
 
 import argparse

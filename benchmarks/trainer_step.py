@@ -2,12 +2,12 @@
 
     python benchmarks/trainer_step.py [--shape llama-4x128] [--device cpu] [--json FILE]
 
-Three trainings run in threads of one process and hand the turn on after every update, so that one computes at a time:
+Four trainings run in threads of one process and hand the turn on after every update, so that one computes at a time:
 "lora", transformers' Trainer on plain LoRA; "bayes_lora", `BayesTrainer` on plain LoRA; "blob", `BayesTrainer` on
-BLoB. A time is that of all that happens between two updates: batch, forward, backward, clipping, AdamW, noise, KL,
-checks. "ratio" is the median over rounds of BLoB's by that of "lora", "checks_ratio" that of "bayes_lora", "control_ratio"
-that of a second "lora": how far it is from 1 is the machine's doing.
-`train_step.py` measures the same without a trainer.
+BLoB; "lora_again", as the first. A time is that of all that happens between two updates: batch, forward, backward,
+clipping, AdamW, noise, KL, checks. "ratio" is the median over rounds of BLoB's by that of "lora", "checks_ratio" that
+of "bayes_lora", "control_ratio" that of "lora_again": how far it is from 1 is the machine's doing. `train_step.py`
+measures the same without a trainer.
 """
 
 import argparse

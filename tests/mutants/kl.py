@@ -92,4 +92,18 @@ DEFECTS = (
         after="step = -rate * weight * d_rho",
         tests="training/test_kl.py stops",
     ),
+    Defect(
+        name="one prior for all layers that move together",
+        path=KL,
+        before="groups.setdefault((layer.prior_std, layer.rho.device, layer.rho.dtype), [])",
+        after="groups.setdefault((next(iter(layers)).prior_std, layer.rho.device, layer.rho.dtype), [])",
+        tests="training/test_kl.py together",
+    ),
+    Defect(
+        name="layers that move together keep their own M",
+        path=KL,
+        before="        _put_back(mean, means)\n",
+        after="",
+        tests="training/test_kl.py kl_step",
+    ),
 )

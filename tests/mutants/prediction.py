@@ -3,6 +3,7 @@
 from mutants.defect import Defect
 
 SCORES = "metrics/scores.py"
+SHARING = "posteriors/sharing.py"
 
 DEFECTS = (
     Defect(
@@ -110,5 +111,47 @@ DEFECTS = (
         before=" @ vectors.transpose(-1, -2)\n",
         after="\n",
         tests="posteriors/test_variational.py root",
+    ),
+    Defect(
+        name="copies of a row taken for alike unseen",
+        path=SHARING,
+        before="if not torch.equal(tensor.unflatten(0, (copies, -1)), one.expand(copies, *one.shape)):",
+        after="if False:",
+        tests="posteriors/test_sharing.py shared",
+    ),
+    Defect(
+        name="another thread's rows narrowed",
+        path=SHARING,
+        before="            if threading.get_ident() != owner:\n                return None\n",
+        after="",
+        tests="posteriors/test_sharing.py another_thread",
+    ),
+    Defect(
+        name="hooks that outlive their forward",
+        path=SHARING,
+        before="            handle.remove()",
+        after="            handle",
+        tests="posteriors/test_sharing.py hook",
+    ),
+    Defect(
+        name="blocks with a random layer shared",
+        path=SHARING,
+        before="not any(id(m) in random for m in block.modules())",
+        after="not id(block) in random",
+        tests="posteriors/test_sharing.py N07",
+    ),
+    Defect(
+        name="blocks of a compiled model shared",
+        path=SHARING,
+        before='"_orig_mod" in module._modules or module._compiled_call_impl is not None',
+        after="False",
+        tests="posteriors/test_sharing.py compiled",
+    ),
+    Defect(
+        name="shared blocks that see every copy",
+        path=SHARING,
+        before="            return _mapped(lambda t: first_copy(t, run), args), ",
+        after="            return args, kwargs or ",
+        tests="posteriors/test_sharing.py each_row_once",
     ),
 )

@@ -87,8 +87,8 @@ DEFECTS = (
     Defect(
         name="a gradient that AdamW cannot square",
         path=TRAINER,
-        before="largest(list(gradients.values()), squared=True)",
-        after="largest(list(gradients.values()))",
+        before="first_nonfinite(gradients, squared=True)",
+        after="first_nonfinite(gradients)",
         tests="training/test_finite.py row_that",
     ),
     Defect(

@@ -1,13 +1,14 @@
 """Numbers that are not finite stop training before the update, and the error says where and what is left."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from bayestune.errors import TrainingError
 from bayestune.training.checkpoint_files import last_complete
@@ -27,22 +28,21 @@ def stopped(
 
 
 @torch.no_grad()
-def largest(tensors: Sequence[Tensor], *, squared: bool = False) -> Float[Tensor, " tensors"]:
-    """The largest magnitude in each tensor, or its square in the tensor's dtype; NaN where an entry is NaN."""
-    if not tensors:
-        return torch.empty(0)
-    found = torch._foreach_norm(tensors, math.inf)
-    found = torch._foreach_mul(found, found) if squared else found
-    return torch.stack([value.to(found[0].device) for value in found])
+def all_finite(tensors: Iterable[Tensor], *, squared: bool = False) -> bool:
+    """Whether every entry is finite (and its square, in its dtype): the largest magnitudes tell, in few kernels."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    largest = [get_total_norm(group, math.inf) for group in by_dtype.values()]
+    return all(bool((value.square() if squared else value).isfinite()) for value in largest)
 
 
-def first_nonfinite(names: Sequence[str], values: Float[Tensor, " names"]) -> tuple[str, int] | None:
-    """The name of the first value that is not finite, and how many such values there are."""
-    bad = ~values.isfinite()
-    if not bad.any():
+def first_nonfinite(tensors: Mapping[str, Tensor], *, squared: bool = False) -> tuple[str, int] | None:
+    """The name of the first tensor with an entry that is not finite, and how many such tensors there are."""
+    if all_finite(tensors.values(), squared=squared):
         return None
-    places = bad.nonzero()[:, 0]
-    return names[int(places[0])], len(places)
+    bad = [name for name, tensor in tensors.items() if not all_finite([tensor], squared=squared)]
+    return bad[0], len(bad)
 
 
 def nonfinite_rows(nll: Float[Tensor, "draws rows"], ids: Sequence[str]) -> str | None:

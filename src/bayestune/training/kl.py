@@ -26,13 +26,14 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from bayestune.adapters import GaussianLinear, gaussian_layers
 from bayestune.errors import ConfigError
 from bayestune.functional import clamp_rho, gaussian_kl_gradient, paper_kl_weight
 from bayestune.training.clock import NoiseCallback
-from bayestune.training.finite import first_nonfinite, largest, stopped
+from bayestune.training.finite import all_finite, first_nonfinite, stopped
 
 Schedule = Callable[[int, int], float]
 """KL weight of update `step` (from 0) in cycles of `cycle` updates."""
@@ -88,16 +89,17 @@ def kl_step(layers: Iterable[GaussianLinear], *, rate: float, weight: float, alo
     computation: their entries are laid end to end.
     """
     for prior_std, group in _of_one_prior(layers):
-        mean, rho = _joined([layer.weight for layer in group]), _joined([layer.rho for layer in group])
+        means, rhos = _parts(group)
+        mean, rho = _joined(means), _joined(rhos)
         d_mean, d_rho = gaussian_kl_gradient(mean, rho, prior_std)
         mean.sub_(d_mean, alpha=rate * weight)
         to_best = torch.full_like(rho, math.sqrt(prior_std)).copysign(rho) - rho
         step = (-rate * weight * d_rho).clamp(min=to_best.clamp(max=0), max=to_best.clamp(min=0))
         if along_nll:
-            gradients = [torch.zeros_like(g) if g.grad is None else g.grad for g in (layer.rho for layer in group)]
+            gradients = [torch.zeros_like(rho) if rho.grad is None else rho.grad for rho in rhos]
             step.sub_(_joined(gradients), alpha=rate)
-        _put_back(mean, [layer.weight for layer in group])
-        _put_back(clamp_rho(rho + step), [layer.rho for layer in group])
+        _put_back(mean, means)
+        _put_back(clamp_rho(rho + step), rhos)
 
 
 class KLCallback(NoiseCallback):
@@ -179,18 +181,24 @@ class KLCallback(NoiseCallback):
 
     @torch.no_grad()
     def _nonfinite_gradient(self) -> tuple[str, int] | None:
-        """The first gradient that is not finite, and how many; they grow with |M| and |G|, so the largest tell."""
-        names: list[str] = []
-        values: list[Tensor] = []
+        """The first layer and part whose gradient is not finite, and how many there are."""
+        largest: list[Tensor] = []  # they grow with |M| and |G|, so those of the largest entries tell
         for prior_std, group in _of_one_prior(self._layers):
-            means, rhos = largest([layer.weight for layer in group]), largest([layer.rho for layer in group])
-            values += gaussian_kl_gradient(means, rhos, prior_std)
-            names += [f"M of {layer.name}" for layer in group] + [f"G of {layer.name}" for layer in group]
-            if self._along_nll:
-                given = [layer for layer in group if layer.rho.grad is not None]
-                values.append(largest([layer.rho.grad for layer in given if layer.rho.grad is not None]))
-                names += [f"G of {layer.name} (with its NLL)" for layer in given]
-        return first_nonfinite(names, torch.cat([value.to(values[0].device) for value in values]))
+            mean, rho = (get_total_norm(part, math.inf) for part in _parts(group))
+            largest += gaussian_kl_gradient(mean, rho, prior_std)
+        if all_finite(largest) and all_finite(self._along()):
+            return None
+        gradients: dict[str, Tensor] = {}
+        for layer in self._layers:
+            mean, rho = gaussian_kl_gradient(layer.weight, layer.rho, layer.prior_std)
+            gradients |= {f"M of {layer.name}": mean, f"G of {layer.name}": rho}
+            if self._along_nll and layer.rho.grad is not None:
+                gradients[f"G of {layer.name} (with its NLL)"] = layer.rho.grad
+        return first_nonfinite(gradients)
+
+    def _along(self) -> list[Tensor]:
+        """The NLL gradients that G moves along."""
+        return [layer.rho.grad for layer in self._layers if self._along_nll and layer.rho.grad is not None]
 
 
 def _of_one_prior(layers: Iterable[GaussianLinear]) -> list[tuple[float, list[GaussianLinear]]]:
@@ -201,13 +209,19 @@ def _of_one_prior(layers: Iterable[GaussianLinear]) -> list[tuple[float, list[Ga
     return [(prior_std, group) for (prior_std, _, _), group in groups.items()]
 
 
+def _parts(layers: Sequence[GaussianLinear]) -> tuple[list[Tensor], list[Tensor]]:
+    """M and G of each layer."""
+    return [layer.weight for layer in layers], [layer.rho for layer in layers]
+
+
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def _put_back(joined: Tensor, tensors: Sequence[Tensor]) -> None:
     parts = joined.split([tensor.numel() for tensor in tensors])
-    torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
+    for part, tensor in zip(parts, tensors, strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 def _peak_rate(group: dict[str, Any], args: TrainingArguments) -> float:

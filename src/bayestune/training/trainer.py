@@ -24,7 +24,7 @@ from bayestune.training.batches import ROW, Collator, Examples
 from bayestune.training.checkpoint import SafeTrainer
 from bayestune.training.checks import check_arguments, check_model, check_rows, check_same_course
 from bayestune.training.clock import NoiseCallback
-from bayestune.training.finite import Part, first_nonfinite, largest, listed, nonfinite_rows, stopped
+from bayestune.training.finite import Part, first_nonfinite, listed, nonfinite_rows, stopped
 from bayestune.training.kl import KLCallback, KLSettings
 from bayestune.training.memory import BackOff, logits_in_parts
 from bayestune.training.order import LengthGrouped
@@ -294,8 +294,7 @@ class BayesTrainer(SafeTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         assert self.model is not None
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        bad = first_nonfinite(list(trained), largest(list(trained.values())))
+        bad = first_nonfinite({name: p for name, p in self.model.named_parameters() if p.requires_grad})
         if bad is not None:
             found = f"{bad[0]} ({bad[1]} parameters in all) is not finite after the update"
             raise self._stopped("weights", found, advice="lower the learning rate")
@@ -305,7 +304,7 @@ class BayesTrainer(SafeTrainer):
         assert self.model is not None
         # Squared, as AdamW keeps them: a square that overflows would stop its parameter for good.
         gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-        bad = first_nonfinite(list(gradients), largest(list(gradients.values()), squared=True))
+        bad = first_nonfinite(gradients, squared=True)
         if bad is None:
             return
         found = f"the NLL gradient of {bad[0]} ({bad[1]} parameters in all) is not finite"
