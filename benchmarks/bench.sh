@@ -7,6 +7,7 @@ PYTHON=${PYTHON:-.venv/bin/python}
 out=results/bench
 if [ "${DEVICE:-cpu}" = cuda ]; then
     "$PYTHON" benchmarks/train_step.py --device cuda --shape llama7b-4x300 --json $out/train_llama7b-4x300.json
+    "$PYTHON" benchmarks/trainer_step.py --device cuda --shape llama7b-4x300 --json $out/trainer_llama7b-4x300.json
     "$PYTHON" benchmarks/train_step.py --device cuda --shape llama7b-4x300 --checkpointing --json $out/train_llama7b-4x300-checkpointing.json
     for shape in 1x50 1x100 1x300 4x50 4x100 4x300; do
         "$PYTHON" benchmarks/predict.py --device cuda --shape llama7b-$shape --json $out/predict_llama7b-$shape.json
@@ -15,10 +16,12 @@ if [ "${DEVICE:-cpu}" = cuda ]; then
 fi
 for shape in llama-4x128 minilm-8x128; do
     "$PYTHON" benchmarks/train_step.py --device cpu --shape $shape --json $out/train_$shape.json
+    "$PYTHON" benchmarks/trainer_step.py --device cpu --shape $shape --json $out/trainer_$shape.json
 done
 for shape in llama-1x100 llama-4x100 minilm-1x4x40 minilm-8x4x64; do
     "$PYTHON" benchmarks/predict.py --device cpu --shape $shape --json $out/predict_$shape.json
 done
+"$PYTHON" benchmarks/chunks.py --json $out/chunks.json
 "$PYTHON" benchmarks/scaling.py --json $out/scaling.json
 "$PYTHON" benchmarks/start.py --json $out/start.json
 if [ -n "${RUNS:-}" ]; then

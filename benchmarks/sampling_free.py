@@ -1,6 +1,6 @@
 """The linearised predictive, antithetic pairs and independent draws on saved posteriors: NLL, ECE and seconds.
 
-    python benchmarks/sampling_free.py RUN... --data DIR [--rows 250] [--json FILE]
+    python benchmarks/sampling_free.py RUN... --data DIR [--rows 100] [--json FILE]
 
 Each RUN is the folder of a BLoB run. Every way answers the same rows of the evaluation split, `--repeats` times with
 seeds of its own; 100 independent draws are what the others are measured against.
@@ -35,8 +35,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="folders of BLoB runs")
     parser.add_argument("--data", help="folder of data sets")
-    parser.add_argument("--rows", type=int, default=250)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the object to this file too")
     options = parser.parse_args()
     found = [measured(load_run(folder, data=options.data), Path(folder).name, options) for folder in options.runs]

@@ -1,0 +1,78 @@
+"""How many draws to stack in one forward on a CPU: the measurement that `CPU_TOKENS` was chosen by.
+
+    python benchmarks/chunks.py [--json FILE]
+
+For each shape ten draws are made 1, 2, 3, ... at once, in turn. "ratios" are the medians by ten looped plain forwards,
+"chosen" is what `StackedDraws.at_once` takes, and "regret" what that costs more than the best.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from looped_reference import looped
+from pairs import header, ratio, seconds
+from shapes import Answers, Shape
+
+from bayestune.experiment import write_json
+from bayestune.posteriors.stacked import CPU_TOKENS, StackedDraws
+
+DRAWS = 10
+AT_ONCE = (1, 2, 3, 4, 5, 7, 10)
+SHAPES = (
+    "llama-1x30",
+    "llama-1x100",
+    "llama-2x100",
+    "llama-1x300",
+    "llama-4x100",
+    "minilm-1x4x20",
+    "minilm-1x4x40",
+    "minilm-2x4x40",
+    "minilm-4x4x40",
+    "minilm-8x4x64",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--json", type=Path, help="write the object to this file too")
+    options = parser.parse_args()
+    shapes = {name: measured(Shape.of(name), options.pairs) for name in SHAPES}
+    record = {"cpu_tokens": CPU_TOKENS, "pairs": options.pairs, "draws": DRAWS, "shapes": shapes, **header("cpu")}
+    print(json.dumps(record))
+    if options.json:
+        write_json(options.json, record)
+
+
+def measured(shape: Shape, pairs: int) -> dict[str, Any]:
+    task, batch = Answers(shape), shape.batch("cpu")
+    plain = shape.adapted("cpu", bayesian=False).eval()
+    sampler = StackedDraws.of(shape.adapted("cpu", bayesian=True).eval(), draws=DRAWS, seed=0)
+    chosen = min(DRAWS, sampler.at_once(batch))
+
+    def stacked(at_once: int) -> Callable[[], None]:
+        @torch.inference_mode()
+        def way() -> None:
+            for start in range(0, DRAWS, at_once):
+                sampler.logits(task, batch, range(start, min(start + at_once, DRAWS)))
+
+        return way
+
+    ways: dict[str, Callable[[], object]] = {str(n): stacked(n) for n in sorted({*AT_ONCE, chosen})}
+    ways["loop"] = lambda: looped(plain, lambda model: task.whole_logits(model, batch), DRAWS)
+    times = seconds(ways, pairs=pairs, warmup=2, device="cpu")
+    ratios = {way: ratio(found, times["loop"]) for way, found in times.items() if way != "loop"}
+    return {
+        "tokens": batch["input_ids"].numel(),
+        "ratios": ratios,
+        "chosen": chosen,
+        "regret": ratios[str(chosen)] / min(ratios.values()) - 1,
+    }
+
+
+if __name__ == "__main__":
+    main()
