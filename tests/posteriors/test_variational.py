@@ -101,6 +101,8 @@ def test_the_linearised_answer_does_not_depend_on_the_batch_and_leaves_the_model
         found = predict(posterior, TASK, rows(7), draws=50, seed=4, batch_size=size).draw_log_probs
         assert (found.exp() - whole.draw_log_probs.exp()).abs().max() <= 1e-9
     assert torch.equal(predict(posterior, TASK, rows(7), draws=50, seed=4).draw_log_probs, whole.draw_log_probs)
+    few = predict(posterior, TASK, rows(7), draws=21, seed=4).draw_log_probs
+    torch.testing.assert_close(few, whole.draw_log_probs[:21], rtol=0, atol=1e-9)
     assert not torch.equal(predict(posterior, TASK, rows(7), draws=50, seed=5).draw_log_probs, whole.draw_log_probs)
     assert model.training and all(p.grad is None for p in model.parameters())
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
@@ -136,7 +138,7 @@ def test_the_linearised_draws_have_the_keyed_noise() -> None:
     layers = gaussian_layers(model)
     variances = difference_covariance(traced(model, layers, TASK, inputs), layers)[:, 0, 0]
     moved = found[..., 1] - found[..., 0] - (mean[:, 1] - mean[:, 0])
-    noise = prediction_noise(9, 0, "logits", (5, CLASSES - 1)).double()
+    noise = torch.stack([prediction_noise(9, k, "logits", (CLASSES - 1,)) for k in range(5)]).double()
     torch.testing.assert_close(moved, noise[:, :1] * variances.sqrt(), rtol=1e-6, atol=1e-9)
 
 

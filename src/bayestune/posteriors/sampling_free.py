@@ -18,7 +18,7 @@ class LogitDraws(Sampler):
 
     Exact for a model that is linear in A. Only the differences of the logits to those of the first class matter, so
     one forward and C - 1 backward passes give all of a batch; draws of C - 1 numbers a row then cost nothing. All
-    rows share the normal numbers, which are keyed by the seed.
+    rows share the normal numbers of a draw, which are keyed by the seed and the draw.
     """
 
     gradients = True
@@ -26,6 +26,7 @@ class LogitDraws(Sampler):
     def __init__(self, model: nn.Module, *, draws: int, seed: int) -> None:
         self.model, self.slices, self.seed = model, draws, seed
         self.layers = _gaussians(model)
+        self._noise = torch.empty(0, 0)
 
     def at_once(self, batch: dict[str, Tensor]) -> int:
         """All: they share the backward passes."""
@@ -37,10 +38,16 @@ class LogitDraws(Sampler):
         with full_precision(forward.logits):
             mode = forward.logits.detach()
             root = symmetric_root(difference_covariance(forward, self.layers))
-            shape = (self.slices, root.shape[-1])
-            noise = prediction_noise(self.seed, 0, "logits", shape)[part.start : part.stop].to(root)
+            noise = self._numbers(root.shape[-1])[part.start : part.stop].to(root)
             spread = torch.einsum("kd,bcd->kbc", noise, root).to(mode)
             return mode + torch.cat([torch.zeros_like(spread[..., :1]), spread], -1)
+
+    def _numbers(self, size: int) -> Float[Tensor, "slices size"]:
+        """Standard normal numbers, `size` for each draw."""
+        if self._noise.shape != (self.slices, size):
+            noise = [prediction_noise(self.seed, k, "logits", (size,)) for k in range(self.slices)]
+            self._noise = torch.stack(noise)
+        return self._noise
 
 
 def difference_covariance(
