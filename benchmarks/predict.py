@@ -6,18 +6,21 @@ Prints one JSON object. "ratio" is the median over rounds of the time of ten dra
 ten plain LoRA forwards, one after the other, with the logits of every position ("per_loop", on a CPU), or by that of
 one such forward ("per_forward", on a GPU); "claim" says which. "reference_ratio" has the released code's way
 (`looped_reference.py`) in the place of `predict`'s. "per_short_loop" is the same against a loop that asks for the
-label's logits alone, which leaves what stacking itself gains. The matrices of the draws are made once a call of
+label's logits alone, which leaves what stacking itself gains. "compute_limit" is what "per_forward" would be if only
+the operations of matrix products and attention counted. The matrices of the draws are made once a call of
 `predict`, whatever its rows; "draw_ms" is what that takes.
 """
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from looped_reference import looped, take_over
 from pairs import default_device, header, ratio, seconds, spread
 from shapes import Answers, Shape
+from torch.utils.flop_counter import FlopCounterMode
 
 from bayestune.experiment import write_json
 from bayestune.posteriors.stacked import StackedDraws
@@ -48,7 +51,7 @@ def main() -> None:
         for start in range(0, DRAWS, at_once):
             sampler.logits(task, batch, range(start, min(start + at_once, DRAWS)))
 
-    ways = {
+    ways: dict[str, Callable[[], object]] = {
         "stacked": stacked,
         "plain": lambda: looped(plain, lambda model: task.whole_logits(model, batch), 1),
         "loop": lambda: looped(plain, lambda model: task.whole_logits(model, batch), DRAWS),
@@ -70,6 +73,7 @@ def main() -> None:
         "per_forward": ratio(times["stacked"], times["plain"]),
         "per_loop": ratio(times["stacked"], times["loop"]),
         "per_short_loop": ratio(times["stacked"], times["short_loop"]),
+        "compute_limit": operations(ways["stacked"]) / operations(ways["plain"]),
         "draw_ms": 1000 * torch.tensor(times["draw"]).median().item(),
         "milliseconds": {way: 1000 * torch.tensor(t).median().item() for way, t in times.items()},
         **header(options.device),
@@ -77,6 +81,12 @@ def main() -> None:
     print(json.dumps(found))
     if options.json:
         write_json(options.json, found)
+
+
+def operations(way: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        way()
+    return counter.get_total_flops()
 
 
 if __name__ == "__main__":
