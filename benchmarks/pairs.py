@@ -4,6 +4,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +39,13 @@ def spread(times: Sequence[float], others: Sequence[float]) -> tuple[float, floa
     ratios = [a / b for a, b in zip(times, others, strict=True)]
     first, _, third = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
     return first, third
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes (Linux)."""
+    # Not getrusage: its maximum outlives exec, so a child starts with that of its parent.
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def header(device: str) -> dict[str, Any]:

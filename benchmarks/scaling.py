@@ -9,7 +9,6 @@ the slopes of log(seconds) over log(size), by least squares; a slope up to 1 is 
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from pairs import header
+from pairs import header, peak_memory
 from peft import PeftModel, get_peft_model
 from shapes import ALPHA, Answers, Shape
 from tqdm.auto import tqdm
@@ -77,7 +76,7 @@ def point(*, what: str, tokens: int, rows: int, rank: int, layers: int, draws: i
         way()
         if turn >= 2:
             seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory()
     return {"seconds": statistics.median(seconds), "bytes": max(0, peak - before)}
 
 

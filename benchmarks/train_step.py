@@ -11,7 +11,6 @@ LoRA's.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import torch
 from looped_reference import ReferenceTraining
-from pairs import default_device, header, ratio, seconds, spread
+from pairs import default_device, header, peak_memory, ratio, seconds, spread
 from peft import PeftModel
 from shapes import Answers, Shape
 
@@ -118,7 +117,7 @@ def peak(step: Callable[[], None], device: str) -> int:
         step()
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_memory()
 
 
 def memory_of(way: str, shape: str, options: argparse.Namespace) -> int:

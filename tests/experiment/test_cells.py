@@ -194,7 +194,7 @@ def moved() -> dict[str, Any]:
 
 
 FAULTS = [
-    ("table", ..., "found no field table, expected a text"),
+    ("table", ..., "found no field 'table', expected only cells of a table here"),
     ("reliability", ..., "found no field reliability, expected an object"),
     ("experiment.model", ..., "found no field experiment.model"),
     ("colour", "red", "unknown field 'colour', expected only"),

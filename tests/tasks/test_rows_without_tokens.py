@@ -1,5 +1,6 @@
 """Rows with one token to look at, or none: an answer or an error by name, never NaN."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from tokenizers import Regex, normalizers, processors
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from bayestune.errors import DataError, TaskError
+from bayestune.errors import BayestuneWarning, DataError, TaskError
 from bayestune.inference import predict
 from bayestune.tasks import Row, TextRow, classification, encoder_multiple_choice, multiple_choice
 from bayestune.tasks.base import widen
@@ -41,6 +42,20 @@ def test_N05_a_text_without_a_token_is_refused_by_name(bare: PreTrainedTokenizer
     task = encoder_multiple_choice("openbookqa", bare)
     with pytest.raises(DataError, match=r"\(id r\): field 'question': found text without a token"):
         task.example(Row(id="r", question=INVISIBLE, choices=("some", INVISIBLE), answer=0))
+
+
+def test_choices_that_are_the_same_to_the_tokenizer_are_named(bare: PreTrainedTokenizerFast) -> None:
+    task = encoder_multiple_choice("openbookqa", bare)
+    model = blob(BERT)
+    clear = Row(
+        id="clear", question="q", choices=("some", "other", "some"), answer=1
+    )  # twice the same text is no news
+    blurred = Row(id="blurred", question="q", choices=("some", f"some{INVISIBLE}"), answer=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        task.examples([clear], model)
+    with pytest.warns(BayestuneWarning, match=r"^1 of 2 rows of openbookqa .* such as row 'blurred'"):
+        assert len(task.examples([clear, blurred], model)) == 2
 
 
 @pytest.mark.parametrize("framed", [True, False], ids=["[CLS] and [SEP]", "bare"])

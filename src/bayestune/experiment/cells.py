@@ -129,8 +129,11 @@ def read_cells(*folders: str | Path) -> list[Cell]:
     cells: dict[tuple[Any, ...], Cell] = {}
     for path in [path for folder in folders for path in _files(Path(folder))]:
         cell = read_json(path, "a cell of a table")
-        if "table" not in cell and ("methods" in cell or "learning_rate" in cell):
-            raise ConfigError(f"{path}: found the record of a run, expected cells of a table, as in results/table1.")
+        if "table" not in cell:
+            raise ConfigError(
+                f"{path}: found no field 'table', expected only cells of a table here, as in results/table1; the "
+                "folder of a run or of a demo is not one."
+            )
         check_cell(cell, where=str(path))
         key = tuple(cell[name] for name in KEY)
         if key in cells:

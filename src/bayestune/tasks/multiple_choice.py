@@ -1,5 +1,6 @@
 """Multiple choice: for causal language models, by the answer labels' logits; for encoders, one sequence a choice."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from string import ascii_uppercase
@@ -8,10 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from bayestune.errors import TaskError
+from bayestune.errors import BayestuneWarning, TaskError
 from bayestune.tasks.base import Task, check_padding, labels_of, pad, pad_encodings, widen
 from bayestune.tasks.data import AnyRow, Row, shown
 from bayestune.tasks.datasets import DatasetSpec, dataset
@@ -213,6 +214,8 @@ class EncoderMultipleChoice(Task):
 
     The sequence is tokenizer(question, choice), the question after its passage where there is one. Where the question
     has a blank to fill (WinoGrande), it is the one sentence with the choice in the blank: ordinary text to an encoder.
+    Choices that differ in their texts and not in their tokens (by letter case, for many a tokenizer) get the same
+    probability: `examples` warns of such rows.
     """
 
     kind = "choice"
@@ -238,6 +241,18 @@ class EncoderMultipleChoice(Task):
         self.refuse_if_too_long(row, self.tokens(example))
         return example
 
+    def examples(self, rows: Sequence[AnyRow], model: nn.Module) -> list[dict[str, Any]]:
+        examples = super().examples(rows, model)
+        ids = [row.id for row, example in zip(rows, examples, strict=True) if _alike(row, example)]
+        if ids:
+            warnings.warn(
+                f"{len(ids)} of {len(rows)} rows of {self.name} have choices that differ and are the same to the "
+                f"tokenizer, such as row {shown(ids[0])}: these choices get the same probability.",
+                BayestuneWarning,
+                stacklevel=2,
+            )
+        return examples
+
     def tokens(self, example: dict[str, Any]) -> int:
         return max(len(encoding["input_ids"]) for encoding in example["encodings"])
 
@@ -252,3 +267,9 @@ class EncoderMultipleChoice(Task):
         check_padding(model, batch["attention_mask"], self.pad_id)
         inputs = {key: tensor for key, tensor in batch.items() if key in self.tokenizer.model_input_names}
         return _mask_absent(widen(model(**inputs).logits), batch["choice_mask"], self.classes)
+
+
+def _alike(row: AnyRow, example: dict[str, Any]) -> bool:
+    """Whether fewer sequences than choices differ."""
+    assert isinstance(row, Row)
+    return len({tuple(one["input_ids"]) for one in example["encodings"]}) < len(set(row.choices))
