@@ -62,11 +62,11 @@ def _ten_draws() -> list[list[str]]:
         found.append(_claim(f"Ten draws / ten forwards, {shape}", limit, one and one["per_loop"]))
     one = record("predict_llama7b-1x100")
     found.append(_claim("Ten draws / one forward, llama7b-1x100", 3.5, one and one["per_forward"], missing=NONE))
-    scaling = record("scaling")
-    curve = scaling and scaling["curves"]["predict"]["layers"]
-    share = curve and curve["1"]["seconds"] / curve["4"]["seconds"]
-    # One block for ten draws and three for one, by four for ten, is 0.33; the head and the embedding are beside it.
-    found.append(_claim("Ten draws, adapters in 1 of 4 blocks / in all", 0.4, share))
+    shared = record("sharing")
+    for shape, blocks in (shared["shapes"] if shared else {}).items():
+        one = blocks["1"]
+        claim = f"Ten draws, adapters in 1 of {max(blocks, key=int)} blocks / in all, {shape}"
+        found.append(_claim(f"{claim}; to reach: the share of operations", round(one["operations"], 3), one["ratio"]))
     return found
 
 

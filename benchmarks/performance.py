@@ -146,16 +146,23 @@ def _chunks() -> str:
 
 
 def _upper() -> str:
-    found = record("scaling")
+    found = record("sharing")
     if found is None:
         return "Not measured."
-    curve = found["curves"]["predict"]["layers"]
-    whole = max(curve, key=int)
-    rows = [[layers, f"{point['seconds'] / curve[whole]['seconds']:.2f}"] for layers, point in curve.items()]
+    rows = [
+        [
+            shape,
+            f"{count} of {max(blocks, key=int)}",
+            *(f"{one[name]:.2f}" for name in ("ratio", "operations", "unshared")),
+        ]
+        for shape, blocks in found["shapes"].items()
+        for count, one in blocks.items()
+    ]
     return (
         "Blocks below the first random layer see each row once, whatever the number of draws "
-        "(`posteriors/sharing.py`). Time of ten draws with adapters in the last of 4 blocks, by that with adapters "
-        f"in all.\n\n{_table(['blocks with adapters', 'time'], rows)}"
+        "(`posteriors/sharing.py`). Time of ten draws by that with adapters in all blocks, the ratio of operations, "
+        "and the time where every block sees every draw.\n\n"
+        + _table(["shape", "blocks with adapters", "time", "operations", "time, unshared"], rows)
     )
 
 

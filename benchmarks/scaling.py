@@ -3,8 +3,9 @@
     python benchmarks/scaling.py [--json FILE]
 
 For a training step of BLoB and for a prediction of 10 draws (at once as many as `predict` takes): the median seconds,
-and the peak of resident memory above what was resident before, each point in a process of its own. "exponents" are
-the slopes of log(seconds) over log(size), by least squares; a slope up to 1 is linear or better.
+and the peak of resident memory above what was resident before. Each point is measured in processes of its own, one in
+each of several passes over all points, so that a machine's moods fall on all. "exponents" are the slopes of
+log(seconds) over log(size), by least squares; a slope up to 1 is linear or better.
 """
 
 import argparse
@@ -33,12 +34,12 @@ from bayestune.posteriors.stacked import StackedDraws
 SIZES: dict[str, tuple[int, ...]] = {
     "tokens": (32, 64, 128, 256),
     "rows": (1, 2, 4, 8),
-    "rank": (4, 8, 16, 32, 64),
+    "rank": (4, 16, 64),
     "layers": (1, 2, 4),
-    "draws": (1, 2, 5, 10, 20),
+    "draws": (1, 5, 10, 20),
 }
 BASE = {"tokens": 64, "rows": 2, "rank": 8, "layers": 4, "draws": 10}
-REPEATS = 7
+REPEATS, PASSES = 9, 3
 
 
 def main() -> None:
@@ -51,21 +52,26 @@ def main() -> None:
         return
     wanted = [("train", name) for name in SIZES if name != "draws"] + [("predict", name) for name in SIZES]
     todo = [(what, name, size) for what, name in wanted for size in SIZES[name]]
-    curves: dict[str, dict[str, dict[str, dict[str, float]]]] = {"train": {}, "predict": {}}
-    for what, name, size in tqdm(todo, desc="scaling", unit="point", disable=None):
+    found: dict[tuple[str, str, int], list[dict[str, Any]]] = {one: [] for one in todo}
+    for what, name, size in tqdm(todo * PASSES, desc="scaling", unit="point", disable=None):
         sizes = json.dumps({**BASE, name: size, "what": what})
         command = [sys.executable, __file__, "--point", sizes]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        curves[what].setdefault(name, {})[str(size)] = json.loads(done.stdout.splitlines()[-1])
-    exponents = {what: {name: exponent(curve) for name, curve in found.items()} for what, found in curves.items()}
+        found[what, name, size].append(json.loads(done.stdout.splitlines()[-1]))
+    curves: dict[str, dict[str, dict[str, dict[str, float]]]] = {"train": {}, "predict": {}}
+    for (what, name, size), passes in found.items():
+        seconds = statistics.median(second for one in passes for second in one["seconds"])
+        memory = statistics.median(one["bytes"] for one in passes)
+        curves[what].setdefault(name, {})[str(size)] = {"seconds": seconds, "bytes": memory}
+    exponents = {what: {name: exponent(curve) for name, curve in one.items()} for what, one in curves.items()}
     record = {"base": BASE, "curves": curves, "exponents": exponents, **header("cpu")}
     print(json.dumps(record))
     if options.json:
         write_json(options.json, record)
 
 
-def point(*, what: str, tokens: int, rows: int, rank: int, layers: int, draws: int) -> dict[str, float]:
-    """Median seconds, and bytes of the peak above what was resident before."""
+def point(*, what: str, tokens: int, rows: int, rank: int, layers: int, draws: int) -> dict[str, Any]:
+    """Seconds of each repeat, and bytes of the peak above what was resident before."""
     shape = Shape(name="", model="llama", rows=rows, choices=None, tokens=tokens)
     model = adapted(shape, rank, layers)
     way = training(model, shape) if what == "train" else prediction(model, shape, draws)
@@ -77,7 +83,7 @@ def point(*, what: str, tokens: int, rows: int, rank: int, layers: int, draws: i
         if turn >= 2:
             seconds.append(time.perf_counter() - start)
     peak = peak_memory()
-    return {"seconds": statistics.median(seconds), "bytes": max(0, peak - before)}
+    return {"seconds": seconds, "bytes": max(0, peak - before)}
 
 
 def adapted(shape: Shape, rank: int, layers: int) -> PeftModel:
