@@ -5,12 +5,13 @@
 Prints one JSON object: "ratio" is the median over rounds of BLoB's time by plain LoRA's, "reference_ratio" that of
 `looped_reference.py`, "control_ratio" that of a second plain LoRA: how far it is from 1 is the machine's doing. A step
 is forward, backward, AdamW and, for BLoB, noise and KL, as `BayesTrainer` takes them. "memory" is each way's peak in a
-process of its own (allocated by CUDA, or resident), and "memory_ratio" BLoB's less G and its gradient, by plain
+process of its own (allocated by CUDA, or resident; median of 5 processes), and "memory_ratio" BLoB's less G and its gradient, by plain
 LoRA's.
 """
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from bayestune.experiment import write_json
 from bayestune.functional import paper_kl_weight
 from bayestune.training.kl import kl_step
 
-CYCLE = 100
+CYCLE, PROCESSES = 100, 5
 WAYS, CONTROL = ("lora", "blob", "reference"), "lora_again"
 
 
@@ -47,7 +48,8 @@ def main() -> None:
         return
     steps = {way: step_of(way, shape, options) for way in (*WAYS, CONTROL)}
     times = seconds(steps, pairs=options.pairs, warmup=options.warmup, device=options.device)
-    memory = {way: memory_of(way, shape.name, options) for way in WAYS}
+    peaks = {way: [memory_of(way, shape.name, options) for _ in range(PROCESSES)] for way in WAYS}
+    memory = {way: statistics.median(found) for way, found in peaks.items()}
     extra = extra_bytes(shape)
     found = {
         "ratio": ratio(times["blob"], times["lora"]),
@@ -58,7 +60,7 @@ def main() -> None:
         "checkpointing": options.checkpointing,
         "quartiles": spread(times["blob"], times["lora"]),
         "milliseconds": {way: 1000 * torch.tensor(t).median().item() for way, t in times.items()},
-        "memory": memory,
+        "memory": peaks,
         "memory_ratio": (memory["blob"] - extra) / memory["lora"],
         "extra_bytes": extra,
         **header(options.device),
