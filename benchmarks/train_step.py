@@ -4,9 +4,9 @@
 
 Prints one JSON object: "ratio" is the median over rounds of BLoB's time by plain LoRA's, "reference_ratio" that of
 `looped_reference.py`, "control_ratio" that of a second plain LoRA: how far it is from 1 is the machine's doing. A step
-is forward, backward, AdamW and, for BLoB, noise and KL, as `BayesTrainer` takes them. "memory" is each way's peak in a
-process of its own (allocated by CUDA, or resident; median of 5 processes), and "memory_ratio" BLoB's less G and its gradient, by plain
-LoRA's.
+is forward, backward, AdamW and, for BLoB, noise and KL, as `BayesTrainer` takes them. "memory" is each way's peak in
+each of five processes of its own (allocated by CUDA, or resident), and "memory_ratio" the median of BLoB's, less G and
+its gradient, by that of plain LoRA's.
 """
 
 import argparse
