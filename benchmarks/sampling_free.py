@@ -3,7 +3,9 @@
     python benchmarks/sampling_free.py RUN... --data DIR [--rows 100] [--json FILE]
 
 Each RUN is the folder of a BLoB run. Every way answers the same rows of the evaluation split, `--repeats` times with
-seeds of its own; 100 independent draws, made once, are what the others are measured against.
+seeds of its own, in the precision of the run; 100 independent draws, made once, are what the others are measured
+against. "float32" has the seconds of the mean and of the linearised predictive in that precision, in turn: backward
+through torch's attention in bf16 is slow on a CPU.
 """
 
 import argparse
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pairs import header
+from pairs import seconds as timed
 
 from bayestune import evaluate, predict
 from bayestune.experiment import Run, load_run, write_json
@@ -62,7 +65,15 @@ def measured(run: Run, name: str, options: argparse.Namespace) -> dict[str, Any]
                 scores = evaluate(predict(posterior, run.task, rows, draws=draws, seed=seed))
             seconds = time.perf_counter() - start
             ways[way].append({"nll": scores.nll, "ece": scores.ece, "accuracy": scores.accuracy, "seconds": seconds})
-    return {"run": name, "rows_sha256": rows_sha256(rows), "ways": ways}
+    answers = {
+        way: lambda predictive=WAYS[way][0], draws=WAYS[way][1]: predict(
+            Variational(run.posterior.model, predictive=predictive), run.task, rows, draws=draws
+        )
+        for way in ("mean", "linearised")
+    }
+    float32 = timed(answers, pairs=3, warmup=1, device="cpu")
+    precision = run.experiment.precision
+    return {"run": name, "precision": precision, "rows_sha256": rows_sha256(rows), "ways": ways, "float32": float32}
 
 
 if __name__ == "__main__":
