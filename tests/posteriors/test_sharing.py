@@ -93,16 +93,18 @@ def hooked(model: nn.Module) -> list[str]:
     return [name for name, found in hooks.items() if any(not isinstance(hook, TrainingNoise) for hook in found)]
 
 
-def one_by_one(model: PeftModel, batch: dict[str, Tensor]) -> Tensor:
-    sampler = StackedDraws.of(model, draws=DRAWS, seed=0)
-    with torch.inference_mode():
-        return torch.cat([sampler.logits(Whole(), batch, range(k, k + 1)) for k in range(DRAWS)])
+def one_by_one(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return torch.cat([answered(model, batch, range(k, k + 1))[0] for k in range(DRAWS)])
 
 
-def together(model: PeftModel, batch: dict[str, Tensor]) -> tuple[Tensor, StackedDraws]:
+def together(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, StackedDraws]:
+    return answered(model, batch, range(DRAWS))
+
+
+def answered(model: nn.Module, batch: dict[str, Tensor], part: range) -> tuple[Tensor, StackedDraws]:
     sampler = StackedDraws.of(model, draws=DRAWS, seed=0)
     with torch.inference_mode():
-        return sampler.logits(Whole(), batch, range(DRAWS)), sampler
+        return sampler.logits(Whole(), batch, part), sampler
 
 
 @pytest.mark.parametrize("rows", [1, 3, DRAWS])
@@ -162,6 +164,64 @@ def test_blocks_that_run_twice_are_not_shared_the_second_time() -> None:
     assert raised.value.run is run
     assert torch.equal(once, layers[1](layers[0](x)) + noise)
     assert not hooked(layers)
+
+
+class Keeps(nn.Module):
+    """Blocks that hand the next one more than they return, as models do that share keys between layers."""
+
+    def __init__(self, model: PeftModel, last: int) -> None:
+        super().__init__()
+        self.model, self.config, self.kept = model, model.config, []
+        blocks = model.get_base_model().model.layers
+        blocks[0].register_forward_hook(lambda _, __, output: self.kept.append(output))
+        blocks[last].register_forward_hook(lambda _, __, output: output + self.kept.pop())
+
+    def forward(self, **inputs: Tensor) -> Any:
+        return self.model(**inputs)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_goes_past_the_blocks_is_right_or_not_shared(rows: int) -> None:
+    model = Keeps(CASES["llama"][0](), last=3)
+    batch = inputs("llama", rows)
+    expected = one_by_one(model, batch)
+    found, sampler = together(model, batch)
+    assert (found - expected).abs().max() <= 1e-12
+    assert len(sampler._shared) == (rows == 1)  # one row broadcasts to all copies
+
+
+class Shallow(Whole):
+    """Logits that the upper blocks have no part in."""
+
+    def logits(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        found: list[Tensor] = []
+        handle = model.get_base_model().model.layers[0].register_forward_hook(lambda _, __, out: found.append(out))
+        model(**batch)
+        handle.remove()
+        return found[0][:, -1, :3]
+
+
+def test_logits_from_below_the_draws_are_not_shared() -> None:
+    model, batch = CASES["llama"][0](), inputs("llama", DRAWS)
+    sampler = StackedDraws.of(model, draws=DRAWS, seed=0)
+    with torch.inference_mode():
+        found = sampler.logits(Shallow(), batch, range(DRAWS))
+        one = sampler.logits(Shallow(), batch, range(1))
+    assert sampler._shared == []
+    assert (found - one).abs().max() <= 1e-12
+
+
+def test_memory_that_runs_out_is_not_taken_for_a_model_that_cannot_share() -> None:
+    model, batch = CASES["llama"][0](), inputs("llama", 2)
+    sampler = StackedDraws.of(model, draws=DRAWS, seed=0)
+
+    class Full(Whole):
+        def logits(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+            raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        sampler.logits(Full(), batch, range(DRAWS))
+    assert len(sampler._shared) == 1 and not hooked(model)
 
 
 def test_an_error_in_the_forward_leaves_no_hook() -> None:

@@ -5,7 +5,9 @@ they are all alike, so only the first copy goes on, and the last of these blocks
 rest of the model: the cost of draws is that of the blocks that have them.
 
 That the copies are alike is checked, not assumed: something below may tell draws apart, such as a random layer in
-front of the blocks, or blocks that are run through twice.
+front of the blocks, or blocks that are run through twice. Some models carry more from block to block than what a block
+returns, such as the keys of earlier layers: there, one copy meets all of them, and unless it broadcasts, which is
+right, the forward fails. So who shares must be ready to do without.
 """
 
 import itertools
@@ -60,7 +62,7 @@ def sharing(runs: Sequence[Run], *, rows: int, copies: int) -> Iterator[None]:
     checked: list[Tensor] = []
 
     def first_copy(tensor: Tensor, run: Run) -> Tensor:
-        if tensor.dim() < 2 or tensor.shape[0] % (rows * copies):
+        if tensor.dim() < 2 or not len(tensor) or tensor.shape[0] % (rows * copies):
             return tensor
         one = tensor[: tensor.shape[0] // copies]
         if not any(tensor is other for other in checked):

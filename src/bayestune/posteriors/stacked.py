@@ -58,9 +58,16 @@ class StackedDraws(Sampler):
         while self._shared:
             try:
                 with sharing(self._shared, rows=rows, copies=copies):
-                    return task.logits(self.model, repeated)
+                    logits = task.logits(self.model, repeated)
+                if len(logits) == rows * copies:
+                    return logits
+                self._shared = []
             except CopiesDiffer as found:
                 self._shared.remove(found.run)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, DrawError):  # the forward below raises it again where sharing is not the cause
+                self._shared = []
         return task.logits(self.model, repeated)
 
     def at_once(self, batch: dict[str, Tensor]) -> int:
