@@ -185,8 +185,8 @@ def _sampling_free() -> str:
         f"`Variational(model, predictive=...)` on {len(found['runs'])} posterior(s) of `bayestune table`, "
         f"{found['rows']} rows of the evaluation split, mean over {found['repeats']} seeds of the draws, one of 100 "
         "draws (the numbers of the linearised logits cost nothing: there are 1,000). NLL in nats; time by that of the "
-        f"mean alone, in {found['runs'][0]['precision']}. In float32 the linearised predictive takes {float32:.1f} times "
-        "the mean: backward through torch's attention in bf16 is slow on a CPU."
+        f"mean alone, in {found['runs'][0]['precision']}. In float32 the linearised predictive takes {float32:.1f} "
+        "times the mean: backward through torch's attention in bf16 is slow on a CPU."
     )
     return f"{head}\n\n{_table(['predictive, draws', 'NLL', 'ECE', 'time'], lines)}"
 

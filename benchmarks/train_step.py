@@ -5,12 +5,13 @@
 Prints one JSON object: "ratio" is the median over rounds of BLoB's time by plain LoRA's, "reference_ratio" that of
 `looped_reference.py`, "control_ratio" that of a second plain LoRA: how far it is from 1 is the machine's doing. A step
 is forward, backward, AdamW and, for BLoB, noise and KL, as `BayesTrainer` takes them. "memory" is each way's peak in
-each of five processes of its own (allocated by CUDA, or resident), and "memory_ratio" the median of BLoB's, less G and
-its gradient, by that of plain LoRA's.
+each of three processes of its own (allocated by CUDA, or resident, with an allocator that gives memory back at once),
+and "memory_ratio" the median of BLoB's, less G and its gradient, by that of plain LoRA's.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -28,7 +29,9 @@ from bayestune.experiment import write_json
 from bayestune.functional import paper_kl_weight
 from bayestune.training.kl import kl_step
 
-CYCLE, PROCESSES = 100, 5
+CYCLE, PROCESSES = 100, 3
+GIVING_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
+"""For glibc: without, the peak is that of what it keeps, which differs from run to run by more than BLoB takes."""
 WAYS, CONTROL = ("lora", "blob", "reference"), "lora_again"
 
 
@@ -126,7 +129,8 @@ def memory_of(way: str, shape: str, options: argparse.Namespace) -> int:
     """Peak memory of a way in a process of its own, in bytes."""
     command = [sys.executable, __file__, "--memory-of", way, "--shape", shape, "--device", options.device]
     command += ["--checkpointing"] if options.checkpointing else []
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    environment = {**os.environ, **GIVING_BACK}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return int(done.stdout.split()[-1])
 
 
