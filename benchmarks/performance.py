@@ -222,20 +222,29 @@ def _start() -> str:
 
 
 def plot(found: dict[str, Any] | None) -> None:
+    """Seconds and memory against each size, with a grey line of slope 1 to compare with."""
     if found is None:
         return
-    names = ("tokens", "rows", "rank", "layers", "draws")
-    figure, axes = plt.subplots(2, len(names), figsize=(15, 5.5), layout="constrained", sharey="row")
+    names, colours = ("tokens", "rows", "rank", "layers", "draws"), {"train": "C0", "predict": "C1"}
+    rows = (
+        ("seconds", "seconds", 1, (0.02, 0.05, 0.1, 0.2, 0.5, 1)),
+        ("bytes", "peak, MiB", 2**-20, (10, 20, 50, 100, 200)),
+    )
+    figure, axes = plt.subplots(2, len(names), figsize=(15, 6), layout="constrained", sharey="row")
     for column, name in enumerate(names):
-        for row, (unit, label, scale) in enumerate((("seconds", "seconds", 1), ("bytes", "peak MiB", 2**-20))):
+        for row, (unit, label, scale, ticks) in enumerate(rows):
             axis = axes[row][column]
-            for what, curves in found["curves"].items():
-                if name in curves:
-                    sizes = [int(size) for size in curves[name]]
-                    axis.plot(sizes, [point[unit] * scale for point in curves[name].values()], "o-", label=what)
+            curves = {what: one[name] for what, one in found["curves"].items() if name in one}
+            for what, curve in curves.items():
+                values = [point[unit] * scale for point in curve.values()]
+                axis.plot([int(size) for size in curve], values, "o-", label=what, color=colours[what])
+            sizes = [int(size) for size in curve]
+            axis.plot(sizes, [values[-1] * size / sizes[-1] for size in sizes], ":", color="grey", label="linear")
             axis.set(xscale="log", yscale="log", xlabel=name)
             axis.set_xticks(sizes, [str(size) for size in sizes])
+            axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
             axis.minorticks_off()
+            axis.grid(color="0.92")
             if column == 0:
                 axis.set_ylabel(label)
                 axis.legend()
