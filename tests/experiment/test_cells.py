@@ -252,7 +252,7 @@ def test_a_cell_about_other_data_needs_its_detection(moved: dict[str, Any], tmp_
     [
         ("", "cannot be read"),
         ("[]", "found a list"),
-        ("{}", "found no field table"),
+        ("{}", "found no field 'table'"),
         ("[" * 100_000, "cannot be read"),
     ],
 )

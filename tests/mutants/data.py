@@ -277,4 +277,11 @@ DEFECTS = (
         after="logits[:, sorted(places)] = _finite",
         tests="cli/test_bad_rows.py D14",
     ),
+    Defect(
+        name="choices that are the same to the tokenizer pass in silence",
+        path="tasks/multiple_choice.py",
+        before="< len(set(row.choices))",
+        after="< 0",
+        tests="tasks/test_rows_without_tokens.py same_to",
+    ),
 )
