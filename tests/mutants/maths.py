@@ -48,8 +48,8 @@ DEFECTS = (
     Defect(
         name="the NLL of G lost beside the KL",
         path="training/kl.py",
-        before="        step.sub_(layer.rho.grad, alpha=rate)",
-        after="        step.sub_(layer.rho.grad, alpha=rate * weight)",
+        before="        step.sub_(_joined(gradients), alpha=rate)",
+        after="        step.sub_(_joined(gradients), alpha=rate * weight)",
         tests="training/test_large_kl.py sum_of_its_two_parts",
     ),
     Defect(
