@@ -9,12 +9,11 @@ For each shape ten draws are made 1, 2, 3, ... at once, in turn. "ratios" are th
 import argparse
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from looped_reference import looped
-from pairs import header, ratio, seconds
+from pairs import header, new_file, positive, ratio, seconds
 from shapes import Answers, Shape
 
 from bayestune.experiment import write_json
@@ -38,8 +37,8 @@ SHAPES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=8)
-    parser.add_argument("--json", type=Path, help="write the object to this file too")
+    parser.add_argument("--pairs", type=positive, default=8)
+    parser.add_argument("--json", type=new_file, help="write the object to this file too")
     options = parser.parse_args()
     shapes = {name: measured(Shape.of(name), options.pairs) for name in SHAPES}
     record = {"cpu_tokens": CPU_TOKENS, "pairs": options.pairs, "draws": DRAWS, "shapes": shapes, **header("cpu")}

@@ -48,11 +48,19 @@ def _training() -> list[list[str]]:
         for name, one in (("Training step", step), ("Update of the trainer", whole)):
             control = "" if one is None else f" (control {one['control_ratio']:.3f})"
             found.append(_claim(f"{name}, BLoB / LoRA, {shape}", 1.03, one and one["ratio"], more=control))
-        found.append(_claim(f"Its peak memory, {shape}", 1.01, step and step["memory_ratio"]))
+        found.append(
+            _claim(
+                f"Peak memory of a training step (less G and its gradient), {shape}",
+                1.01,
+                step and step["memory_ratio"],
+            )
+        )
     for name in ("llama7b-4x300", "llama7b-4x300-checkpointing"):
         step = record(f"train_{name}")
         found.append(_claim(f"Training step, BLoB / LoRA, {name}", 1.02, step and step["ratio"], missing=NONE))
-        found.append(_claim(f"Its peak memory, {name}", 1.01, step and step["memory_ratio"], missing=NONE))
+        found.append(
+            _claim(f"Peak memory of a training step, {name}", 1.01, step and step["memory_ratio"], missing=NONE)
+        )
     return found
 
 
@@ -67,7 +75,7 @@ def _ten_draws() -> list[list[str]]:
     for shape, blocks in (shared["shapes"] if shared else {}).items():
         one = blocks["1"]
         claim = f"Ten draws, adapters in 1 of {max(blocks, key=int)} blocks / in all, {shape}"
-        found.append(_claim(f"{claim}; to reach: the share of operations", round(one["operations"], 3), one["ratio"]))
+        found.append(_claim(f"{claim} (at best the share of operations)", round(one["operations"], 3), one["ratio"]))
     return found
 
 
@@ -87,8 +95,17 @@ def _quality() -> list[list[str]]:
         times = [_mean(run, "linearised", "seconds") / _mean(run, "mean", "seconds") for run in free["runs"]]
         float32 = [ratio(run["float32"]["linearised"], run["float32"]["mean"]) for run in free["runs"]]
         found.append(_claim("Linearised predictive, NLL less that of 100 draws, relative (worst run)", 0.01, worst, 4))
-        found.append(_claim("Its time / a forward, 4 classes, float32", 5, statistics.mean(float32), 1))
-        found.append(_claim(f"The same, {free['runs'][0]['precision']}", 5, statistics.mean(times), 1))
+        found.append(
+            _claim("Time of the linearised predictive / a forward, 4 classes, float32", 5, statistics.mean(float32), 1)
+        )
+        found.append(
+            _claim(
+                f"Time of the linearised predictive / a forward, 4 classes, {free['runs'][0]['precision']}",
+                5,
+                statistics.mean(times),
+                1,
+            )
+        )
     return found
 
 
@@ -114,5 +131,5 @@ def _start() -> list[list[str]]:
     start = record("start")
     return [
         _claim("`bayestune --help`, seconds", 0.5, start and start["seconds"], 2),
-        _claim("The same without byte code", 0.5, start and start["cold_seconds"], 2),
+        _claim("`bayestune --help` without byte code, seconds", 0.5, start and start["cold_seconds"], 2),
     ]

@@ -81,7 +81,7 @@ def _machine() -> str:
     return (
         f"Machine: {hardware['cores']} {hardware['machine']} cores, {hardware['threads']} threads, "
         f"{hardware['device']}; torch {versions['torch']}, "
-        f"transformers {versions['transformers']}, peft {versions['peft']}. Float32."
+        f"transformers {versions['transformers']}, peft {versions['peft']}. Float32 where nothing else is said."
     )
 
 
@@ -164,7 +164,8 @@ def _upper() -> str:
     return (
         "Blocks below the first random layer see each row once, whatever the number of draws "
         "(`posteriors/sharing.py`). Time of ten draws by that with adapters in all blocks, the ratio of operations, "
-        "and the time where every block sees every draw.\n\n"
+        "and the time where every block sees every draw. One copy of a row is a small product, which a CPU does less "
+        "well than a large one: so the time is above the share of operations.\n\n"
         + _table(["shape", "blocks with adapters", "time", "operations", "time, unshared"], rows)
     )
 
@@ -181,12 +182,12 @@ def _sampling_free() -> str:
         forward = [statistics.mean(r["seconds"] for r in run["ways"]["mean"]) for run in found["runs"]]
         times = statistics.mean(s / f for s, f in zip(means["seconds"], forward, strict=True))
         scores = [f"{statistics.mean(means[name]):.4f}" for name in ("nll", "ece")]
-        lines.append([way, *scores, f"{times:.1f}"])
+        lines.append([f"{way}, 1000 of the logits" if way == "linearised" else way, *scores, f"{times:.1f}"])
     float32 = statistics.mean(ratio(run["float32"]["linearised"], run["float32"]["mean"]) for run in found["runs"])
     head = (
         f"`Variational(model, predictive=...)` on {len(found['runs'])} posterior(s) of `bayestune table`, "
         f"{found['rows']} rows of the evaluation split, mean over {found['repeats']} seeds of the draws, one of 100 "
-        "draws (the numbers of the linearised logits cost nothing: there are 1,000). NLL in nats; time by that of the "
+        "draws. NLL in nats; time by that of the "
         f"mean alone, in {found['runs'][0]['precision']}. In float32 the linearised predictive takes {float32:.1f} "
         "times the mean: backward through torch's attention in bf16 is slow on a CPU."
     )
@@ -203,9 +204,9 @@ def _scaling() -> str:
         for unit in ("seconds", "bytes"):
             slopes = [f"{exponent(curves[name], unit):.2f}" if name in curves else "" for name in names]
             lines.append([f"{what}, {unit}", *slopes])
-    base = ", ".join(f"{value} {name}" for name, value in found["base"].items())
+    base = ", ".join(f"{name} {value}" for name, value in found["base"].items())
     return (
-        f"One size at a time, from {base}, on a 4-layer Llama of 512. The exponents of "
+        f"One size at a time, the others being {base}, on a 4-layer Llama of 512. The exponents of "
         "seconds and of the peak of memory above what the model takes; 1 is linear.\n\n"
         f"{_table(['', *names], lines)}\n\n![Seconds and memory against size](images/scaling.png)"
     )

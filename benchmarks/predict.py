@@ -14,11 +14,10 @@ the operations of matrix products and attention counted. The matrices of the dra
 import argparse
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from looped_reference import looped, take_over
-from pairs import default_device, header, ratio, seconds, spread
+from pairs import default_device, header, new_file, positive, ratio, seconds, spread, usable_device
 from shapes import Answers, Shape
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,11 +29,11 @@ DRAWS = 10
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--device", type=usable_device, default=default_device())
     parser.add_argument("--shape", help="default: llama-1x100, on a GPU llama7b-1x100")
-    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--pairs", type=positive, default=20)
     parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write the object to this file too")
+    parser.add_argument("--json", type=new_file, help="write the object to this file too")
     options = parser.parse_args()
     gpu = options.device.startswith("cuda")
     shape = Shape.of(options.shape or ("llama7b-1x100" if gpu else "llama-1x100"))

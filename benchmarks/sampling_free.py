@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pairs import header
+from pairs import header, new_file, positive
 from pairs import seconds as timed
 
 from bayestune import evaluate, predict
@@ -40,9 +40,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="folders of BLoB runs")
     parser.add_argument("--data", help="folder of data sets")
-    parser.add_argument("--rows", type=int, default=100)
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the object to this file too")
+    parser.add_argument("--rows", type=positive, default=100)
+    parser.add_argument("--repeats", type=positive, default=2)
+    parser.add_argument("--json", type=new_file, help="write the object to this file too")
     options = parser.parse_args()
     found = [measured(load_run(folder, data=options.data), Path(folder).name, options) for folder in options.runs]
     record = {"rows": options.rows, "repeats": options.repeats, "runs": found, **header("cpu")}

@@ -15,13 +15,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
-from pairs import header, peak_memory
+from pairs import header, new_file, peak_memory
 from peft import PeftModel, get_peft_model
 from shapes import ALPHA, Answers, Shape
 from tqdm.auto import tqdm
@@ -44,7 +43,7 @@ REPEATS, PASSES = 9, 3
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the object to this file too")
+    parser.add_argument("--json", type=new_file, help="write the object to this file too")
     parser.add_argument("--point", help="print one measurement, no more: its sizes as JSON")
     options = parser.parse_args()
     if options.point:

@@ -52,7 +52,7 @@ class Shape:
     @classmethod
     def of(cls, name: str) -> "Shape":
         model, _, sizes = name.partition("-")
-        found = [int(size) for size in sizes.split("x")]
+        found = [int(size) if size.isdecimal() else 0 for size in sizes.split("x")]
         if model not in ("llama", "llama7b", "minilm") or len(found) not in (2, 3) or min(found) < 1:
             raise SystemExit(f"--shape: found {name!r}, expected such as llama-1x100, minilm-8x4x64 or llama7b-4x300")
         choices = found[1] if len(found) == 3 else None

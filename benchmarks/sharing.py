@@ -10,11 +10,10 @@ Blocks below the first random layer see each row once (`posteriors/sharing.py`).
 import argparse
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from pairs import header, ratio, seconds
+from pairs import header, new_file, positive, ratio, seconds
 from peft import PeftModel, get_peft_model
 from predict import operations
 from shapes import ALPHA, RANK, Answers, Shape
@@ -29,8 +28,8 @@ BLOCKS = {"llama-1x100": (1, 2, 4), "minilm-1x4x40": (1, 3, 6)}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=20)
-    parser.add_argument("--json", type=Path, help="write the object to this file too")
+    parser.add_argument("--pairs", type=positive, default=20)
+    parser.add_argument("--json", type=new_file, help="write the object to this file too")
     options = parser.parse_args()
     shapes = {name: measured(Shape.of(name), blocks, options.pairs) for name, blocks in BLOCKS.items()}
     record = {"draws": DRAWS, "pairs": options.pairs, "shapes": shapes, **header("cpu")}

@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from pairs import header
+from pairs import header, new_file
 
 from bayestune.experiment import write_json
 
@@ -26,7 +26,7 @@ COMMANDS = {"help": ["-m", "bayestune", "--help"], "python": ["-c", "pass"]}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the object to this file too")
+    parser.add_argument("--json", type=new_file, help="write the object to this file too")
     options = parser.parse_args()
     entry = Path(sys.executable).parent / "bayestune"
     commands = {name: [sys.executable, *command] for name, command in COMMANDS.items()}

@@ -16,11 +16,10 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from looped_reference import ReferenceTraining
-from pairs import default_device, header, peak_memory, ratio, seconds, spread
+from pairs import default_device, header, new_file, peak_memory, positive, ratio, seconds, spread, usable_device
 from peft import PeftModel
 from shapes import Answers, Shape
 
@@ -37,12 +36,12 @@ WAYS, CONTROL = ("lora", "blob", "reference"), "lora_again"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--device", type=usable_device, default=default_device())
     parser.add_argument("--shape", help="default: llama-4x128, on a GPU llama7b-4x300")
-    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--pairs", type=positive, default=40)
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
-    parser.add_argument("--json", type=Path, help="write the object to this file too")
+    parser.add_argument("--json", type=new_file, help="write the object to this file too")
     parser.add_argument("--memory-of", choices=WAYS, help="print the peak memory, in bytes, of a few steps, no more")
     options = parser.parse_args()
     shape = Shape.of(options.shape or ("llama7b-4x300" if options.device.startswith("cuda") else "llama-4x128"))

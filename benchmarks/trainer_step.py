@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pairs import default_device, header, ratio, spread
+from pairs import default_device, header, new_file, positive, ratio, spread, usable_device
 from shapes import Answers, Shape
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
@@ -83,11 +83,11 @@ class InTurn(TrainerCallback):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--device", type=usable_device, default=default_device())
     parser.add_argument("--shape", help="default: llama-4x128, on a GPU llama7b-4x300")
-    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--pairs", type=positive, default=40)
     parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write the object to this file too")
+    parser.add_argument("--json", type=new_file, help="write the object to this file too")
     options = parser.parse_args()
     shape = Shape.of(options.shape or ("llama7b-4x300" if options.device.startswith("cuda") else "llama-4x128"))
     logging.set_verbosity_error()

@@ -20,6 +20,7 @@ from transformers import (
 
 from bayestune import BlobConfig
 from bayestune.adapters import TrainingNoise, random_layers
+from bayestune.errors import DrawError
 from bayestune.posteriors.sharing import CopiesDiffer, shared_blocks, sharing
 from bayestune.posteriors.stacked import StackedDraws
 from inference.cases import Letters
@@ -72,9 +73,14 @@ CASES: dict[str, tuple[Callable[[], PeftModel], int]] = {
     "gpt2": (lambda: adapted(GPT2.build(n_layer=4), target_modules=["c_attn"], fan_in_fan_out=True, **UPPER), 2),
     "bloom": (lambda: adapted(bloom(), target_modules=["query_key_value"], **UPPER), 2),
     "bert": (lambda: adapted(BERT.build(num_hidden_layers=4), target_modules=["query", "value"], **UPPER), 2),
-    "bert, choices": (lambda: adapted(multiple_choice(), target_modules=["query", "value"], **UPPER), 2),
+    "bert, 2 choices": (lambda: adapted(multiple_choice(), target_modules=["query", "value"], **UPPER), 2),
+    "bert, as many choices as draws": (
+        lambda: adapted(multiple_choice(), target_modules=["query", "value"], **UPPER),
+        2,
+    ),
     "t5, decoder alone": (lambda: adapted(T5.build(), target_modules=r"decoder\.block\.1\..*\.(q|v)"), 3),
 }
+CHOICES = {"bert, 2 choices": 2, "bert, as many choices as draws": DRAWS}
 INPUTS = {"gpt2": GPT2, "bert": BERT, "t5, decoder alone": T5}
 
 
@@ -82,8 +88,9 @@ def inputs(case: str, rows: int) -> dict[str, Tensor]:
     found = INPUTS.get(case, LLAMA).inputs(rows)
     if case != "gpt2" and case != "bloom" and rows > 1:
         found["attention_mask"][0, :2] = 0  # a mask of its own for each row
-    if case == "bert, choices":
-        return {name: torch.stack([value, value.flip(1)], 1) for name, value in found.items()}
+    if "choices" in case:
+        turned = [torch.stack([value.roll(i, 1) for i in range(CHOICES[case])], 1) for value in found.values()]
+        return dict(zip(found, turned, strict=True))
     return found
 
 
@@ -166,28 +173,66 @@ def test_blocks_that_run_twice_are_not_shared_the_second_time() -> None:
     assert not hooked(layers)
 
 
-class Keeps(nn.Module):
-    """Blocks that hand the next one more than they return, as models do that share keys between layers."""
-
-    def __init__(self, model: PeftModel, last: int) -> None:
-        super().__init__()
-        self.model, self.config, self.kept = model, model.config, []
-        blocks = model.get_base_model().model.layers
-        blocks[0].register_forward_hook(lambda _, __, output: self.kept.append(output))
-        blocks[last].register_forward_hook(lambda _, __, output: output + self.kept.pop())
-
-    def forward(self, **inputs: Tensor) -> Any:
-        return self.model(**inputs)
+def hooked_blocks(*hooks: tuple[int, Callable[..., Any]]) -> PeftModel:
+    """A Llama with forward hooks on some of its blocks, random layers in the last two."""
+    model = CASES["llama"][0]()
+    for block, hook in hooks:
+        model.get_base_model().model.layers[block].register_forward_hook(hook)
+    return model
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3, DRAWS])
 def test_what_goes_past_the_blocks_is_right_or_not_shared(rows: int) -> None:
-    model = Keeps(CASES["llama"][0](), last=3)
+    """As in models that share keys between layers."""
+    kept: list[Tensor] = []
+    model = hooked_blocks((0, lambda _, __, out: kept.append(out)), (3, lambda _, __, out: out + kept.pop()))
     batch = inputs("llama", rows)
     expected = one_by_one(model, batch)
     found, sampler = together(model, batch)
     assert (found - expected).abs().max() <= 1e-12
     assert len(sampler._shared) == (rows == 1)  # one row broadcasts to all copies
+
+
+@pytest.mark.parametrize("rows", [1, 3, DRAWS])
+@pytest.mark.parametrize("how", ["a random layer of another block", "writes into its input", "another error"])
+def test_blocks_that_do_more_than_blocks_do_are_not_shared(how: str, rows: int) -> None:
+    def borrow(block: nn.Module, args: Any, out: Tensor) -> Tensor:
+        return out + model.get_base_model().model.layers[3].self_attn.q_proj(out)
+
+    def write(block: nn.Module, args: Any, out: Tensor) -> None:
+        args[0].add_(1.0)
+
+    def fail(block: nn.Module, args: Any, out: Tensor) -> None:
+        if len(out) < rows * DRAWS and narrowed:
+            raise ValueError("found too few rows")
+
+    narrowed: list[bool] = []
+    hooks = {"a random layer of another block": borrow, "writes into its input": write, "another error": fail}
+    model, batch = hooked_blocks((0, hooks[how])), inputs("llama", rows)
+    expected = one_by_one(model, batch)
+    narrowed.append(True)
+    found, sampler = together(model, batch)
+    assert sampler._shared == []
+    assert (found - expected).abs().max() <= 1e-12
+
+
+class OneByOne(Whole):
+    """A forward for each row of the batch."""
+
+    def logits(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        rows = range(len(batch["input_ids"]))
+        return torch.cat(
+            [super(OneByOne, self).logits(model, {k: v[i : i + 1] for k, v in batch.items()}) for i in rows]
+        )
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_task_that_looks_at_one_row_at_a_time_is_refused_as_ever(rows: int) -> None:
+    """Its stacked draws cannot be told apart: `predict` then loops over the draws."""
+    model, batch = CASES["llama"][0](), inputs("llama", rows)
+    sampler = StackedDraws.of(model, draws=DRAWS, seed=0)
+    with torch.inference_mode(), pytest.raises(DrawError):
+        sampler.logits(OneByOne(), batch, range(DRAWS))
 
 
 class Shallow(Whole):
@@ -231,7 +276,7 @@ def test_an_error_in_the_forward_leaves_no_hook() -> None:
     assert not hooked(model)
 
 
-def test_S12_another_thread_meanwhile_sees_the_whole_model() -> None:
+def test_N07_another_thread_meanwhile_sees_the_whole_model() -> None:
     model, batch = CASES["llama"][0](), inputs("llama", 4)
     found: list[Tensor] = []
     blocks = shared_blocks(model, random_layers(model).values())

@@ -141,6 +141,7 @@ def test_R05_the_largest_entry_tells_whether_all_are_finite() -> None:
         one[1, 1] = spoilt
         assert first_nonfinite({"a": torch.ones(1), "b": one, "c": one}) == ("b", 2)
     assert first_nonfinite({}) is None
+    assert first_nonfinite({"empty": torch.empty(0, 3)}, squared=True) is None
 
 
 @pytest.mark.parametrize("fault", ["weight", "gradient"])

@@ -66,7 +66,7 @@ class StackedDraws(Sampler):
                 self._shared.remove(found.run)
             except torch.OutOfMemoryError:
                 raise
-            except (RuntimeError, DrawError):  # the forward below raises it again where sharing is not the cause
+            except Exception:  # the forward below raises it again where sharing is not the cause
                 self._shared = []
         return task.logits(self.model, repeated)
 

@@ -31,7 +31,7 @@ def stopped(
 def all_finite(tensors: Iterable[Tensor], *, squared: bool = False) -> bool:
     """Whether every entry is finite (and its square, in its dtype): the largest magnitudes tell, in few kernels."""
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
+    for tensor in (tensor for tensor in tensors if tensor.numel()):
         by_dtype.setdefault(tensor.dtype, []).append(tensor)
     largest = [get_total_norm(group, math.inf) for group in by_dtype.values()]
     return all(bool((value.square() if squared else value).isfinite()) for value in largest)

@@ -19,7 +19,7 @@ M's is not, since AdamW rescales the NLL gradient and not the KL's, just as deco
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,9 @@ from bayestune.errors import ConfigError
 from bayestune.functional import clamp_rho, gaussian_kl_gradient, paper_kl_weight
 from bayestune.training.clock import NoiseCallback
 from bayestune.training.finite import all_finite, first_nonfinite, stopped
+
+JOINED = {"cpu": 2**16, "other": 2**21}
+"""Entries of the layers that move together: a few kernels for many small layers, and a CPU's cache not exceeded."""
 
 Schedule = Callable[[int, int], float]
 """KL weight of update `step` (from 0) in cycles of `cycle` updates."""
@@ -85,10 +88,10 @@ def kl_step(layers: Iterable[GaussianLinear], *, rate: float, weight: float, alo
         along_nll: whether G also moves along its NLL gradient, `layer.rho.grad`; M never does.
 
     The KL part stops at the minimum of the KL, ``|G| = sqrt(s_p)``, where a G near 0, whose gradient is
-    ``-2 / G``, would jump far past it. ``|G|`` stays at or above `RHO_FLOOR`. All layers of one prior move in one
-    computation: their entries are laid end to end.
+    ``-2 / G``, would jump far past it. ``|G|`` stays at or above `RHO_FLOOR`. Layers of one prior move in one
+    computation, their entries laid end to end: as many layers as have `JOINED` entries, or else one.
     """
-    for prior_std, group in _of_one_prior(layers):
+    for prior_std, group in _together(layers):
         means, rhos = _parts(group)
         mean, rho = _joined(means), _joined(rhos)
         d_mean, d_rho = gaussian_kl_gradient(mean, rho, prior_std)
@@ -183,7 +186,7 @@ class KLCallback(NoiseCallback):
     def _nonfinite_gradient(self) -> tuple[str, int] | None:
         """The first layer and part whose gradient is not finite, and how many there are."""
         largest: list[Tensor] = []  # they grow with |M| and |G|, so those of the largest entries tell
-        for prior_std, group in _of_one_prior(self._layers):
+        for prior_std, group in _together(self._layers):
             mean, rho = (get_total_norm(part, math.inf) for part in _parts(group))
             largest += gaussian_kl_gradient(mean, rho, prior_std)
         if all_finite(largest) and all_finite(self._along()):
@@ -201,12 +204,20 @@ class KLCallback(NoiseCallback):
         return [layer.rho.grad for layer in self._layers if self._along_nll and layer.rho.grad is not None]
 
 
-def _of_one_prior(layers: Iterable[GaussianLinear]) -> list[tuple[float, list[GaussianLinear]]]:
-    """The layers whose entries one computation can move: of one prior, device and dtype."""
+def _together(layers: Iterable[GaussianLinear]) -> Iterator[tuple[float, list[GaussianLinear]]]:
+    """The layers whose entries one computation moves, of one prior, device and dtype, and that prior."""
     groups: dict[tuple[float, torch.device, torch.dtype], list[GaussianLinear]] = {}
     for layer in layers:
         groups.setdefault((layer.prior_std, layer.rho.device, layer.rho.dtype), []).append(layer)
-    return [(prior_std, group) for (prior_std, _, _), group in groups.items()]
+    for (prior_std, device, _), group in groups.items():
+        limit, chosen, entries = JOINED["cpu" if device.type == "cpu" else "other"], [], 0
+        for layer in group:
+            if chosen and entries + layer.rho.numel() > limit:
+                yield prior_std, chosen
+                chosen, entries = [], 0
+            chosen.append(layer)
+            entries += layer.rho.numel()
+        yield prior_std, chosen
 
 
 def _parts(layers: Sequence[GaussianLinear]) -> tuple[list[Tensor], list[Tensor]]:
