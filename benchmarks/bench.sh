@@ -16,7 +16,7 @@ if [ "${DEVICE:-cpu}" = cuda ]; then
 fi
 for shape in llama-4x128 minilm-8x128; do
     "$PYTHON" benchmarks/train_step.py --device cpu --shape $shape --json $out/train_$shape.json
-    "$PYTHON" benchmarks/trainer_step.py --device cpu --shape $shape --json $out/trainer_$shape.json
+    "$PYTHON" benchmarks/trainer_step.py --device cpu --shape $shape --pairs 60 --json $out/trainer_$shape.json
 done
 for shape in llama-1x100 llama-4x100 minilm-1x4x40 minilm-8x4x64; do
     "$PYTHON" benchmarks/predict.py --device cpu --shape $shape --json $out/predict_$shape.json

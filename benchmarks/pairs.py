@@ -42,6 +42,11 @@ def spread(times: Sequence[float], others: Sequence[float]) -> tuple[float, floa
     return first, third
 
 
+def uncertainty(quartiles: Sequence[float], rounds: int) -> float:
+    """Standard error of the median of normal ratios: ``1.2533 (q3 - q1) / (1.349 sqrt(rounds))``."""
+    return 1.2533 * (quartiles[1] - quartiles[0]) / (1.349 * rounds**0.5)
+
+
 def peak_memory() -> int:
     """Largest resident memory of this process so far, in bytes (Linux)."""
     # Not getrusage: its maximum outlives exec, so a child starts with that of its parent.

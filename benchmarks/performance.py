@@ -37,7 +37,8 @@ def page() -> str:
     parts = [
         "# Performance",
         "Made by `python benchmarks/performance.py` from `results/bench/*.json`, which `benchmarks/bench.sh` makes. "
-        "Ways that are compared take turns in one process; a ratio is the median over these rounds, with quartiles. "
+        "Ways that are compared take turns in one process; a ratio is the median over these rounds, with quartiles, or "
+        "± its standard error; from process to process it differs by more, as the tables of ten draws show. "
         '"Control" is a second plain LoRA by the first: how far it is from 1 is the machine\'s doing. '
         '"Reference" is the released code\'s way, written afresh in `benchmarks/looped_reference.py`: noise on '
         "activations with signs for every token, the KL by autograd in float64, a second optimiser, draws in a loop. "
@@ -50,8 +51,8 @@ def page() -> str:
         _training(),
         "## Ten draws",
         "By ten plain LoRA forwards, one after the other, with the logits of every position (first columns), by a "
-        "loop that asks for the label's logits alone, and by one forward; the limit of that is its ratio of "
-        'operations. "At once" is how many draws ride in one forward.',
+        "loop that asks for the label's logits alone, and by one forward, beside it the ratio of operations. "
+        '"At once" is how many draws ride in one forward.',
         _prediction(),
         "### How many at once",
         _chunks(),
@@ -119,7 +120,7 @@ def _training() -> str:
 
 def _prediction() -> str:
     heads = ["shape", "ten draws / loop", "reference / loop", "ten draws / short loop", "ten draws / one forward"]
-    heads += ["its limit", "at once", "making the draws, ms"]
+    heads += ["ratio of operations", "at once", "making the draws, ms"]
     rows = []
     for name in PREDICT:
         found = record(f"predict_{name}")

@@ -106,4 +106,18 @@ DEFECTS = (
         after="",
         tests="training/test_kl.py kl_step",
     ),
+    Defect(
+        name="the last layers that move together are left out",
+        path=KL,
+        before="        yield prior_std, chosen\n\n\n",
+        after="        if len(chosen) > 1:\n            yield prior_std, chosen\n\n\n",
+        tests="training/test_kl.py many_layers",
+    ),
+    Defect(
+        name="an NLL gradient of G that is not looked at",
+        path=KL,
+        before="if all_finite(largest) and all_finite(self._along()):",
+        after="if all_finite(largest):",
+        tests="training/test_kl.py looked_at",
+    ),
 )

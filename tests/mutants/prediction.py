@@ -115,15 +115,15 @@ DEFECTS = (
     Defect(
         name="copies of a row taken for alike unseen",
         path=SHARING,
-        before="if not torch.equal(tensor.unflatten(0, (copies, -1)), one.expand(copies, *one.shape)):",
+        before="if not torch.equal(tensor.unflatten(0, (self.copies, -1)), one.expand(self.copies, *one.shape)):",
         after="if False:",
         tests="posteriors/test_sharing.py shared",
     ),
     Defect(
         name="another thread's rows narrowed",
         path=SHARING,
-        before="            if threading.get_ident() != owner:\n                return None\n",
-        after="",
+        before="            return None\n        narrow =",
+        after="            pass\n        narrow =",
         tests="posteriors/test_sharing.py another_thread",
     ),
     Defect(
@@ -150,8 +150,29 @@ DEFECTS = (
     Defect(
         name="shared blocks that see every copy",
         path=SHARING,
-        before="            return _mapped(lambda t: first_copy(t, run), args), ",
-        after="            return args, kwargs or ",
+        before="return self._remember(tensor[: len(tensor) // self.copies])",
+        after="return tensor",
         tests="posteriors/test_sharing.py each_row_once",
+    ),
+    Defect(
+        name="what a shared block wrote into is not looked at again",
+        path=SHARING,
+        before="            self._refuse_unlike(tensor)  # the",
+        after="            pass  # the",
+        tests="posteriors/test_sharing.py more_than_blocks",
+    ),
+    Defect(
+        name="a random layer that a shared block borrows gets rows for draws",
+        path=SHARING,
+        before="self._sizes = swap_sizes(frozenset())",
+        after="self._sizes = swap_sizes(swap_sizes(None))",
+        tests="posteriors/test_sharing.py more_than_blocks",
+    ),
+    Defect(
+        name="choices taken for copies in the second shared block",
+        path=SHARING,
+        before="        if any(tensor is one for one in self._single):\n            return tensor\n",
+        after="",
+        tests="posteriors/test_sharing.py choices",
     ),
 )

@@ -15,7 +15,7 @@ from bayestune.adapters import gaussian_layers, training_noise
 from bayestune.errors import ConfigError
 from bayestune.functional import RHO_FLOOR, gaussian_kl
 from bayestune.training import BayesTrainer, KLCallback, KLSettings, elbo_kl_weight
-from bayestune.training.kl import kl_step
+from bayestune.training.kl import JOINED, kl_step
 from models import LLAMA
 from training.toys import TASK, arguments, double_blob, lora, rows, trained
 
@@ -86,6 +86,26 @@ def test_layers_move_together_as_each_does_alone() -> None:
     for layer in gaussian_layers(alone).values():
         kl_step([layer], rate=0.01, weight=0.25, along_nll=True)
     assert all(torch.equal(trained(together)[name], value) for name, value in trained(alone).items())
+
+
+def test_many_layers_move_as_each_does_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few entries are joined, every layer moves once."""
+    expected = double_blob()
+    kl_step(gaussian_layers(expected).values(), rate=0.01, weight=0.25, along_nll=False)
+    layer = next(iter(gaussian_layers(expected).values()))
+    for limit in (1, 2 * layer.rho.numel()):
+        monkeypatch.setitem(JOINED, "cpu", limit)
+        model = double_blob()
+        kl_step(gaussian_layers(model).values(), rate=0.01, weight=0.25, along_nll=False)
+        assert all(torch.equal(trained(expected)[name], value) for name, value in trained(model).items())
+
+
+def test_R05_an_nll_gradient_of_G_alone_is_looked_at() -> None:
+    callback, model = KLCallback(KLSettings(cycle=2)), double_blob()
+    callback._layers = list(gaussian_layers(model).values())
+    assert callback._nonfinite_gradient() is None
+    callback._layers[0].rho.grad = torch.full_like(callback._layers[0].rho, math.nan)
+    assert callback._nonfinite_gradient() == (f"G of {callback._layers[0].name} (with its NLL)", 1)
 
 
 def test_N01_an_update_of_1e_5_moves_G(figure: Callable[..., None]) -> None:
