@@ -37,8 +37,8 @@ def page() -> str:
     parts = [
         "# Performance",
         "Made by `python benchmarks/performance.py` from `results/bench/*.json`, which `benchmarks/bench.sh` makes. "
-        "Ways that are compared take turns in one process; a ratio is the median over these rounds, with quartiles, or "
-        "± its standard error; from process to process it differs by more, as the tables of ten draws show. "
+        "Ways that are compared take turns in one process; a ratio is the median over these rounds, with quartiles "
+        "or ± its standard error; from process to process it differs by more, as the tables of ten draws show. "
         '"Control" is a second plain LoRA by the first: how far it is from 1 is the machine\'s doing. '
         '"Reference" is the released code\'s way, written afresh in `benchmarks/looped_reference.py`: noise on '
         "activations with signs for every token, the KL by autograd in float64, a second optimiser, draws in a loop. "
