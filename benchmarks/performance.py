@@ -71,6 +71,7 @@ def page() -> str:
         "seen on a GPU, so there is none; the products are torch's batched ones.\n"
         "- Blocks below the first random layer are shared by the draws of one forward; where a prediction takes "
         "several forwards, each runs them again. With adapters in every block, the default, there are none.\n"
+        "- Models that are not of transformers itself, or compiled, share no blocks.\n"
         "- The head is computed at one position a row, but for the whole vocabulary, of which the labels are taken.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
