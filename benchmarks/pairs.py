@@ -5,6 +5,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,9 @@ def peak_memory() -> int:
 
 
 def header(device: str) -> dict[str, Any]:
-    """What made a result: the command, versions and hardware."""
-    command = ["python", *sys.argv]
-    return {"command": command, "device": device, "versions": versions(), "hardware": hardware()}
+    """What made a result, and when: the command, the day (UTC), versions and hardware."""
+    command, today = ["python", *sys.argv], datetime.now(UTC).date().isoformat()
+    return {"command": command, "date": today, "device": device, "versions": versions(), "hardware": hardware()}
 
 
 def positive(text: str) -> int:

@@ -15,6 +15,7 @@ import json
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +53,23 @@ class Turns:
         with self._changed:
             self._changed.wait_for(lambda: self.waiting[0] == name)
 
-    def pass_on(self, *, leave: bool = False) -> None:
+    def pass_on(self) -> None:
         with self._changed:
-            name = self.waiting.pop(0)
-            self.waiting += [] if leave else [name]
+            self.waiting.append(self.waiting.pop(0))
             self._changed.notify_all()
+
+    def trained(self, name: str, trainer: Trainer) -> None:
+        """Train, and leave the others to themselves at the end or at an error."""
+        try:
+            trainer.train()
+        finally:
+            with self._changed:
+                self.waiting.remove(name)
+                self._changed.notify_all()
 
 
 class InTurn(TrainerCallback):
-    """Takes the turn before the first update, hands it on after each, and leaves when training ends."""
+    """Takes the turn before the first update and hands it on after each."""
 
     def __init__(self, name: str, turns: Turns, device: str) -> None:
         self.name, self.turns, self.device, self.start = name, turns, device, 0.0
@@ -77,9 +86,6 @@ class InTurn(TrainerCallback):
         self.turns.take(self.name)
         self.start = time.perf_counter()
 
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        self.turns.pass_on(leave=True)
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -94,11 +100,10 @@ def main() -> None:
     turns = Turns(WAYS)
     with tempfile.TemporaryDirectory() as folder:
         trainers = [trainer_of(way, shape, turns, Path(folder) / way, options) for way in WAYS]
-        threads = [threading.Thread(target=trainer.train, daemon=True) for trainer in trainers]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(len(WAYS)) as pool:
+            running = [pool.submit(turns.trained, way, trainer) for way, trainer in zip(WAYS, trainers, strict=True)]
+        for one in running:
+            one.result()
     times = {way: found[options.warmup :] for way, found in turns.seconds.items()}
     found = {
         "ratio": ratio(times["blob"], times["lora"]),
