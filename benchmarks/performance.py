@@ -204,14 +204,21 @@ def _scaling() -> str:
     lines = []
     for what, curves in found["curves"].items():
         for unit in ("seconds", "bytes"):
-            slopes = [f"{exponent(curves[name], unit):.2f}" if name in curves else "" for name in names]
+            slopes = [_slopes(curves[name], unit) if name in curves else "" for name in names]
             lines.append([f"{what}, {unit}", *slopes])
     base = ", ".join(f"{name} {value}" for name, value in found["base"].items())
     return (
         f"One size at a time, the others being {base}, on a 4-layer Llama of 512. The exponents of "
-        "seconds and of the peak of memory above what the model takes; 1 is linear.\n\n"
+        "seconds and of the peak of memory above what the model takes, over all sizes and between the last two; 1 is "
+        "linear. "
+        "Of larger sizes, where attention's square of the tokens would show, nothing is known.\n\n"
         f"{_table(['', *names], lines)}\n\n![Seconds and memory against size](images/scaling.png)"
     )
+
+
+def _slopes(curve: dict[str, Any], unit: str) -> str:
+    last = dict(list(curve.items())[-2:])
+    return f"{exponent(curve, unit):.2f}, {exponent(last, unit):.2f}"
 
 
 def _start() -> str:
