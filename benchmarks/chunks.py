@@ -17,7 +17,7 @@ from pairs import header, new_file, positive, ratio, seconds
 from shapes import Answers, Shape
 
 from bayestune.experiment import write_json
-from bayestune.posteriors.stacked import CPU_TOKENS, StackedDraws
+from bayestune.sampling.stacked import CPU_TOKENS, StackedDraws
 
 DRAWS = 10
 AT_ONCE = (1, 2, 3, 4, 5, 7, 10)

@@ -29,7 +29,7 @@ from bayestune.experiment.methods import autocast
 from bayestune.experiment.record import hardware, read_json, rows_sha256, versions
 from bayestune.functional import derive_seed
 from bayestune.inference.draws import evaluation_mode
-from bayestune.posteriors.stacked import StackedDraws
+from bayestune.sampling.stacked import StackedDraws
 from bayestune.tasks import AnyRow
 
 ROOT = Path(__file__).parent.parent

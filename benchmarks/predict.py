@@ -22,7 +22,7 @@ from shapes import Answers, Shape
 from torch.utils.flop_counter import FlopCounterMode
 
 from bayestune.experiment import write_json
-from bayestune.posteriors.stacked import StackedDraws
+from bayestune.sampling.stacked import StackedDraws
 
 DRAWS = 10
 

@@ -21,7 +21,7 @@ from bayestune import evaluate, predict
 from bayestune.experiment import Run, load_run, write_json
 from bayestune.experiment.methods import autocast
 from bayestune.experiment.record import rows_sha256
-from bayestune.posteriors import Variational
+from bayestune.methods import Variational
 
 WAYS: dict[str, tuple[Any, int]] = {
     "mean": ("mc", 0),

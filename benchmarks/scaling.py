@@ -28,7 +28,7 @@ from train_step import bayestune_step
 
 from bayestune import BlobConfig
 from bayestune.experiment import write_json
-from bayestune.posteriors.stacked import StackedDraws
+from bayestune.sampling.stacked import StackedDraws
 
 SIZES: dict[str, tuple[int, ...]] = {
     "tokens": (32, 64, 128, 256),

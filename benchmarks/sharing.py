@@ -20,7 +20,7 @@ from shapes import ALPHA, RANK, Answers, Shape
 
 from bayestune import BlobConfig
 from bayestune.experiment import write_json
-from bayestune.posteriors.stacked import StackedDraws
+from bayestune.sampling.stacked import StackedDraws
 
 DRAWS = 10
 BLOCKS = {"llama-1x100": (1, 2, 4), "minilm-1x4x40": (1, 3, 6)}

@@ -14,8 +14,8 @@ from typing import Any
 
 import claims
 
-from bayestune.experiment import read_cells
-from bayestune.experiment.layouts import layout, line_keys, line_label
+from bayestune.tables import read_cells
+from bayestune.tables.layouts import layout, line_keys, line_label
 
 ROOT = Path(__file__).parent.parent
 METRICS = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE", "brier": "Brier"}

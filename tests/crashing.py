@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from bayestune.errors import BayestuneWarning, ConfigError, PosteriorError
-from bayestune.posteriors import load_posterior, save_posterior
+from bayestune.methods import load_posterior, save_posterior
 from bayestune.training import BayesTrainer, KLSettings
 from bayestune.training.checkpoint_files import last_complete
 from models import LLAMA, blob

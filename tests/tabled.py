@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from bayestune.experiment import write_json
-from bayestune.experiment.cells import cell_path, cell_record
 from bayestune.inference import Prediction
+from bayestune.tables.cells import cell_path, cell_record
 
 
 def answers(

@@ -24,7 +24,7 @@ from bayestune.adapters import gaussian_layers
 from bayestune.errors import BayestuneWarning
 from bayestune.experiment import Experiment, load_run
 from bayestune.inference import evaluate, predict
-from bayestune.posteriors import Variational
+from bayestune.methods import Variational
 from bayestune_cli.app import app, invoke
 from bayestune_cli.streams import quietly
 from toys import pretrained_llama, questions, write_data, write_rows

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from bayestune.posteriors import load_posterior
-from bayestune.posteriors import manifest as posterior_manifest
+from bayestune.methods import load_posterior
+from bayestune.methods import manifest as posterior_manifest
 from bayestune.training import checkpoint_files, last_complete
 from golden.make import answers, base, trainer
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from bayestune.recipes.paper import llama2_7b, roberta
 from safetensors.torch import load_file
 from transformers import RobertaConfig, RobertaModel
 
 import bayestune
 from bayestune.experiment import Experiment, load_run
-from bayestune.recipes.paper import llama2_7b, roberta
 from bayestune_cli.app import invoke
 from models import seeded
 from toys import byte_tokenizer, pretrained_llama, write_data, write_rows

@@ -7,19 +7,19 @@ from bayestune.requirements import check_versions
 
 check_versions()  # before anything that an older version would break
 
+from bayestune import methods as methods
 from bayestune import metrics as metrics
-from bayestune import posteriors as posteriors
 from bayestune import tasks as tasks
 from bayestune.adapters import BlobConfig as BlobConfig
 from bayestune.experiment import Experiment as Experiment
-from bayestune.export import export_lora as export_lora
 from bayestune.inference import Prediction as Prediction
 from bayestune.inference import Scores as Scores
 from bayestune.inference import draw as draw
 from bayestune.inference import evaluate as evaluate
 from bayestune.inference import predict as predict
-from bayestune.posteriors import load_posterior as load_posterior
-from bayestune.posteriors import save_posterior as save_posterior
+from bayestune.serving import export_lora as export_lora
+from bayestune.storage import load_posterior as load_posterior
+from bayestune.storage import save_posterior as save_posterior
 from bayestune.training import BayesTrainer as BayesTrainer
 from bayestune.training import KLCallback as KLCallback
 from bayestune.training import KLSettings as KLSettings

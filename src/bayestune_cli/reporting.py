@@ -33,7 +33,7 @@ def table(
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Train nothing: make the table from --results.")] = False,
 ) -> None:
     """Make a table of the paper: every method, data set and seed, then the table as Markdown and HTML."""
-    from bayestune.experiment.layouts import LINES, layout
+    from bayestune.tables.layouts import LINES, layout
 
     layout(table)
     given = {"data": data, "model": model, "seeds": seeds, "methods": methods, "steps": steps, "tasks": tasks}
@@ -49,9 +49,9 @@ def table(
     if "model" not in settings:
         raise FlagError("table: found no --model, expected one (or --rebuild, which trains nothing).")
 
-    from bayestune.experiment.fill import run_table
-    from bayestune.experiment.grid import Grid, plan
     from bayestune.experiment.processes import process_count
+    from bayestune.tables.fill import run_table
+    from bayestune.tables.grid import Grid, plan
 
     if process_count() > 1:
         raise FlagError("table: found several processes, expected one: launch `bayestune train` for those.")
@@ -97,9 +97,10 @@ def rebuild_table(name: str, results: Path, output: Path) -> None:
     Raises:
         FlagError: as `read_cells` and `table_view`. ModuleNotFoundError: jinja2 is not installed.
     """
-    from bayestune.experiment import read_cells, write_text
-    from bayestune.experiment.tables import html_table, markdown_table
-    from bayestune.recipes.figures import PUBLISHED
+    from bayestune.experiment import write_text
+    from bayestune.tables import read_cells
+    from bayestune.tables.published import PUBLISHED
+    from bayestune.tables.view import html_table, markdown_table
 
     cells = read_cells(results / name)
     text = markdown_table(cells, name, published=PUBLISHED)
@@ -126,10 +127,11 @@ def report(
     if not output.parent.is_dir():
         raise FlagError(f"--output {output}: found no folder {output.parent}, expected one.")
 
-    from bayestune.experiment import read_cells, write_text
-    from bayestune.experiment.pages import report_page
-    from bayestune.recipes.figures import PUBLISHED
+    from bayestune.experiment import write_text
     from bayestune.report.html import page_html
+    from bayestune.tables import read_cells
+    from bayestune.tables.pages import report_page
+    from bayestune.tables.published import PUBLISHED
 
     cells = read_cells(*results)
     write_text(output, page_html(report_page(cells, published=PUBLISHED)))

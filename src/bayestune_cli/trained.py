@@ -131,7 +131,7 @@ def export(
 
     from bayestune.experiment import load_run
     from bayestune.experiment.disk import check_writable, writing
-    from bayestune.export import export_lora
+    from bayestune.serving.lora import export_lora
 
     check_writable(output.parent, f"--output {output}")
     loaded = load_run(run, data=data)
@@ -145,7 +145,7 @@ def export(
 def _load(run: Path, data: str | None, predictive: str | None) -> "Run":
     """The run in a folder, its posterior averaged over as asked."""
     from bayestune.experiment import load_run
-    from bayestune.posteriors import Variational
+    from bayestune.methods import Variational
 
     loaded = load_run(run, data=data)
     if predictive is None:

@@ -13,7 +13,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from adapters.conjugate import INPUTS, NOISE_STD, OUTPUTS, PRIOR_STD, RANK, ROWS, Regression
-from bayestune.posteriors.stacked import stacked_weights
+from bayestune.sampling.stacked import stacked_weights
 from probes import z_bound
 
 Change = Callable[[Tensor, Tensor], Tensor]

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from bayestune.adapters import drawn_weights, gaussian_layers, training_noise
 from bayestune.inference.draws import draw
-from bayestune.posteriors.stacked import stacked_weights
+from bayestune.sampling.stacked import stacked_weights
 from models import ARCHITECTURES, BERT, GPT2, LLAMA, QWEN2, Architecture, blob, logits, scatter
 
 ESTIMATORS = pytest.mark.parametrize("estimator", ["independent", "flipout", "flipout_token"])

@@ -13,7 +13,7 @@ from bayestune.adapters import BlobConfig, DropoutLinear, GaussianLinear, gaussi
 from bayestune.errors import ConfigError
 from bayestune.functional import prediction_noise
 from bayestune.inference.draws import draw
-from bayestune.posteriors.stacked import stacked_weights
+from bayestune.sampling.stacked import stacked_weights
 from models import GPT2, LLAMA, blob, llama
 from probes import bayesian_sum, output_of, z_bound
 

@@ -12,7 +12,7 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM, PreTrainedModel, 
 
 from bayestune.adapters import drawn_weights, gaussian_layers, training_noise
 from bayestune.inference.draws import draw
-from bayestune.posteriors.stacked import stacked_weights
+from bayestune.sampling.stacked import stacked_weights
 from models import LLAMA, adapter_state, assert_same, logits, scatter
 
 # 4-bit blocks hold 64 weights

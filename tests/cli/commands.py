@@ -22,7 +22,7 @@ PLACES = {
     "step": "bayestune.training.BayesTrainer.training_step",
     "update": "torch.optim.AdamW.step",
     "checkpoint": "bayestune.training.checkpoint.SafeTrainer._save_rng_state",
-    "posterior": "bayestune.posteriors.storage.write_manifest",
+    "posterior": "bayestune.storage.folders.write_manifest",
     "evaluation": "bayestune.experiment.run.predict",
     "record": "bayestune.experiment.run.write_json",
     "answers": "bayestune.experiment.write_text",

@@ -14,7 +14,7 @@ from bayestune.experiment import Experiment
 from bayestune.experiment import folder as folders
 from bayestune.experiment.folder import check_output, earlier_run, run_folder
 from bayestune.experiment.record import read_json
-from bayestune.posteriors.folder import alone
+from bayestune.files import alone
 
 GIVEN = Experiment(model="m", task="t")
 

@@ -16,7 +16,7 @@ from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from bayestune.inference import predict
-from bayestune.posteriors import Variational, save_posterior
+from bayestune.methods import Variational, save_posterior
 from bayestune.training import BayesTrainer, KLSettings
 from models import LLAMA, scatter
 from training.toys import TASK, arguments, rows

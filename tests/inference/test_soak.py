@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bayestune.inference import draw, predict
-from bayestune.posteriors import load_posterior, save_posterior
+from bayestune.methods import load_posterior, save_posterior
 from inference.cases import Letters, rows
 from models import LLAMA, blob
 

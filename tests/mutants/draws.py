@@ -86,7 +86,7 @@ DEFECTS = (
     ),
     Defect(
         name="a draw of a merged adapter",
-        path="posteriors/stacked.py",
+        path="sampling/stacked.py",
         before="    if is_merged(model):\n",
         after="    if False:\n",
         tests="inference/test_draws.py S15",

@@ -6,7 +6,7 @@ GAUSSIAN = "adapters/gaussian.py"
 DRAWN = "return self.weight + std(self.rho) * epsilon.to(self.weight)"
 TRAINER = "training/trainer.py"
 CALIBRATION = "adapters/test_calibration.py told_apart"
-VARIATIONAL = "posteriors/stacked.py"
+VARIATIONAL = "sampling/stacked.py"
 STACKED = "weights[layer] = layer.drawn(torch.stack(noise))"
 
 DEFECTS = (

@@ -4,7 +4,7 @@ from mutants.defect import Defect
 
 FILES = "training/checkpoint_files.py"
 CHECKPOINT = "training/checkpoint.py"
-FOLDER = "posteriors/folder.py"
+FOLDER = "files.py"
 FAULTS = "training/test_checkpoint_faults.py"
 
 DEFECTS = (
@@ -113,21 +113,21 @@ DEFECTS = (
         path=FOLDER,
         before="        lock.acquire(timeout=0)\n",
         after="        pass\n",
-        tests="posteriors/test_storage.py P11",
+        tests="storage/test_storage.py P11",
     ),
     Defect(
         name="the second of two writers replaces what the first one wrote",
         path=FOLDER,
         before="        _check_target(target, overwrite)  # again",
         after="        pass  # again",
-        tests="posteriors/test_storage.py P11",
+        tests="storage/test_storage.py P11",
     ),
     Defect(
         name="the litter of killed saves stays",
         path=FOLDER,
         before="        if litter.fullmatch(path.name):",
         after="        if False:",
-        tests="posteriors/test_storage.py P02",
+        tests="storage/test_storage.py P02",
     ),
     Defect(
         name="one update more where a finished run is resumed",

@@ -3,7 +3,7 @@
 from mutants.defect import Defect
 
 SCORES = "metrics/scores.py"
-SHARING = "posteriors/sharing.py"
+SHARING = "sampling/sharing.py"
 
 DEFECTS = (
     Defect(
@@ -18,7 +18,7 @@ DEFECTS = (
         path="inference/predict.py",
         before="(logits / temperature)",
         after="logits",
-        tests="posteriors/test_ensemble.py temperature",
+        tests="methods/test_ensemble.py temperature",
     ),
     Defect(
         name="answers in the order of their length",
@@ -86,93 +86,93 @@ DEFECTS = (
     ),
     Defect(
         name="antithetic draws that are the same draw twice",
-        path="posteriors/stacked.py",
+        path="sampling/stacked.py",
         before="(-1) ** k * prediction_noise(",
         after="prediction_noise(",
-        tests="posteriors/test_variational.py antithetic",
+        tests="sampling/test_variational.py antithetic",
     ),
     Defect(
         name="covariance of logits with G for the standard deviation",
-        path="posteriors/sampling_free.py",
+        path="sampling/logit_space.py",
         before="std(layer.rho.detach()).flatten()",
         after="layer.rho.detach().flatten()",
-        tests="posteriors/test_variational.py covariance",
+        tests="sampling/test_variational.py covariance",
     ),
     Defect(
         name="covariance of logits instead of their differences",
-        path="posteriors/sampling_free.py",
+        path="sampling/logit_space.py",
         before="(vector - first * vector.sum(1, keepdim=True) for vector in others)",
         after="(vector + 0 * first for vector in others)",
-        tests="posteriors/test_variational.py covariance",
+        tests="sampling/test_variational.py covariance",
     ),
     Defect(
         name="a root that turns with the signs of eigenvectors",
-        path="posteriors/sampling_free.py",
+        path="sampling/logit_space.py",
         before=" @ vectors.transpose(-1, -2)\n",
         after="\n",
-        tests="posteriors/test_variational.py root",
+        tests="sampling/test_variational.py root",
     ),
     Defect(
         name="copies of a row taken for alike unseen",
         path=SHARING,
         before="if not torch.equal(tensor.unflatten(0, (self.copies, -1)), one.expand(self.copies, *one.shape)):",
         after="if False:",
-        tests="posteriors/test_sharing.py shared",
+        tests="sampling/test_sharing.py shared",
     ),
     Defect(
         name="another thread's rows narrowed",
         path=SHARING,
         before="            return None\n        narrow =",
         after="            pass\n        narrow =",
-        tests="posteriors/test_sharing.py another_thread",
+        tests="sampling/test_sharing.py another_thread",
     ),
     Defect(
         name="hooks that outlive their forward",
         path=SHARING,
         before="            handle.remove()",
         after="            handle",
-        tests="posteriors/test_sharing.py hook",
+        tests="sampling/test_sharing.py hook",
     ),
     Defect(
         name="blocks with a random layer shared",
         path=SHARING,
         before="not any(id(m) in random for m in block.modules())",
         after="not id(block) in random",
-        tests="posteriors/test_sharing.py N07",
+        tests="sampling/test_sharing.py N07",
     ),
     Defect(
         name="blocks of a compiled model shared",
         path=SHARING,
         before='"_orig_mod" in module._modules or module._compiled_call_impl is not None',
         after="False",
-        tests="posteriors/test_sharing.py compiled",
+        tests="sampling/test_sharing.py compiled",
     ),
     Defect(
         name="shared blocks that see every copy",
         path=SHARING,
         before="return self._remember(tensor[: len(tensor) // self.copies])",
         after="return tensor",
-        tests="posteriors/test_sharing.py each_row_once",
+        tests="sampling/test_sharing.py each_row_once",
     ),
     Defect(
         name="what a shared block wrote into is not looked at again",
         path=SHARING,
         before="            self._refuse_unlike(tensor)  # the",
         after="            pass  # the",
-        tests="posteriors/test_sharing.py more_than_blocks",
+        tests="sampling/test_sharing.py more_than_blocks",
     ),
     Defect(
         name="a random layer that a shared block borrows gets rows for draws",
         path=SHARING,
         before="self._sizes = swap_sizes(frozenset())",
         after="self._sizes = swap_sizes(swap_sizes(None))",
-        tests="posteriors/test_sharing.py more_than_blocks",
+        tests="sampling/test_sharing.py more_than_blocks",
     ),
     Defect(
         name="choices taken for copies in the second shared block",
         path=SHARING,
         before="        if any(tensor is one for one in self._single):\n            return tensor\n",
         after="",
-        tests="posteriors/test_sharing.py choices",
+        tests="sampling/test_sharing.py choices",
     ),
 )

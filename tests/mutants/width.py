@@ -3,7 +3,7 @@
 from mutants.defect import Defect
 
 WIDTH = "training/width.py"
-TABLE_GRID = "experiment/grid.py"
+TABLE_GRID = "tables/grid.py"
 
 DEFECTS = (
     Defect(
@@ -46,14 +46,14 @@ DEFECTS = (
         path=TABLE_GRID,
         before="{**settings, **LINES[line].settings}",
         after="settings",
-        tests="experiment/test_grid.py line_with",
+        tests="tables/test_grid.py line_with",
     ),
     Defect(
         name="two lines of a table under the name of their method",
-        path="experiment/fill.py",
+        path="tables/fill.py",
         before="method=planned.line,",
         after="method=experiment.method,",
-        tests="experiment/test_grid.py line_with",
+        tests="tables/test_grid.py line_with",
     ),
     Defect(
         name="flags of other methods taken in silence",
@@ -78,17 +78,17 @@ DEFECTS = (
     ),
     Defect(
         name="cells of methods without a KL told apart by it",
-        path="experiment/cells.py",
+        path="tables/cells.py",
         before='settings.get("method") not in KL_METHODS',
         after="False",
-        tests="experiment/test_grid.py does_not_count",
+        tests="tables/test_grid.py does_not_count",
     ),
     Defect(
         name="runs of methods without a KL told apart by it",
         path=TABLE_GRID,
         before='wanted["method"] not in KL_METHODS',
         after="False",
-        tests="experiment/test_grid.py does_not_count",
+        tests="tables/test_grid.py does_not_count",
     ),
     Defect(
         name="a run too short for its width without a word",

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 
 from bayestune.errors import BayestuneWarning, ConfigError, TrainingError
-from bayestune.posteriors.folder import alone
-from bayestune.posteriors.manifest import serialised
+from bayestune.files import alone
+from bayestune.storage.manifest import serialised
 from bayestune.training import BayesTrainer, KLSettings, checkpoint, last_complete
 from bayestune.training.checkpoint_files import MANIFEST, UNFINISHED, check_checkpoint, seal
 from models import GPT2, scatter

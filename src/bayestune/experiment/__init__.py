@@ -1,9 +1,6 @@
 """One experiment: settings in, a run folder with a posterior and its scores out; and cells, the records of tables."""
 
 from bayestune.experiment.backbone import embedded_model as embedded_model
-from bayestune.experiment.cells import cell_path as cell_path
-from bayestune.experiment.cells import cell_record as cell_record
-from bayestune.experiment.cells import read_cells as read_cells
 from bayestune.experiment.record import write_json as write_json
 from bayestune.experiment.record import write_text as write_text
 from bayestune.experiment.run import Result as Result
@@ -11,5 +8,5 @@ from bayestune.experiment.run import Run as Run
 from bayestune.experiment.run import load_run as load_run
 from bayestune.experiment.run import other_task as other_task
 from bayestune.experiment.run import run as run
+from bayestune.experiment.score_table import score_table as score_table
 from bayestune.experiment.settings import Experiment as Experiment
-from bayestune.experiment.table import score_table as score_table

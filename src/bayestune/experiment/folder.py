@@ -16,7 +16,7 @@ from bayestune.errors import ConfigError
 from bayestune.experiment.disk import check_writable
 from bayestune.experiment.record import read_json, write_json
 from bayestune.experiment.settings import Experiment
-from bayestune.posteriors.folder import alone
+from bayestune.files import alone
 
 POSTERIOR, CHECKPOINTS, RESULT, EXPERIMENT = "posterior", "checkpoints", "result.json", "experiment.json"
 ADAPTER = "adapter"

@@ -18,14 +18,16 @@ from bayestune.experiment.folder import ADAPTER, POSTERIOR
 from bayestune.experiment.processes import is_main
 from bayestune.experiment.settings import Experiment
 from bayestune.experiment.train import Training
+from bayestune.files import MANIFEST, strict_json
 from bayestune.functional import derive_seed
-from bayestune.inference import anchor_loss, predict
-from bayestune.posteriors import (
+from bayestune.inference import predict
+from bayestune.methods import (
     Ensemble,
     Point,
     Posterior,
     Swag,
     Variational,
+    anchor_loss,
     fit_laplace,
     fit_temperature,
     load_posterior,
@@ -33,11 +35,10 @@ from bayestune.posteriors import (
     save_posterior,
     tfb,
 )
-from bayestune.posteriors.folder import MANIFEST, strict_json
-from bayestune.posteriors.manifest import CONFIG_FILE, TENSOR_FILE, read_manifest
-from bayestune.posteriors.state import active_adapter, adapter_tensors, owned_heads, settings_fault, value_fault
+from bayestune.methods.swag_callback import SwagCallback
+from bayestune.storage.manifest import CONFIG_FILE, TENSOR_FILE, read_manifest
+from bayestune.storage.state import active_adapter, adapter_tensors, owned_heads, settings_fault, value_fault
 from bayestune.tasks import AnyRow, Task
-from bayestune.training import SwagCallback
 
 _SNAPSHOTS = 20
 _CONFIG_LIMIT = 1 << 20

@@ -13,7 +13,7 @@ import torch
 
 from bayestune.errors import ConfigError
 from bayestune.experiment.disk import writing
-from bayestune.posteriors.folder import strict_json
+from bayestune.files import strict_json
 from bayestune.tasks import AnyRow
 
 _LIMIT = 1 << 24

@@ -41,8 +41,8 @@ from bayestune.experiment.settings import Experiment
 from bayestune.experiment.train import Training, kl_settings
 from bayestune.functional import std
 from bayestune.inference import Prediction, Scores, evaluate, predict
-from bayestune.posteriors import Ensemble, Posterior, load, save_posterior
-from bayestune.posteriors.state import adapter_tensors
+from bayestune.methods import Ensemble, Posterior, load, save_posterior
+from bayestune.storage.state import adapter_tensors
 from bayestune.tasks import AnyRow, Task
 
 

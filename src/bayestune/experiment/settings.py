@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from bayestune.adapters.config import Estimator
 from bayestune.errors import ConfigError
-from bayestune.posteriors.state import MAX_RANK
+from bayestune.storage.state import MAX_RANK
 from bayestune.training.width import check_std, initial_std
 
 Family = Literal["causal", "encoder"]

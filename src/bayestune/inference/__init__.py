@@ -1,6 +1,5 @@
 """Draws and predictions."""
 
-from bayestune.inference.anchor import anchor_loss as anchor_loss
 from bayestune.inference.draws import draw as draw
 from bayestune.inference.evaluate import Scores as Scores
 from bayestune.inference.evaluate import evaluate as evaluate

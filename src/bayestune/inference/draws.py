@@ -11,7 +11,7 @@ from torch import nn
 
 from bayestune.adapters import drawn_weights
 from bayestune.errors import ConfigError
-from bayestune.posteriors.stacked import single_weights
+from bayestune.sampling.stacked import single_weights
 
 _LOCK = threading.Lock()
 _HELD: Counter[nn.Module] = Counter()  # modules that were in training mode, by how many contexts hold them out of it

@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 
 from bayestune.errors import ConfigError, DataError, DrawError, PosteriorError
 from bayestune.inference.draws import evaluation_mode
-from bayestune.posteriors.base import Posterior, Sampler
-from bayestune.posteriors.stacked import StackedDraws
+from bayestune.sampling.base import Posterior, Sampler
+from bayestune.sampling.stacked import StackedDraws
 from bayestune.tasks import AnyRow, Task
 
 

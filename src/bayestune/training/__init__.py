@@ -4,7 +4,6 @@ from bayestune.training.checkpoint_files import last_complete as last_complete
 from bayestune.training.kl import KLCallback as KLCallback
 from bayestune.training.kl import KLSettings as KLSettings
 from bayestune.training.kl import elbo_kl_weight as elbo_kl_weight
-from bayestune.training.swag import SwagCallback as SwagCallback
 from bayestune.training.trainer import BayesTrainer as BayesTrainer
 from bayestune.training.width import initial_std as initial_std
 from bayestune.training.width import kl_only_std as kl_only_std

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from bayestune.errors import BayestuneWarning, TrainingError
-from bayestune.posteriors.folder import alone, flush, flush_entry, strict_json
-from bayestune.posteriors.manifest import file_record, serialised
+from bayestune.files import alone, flush, flush_entry, strict_json
+from bayestune.storage.manifest import file_record, serialised
 from bayestune.tasks.data import shown
 
 FORMAT = 1

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from bayestune.errors import ConfigError, DataError
-from bayestune.posteriors.state import check_name
+from bayestune.storage.state import check_name
 from bayestune.training.kl import KLSettings
 
 _OPTIMISERS = ("adamw_torch", "adamw_torch_fused", "sgd")

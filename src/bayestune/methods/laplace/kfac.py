@@ -1,0 +1,145 @@
+"""K-FAC: the curvature of the log-likelihood by the weight of a linear layer, as a Kronecker product.
+
+Written by hand: curvlinops, which has the same factors, needs torchvision and weights that require gradients, and
+counts padding as data.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from bayestune.errors import PosteriorError
+from bayestune.methods.laplace.linears import factor_dtype
+from bayestune.sampling.jacobian import Traced, full_precision
+
+ROUNDINGS = 1000
+"""Relative to the largest gradient in its row, in units of the last place: what is smaller counts as rounding."""
+
+
+class FactorSums:
+    """What K-FAC adds up over a data set for one layer with weights [m, n].
+
+    Its block of the generalised Gauss-Newton matrix (the Fisher of "type 2", exact over the classes) becomes
+    ``G (x) A`` with ``G = sum_rows sum_t J_t^T Lambda J_t`` [m, m], where J_t is the Jacobian of a row's logits by the
+    output at position t and ``Lambda = diag(p) - p p^T``, and ``A = mean over positions of a a^T`` [n, n], a the
+    layer's inputs (Martens and Grosse, arXiv 1503.05671; "expand" of Eschenhagen et al., arXiv 2311.00636, the default
+    of laplace-torch). Sums are over the whole data set, not means. For one row with one position the product is exact.
+
+    A position from which nothing reaches a logit (padding, the filler of an absent choice, tokens that the head does
+    not read, the query of a token that sees only itself) is no data and has no part in A: the factors do not depend on
+    how rows are batched. laplace-torch counts such positions; where there are none, the factors are the same.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        kind = {"device": linear.weight.device, "dtype": factor_dtype(linear)}
+        self.outputs = torch.zeros(linear.out_features, linear.out_features, **kind)
+        self.inputs = torch.zeros(linear.in_features, linear.in_features, **kind)
+        self.positions = 0
+
+    def add_gradient(self, gradient: Float[Tensor, "positions m"]) -> None:
+        self.outputs.addmm_(gradient.T, gradient)
+
+    def add_inputs(self, inputs: Float[Tensor, "positions n"]) -> None:
+        self.inputs.addmm_(inputs.T, inputs)
+        self.positions += len(inputs)
+
+    def decomposed(self) -> "KroneckerFactor":
+        """The eigenvectors and eigenvalues of both factors, in place of the factors, one matrix at a time.
+
+        Raises:
+            PosteriorError: a factor is not finite.
+        """
+        output_values, output_vectors = _eigen(self.outputs)
+        del self.outputs
+        input_values, input_vectors = _eigen(self.inputs.div_(max(self.positions, 1)))
+        del self.inputs
+        return KroneckerFactor(output_vectors, output_values, input_vectors, input_values)
+
+
+@dataclass(frozen=True)
+class KroneckerFactor:
+    """The curvature of one layer, ``G (x) A``, by eigenvectors U of G and V of A and their eigenvalues.
+
+    With a prior N(0, 1 / precision) on every weight, the posterior of W [m, n] has the covariance
+    ``(U (x) V) diag(1 / (curvature + precision)) (U (x) V)^T``, curvature = outer(values of G, values of A).
+    """
+
+    output_vectors: Float[Tensor, "m m"]
+    output_values: Float[Tensor, " m"]
+    input_vectors: Float[Tensor, "n n"]
+    input_values: Float[Tensor, " n"]
+
+    def to(self, device: torch.device) -> "KroneckerFactor":
+        """The same on `device`."""
+        return KroneckerFactor(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+    @property
+    def curvature(self) -> Float[Tensor, "m n"]:
+        """Eigenvalues of ``G (x) A``."""
+        return torch.outer(self.output_values, self.input_values)
+
+    def in_eigenbasis(self, weights: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch m n"]:
+        """``U^T W V``."""
+        return self.output_vectors.T @ weights @ self.input_vectors
+
+    def covariance_root(self, noise: Float[Tensor, "*batch m n"], precision: float) -> Float[Tensor, "*batch m n"]:
+        """The symmetric root of the covariance, times `noise`; the same whichever eigenvectors were chosen."""
+        with full_precision(noise):
+            scaled = self.in_eigenbasis(noise) * (self.curvature + precision).rsqrt()
+            return self.output_vectors @ scaled @ self.input_vectors.T
+
+
+def add_batch(sums: Mapping[str, FactorSums], batch: Traced) -> None:
+    """Add one batch to the factors of its layers: one backward pass less than there are classes.
+
+    ``Lambda = sum_c v_c v_c^T`` with the v_c of `loss_roots`, so that pass c adds the outer products of the gradients
+    of ``v_c . logits``.
+    """
+    largest: dict[int, Tensor] = {}
+    with full_precision(batch.logits):
+        for gradients in batch.gradients(loss_roots(batch.logits.detach())):
+            for call, gradient in gradients:
+                flat = gradient.reshape(-1, gradient.shape[-1]).to(sums[call.layer].outputs.dtype)
+                sums[call.layer].add_gradient(flat)
+                size = flat.abs().amax(1)
+                largest[id(call)] = size.maximum(largest[id(call)]) if id(call) in largest else size
+        for call in batch.calls:
+            if id(call) in largest:
+                layer = sums[call.layer]
+                used = _reaching(largest[id(call)].view(len(batch.logits), -1))
+                layer.add_inputs(call.positions(layer.inputs.dtype)[used])
+
+
+def _reaching(gradients: Float[Tensor, "rows positions"]) -> Bool[Tensor, " all_positions"]:
+    """Positions whose gradient is more than the rounding of the largest one in their row."""
+    bound = ROUNDINGS * torch.finfo(gradients.dtype).eps * gradients.amax(1, keepdim=True)
+    return (gradients > bound).flatten()
+
+
+def loss_roots(logits: Float[Tensor, "rows classes"]) -> Iterator[Float[Tensor, "rows classes"]]:
+    """The columns of the Cholesky factor of ``diag(p) - p p^T``, in closed form; the last one, 0, is left out.
+
+    With q_c the sum of p from class c on, column c is ``sqrt(p_c / q_c)`` times ``sqrt(q_(c+1))`` at c and
+    ``-p_j / sqrt(q_(c+1))`` at j > c.
+    """
+    probs = logits.softmax(-1)
+    rest = probs.flip(1).cumsum(1).flip(1)
+    for c in range(probs.shape[1] - 1):
+        scale = torch.where(rest[:, c] > 0, probs[:, c] / rest[:, c], 0.0).sqrt()
+        after = rest[:, c + 1].sqrt()
+        root = torch.zeros_like(probs)
+        root[:, c] = scale * after
+        below = torch.where(after[:, None] > 0, probs[:, c + 1 :] / after[:, None], 0.0)
+        root[:, c + 1 :] = -scale[:, None] * below
+        yield root
+
+
+def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, none below 0, and eigenvectors of a positive semi-definite matrix."""
+    if not matrix.isfinite().all():
+        raise PosteriorError("the curvature is not finite: the adapter's weights are too large for this model.")
+    values, vectors = torch.linalg.eigh(matrix)
+    return values.clamp(min=0), vectors.contiguous()

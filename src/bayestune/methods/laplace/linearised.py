@@ -1,0 +1,108 @@
+"""Linearised predictions, ``f(x; theta) = f(x; theta*) + J(x) (theta - theta*)``, of a Gaussian around theta*."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from bayestune.functional import prediction_noise
+from bayestune.methods.laplace.kfac import KroneckerFactor
+from bayestune.sampling.base import Sampler
+from bayestune.sampling.jacobian import Traced, full_precision, traced
+from bayestune.tasks import Task
+
+
+class LinearisedDraws(Sampler):
+    """Draws of the weights, each one linear function: ``f_k(x) = f(x; theta*) + J(x) (theta_k - theta*)``.
+
+    ``theta_k - theta*`` is the symmetric root of the posterior covariance times standard normal noise keyed by
+    (seed, k, layer). All draws share the backward passes of a batch, one a class.
+    """
+
+    gradients = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        linears: Mapping[str, nn.Linear],
+        factors: Mapping[str, KroneckerFactor],
+        *,
+        precision: float,
+        draws: int,
+        seed: int,
+    ) -> None:
+        self.model, self.linears, self.slices = model, linears, draws
+        self.steps = {
+            name: factor.covariance_root(_noise(factor, name, draws, seed), precision)
+            for name, factor in factors.items()
+        }
+
+    def at_once(self, batch: dict[str, Tensor]) -> int:
+        """All: they share the backward passes."""
+        return self.slices
+
+    def logits(self, task: Task, batch: dict[str, Tensor], part: range) -> Float[Tensor, "draws rows classes"]:
+        """One forward and as many backward passes as there are classes."""
+        forward = traced(self.model, self.linears, task, batch)
+        with full_precision(forward.logits):
+            mode = forward.logits.detach()
+            logits = mode.repeat(len(part), 1, 1)
+            dtypes = {name: step.dtype for name, step in self.steps.items()}
+            for c, jacobians in enumerate(forward.row_jacobians(forward.classes, dtypes)):
+                for layer, jacobian in jacobians:
+                    steps = self.steps[layer][part.start : part.stop]
+                    logits[:, :, c] += (steps.flatten(1) @ jacobian.flatten(1).T).to(logits)
+        return logits
+
+
+class ProbitAnswer(Sampler):
+    """The one slice of `probit_logits`: an average over all draws in closed form, so there are none to tell apart."""
+
+    gradients = True
+    slices = 1
+
+    def __init__(
+        self,
+        model: nn.Module,
+        linears: Mapping[str, nn.Linear],
+        factors: Mapping[str, KroneckerFactor],
+        *,
+        precision: float,
+    ) -> None:
+        self.model, self.linears, self.factors, self.precision = model, linears, factors, precision
+
+    def logits(self, task: Task, batch: dict[str, Tensor], part: range) -> Float[Tensor, "draws rows classes"]:
+        forward = traced(self.model, self.linears, task, batch)
+        return probit_logits(forward, self.factors, [self.precision])
+
+
+def probit_logits(
+    forward: Traced, factors: Mapping[str, KroneckerFactor], precisions: Sequence[float]
+) -> Float[Tensor, "precisions rows classes"]:
+    r"""Logits whose softmax approximates the average over the posterior, for each prior precision.
+
+    ``kappa_c f_c`` with ``kappa_c = (1 + pi/8 v_c)^(-1/2)`` and ``v_c = (J Sigma J^T)_cc`` (MacKay 1992; Daxberger et
+    al., arXiv 2106.14806). f and J are those of the logits less their mean over a row's classes: logits are known up
+    to a constant a row, which the scaling would otherwise turn into answers. Absent classes keep -inf.
+    """
+    with full_precision(forward.logits):
+        logits, present = forward.logits.detach(), forward.present
+        counts = present.sum(1, keepdim=True)
+        centred = logits - logits.masked_fill(~present, 0.0).sum(1, keepdim=True) / counts
+        variances = torch.zeros(len(precisions), *logits.shape, dtype=logits.dtype, device=logits.device)
+        vectors = (vector - vector.sum(1, keepdim=True) * present / counts for vector in forward.classes)
+        dtypes = {name: factor.input_values.dtype for name, factor in factors.items()}
+        for c, jacobians in enumerate(forward.row_jacobians(vectors, dtypes)):
+            for layer, jacobian in jacobians:
+                curvature = factors[layer].curvature.flatten().unsqueeze(1)
+                spreads = (curvature + curvature.new_tensor(precisions)).reciprocal()
+                squares = factors[layer].in_eigenbasis(jacobian).flatten(1).square()
+                variances[:, :, c] += (squares @ spreads).T.to(variances)
+        return centred * (1 + math.pi / 8 * variances).rsqrt()
+
+
+def _noise(factor: KroneckerFactor, name: str, draws: int, seed: int) -> Float[Tensor, "draws m n"]:
+    shape = (len(factor.output_values), len(factor.input_values))
+    return torch.stack([prediction_noise(seed, k, name, shape) for k in range(draws)]).to(factor.input_values)

@@ -1,0 +1,229 @@
+r"""SWAG: a Gaussian fitted to the weights that the tail of a run visits (Maddox et al. 2019, arXiv 1902.02476).
+
+Over T snapshots theta_i of all weights of a plain LoRA adapter (A, B and `modules_to_save`), with the running mean
+``m_i = (theta_1 + ... + theta_i) / i``,
+
+    mean = m_T,   Sigma_diag = diag(1/T sum_i theta_i^2 - mean^2),   D = the last K columns theta_i - m_i,
+
+and draw k is (equation 1)
+
+    theta_k = mean + 1/sqrt(2) Sigma_diag^(1/2) z_1 + 1/sqrt(2 (K - 1)) D z_2,
+
+whose covariance is ``Sigma_diag / 2 + D D^T / (2 (K - 1))``. z_2 is one vector for all weights of a draw.
+"""
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from bayestune.adapters import is_merged
+from bayestune.errors import ConfigError, DrawError, PosteriorError
+from bayestune.functional import prediction_noise
+from bayestune.sampling.base import Posterior, Sampler, Settings, SubstitutedDraws, refuse_draws
+from bayestune.storage.state import active_adapter, adapter_tensors, parameter_names
+
+_COLUMNS = "swag columns"  # the name of z_2, which no weight has
+
+
+class Moments:
+    """Running mean and variance of named tensors, and their last K deviations, all on the CPU.
+
+    Mean and squared deviations are kept in float64 and updated by Welford's recursion, which loses nothing where the
+    spread is small beside the mean; deviations are rounded to float32.
+
+    Attributes:
+        rank: K, the most columns kept. snapshots: T, how many were added.
+        mean: m_T, float64.
+        deviations: the last min(T, K) snapshots, oldest first, less the running mean that includes them; float32.
+
+    Raises:
+        ConfigError: `rank` below 2.
+    """
+
+    def __init__(self, *, rank: int = 20) -> None:
+        if rank < 2:
+            raise ConfigError(f"SWAG rank: found {rank}, expected 2 or more: the scale of K columns is 1 / (K - 1).")
+        self.rank, self.snapshots = rank, 0
+        self.mean: dict[str, Tensor] = {}
+        self.deviations: dict[str, deque[Tensor]] = {}
+        self._squares: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def add(self, weights: Mapping[str, Tensor]) -> None:
+        """One more snapshot, of the same names and shapes as the others.
+
+        Raises:
+            PosteriorError: a value is NaN or infinite; nothing was added.
+        """
+        for name, weight in weights.items():
+            if not torch.isfinite(weight).all():
+                raise PosteriorError(f"SWAG: snapshot {self.snapshots + 1} of {name!r} holds NaN or infinite values.")
+        if self.snapshots and weights.keys() != self.mean.keys():
+            raise ConfigError(f"SWAG: found other weights, {sorted(weights.keys() ^ self.mean.keys())[0]!r} for one.")
+        self.snapshots += 1
+        for name, weight in weights.items():
+            new = weight.detach().cpu().double()
+            if self.snapshots == 1:
+                self.mean[name], self._squares[name] = torch.zeros_like(new), torch.zeros_like(new)
+                self.deviations[name] = deque(maxlen=self.rank)
+            change = new - self.mean[name]
+            self.mean[name] += change / self.snapshots
+            self._squares[name] += change.square() * ((self.snapshots - 1) / self.snapshots)
+            self.deviations[name].append((new - self.mean[name]).float())
+
+    def variance(self, name: str) -> Tensor:
+        """The diagonal of Sigma_diag, ``1/T sum_i (theta_i - mean)^2``, float64."""
+        return self._squares[name] / self.snapshots
+
+
+class Swag(Posterior):
+    """The Gaussian of the module docstring; the adapter of `model` holds its mean, and every draw is whole weights.
+
+    Make one with `from_moments` (as `SwagCallback` collects them) or, of a saved one, `from_saved`. One
+    snapshot, or equal ones, make a point.
+    """
+
+    kind = "swag"
+    default_draws = 10
+
+    def __init__(
+        self, model: PeftModel, *, snapshots: int, variance: dict[str, Tensor], deviations: dict[str, Tensor]
+    ) -> None:
+        """
+        Args:
+            model: holds the mean in its active adapter.
+            snapshots: T.
+            variance: the diagonal of Sigma_diag by the key of each weight in a saved adapter, float32.
+            deviations: D by the same keys, [columns, *shape], float32.
+        """
+        super().__init__(model)
+        self.snapshots, self._variance, self._deviations = snapshots, variance, deviations
+
+    @classmethod
+    @torch.no_grad()
+    def from_moments(cls, model: PeftModel, moments: Moments) -> "Swag":
+        """The posterior of the snapshots in `moments`; the active adapter of `model` is set to their mean, in place.
+
+        Raises:
+            ConfigError: no snapshots, or not those of a plain LoRA adapter as `model` has it.
+        """
+        expected = trained_weights(model)
+        fault = _fault(expected, {name: tuple(mean.shape) for name, mean in moments.mean.items()})
+        if fault:
+            raise ConfigError(f"SWAG: {fault}, in {moments.snapshots} snapshots: collect them from this very adapter.")
+        for name, weight in expected.items():
+            weight.copy_(moments.mean[name])
+        return cls(
+            model.eval(),
+            snapshots=moments.snapshots,
+            variance={name: moments.variance(name).float() for name in expected},
+            deviations={name: torch.stack(list(moments.deviations[name])) for name in expected},
+        )
+
+    @classmethod
+    def from_saved(
+        cls,
+        model: PeftModel,
+        settings: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        members: Sequence[Mapping[str, Tensor]] = (),
+    ) -> "Swag":
+        """What `settings` and `tensors` gave, on a model that holds the mean.
+
+        Raises:
+            ConfigError: `model` has no plain LoRA adapter.
+            PosteriorError: settings or tensors that are not those of a SWAG posterior over this adapter.
+        """
+        expected = trained_weights(model)
+        if settings.keys() != {"snapshots", "columns"} or not all(type(v) is int for v in settings.values()):
+            raise PosteriorError(f"SWAG settings: found {settings}, expected the counts snapshots and columns.")
+        snapshots, columns = settings["snapshots"], settings["columns"]
+        if not 1 <= columns <= snapshots:
+            raise PosteriorError(f"SWAG settings: found {settings}, expected 1 <= columns <= snapshots.")
+        shapes = {f"variance.{name}": tuple(weight.shape) for name, weight in expected.items()}
+        shapes |= {f"deviations.{name}": (columns, *weight.shape) for name, weight in expected.items()}
+        fault = _difference(shapes, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        if fault:
+            raise PosteriorError(f"SWAG tensors: {fault}.")
+        for name, tensor in tensors.items():
+            if tensor.dtype != torch.float32 or not torch.isfinite(tensor).all():
+                raise PosteriorError(f"SWAG tensor {name!r}: expected finite float32 values.")
+            if name.startswith("variance.") and (tensor < 0).any():
+                raise PosteriorError(f"SWAG tensor {name!r} holds a negative variance.")
+        return cls(
+            model,
+            snapshots=snapshots,
+            variance={name: tensors[f"variance.{name}"] for name in expected},
+            deviations={name: tensors[f"deviations.{name}"] for name in expected},
+        )
+
+    def settings(self) -> Settings:
+        """T, and the number of columns of D."""
+        return {"snapshots": self.snapshots, "columns": self._columns}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """``variance.<key>`` and ``deviations.<key>`` for the key of each weight in a saved adapter; float32."""
+        variance = {f"variance.{name}": tensor for name, tensor in self._variance.items()}
+        return variance | {f"deviations.{name}": tensor for name, tensor in self._deviations.items()}
+
+    def sampler(self, *, draws: int, seed: int) -> Sampler:
+        """Draws as sets of all adapter weights; ``draws=0`` is the mean, that of stochastic weight averaging (SWA).
+
+        Raises:
+            DrawError: `draws` is negative, or the adapter is merged.
+        """
+        if draws < 0:
+            raise refuse_draws(draws, "expected 0 (the mean) or more.")
+        if draws and is_merged(self.model):
+            raise DrawError("the adapter is merged into the base weights: call unmerge_adapter() first.")
+        model, adapter, _ = active_adapter(self.model)
+        names = parameter_names(model, adapter)
+        means = trained_weights(self.model)
+        weights: list[dict[str, Tensor]] = [
+            {names[key]: self._drawn(key, mean, k, seed) for key, mean in means.items()} for k in range(draws)
+        ]
+        return SubstitutedDraws(self.model, weights or [{}])
+
+    @property
+    def _columns(self) -> int:
+        return len(next(iter(self._deviations.values())))
+
+    def _drawn(self, key: str, mean: Tensor, index: int, seed: int) -> Tensor:
+        """One weight of draw (`seed`, `index`), computed in float64 on the CPU, so the same on every machine."""
+        noise = prediction_noise(seed, index, key, tuple(mean.shape)).double()
+        change = (self._variance[key].double() / 2).sqrt() * noise
+        if self._columns > 1:
+            z = prediction_noise(seed, index, _COLUMNS, (self._columns,)).double()
+            scale = 1 / math.sqrt(2 * (self._columns - 1))
+            change = change + scale * torch.tensordot(z, self._deviations[key].double(), dims=1)
+        return (mean.cpu().double() + change).to(mean)
+
+
+def trained_weights(model: PeftModel) -> dict[str, Tensor]:
+    """Every parameter of the active adapter of `model`, plain LoRA, by its key in a saved file.
+
+    Raises:
+        ConfigError: no such adapter.
+    """
+    model, adapter, kind = active_adapter(model)
+    if kind != "point":
+        raise ConfigError(f"SWAG: adapter {adapter!r} is a BLOB adapter, expected plain LoRA.")
+    tensors = adapter_tensors(model, adapter)
+    return {key: tensors[key] for key in parameter_names(model, adapter)}
+
+
+def _fault(expected: Mapping[str, Tensor], found: Mapping[str, tuple[int, ...]]) -> str | None:
+    return _difference({name: tuple(tensor.shape) for name, tensor in expected.items()}, found)
+
+
+def _difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
+    """The first name whose shapes differ, in words; None where there is none."""
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            return f"{name!r}: found shape {found.get(name)}, expected {expected.get(name)}"
+    return None

@@ -1,0 +1,254 @@
+r"""TFB: any finished LoRA adapter as a posterior, without a gradient (Shi et al. 2024, arXiv 2412.05723).
+
+With the singular value decomposition ``B = U diag(d) V^T`` of a layer's B, the same product is
+``B' A' = (U diag(d)) (V^T A)``, and noise of standard deviation
+
+    Omega_ij = sigma_q / d_i
+
+on A'_ij gives every column of B'A' the covariance ``sigma_q^2 U U^T``: the same width in each direction that B can
+move in, and one number sigma_q for the whole model. It is that of BA before the scaling alpha / r. sigma_q is the
+largest whose loss on some anchor rows stays within a tolerance of the loss at the mean. What comes out is an ordinary
+BLOB adapter with ``M = A'`` and ``G = sqrt(Omega)``.
+"""
+
+import copy
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor
+
+from bayestune.adapters import BlobConfig, gaussian_layers, is_merged
+from bayestune.errors import ConfigError, PosteriorError
+from bayestune.storage.state import (
+    active_adapter,
+    adapted,
+    adapter_config,
+    adapter_tensors,
+    check_values,
+    lora_layers,
+    settings_fault,
+)
+
+NOTHING = 1e-18
+"""A singular value below this is 0, so that no standard deviation overflows float32."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One evaluation of a search: the loss at `sigma`, and whether it was within the tolerance."""
+
+    sigma: float
+    loss: float
+    accepted: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SigmaSearch:
+    """What `search_sigma` found.
+
+    Attributes:
+        sigma: the largest sigma_q that was evaluated and accepted. loss: the loss there.
+        reference: the loss at sigma_q = 0. tolerance: as given, relative to it.
+        at_high: the upper end of the range was accepted, so a larger sigma_q might be too.
+        trace: every evaluation above 0, in order.
+    """
+
+    sigma: float
+    loss: float
+    reference: float
+    tolerance: float
+    at_high: bool
+    trace: tuple[Trial, ...]
+
+
+def search_sigma(
+    loss: Callable[[float], float], *, tolerance: float, low: float, high: float, iterations: int
+) -> SigmaSearch:
+    """The largest sigma with ``|loss(sigma) - loss(0)| <= tolerance |loss(0)|``, by bisection in log sigma.
+
+    `low` and `high` are tried first; then `iterations` times the geometric middle of the largest sigma accepted and
+    the smallest one rejected, which ends a factor ``(high / low)^(2^-iterations)`` apart. The result is one that was
+    tried and accepted, also where the loss is not monotone; then a larger one that was never tried may be good too.
+
+    Raises:
+        ConfigError: a setting out of range, or `low` is rejected.
+        PosteriorError: a loss is NaN, or the one at 0 is infinite.
+    """
+    if not 0 < low < high < math.inf:
+        raise ConfigError(f"search_sigma: found low={low}, high={high}, expected 0 < low < high, both finite.")
+    if not 0 <= tolerance < math.inf or iterations < 0:
+        raise ConfigError(f"search_sigma: found tolerance={tolerance}, iterations={iterations}, expected 0 or more.")
+    reference = _number(loss(0.0), 0.0)
+    if math.isinf(reference):
+        raise PosteriorError("search_sigma: the loss at the mean is infinite: no change of it can be measured.")
+    trace: list[Trial] = []
+
+    def accepted(sigma: float) -> bool:
+        value = _number(loss(sigma), sigma)
+        trace.append(Trial(sigma=sigma, loss=value, accepted=abs(value - reference) <= tolerance * abs(reference)))
+        return trace[-1].accepted
+
+    if not accepted(low):
+        raise ConfigError(
+            f"search_sigma: the loss is {trace[0].loss:.6g} at low={low} and {reference:.6g} at the mean, a change "
+            f"beyond tolerance={tolerance}: lower low, or raise the tolerance."
+        )
+    at_high = accepted(high)
+    for _ in range(0 if at_high else iterations):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if accepted(middle) else (low, middle)
+    best = max((trial for trial in trace if trial.accepted), key=lambda trial: trial.sigma)
+    return SigmaSearch(
+        sigma=best.sigma,
+        loss=best.loss,
+        reference=reference,
+        tolerance=tolerance,
+        at_high=at_high,
+        trace=tuple(trace),
+    )
+
+
+def tfb(
+    model: PeftModel,
+    loss: Callable[[PeftModel], float],
+    *,
+    tolerance: float = 0.003,
+    low: float = 1e-4,
+    high: float = 1.0,
+    iterations: int = 8,
+) -> tuple[PeftModel, SigmaSearch]:
+    """The posterior of a finished LoRA adapter (module docstring), and how its width was found.
+
+    The base model is used as it stands: `model` is taken apart and the model returned, with the same base weights bit
+    for bit, takes its place. If anything fails, `model` is put together again. Scaling, ranks and `modules_to_save`
+    are those of the adapter. A direction that B cannot move in (rank below r, B = 0) gets no noise: a singular value
+    within the rounding of B's entries is 0, so is its column of B', and the width of its row of A', set to that of
+    the layer's largest singular value (sigma_q if B = 0), has no effect.
+
+    Args:
+        model: a PeftModel with one plain LoRA adapter, not merged.
+        loss: of a BLOB model, such as `anchor_loss(task, rows)`; called with the same model at
+            different widths, at width 0 first.
+        tolerance, low, high, iterations: as in `search_sigma`; the paper's tolerance on the mean NLL is 0.3 %.
+
+    Returns:
+        The model with a BLOB adapter named "default", frozen and in evaluation mode, and the search.
+
+    Raises:
+        ConfigError: not one plain LoRA adapter, a setting that a posterior cannot have, or as `search_sigma`.
+        PosteriorError: the adapter holds NaN or infinities, or as `search_sigma`.
+    """
+    adapter = _plain_adapter(model)
+    with _put_back_on_failure(model):
+        blob, singular = _converted(model, adapter)
+
+        def loss_at(sigma: float) -> float:
+            _set_width(blob, singular, sigma)
+            return loss(blob)
+
+        search = search_sigma(loss_at, tolerance=tolerance, low=low, high=high, iterations=iterations)
+        _set_width(blob, singular, search.sigma)
+    return blob, search
+
+
+def rotated(
+    a: Float[Tensor, "r n"], b: Float[Tensor, "m r"]
+) -> tuple[Float[Tensor, "r n"], Float[Tensor, "m r"], Float[Tensor, " r"]]:
+    """``A' = V^T A``, ``B' = U diag(d)`` and d, all float64 on the CPU, of ``B = U diag(d) V^T``; ``B'A' = BA``.
+
+    A singular value within the rounding of B's entries, ``eps ||B||_F`` with the eps of B's dtype (and within that of
+    the decomposition itself, r eps of float64), is returned as 0.
+    """
+    m, r = b.shape
+    wide = torch.cat([b.detach().cpu().double(), torch.zeros(max(r - m, 0), r, dtype=torch.float64)])
+    u, d, v_t = torch.linalg.svd(wide, full_matrices=False)
+    rounding = max(torch.finfo(b.dtype).eps, r * torch.finfo(torch.float64).eps)
+    d = torch.where(d > max(rounding * d.norm().item(), NOTHING), d, 0.0)
+    return v_t @ a.detach().cpu().double(), (u * d)[:m], d
+
+
+def _number(loss: float, sigma: float) -> float:
+    if math.isnan(loss):
+        raise PosteriorError(f"search_sigma: the loss at sigma_q={sigma:.6g} is NaN, expected a number.")
+    return loss
+
+
+def _plain_adapter(model: PeftModel) -> str:
+    """The name of the one adapter of `model`, which `tfb` can convert."""
+    model, adapter, kind = active_adapter(model)
+    if kind != "point":
+        raise ConfigError(f"tfb: adapter {adapter!r} is a BLOB adapter, a posterior already; expected plain LoRA.")
+    if len(model.peft_config) > 1:
+        raise ConfigError(f"tfb: found adapters {sorted(model.peft_config)}, expected one: delete_adapter the others.")
+    if is_merged(model):
+        raise ConfigError("tfb: the adapter is merged into the base weights: call unmerge_adapter() first.")
+    values = json.loads(json.dumps(adapter_config(model, adapter).to_dict(), default=sorted))
+    fault = settings_fault(values, "point")
+    if fault:
+        raise ConfigError(f"tfb: the adapter cannot be made a posterior: {fault}.")
+    check_values(adapter_tensors(model, adapter))
+    return adapter
+
+
+@contextmanager
+def _put_back_on_failure(model: PeftModel) -> Iterator[None]:
+    """If an exception leaves this context, the adapted layers of `model` are in their places as before."""
+    base: Any = model.get_base_model()
+    modes = [(module, module.training) for module in model.modules()]
+    replaced = {
+        path: module for path, module in base.named_modules() if isinstance(module, LoraLayer | ModulesToSaveWrapper)
+    }
+    try:
+        yield
+    except BaseException:
+        for path, module in replaced.items():
+            base.set_submodule(path, module)
+        base.peft_config = model.peft_config
+        for module, training in modes:
+            module.training = training
+        raise
+
+
+@torch.no_grad()
+def _converted(model: PeftModel, adapter: str) -> tuple[PeftModel, dict[str, Tensor]]:
+    """`model` taken apart, its base with the same adapter as a BLOB one, and the singular values d by layer."""
+    config, tensors = adapter_config(model, adapter), adapter_tensors(model, adapter)
+    layers = lora_layers(model, adapter)
+    base = model.get_base_model()
+    heads = {path: m.original_module for path, m in base.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+    model.unload()
+    for path, head in heads.items():
+        base.set_submodule(path, head)  # unload leaves the trained copy of the adapter there
+    blob = adapted(base, _blob_config(config), autocast=True)  # A and B are float32 in any case
+    adapter_config(blob, "default").modules_to_save = copy.copy(config.modules_to_save)  # PEFT adds heads once more
+    singular = {}
+    for path in layers:
+        a, b = f"base_model.model.{path}.lora_A.weight", f"base_model.model.{path}.lora_B.weight"
+        tensors[a], tensors[b], singular[path] = rotated(tensors[a], tensors[b])
+    for key, tensor in adapter_tensors(blob, "default").items():
+        if not key.endswith(".lora_A.rho"):
+            tensor.copy_(tensors[key])
+    return blob.eval(), singular
+
+
+def _blob_config(config: LoraConfig) -> BlobConfig:
+    values = {f.name: copy.deepcopy(getattr(config, f.name)) for f in dataclasses.fields(LoraConfig) if f.init}
+    return BlobConfig(**{**values, "inference_mode": True})
+
+
+@torch.no_grad()
+def _set_width(blob: PeftModel, singular: dict[str, Tensor], sigma: float) -> None:
+    """``Omega_ij = sigma / d_i`` in every layer."""
+    for name, layer in gaussian_layers(blob).items():
+        d = singular[name]
+        largest = d.max() if d.max() > 0 else torch.ones((), dtype=d.dtype)
+        layer.rho.copy_((sigma / torch.where(d > 0, d, largest)).sqrt()[:, None].expand_as(layer.rho))

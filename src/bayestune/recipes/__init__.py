@@ -1,1 +1,0 @@
-"""Hyper-parameters of published experiments: one module a paper, one function a setting."""

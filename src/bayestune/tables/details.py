@@ -1,0 +1,99 @@
+"""Listings of a report: thresholds for a target error, and how each run was made."""
+
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from bayestune.report.views import Listing, shown
+from bayestune.tables.cell_fields import TARGETS, Cell
+from bayestune.tables.layouts import line_label
+
+_LONG = 600
+
+
+def threshold_listing(place: str, lines: Iterable[Sequence[Cell]]) -> Listing:
+    """For each cell, the confidence from which answers are wrong at most as often as each target."""
+    columns = ("method", "seed", *(f"error at most {100 * target:g} %" for target in TARGETS))
+    found = [
+        (line_label(cell["method"], cell["draws"]), str(cell["seed"]), *map(_threshold, cell["selective"]))
+        for cells in lines
+        for cell in cells
+    ]
+    heading = (
+        f"Thresholds for a target error on {place} with 95 % intervals (chosen on these rows; confirm them on others)"
+    )
+    return Listing(heading=heading, columns=columns, lines=tuple(found))
+
+
+def _threshold(found: Mapping[str, Any]) -> str:
+    if found["threshold"] is None:
+        return "no threshold reaches it"
+    low, high = (100 * end for end in found["interval"])
+    return (
+        f"answer from confidence {found['threshold']:.3f}: {100 * found['coverage']:.1f} % of rows, "
+        f"error {100 * found['error']:.1f} % [{low:.1f}, {high:.1f}]"
+    )
+
+
+def run_listings(cells: Sequence[Cell]) -> tuple[Listing, ...]:
+    """Runs with their commands, settings, hashes of data and weights, and the versions and machines."""
+    return (
+        Listing(
+            heading="Runs and commands",
+            columns=("table", "method", "trained on", "seed", "updates", "seconds", "adapter sha256", "command"),
+            lines=_distinct(map(_run, cells)),
+        ),
+        Listing(
+            heading="Settings",
+            columns=("table", "method", "trained on", "seed", "settings"),
+            lines=_distinct((*_name(cell), _flat(cell["experiment"])) for cell in cells),
+        ),
+        Listing(
+            heading="Data and weights",
+            columns=("table", "trained on", "training rows sha256", "asked about", "its rows sha256", "base weights"),
+            lines=_distinct(map(_data, cells)),
+        ),
+        Listing(
+            heading="Versions and machines",
+            columns=("versions", "hardware"),
+            lines=_distinct((_flat(cell["versions"]), _flat(cell["hardware"])) for cell in cells),
+        ),
+    )
+
+
+def _distinct(lines: Iterable[tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
+    return tuple(dict.fromkeys(lines))
+
+
+def _name(cell: Cell) -> tuple[str, str, str, str]:
+    return cell["table"], cell["method"], cell["task"], str(cell["seed"])
+
+
+def _run(cell: Cell) -> tuple[str, ...]:
+    adapter = _flat(cell["sha256"].get("adapter", "-"))
+    return (
+        *_name(cell),
+        str(cell["steps"]),
+        f"{cell['seconds']:.0f}",
+        adapter,
+        shown(shlex.join(cell["command"]), _LONG),
+    )
+
+
+def _data(cell: Cell) -> tuple[str, ...]:
+    hashes = cell["sha256"]
+    rows = (hashes["train_rows"], cell["eval_task"], hashes["eval_rows"])
+    return (cell["table"], cell["task"], *map(shown, rows), _flat(hashes.get("base", "-")))
+
+
+def _flat(value: Any) -> str:
+    """Free content of a cell as one text: "name: value, ..."; lists one level deep, what is deeper is left out."""
+    if isinstance(value, dict):
+        return shown(", ".join(f"{name}: {_leaf(part)}" for name, part in value.items()), _LONG)
+    return shown(_leaf(value), _LONG)
+
+
+def _leaf(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join("..." if isinstance(part, dict | list) else str(part) for part in value)
+    return "..." if isinstance(value, dict) else "-" if value is None else str(value)

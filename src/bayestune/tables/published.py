@@ -1,0 +1,89 @@
+"""Figures printed in BLoB's paper (NeurIPS 2024, arXiv 2406.11675), to be compared with; to be checked.
+
+They were noted from memory and have not been compared with the paper: whatever prints them says so. Columns are WG-S,
+ARC-C, ARC-E, WG-M, OBQA and BoolQ; ACC and ECE in %, NLL in nats.
+"""
+
+from types import MappingProxyType
+
+from bayestune.tables.view import Published
+
+_COLUMNS = ("winogrande_s", "arc_challenge", "arc_easy", "winogrande_m", "openbookqa", "boolq")
+
+# method, draws (None: the paper's row, whatever our number of draws): ACC, ECE, NLL.
+_TABLE_1: dict[tuple[str, int | None], tuple[str, str, str]] = {
+    ("mle", None): (
+        "68.99 69.10 85.65 74.53 81.52 86.53",
+        "29.83 29.00 13.12 20.62 12.55 3.18",
+        "3.17 2.85 1.17 0.95 0.73 0.32",
+    ),
+    ("map", None): (
+        "68.62 67.59 86.55 75.61 81.38 86.50",
+        "29.76 29.42 12.07 23.07 13.26 3.16",
+        "2.46 2.66 0.90 1.62 0.75 0.33",
+    ),
+    ("dropout", None): (
+        "69.46 68.69 86.21 76.45 81.72 87.29",
+        "27.98 27.53 12.20 19.55 13.10 3.46",
+        "2.79 2.67 1.00 1.02 0.77 0.31",
+    ),
+    ("ensemble", None): (
+        "69.57 66.20 84.40 75.32 81.38 87.09",
+        "28.52 29.16 12.57 20.86 15.34 9.61",
+        "2.71 2.46 0.82 1.25 1.06 0.57",
+    ),
+    ("bbb", None): (
+        "56.54 68.13 85.86 73.63 82.06 87.21",
+        "21.81 26.23 12.28 15.76 11.38 3.74",
+        "1.40 2.23 0.91 0.84 0.66 0.31",
+    ),
+    ("laplace", None): (
+        "69.20 66.78 80.05 75.55 82.12 86.95",
+        "4.15 16.25 33.29 7.40 8.70 1.30",
+        "0.60 1.03 0.88 0.57 0.52 0.31",
+    ),
+    ("blob", 0): (
+        "70.89 70.83 86.68 74.55 82.73 86.80",
+        "20.62 20.61 9.43 11.23 8.36 2.46",
+        "0.91 1.19 0.56 0.60 0.56 0.32",
+    ),
+    ("blob", 5): (
+        "66.30 67.34 84.74 72.89 81.79 86.47",
+        "10.89 11.22 6.16 4.51 3.40 1.63",
+        "0.68 0.90 0.46 0.56 0.53 0.32",
+    ),
+    ("blob", 10): (
+        "69.07 68.81 85.56 73.69 81.52 86.99",
+        "9.35 9.59 3.64 3.01 3.77 1.41",
+        "0.63 0.78 0.40 0.54 0.50 0.31",
+    ),
+}
+
+LLAMA2_7B = Published(
+    table="table1",
+    source="BLoB paper, table 1",
+    caution="to be checked",
+    models=("llama-2-7b-hf", "llama-2-7b"),
+    rows=MappingProxyType(
+        {
+            "winogrande_s": (640, 1267),
+            "arc_challenge": (1119, 299),
+            "arc_easy": (2251, 570),
+            "winogrande_m": (2558, 1267),
+            "openbookqa": (4957, 500),
+            "boolq": (9427, 3270),
+        }
+    ),
+    values=MappingProxyType(
+        {
+            measure: {
+                line: dict(zip(_COLUMNS, map(float, texts[place].split()), strict=True))
+                for line, texts in _TABLE_1.items()
+            }
+            for place, measure in enumerate(("accuracy", "ece", "nll"))
+        }
+    ),
+)
+
+PUBLISHED = (LLAMA2_7B,)
+"""All figures known here."""

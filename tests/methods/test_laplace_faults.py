@@ -1,0 +1,184 @@
+"""What a Laplace fit refuses, the memory it asks for, and the round trip of its settings and tensors."""
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from bayestune.errors import ConfigError, DataError, PosteriorError
+from bayestune.inference import predict
+from bayestune.methods import Laplace, factor_bytes, fit_laplace
+from bayestune.methods import linears as linears_module
+from bayestune.tasks import Row
+from inference.cases import Letters, rows
+from methods.laplace_cases import bert_with_head, covered, plain
+from models import LLAMA, blob, llama, scatter
+
+
+def merged() -> PeftModel:
+    model = plain()
+    model.merge_adapter()
+    return model
+
+
+def disabled() -> PeftModel:
+    model = plain()
+    model.base_model.disable_adapter_layers()
+    return model
+
+
+def lora(**settings: Any) -> PeftModel:
+    config = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **settings}
+    return scatter(get_peft_model(llama(), LoraConfig(**config))).eval()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: blob(LLAMA), "a BLOB adapter, which is a posterior already"),
+        (merged, "is merged"),
+        (disabled, "is disabled"),
+        (lambda: lora(use_dora=True), "an adapter variant (such as DoRA)"),
+        (lambda: lora(target_modules=["embed_tokens"]), "found lora_A of a Embedding"),
+        (llama, "expected a PeftModel"),
+    ],
+    ids=["blob", "merged", "disabled", "dora", "embedding", "base"],
+)
+def test_an_adapter_that_cannot_be_covered_is_refused(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        fit_laplace(make(), Letters(), rows(3))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": "first"}, "layers: found 'first'"),
+        ({"precision": "evidence"}, "precision: found 'evidence'"),
+        ({"precision": 0.0}, "precision: found 0.0"),
+        ({"precision": float("inf")}, "precision: found inf"),
+        ({"predictive": "bridge"}, "predictive: found 'bridge'"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"precision": "validation"}, "validation_rows: found none with precision='validation'"),
+        ({"validation_rows": rows(2)}, "validation_rows: found 2 of them with precision='marglik'"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        fit_laplace(plain(r=2), Letters(), rows(3), **settings)
+
+
+def test_missing_rows_and_labels_are_refused() -> None:
+    unlabelled = [Row(id="u", question="why", choices=("a", "b"), answer=None)]
+    for arguments in ({"rows": []}, {"rows": rows(2), "precision": "validation", "validation_rows": []}):
+        with pytest.raises(DataError, match="found no rows"):
+            fit_laplace(plain(r=2), Letters(), **arguments)
+    with pytest.raises(DataError, match="'u' has no label"):
+        fit_laplace(plain(r=2), Letters(), rows(2), precision="validation", validation_rows=unlabelled)
+
+
+def test_an_adapter_without_finite_logits_is_refused_by_the_name_of_a_row() -> None:
+    model = plain(r=2)
+    with torch.no_grad():
+        list(covered(model).values())[-1].weight.fill_(torch.nan)
+    with pytest.raises(PosteriorError, match="the logits of row 'r0' are not finite"):
+        fit_laplace(model, Letters(), rows(1))
+
+
+def test_an_adapter_that_rows_say_nothing_about_is_refused() -> None:
+    model = plain(r=2)
+    with torch.no_grad():
+        for name, linear in covered(model).items():
+            linear.weight.mul_(0.0 if name.endswith("_A") else 1.0)
+            if name.endswith("_B"):
+                linear.weight.zero_()
+    with pytest.raises(ConfigError, match="no curvature or no weights"):
+        fit_laplace(model, Letters(), rows(2))
+
+
+def test_the_bytes_of_the_factors_are_counted() -> None:
+    """q and v of two Llama layers, 32 inputs, 32 and 16 outputs, rank 2, float64; four more of the largest."""
+    pairs = 2 * (32**2 + 2**2 + 2**2 + 32**2) + 2 * (32**2 + 2**2 + 2**2 + 16**2)
+    assert factor_bytes(plain(r=2)) == 8 * (pairs + 4 * 32**2)
+    assert factor_bytes(plain(r=2, dtype=torch.float32)) == 4 * (pairs + 4 * 32**2)
+    assert factor_bytes(plain(r=2, dtype=torch.bfloat16)) == 4 * (pairs + 4 * 32**2)
+    assert factor_bytes(bert_with_head(), layers="last") == 8 * (32**2 + 3**2 + 4 * 32**2)
+
+
+def test_factors_that_do_not_fit_are_refused_before_anything_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, task = plain(r=2).train(), Letters()
+    needed = factor_bytes(model)
+    message = f"need {needed:,} bytes on cpu, found {needed - 1:,} bytes allowed"
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        fit_laplace(model, task, rows(3), memory_limit=needed - 1)
+    monkeypatch.setattr(linears_module, "free_bytes", lambda device: 1000)
+    with pytest.raises(ConfigError, match=re.escape(f"need {needed:,} bytes on cpu, found 1,000 bytes free")):
+        fit_laplace(model, task, rows(3))
+    assert task.forwards == [] and model.training
+    assert fit_laplace(model, task, rows(3), memory_limit=needed).factors
+    assert not model.training
+
+
+def test_free_memory_is_a_number_of_bytes() -> None:
+    assert 2**20 < linears_module.free_bytes(torch.device("cpu")) < 2**50
+
+
+@pytest.mark.parametrize("predictive", ["mc", "probit"])
+def test_settings_and_tensors_give_the_posterior_back(predictive: str) -> None:
+    posterior = fit_laplace(plain(r=2, dtype=torch.float32), Letters(), rows(5), layers="last", predictive=predictive)
+    settings = json.loads(json.dumps(posterior.settings()))
+    tensors = safetensors.torch.load(safetensors.torch.save(posterior.tensors()))
+    loaded = Laplace.from_saved(plain(r=2, dtype=torch.float32), settings, tensors)
+    assert loaded.settings() == posterior.settings() == settings
+    assert settings["rows"] == 5
+    expected, found = (predict(p, Letters(), rows(5), draws=4).draw_log_probs for p in (posterior, loaded))
+    assert torch.equal(found, expected)
+
+
+def saved() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    posterior = fit_laplace(plain(r=2), Letters(), rows(3), layers="last", precision=1.0)
+    return posterior.settings(), posterior.tensors()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": 3}, "layers: found 3"),
+        ({"layers": "all"}, "found layers"),
+        ({"precision": -1.0}, "of no fit"),
+        ({"precision": float("nan")}, "of no fit"),
+        ({"precision": "1"}, "precision: found '1'"),
+        ({"predictive": "bridge"}, "of no fit"),
+        ({"rows": 0}, "of no fit"),
+        ({"rows": True}, "rows: found True"),
+        ({"names": ["x"]}, "found layers ['x']"),
+        ({"extra": 1}, "found settings"),
+    ],
+)
+def test_altered_settings_are_refused(change: dict[str, Any], message: str) -> None:
+    settings, tensors = saved()
+    with pytest.raises(PosteriorError, match=re.escape(message)):
+        Laplace.from_saved(plain(r=2), {**settings, **change}, tensors)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: None, "is missing"),
+        (lambda t: t[:1], "found (1,)"),
+        (lambda t: t.long(), "torch.int64"),
+        (lambda t: -1 - t, "negative eigenvalues"),
+        (lambda t: t * torch.nan, "NaN"),
+    ],
+    ids=["missing", "shape", "dtype", "negative", "nan"],
+)
+def test_altered_tensors_are_refused(change: Callable[[torch.Tensor], Any], message: str) -> None:
+    settings, tensors = saved()
+    key = "model.layers.1.self_attn.v_proj.lora_A.output_values"
+    altered = change(tensors.pop(key))
+    with pytest.raises(PosteriorError, match=re.escape(message)):
+        Laplace.from_saved(plain(r=2), settings, tensors if altered is None else {**tensors, key: altered})

@@ -1,0 +1,610 @@
+"""A saved posterior that is wrong in any way is refused by name, and the base model is left as it was."""
+
+import hashlib
+import json
+import random
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, given, seed
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import GraniteConfig, GraniteForCausalLM, PreTrainedModel
+
+from bayestune.adapters import BlobConfig
+from bayestune.errors import PosteriorError
+from bayestune.methods import load_posterior, save_posterior
+from bayestune.storage.manifest import file_record, read_manifest, write_manifest
+from bayestune.storage.state import describe
+from models import BERT, LLAMA, QWEN2, Architecture, blob
+
+CONFIG, TENSORS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "bayestune_manifest.json"
+KEY = "base_model.model.model.layers.1.self_attn.q_proj.lora_A"
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("original") / "posterior"
+    save_posterior(blob(), path)
+    return path
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(original, tmp_path / "posterior"))
+
+
+def seal(folder: Path, **changes: Any) -> None:
+    """Make the manifest agree with the files again: a fault that hashes cannot find."""
+    manifest = read_manifest(folder)
+    manifest["files"] = {name: file_record(folder / name) for name in (CONFIG, TENSORS)}
+    manifest |= changes
+    del manifest["format"]
+    write_manifest(folder, content=manifest)
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    values = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(values | changes))
+
+
+def edit_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], None]) -> None:
+    tensors = load_file(folder / TENSORS)
+    edit(tensors)
+    save_file(tensors, folder / TENSORS)
+    seal(folder, tensors=describe(tensors))
+
+
+def state(base: PreTrainedModel) -> tuple[Any, ...]:
+    digest = hashlib.sha256()
+    for tensor in base.state_dict().values():
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    flags = [(name, p.requires_grad) for name, p in base.named_parameters()]
+    modules = [(name, type(module), module.training) for name, module in base.named_modules()]
+    return digest.hexdigest(), flags, modules, list(base._forward_pre_hooks)
+
+
+def refused(folder: Path, words: str, base: PreTrainedModel | None = None) -> None:
+    """Loading raises a `PosteriorError` that says `words` and where; the base is bit for bit what it was."""
+    base = LLAMA.build() if base is None else base
+    before = state(base)
+    with pytest.raises(PosteriorError, match=words) as caught:
+        load_posterior(base, folder)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+    assert state(base) == before
+
+
+def test_the_unspoiled_copy_loads(folder: Path) -> None:
+    seal(folder)
+    load_posterior(LLAMA.build(), folder)
+
+
+# P6: made for another base
+
+
+def _nudged(name: str, amount: float) -> PreTrainedModel:
+    base = LLAMA.build()
+    with torch.no_grad():
+        base.get_parameter(name).add_(amount)
+    return base
+
+
+def _changed_config(**settings: Any) -> PreTrainedModel:
+    base = LLAMA.build()
+    for name, value in settings.items():
+        setattr(base.config, name, value)
+    return base
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: LLAMA.build(1), r"16 of 21 parameters have other values"),
+        (lambda: _nudged("model.norm.weight", 1e-3), "1 of 21 parameters have other values.*'model.norm.weight'"),
+        (
+            lambda: _nudged("model.layers.1.mlp.down_proj.weight", 1e-6),
+            "1 of 21 .*'model.layers.1.mlp.down_proj.weight'",
+        ),
+        (lambda: LLAMA.build(hidden_size=48), "found hidden_size=48, expected 32"),
+        (lambda: LLAMA.build(vocab_size=65), "found vocab_size=65, expected 64"),
+        (lambda: LLAMA.build(num_hidden_layers=3), "found num_hidden_layers=3, expected 2"),
+        (lambda: LLAMA.build(rms_norm_eps=1e-3), "found rms_norm_eps=0.001, expected 1e-06"),
+        (
+            lambda: _changed_config(rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
+            "rope_theta.: 500000.0",
+        ),
+        (lambda: LLAMA.build(attention_bias=True), "found attention_bias=True, expected False"),
+        (QWEN2.build, "found a Qwen2ForCausalLM, expected a LlamaForCausalLM"),
+        (BERT.build, "found a BertForSequenceClassification, expected a LlamaForCausalLM"),
+    ],
+)
+def test_P06_another_base_is_refused(folder: Path, build: Callable[[], PreTrainedModel], words: str) -> None:
+    refused(folder, words, build())
+
+
+def test_P06_the_error_says_what_to_do(folder: Path) -> None:
+    refused(folder, "Load the base model the posterior was trained on", LLAMA.build(1))
+
+
+def test_P06_a_new_head_is_no_other_base_but_another_encoder_is(tmp_path: Path) -> None:
+    """The head that the posterior brings along is new in every base; what is not saved must be the same."""
+    save_posterior(blob(BERT), tmp_path / "p")
+    base, other = BERT.build(), BERT.build()
+    with torch.no_grad():
+        base.classifier.weight.add_(1)
+        other.bert.pooler.dense.weight.add_(1e-3)
+    loaded = load_posterior(base, tmp_path / "p")
+    inputs = BERT.inputs()
+    assert torch.equal(loaded(**inputs).logits, blob(BERT).eval()(**inputs).logits)
+    refused(tmp_path / "p", "'bert.pooler.dense.weight'", other)
+
+
+def test_P06_a_head_trained_but_not_saved_is_found(tmp_path: Path) -> None:
+    """Without modules_to_save a new random head comes with every load: the answers would be lost silently."""
+    save_posterior(blob(BERT, task_type=None), tmp_path / "p")
+    base = BERT.build()
+    with torch.no_grad():
+        base.classifier.weight.normal_(generator=torch.Generator().manual_seed(1))
+    refused(tmp_path / "p", "'classifier.weight'", base)
+
+
+# P6: files that are wrong
+
+
+def _move_to_link(folder: Path) -> None:
+    (folder / TENSORS).rename(folder.parent / "elsewhere")
+    (folder / TENSORS).symlink_to(folder.parent / "elsewhere")
+
+
+def _manifest_key(folder: Path, name: str, value: Any) -> None:
+    seal(folder, **{name: value})
+
+
+FILE_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no folder": (shutil.rmtree, "is not a folder"),
+    "no manifest": (lambda f: (f / MANIFEST).unlink(), "holds no bayestune_manifest.json.*PeftModel.from_pretrained"),
+    "no config": (lambda f: (f / CONFIG).unlink(), "adapter_config.json is missing"),
+    "no tensors": (lambda f: (f / TENSORS).unlink(), "adapter_model.safetensors is missing"),
+    "another file": (lambda f: (f / "notes.txt").write_text(""), "notes.txt is not in the manifest"),
+    "another folder": (lambda f: (f / "default").mkdir(), "default is not in the manifest"),
+    "a pickle": (lambda f: (f / "adapter_model.bin").write_bytes(b"x"), "adapter_model.bin is not in the manifest"),
+    "a link": (_move_to_link, "symbolic link"),
+    "a linked card": (
+        lambda f: ((f / "README.md").unlink(), (f / "README.md").symlink_to("/etc/hostname")),
+        "symbolic link",
+    ),
+    "a folder as file": (lambda f: ((f / TENSORS).unlink(), (f / TENSORS).mkdir()), "not a regular file"),
+    "config edited": (lambda f: edit_config(f, lora_alpha=9), "adapter_config.json has .* expected"),
+    "rank edited": (lambda f: edit_config(f, r=2), "adapter_config.json has .* expected"),
+    "type edited": (lambda f: edit_config(f, peft_type="LORA"), "adapter_config.json has .* expected"),
+    "appended": (
+        lambda f: (f / TENSORS).write_bytes((f / TENSORS).read_bytes() + b"\0"),
+        "bytes, expected .* altered or cut",
+    ),
+    "newer format": (
+        lambda f: (f / MANIFEST).write_text((f / MANIFEST).read_text().replace('"format": 1', '"format": 2')),
+        "has format 2, expected 1: upgrade bayestune",
+    ),
+    "no format": (lambda f: (f / MANIFEST).write_text("{}"), "no format number"),
+    "manifest not JSON": (lambda f: (f / MANIFEST).write_text("{"), "cannot be read"),
+    "manifest nested": (lambda f: (f / MANIFEST).write_text("[" * 100_000), "cannot be read .*nested too deeply"),
+    "manifest not text": (lambda f: (f / MANIFEST).write_bytes(b"\xff\xfe"), "cannot be read"),
+    "manifest a list": (lambda f: (f / MANIFEST).write_text("[]"), "no format number"),
+    "manifest huge": (lambda f: (f / MANIFEST).write_bytes(b" " * (1 << 25)), "expected at most"),
+    "sealed, another kind": (lambda f: _manifest_key(f, "posterior", "laplace"), "posterior of kind 'laplace'"),
+    "sealed, a point": (lambda f: _manifest_key(f, "posterior", "point"), "parameterisation|peft_type"),
+    "sealed, G is the std": (lambda f: _manifest_key(f, "std", "rho"), "std = rho, expected std = rho . rho"),
+    "sealed, no base": (lambda f: _manifest_key(f, "base", None), "base is missing or of the wrong type"),
+    "sealed, empty base": (lambda f: _manifest_key(f, "base", {}), "base.architecture"),
+    "sealed, bad weights": (
+        lambda f: _manifest_key(f, "base", {"architecture": "x", "config": {}, "weights": {"a": 1}}),
+        "base.weights",
+    ),
+    "sealed, a file outside": (
+        lambda f: _manifest_key(f, "files", {"../x": {"sha256": "", "bytes": 0}}),
+        "lists files",
+    ),
+    "sealed, file without size": (
+        lambda f: _manifest_key(f, "files", {CONFIG: 1, TENSORS: 2}),
+        "files.adapter_config",
+    ),
+    "sealed, bad tensors": (lambda f: _manifest_key(f, "tensors", {KEY: 3}), "tensors.base_model"),
+}
+
+
+@pytest.mark.parametrize("fault", FILE_FAULTS)
+def test_P06_a_wrong_file_is_refused(folder: Path, fault: str) -> None:
+    spoil, words = FILE_FAULTS[fault]
+    spoil(folder)
+    refused(folder, words)
+
+
+CONFIG_FAULTS: list[tuple[dict[str, Any], str]] = [
+    ({"r": 2}, r"found shape \[4, 32\], expected \[2, 32\]"),
+    ({"r": 8, "rank_pattern": {"q_proj": 4}}, "lora_A.rho': found shape"),
+    ({"target_modules": ["q_proj"]}, "is not one that the base and the configuration ask for"),
+    ({"target_modules": [*LLAMA.targets, "k_proj"]}, "k_proj.lora_A.rho' is missing"),
+    ({"target_modules": ["no_such"]}, "does not fit the base model"),
+    ({"target_modules": r"(unclosed"}, "does not fit the base model"),
+    ({"modules_to_save": ["norm"]}, "norm.weight' is missing"),
+    ({"task_type": "NO_SUCH"}, "Invalid task type"),
+    ({"prior_std": -1.0}, "prior_std"),
+    ({"estimator": "none"}, "estimator"),
+    ({"peft_type": "LORA"}, "peft_type: found 'LORA', expected 'BLOB'"),
+    ({"peft_type": "IA3"}, "peft_type: found 'IA3', expected 'BLOB'"),
+    ({"r": 10**9}, "rank: found 1000000000"),
+    ({"r": 0}, "rank: found 0"),
+    ({"r": True}, "r: found True, expected int"),
+    ({"r": "4"}, "r: found '4', expected int"),
+    ({"rank_pattern": {"q_proj": 10**400}}, "rank: found 1000"),
+    ({"rank_pattern": None}, "rank_pattern: found None"),
+    ({"lora_alpha": None}, "lora_alpha: found None"),
+    ({"bias": "all"}, "bias: found 'all', expected 'none'"),
+    ({"use_dora": True}, "use_dora: found True"),
+    ({"lora_bias": True}, "lora_bias: found True"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights: found 'pissa'"),
+    ({"trainable_token_indices": [1]}, "trainable_token_indices: found"),
+    ({"layer_replication": [[0, 2]]}, "layer_replication: found"),
+    ({"later_setting": 1}, "later_setting: not a setting of BlobConfig"),
+    ({"runtime_config": {}}, "runtime_config: not a setting"),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), CONFIG_FAULTS, ids=lambda value: str(value)[:40])
+def test_P06_wrong_settings_under_a_right_hash_are_refused(folder: Path, changes: dict[str, Any], words: str) -> None:
+    edit_config(folder, **changes)
+    seal(folder)
+    refused(folder, words)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"peft_type": "BLOB", "peft_type": "BLOB"}', "'peft_type' is given twice"),
+        ('{"lora_alpha": NaN}', "NaN is not a JSON number"),
+        ('{"r": ' + "9" * 5000 + "}", "digits"),
+        ("[" * 5000 + "]" * 5000, "nested too deeply|found a list"),
+        ("[]", "found a list, expected a JSON object"),
+        ('{"target_modules": "' + "x" * (1 << 20) + '"}', "bytes of JSON, expected at most"),
+        ("{}", "peft_type: found None"),
+    ],
+    ids=["twice", "nan", "digits", "nested", "list", "long", "empty"],
+)
+def test_P06_a_settings_file_that_is_no_settings_file_is_refused(folder: Path, text: str, words: str) -> None:
+    (folder / CONFIG).write_text(text)
+    seal(folder)
+    refused(folder, words)
+
+
+def _set(key: str, value: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], None]:
+    def edit(tensors: dict[str, Tensor]) -> None:
+        tensors[key] = value(tensors[key])
+
+    return edit
+
+
+def _element(value: float) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.clone().index_put_((torch.tensor(1), torch.tensor(2)), torch.tensor(value))
+
+
+TENSOR_FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
+    "rho missing": (lambda t: t.pop(f"{KEY}.rho"), f"tensor '{KEY}.rho' is missing"),
+    "all rho missing": (lambda t: [t.pop(k) for k in list(t) if k.endswith("rho")], "lora_A.rho' is missing"),
+    "mean missing": (lambda t: t.pop(f"{KEY}.weight"), f"tensor '{KEY}.weight' is missing"),
+    "another tensor": (lambda t: t.update(extra=torch.ones(1)), "tensor 'extra' is not one that"),
+    "renamed": (lambda t: t.update({f"{KEY}.sigma": t.pop(f"{KEY}.rho")}), f"tensor '{KEY}.rho' is missing"),
+    "base weight": (
+        lambda t: t.update({"base_model.model.lm_head.base_layer.weight": torch.ones(64, 32)}),
+        "base_layer.weight' is not one that",
+    ),
+    "transposed": (_set(f"{KEY}.weight", lambda t: t.T.contiguous()), r"found shape \[32, 4\], expected \[4, 32\]"),
+    "bfloat16": (_set(f"{KEY}.rho", Tensor.bfloat16), "found bfloat16, expected float32"),
+    "float16 everywhere": (lambda t: t.update({k: v.half() for k, v in t.items()}), "found float16, expected float32"),
+    "float64": (_set(f"{KEY}.rho", Tensor.double), "found float64, expected float32"),
+    "integer": (_set(f"{KEY}.rho", lambda t: t.int() + 1), "found int32, expected float32"),
+    "NaN mean": (_set(f"{KEY}.weight", _element(torch.nan)), f"'{KEY}.weight' holds NaN or infinite"),
+    "infinite rho": (_set(f"{KEY}.rho", _element(torch.inf)), f"'{KEY}.rho' holds NaN or infinite"),
+    "infinite B": (
+        _set(f"{KEY.replace('lora_A', 'lora_B')}.weight", _element(-torch.inf)),
+        "lora_B.weight' holds NaN or infinite",
+    ),
+    "zero rho": (_set(f"{KEY}.rho", _element(0.0)), f"'{KEY}.rho' holds zeros"),
+    "empty": (lambda t: t.clear(), "is missing"),
+}
+
+
+@pytest.mark.parametrize("fault", TENSOR_FAULTS)
+def test_P06_wrong_tensors_under_a_right_hash_are_refused(folder: Path, fault: str) -> None:
+    spoil, words = TENSOR_FAULTS[fault]
+    edit_tensors(folder, spoil)
+    refused(folder, words)
+
+
+def test_P06_tensors_unlike_the_manifest_are_refused(folder: Path) -> None:
+    tensors = load_file(folder / TENSORS)
+    tensors[f"{KEY}.rho"] = tensors[f"{KEY}.rho"][:2].clone()
+    save_file(tensors, folder / TENSORS)
+    seal(folder)
+    refused(folder, r"found shape \[2, 32\], expected \[4, 32\]")
+
+
+def test_P06_a_key_given_twice_is_refused(folder: Path) -> None:
+    data = (folder / TENSORS).read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + size].decode()
+    entry = json.dumps({f"{KEY}.rho": json.loads(header)[f"{KEY}.rho"]})[1:-1]
+    header = header.rstrip()[:-1] + "," + entry + "}"
+    header += " " * (-len(header) % 8)
+    (folder / TENSORS).write_bytes(len(header).to_bytes(8, "little") + header.encode() + data[8 + size :])
+    seal(folder)
+    refused(folder, "is given twice")
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\0" * 7, b"\xff" * 64, (1 << 40).to_bytes(8, "little") + b"{}", b"\x02" + b"\0" * 7 + b"[]"]
+)
+def test_P06_what_is_no_safetensors_file_is_refused(folder: Path, data: bytes) -> None:
+    (folder / TENSORS).write_bytes(data)
+    seal(folder)
+    refused(folder, "is not a safetensors file")
+
+
+# P7: no posterior lost silently
+
+
+def test_P07_plain_lora_is_not_taken_for_a_posterior(tmp_path: Path) -> None:
+    model = get_peft_model(LLAMA.build(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    model.save_pretrained(tmp_path / "plain")
+    refused(tmp_path / "plain", "save_posterior did not write it.*A plain LoRA adapter holds no posterior")
+
+
+def test_P07_a_posterior_is_not_loaded_as_plain_lora(folder: Path) -> None:
+    """Not even with the type changed by hand, the manifest sealed again, and the kind changed with it."""
+    edit_config(folder, peft_type="LORA")
+    refused(folder, "adapter_config.json has")
+    seal(folder)
+    refused(folder, "peft_type: found 'LORA', expected 'BLOB'")
+    seal(folder, posterior="point", std=None)
+    refused(folder, "(prior_std|estimator|rho_init|distribution): not a setting of LoraConfig")
+    values = json.loads((folder / CONFIG).read_text())
+    plain = {
+        name: value
+        for name, value in values.items()
+        if name not in ("prior_std", "rho_init", "estimator", "distribution")
+    }
+    (folder / CONFIG).write_text(json.dumps(plain))
+    seal(folder)
+    refused(folder, "lora_A.rho' is not one that the base and the configuration ask for")
+
+
+def test_P07_plain_lora_tensors_are_not_loaded_as_a_posterior(folder: Path) -> None:
+    edit_tensors(folder, lambda t: [t.pop(key) for key in list(t) if key.endswith(".rho")])
+    refused(folder, "rho' is missing")
+
+
+# P8: tampering
+
+
+@pytest.fixture
+def tensors_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows whenever a tensor file is parsed."""
+    calls: list[int] = []
+    load = safetensors.torch.load
+    monkeypatch.setattr(safetensors.torch, "load", lambda data: (calls.append(len(data)), load(data))[1])
+    return calls
+
+
+@pytest.mark.parametrize("name", [CONFIG, TENSORS, MANIFEST])
+def test_P08_every_bit_flip_is_refused_before_a_tensor_is_read(
+    folder: Path, tensors_read: list[int], name: str
+) -> None:
+    base, data = LLAMA.build(), (folder / name).read_bytes()
+    before = state(base)
+    bits = torch.randint(0, 8 * len(data), (200,), generator=torch.Generator().manual_seed(len(name))).tolist()
+    for bit in bits:
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (folder / name).write_bytes(flipped)
+        with pytest.raises(PosteriorError):
+            load_posterior(base, folder)
+    assert tensors_read == [] and state(base) == before
+    (folder / name).write_bytes(data)
+    load_posterior(base, folder)
+    assert len(tensors_read) == 1
+
+
+@pytest.mark.parametrize("name", [CONFIG, TENSORS, MANIFEST])
+def test_P08_every_truncation_and_addition_is_refused(folder: Path, tensors_read: list[int], name: str) -> None:
+    base, data = LLAMA.build(), (folder / name).read_bytes()
+    lengths = torch.randint(0, len(data), (60,), generator=torch.Generator().manual_seed(len(name))).tolist()
+    spoiled = [data[:length] for length in (0, 1, 7, 8, len(data) - 1, *lengths)]
+    for content in (*spoiled, data + b"\0", data + b"\n", data + b" ", b" " + data, data + data):
+        (folder / name).write_bytes(content)
+        with pytest.raises(PosteriorError):
+            load_posterior(base, folder)
+    assert tensors_read == []
+
+
+@pytest.mark.nightly
+def test_P08_three_thousand_bit_flips_and_all_cuts_of_the_small_files(
+    folder: Path, tensors_read: list[int], nightly_seed: int, figure: Callable[..., None]
+) -> None:
+    base, chance, taken = LLAMA.build(), random.Random(nightly_seed), 0
+    contents = {name: (folder / name).read_bytes() for name in (CONFIG, TENSORS, MANIFEST)}
+    bits = [(name, bit) for name, data in contents.items() for bit in range(8 * len(data))]
+    spoiled = []
+    for name, bit in chance.sample(bits, 3000):
+        flipped = bytearray(contents[name])
+        flipped[bit // 8] ^= 1 << bit % 8
+        spoiled.append((name, bytes(flipped)))
+    spoiled += [
+        (name, contents[name][:length]) for name in (CONFIG, MANIFEST) for length in range(len(contents[name]))
+    ]
+    lengths = chance.sample(range(len(contents[TENSORS])), 2000)
+    spoiled += [(TENSORS, contents[TENSORS][:length]) for length in lengths]
+    for name, data in spoiled:
+        (folder / name).write_bytes(data)
+        try:
+            load_posterior(base, folder)
+            taken += 1
+        except PosteriorError:
+            pass
+        (folder / name).write_bytes(contents[name])
+    assert tensors_read == []
+    figure(f"bit flips and cuts of a posterior taken, of {len(spoiled)}", taken, at_most=0)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("file", [CONFIG, TENSORS, MANIFEST, "tensors' header"])
+def test_P08_whatever_a_file_holds_under_right_sums_no_other_error_comes(
+    original: Path, tmp_path: Path, nightly_seed: int, file: str
+) -> None:
+    manifest, settings = read_manifest(original), json.loads((original / CONFIG).read_text())
+    header = (original / TENSORS).read_bytes()
+    names = {CONFIG: sorted(settings), MANIFEST: sorted(set(manifest) - {"format", "files"})}.get(file, [""])
+
+    @seed(nightly_seed)
+    @hypothesis_settings(max_examples=100, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(name=st.sampled_from(names), value=JSON, data=st.binary())
+    def fuzz(name: str, value: Any, data: bytes) -> None:
+        folder = Path(shutil.copytree(original, tmp_path / "p", dirs_exist_ok=True))
+        if file == CONFIG:
+            edit_config(folder, **{name: value})
+        elif file == TENSORS:
+            (folder / TENSORS).write_bytes(data)
+        elif file != MANIFEST:
+            text = json.dumps(value).encode()
+            (folder / TENSORS).write_bytes(len(text).to_bytes(8, "little") + text + header[-64:])
+        seal(folder, **({name: value} if file == MANIFEST else {}))
+        base = LLAMA.build()
+        before = state(base)
+        try:
+            load_posterior(base, folder)
+        except PosteriorError:
+            assert state(base) == before
+
+    fuzz()
+
+
+# P9: no pickle
+
+AUDITED: list[tuple[str, str]] = []
+
+
+class Listener:
+    """An audit hook, which Python cannot remove again: it is added once, and listens when it is told to."""
+
+    added = False
+    listening = False
+
+    def __call__(self, event: str, args: tuple[Any, ...]) -> None:
+        if self.listening and (event == "open" or event.startswith("pickle.")):
+            AUDITED.append((event, str(args[0])))
+
+
+LISTENER = Listener()
+
+
+@pytest.fixture
+def audited() -> Any:
+    """Files opened and classes unpickled inside the test."""
+    if not LISTENER.added:
+        sys.addaudithook(LISTENER)
+        LISTENER.added = True
+    AUDITED.clear()
+    LISTENER.listening = True
+    yield AUDITED
+    LISTENER.listening = False
+
+
+class Canary:
+    """A pickle that leaves a file where it is opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["no safetensors", "beside safetensors"])
+def test_P09_a_pickle_in_the_folder_is_never_opened(folder: Path, audited: list[tuple[str, str]], alone: bool) -> None:
+    canary = folder.parent / "canary"
+    for name in ("adapter_model.bin", "optimizer.pt", "rng_state.pth", "training_args.bin", "scaler.pt"):
+        torch.save(Canary(canary), folder / name)
+        if alone:
+            (folder / TENSORS).unlink(missing_ok=True)
+        audited.clear()
+        refused(folder, f"{name} is not in the manifest")
+        assert [event for event in audited if event[1].startswith(str(folder))] == [("open", str(folder / MANIFEST))]
+        assert not any(event.startswith("pickle") for event, _ in audited)
+        (folder / name).unlink()
+    assert not canary.exists()
+
+
+def test_P09_loading_opens_the_three_files_and_unpickles_nothing(folder: Path, audited: list[tuple[str, str]]) -> None:
+    load_posterior(LLAMA.build(), folder)
+    opened = [Path(path).name for event, path in audited if event == "open" and path.startswith(str(folder))]
+    assert sorted(opened) == [CONFIG, TENSORS, MANIFEST]
+    assert not any(event.startswith("pickle") for event, _ in audited)
+    torch.save(Canary(folder.parent / "canary"), folder.parent / "seen.bin")
+    torch.load(folder.parent / "seen.bin", weights_only=False)  # the listener is awake
+    assert (folder.parent / "canary").exists() and any(event.startswith("pickle") for event, _ in audited)
+
+
+def test_P09_a_saved_posterior_holds_json_and_safetensors_only(original: Path) -> None:
+    assert sorted(entry.name for entry in original.iterdir()) == ["README.md", CONFIG, TENSORS, MANIFEST]
+    json.loads((original / CONFIG).read_text()), json.loads((original / MANIFEST).read_text())
+    load_file(original / TENSORS)
+
+
+def test_an_architecture_is_known_by_every_kind_of_base(tmp_path: Path) -> None:
+    """The fingerprint of a base inside a PeftModel is that of the same base alone."""
+    architecture: Architecture
+    for architecture in (LLAMA, QWEN2, BERT):
+        path = tmp_path / architecture.name
+        save_posterior(blob(architecture), path)
+        load_posterior(architecture.build(), path)
+        refused(path, "parameters have other values", architecture.build(3))
+
+
+def test_P06_same_weights_in_another_function_are_refused(tmp_path: Path) -> None:
+    """A logit scale is no weight, and yet another model."""
+    scaled = [GraniteConfig(**_GRANITE, logits_scaling=scale) for scale in (1.0, 16.0)]
+    bases = []
+    for config in scaled:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            bases.append(GraniteForCausalLM(config))
+    save_posterior(get_peft_model(bases[0], BlobConfig(target_modules=["q_proj"])), tmp_path / "posterior")
+    with pytest.raises(PosteriorError, match="logits_scaling=16.0, expected 1.0"):
+        load_posterior(bases[1], tmp_path / "posterior")
+
+
+_GRANITE: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+}  # fmt: skip
+
+
+def test_P07_the_folder_of_a_run_leads_to_its_posterior(tmp_path: Path) -> None:
+    (tmp_path / "posterior").mkdir()
+    (tmp_path / "posterior" / "bayestune_manifest.json").write_text("{}")
+    with pytest.raises(PosteriorError, match="folder of a run, expected that of its posterior"):
+        read_manifest(tmp_path)

@@ -1,0 +1,346 @@
+"""Tables run: the missing cells and no others, again after a stop, and never over another configuration."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from bayestune.errors import ConfigError, DataError
+from bayestune.experiment.run import Run
+from bayestune.experiment.train import Training
+from bayestune.tables.cells import read_cells
+from bayestune.tables.fill import run_table
+from bayestune.tables.grid import Grid, plan
+from bayestune_cli.app import invoke
+from toys import pretrained_bert, questions, write_rows
+
+pytestmark = pytest.mark.filterwarnings("ignore::bayestune.errors.BayestuneWarning")  # so small a model knows little
+
+METHODS = ("mle", "blob", "ensemble", "laplace", "temperature")
+OTHERS = ("arc_challenge", "arc_easy", "mmlu_college_chemistry", "mmlu_college_physics")
+
+
+def four(start: int, count: int) -> list[dict[str, Any]]:
+    """Questions as in `questions`, all of four choices."""
+    rows = questions(start, count)
+    for row in rows:
+        row["choices"] = [*row["choices"], "white", "pink"][:4]
+    return rows
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with bert/ and data/, whose sets are called as those of table 2."""
+    folder = tmp_path_factory.mktemp("grid")
+    pretrained_bert(folder / "bert")
+    for place, split in enumerate(("train", "dev", "test")):
+        write_rows(folder / "data" / "openbookqa" / f"{split}.jsonl", four(20 * place, 12))
+    for place, name in enumerate(OTHERS):
+        write_rows(folder / "data" / name / "test.jsonl", four(100 + 20 * place, 6))
+    return folder
+
+
+@pytest.fixture
+def grid(world: Path, tmp_path: Path) -> Grid:
+    return make(world, tmp_path)
+
+
+def make(world: Path, place: Path, **changes: Any) -> Grid:
+    settings = {"model": str(world / "bert"), "data": str(world / "data"), "steps": 2, "batch_size": 4, "draws": 3}
+    settings |= {
+        "max_tokens": 200,
+        "members": 2,
+        "rho_init": 0.5,
+        "kl_learning_rate": 0.002,
+        **changes.pop("settings", {}),
+    }
+    given: dict[str, Any] = {
+        "table": "table2",
+        "seeds": (1, 2),
+        "methods": METHODS,
+        "tasks": None,
+        "settings": settings,
+        "results": place / "results",
+        "runs": place / "runs",
+        "command": ("bayestune", "table", "table2"),
+    }
+    return Grid(**{**given, **changes})
+
+
+def test_a_grid_makes_every_cell_once(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = plan(grid)
+    assert len(found.runs) == 10 and found.seconds is None
+    assert run_table(grid) == found.cells == 2 * 5 * (1 + 3 + 1 + 3 + 1)
+    cells = read_cells(grid.results / "table2")
+    assert len(cells) == found.cells
+    lines = {(cell["method"], cell["draws"]) for cell in cells}
+    drawn = {(method, draws) for method in ("blob", "laplace") for draws in (0, 2, 3)}
+    assert lines == drawn | {("mle", 0), ("ensemble", 2), ("temperature", 0)}
+    assert {cell["eval_task"] for cell in cells} == {"openbookqa", *OTHERS}
+    assert all(cell["experiment"]["eval_split"] == "test" and cell["steps"] == 2 for cell in cells)
+    monkeypatch.setattr(Training, "train", lambda *args, **kwargs: pytest.fail("trained again"))
+    assert plan(grid).runs == () and run_table(grid) == 0
+
+
+def test_post_hoc_methods_start_from_the_mle_of_their_seed(grid: Grid) -> None:
+    trained: list[str] = []
+    train = Training.train
+
+    def counting(self: Training, *args: Any, label: str, **rest: Any) -> None:
+        trained.append(label)
+        train(self, *args, label=label, **rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "train", counting)
+        run_table(make_like(grid, seeds=(1,), methods=("temperature", "laplace", "mle")))
+    assert trained == ["mle"]
+    adapter = json.loads((grid.runs / "openbookqa" / "laplace-seed1" / "experiment.json").read_text())["adapter"]
+    assert adapter == (grid.runs / "openbookqa" / "mle-seed1").as_posix()
+
+
+def make_like(grid: Grid, **changes: Any) -> Grid:
+    return Grid(**{**vars(grid), **changes})
+
+
+def test_a_killed_call_goes_on_with_the_missing_cells(grid: Grid) -> None:
+    grid = make_like(grid, methods=("mle", "blob"), seeds=(1,))
+    train = Training.train
+
+    def dying(self: Training, *args: Any, label: str, **rest: Any) -> None:
+        if label == "blob":
+            raise KeyboardInterrupt
+        train(self, *args, label=label, **rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "train", dying)
+        with pytest.raises(KeyboardInterrupt):
+            run_table(grid)
+    before = {path: path.read_bytes() for path in grid.results.rglob("*.json")}
+    assert len(before) == 5 and len(plan(grid).runs) == 1 and plan(grid).seconds is not None
+    assert run_table(grid) == 15
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_cells_that_were_lost_are_made_again_without_training(grid: Grid) -> None:
+    grid = make_like(grid, methods=("mle",), seeds=(1,))
+    run_table(grid)
+    lost = grid.results / "table2" / "openbookqa" / "arc_easy" / "mle_n0_seed1.json"
+    before = lost.read_bytes()
+    lost.unlink()
+    assert plan(grid).cells == 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "train", lambda *args, **kwargs: pytest.fail("trained again"))
+        assert run_table(grid) == 1
+    assert lost.read_bytes() == before
+
+
+@pytest.mark.parametrize("changed", [{"learning_rate": 0.3}, {"steps": 3}])
+def test_another_configuration_is_refused_and_nothing_is_overwritten(grid: Grid, changed: dict[str, Any]) -> None:
+    grid = make_like(grid, methods=("mle",), seeds=(1,))
+    run_table(grid)
+    other = make_like(grid, settings={**grid.settings, **changed}, seeds=(1, 2))
+    before = {path: path.read_bytes() for path in grid.results.rglob("*.json")}
+    name = next(iter(changed))
+    with pytest.raises(ConfigError, match=f"the cells in results have {name}="):
+        run_table(other)
+    shutil.rmtree(grid.results)
+    with pytest.raises(ConfigError, match=f"mle-seed1: found a run with {name}="):
+        run_table(other)
+    assert not any(path.exists() for path in before)
+
+
+def test_without_a_test_split_a_table_leaves_out_the_temperature(world: Path, tmp_path: Path) -> None:
+    write_rows(world / "data" / "rte" / "train.jsonl", [{"id": "a", "text": "x", "text_pair": "y", "label": 0}] * 1)
+    write_rows(world / "data" / "rte" / "dev.jsonl", [{"id": "b", "text": "u", "text_pair": "v", "label": 1}])
+    grid = make(world, tmp_path, table="roberta", tasks=("rte",), methods=("mle", "temperature"), seeds=(1,))
+    found = plan(grid)
+    assert [planned.experiment.eval_split for planned in found.runs] == ["dev"]
+    assert found.left_out == ("temperature on rte: no rows beside those it is scored on",)
+
+
+def test_a_call_killed_between_the_cells_of_a_run_makes_the_others(grid: Grid) -> None:
+    grid = make_like(grid, methods=("blob",), seeds=(1,))
+    run_table(grid)
+    cells = sorted(grid.results.rglob("*.json"))
+    for path in cells:
+        if "blob_n0" not in path.name:
+            path.unlink()
+    assert len(plan(grid).runs) == 1
+    run_table(grid)
+    assert sorted(grid.results.rglob("*.json")) == cells
+
+
+def test_a_method_alone_trains_the_adapter_that_it_starts_from(grid: Grid) -> None:
+    grid = make_like(grid, methods=("temperature",), seeds=(1,))
+    assert run_table(grid) == 5
+    assert (grid.runs / "openbookqa" / "mle-seed1" / "result.json").is_file()
+    other = make_like(grid, settings={**grid.settings, "steps": 3}, results=grid.results.with_name("other"))
+    with pytest.raises(ConfigError, match="mle-seed1: found a run with steps=2"):
+        run_table(make_like(other, methods=("laplace",)))
+
+
+def test_data_sets_that_are_not_there_are_left_out_by_name(world: Path, tmp_path: Path) -> None:
+    found = plan(make(world, tmp_path, table="table1", methods=("mle",), seeds=(1,)))
+    assert [planned.experiment.task for planned in found.runs] == ["openbookqa"]
+    assert len(found.left_out) == 5 and all("boolq" in line for line in found.left_out if line.startswith("boolq"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["table3"], "table: found 'table3'"),
+        (["table2", "--seeds", "1,x"], "--seeds: found '1,x'"),
+        (["table2", "--seeds", "-1"], "--seeds: found '-1'"),
+        (["table2", "--methods", "mle,magic"], "--methods: found 'magic'"),
+        (["table2", "--tasks", "arc_easy"], "--tasks: found 'arc_easy'"),
+        (["table2", "--steps", "0"], "steps: found 0"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    world: Path, tmp_path: Path, arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = ["--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")]
+    model = ["--model", str(world / "bert"), "--data", str(world / "data")]
+    assert invoke(["table", *arguments, *places, *model]) == 2
+    error = capsys.readouterr().err
+    assert named in error and error.count("\n") == 1
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_dry_run_says_how_much_and_does_nothing(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = ["--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")]
+    model = ["--model", str(world / "bert"), "--data", str(world / "data")]
+    chosen = ["--methods", "mle,blob", "--seeds", "1,2,3"]
+    assert invoke(["table", "table2", "--dry-run", *chosen, *places, *model]) == 0
+    assert "table2: 6 runs missing, for 60 cells, an unknown time" in capsys.readouterr().out
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("setting", [{"method": "mle"}, {"task": "rte"}, {"seed": 3}, {"data": 5}, {"steps": "few"}])
+def test_settings_that_no_table_has_are_named(world: Path, tmp_path: Path, setting: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(setting))):
+        plan(make(world, tmp_path, settings=setting))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_split_that_cannot_be_read_is_an_error_and_not_a_missing_one(
+    world: Path, tmp_path: Path, split: str
+) -> None:
+    shutil.copytree(world / "data", tmp_path / "data")
+    with (tmp_path / "data" / "openbookqa" / f"{split}.jsonl").open("a") as file:
+        file.write("{\n")
+    with pytest.raises(DataError, match=rf"{split}\.jsonl:13"):
+        plan(make(world, tmp_path, settings={"data": str(tmp_path / "data")}))
+
+
+def test_a_run_that_another_process_makes_is_not_made_twice(grid: Grid) -> None:
+    """Another table, or `bayestune train` with the same --output."""
+    grid = make_like(grid, methods=("mle",), seeds=(1,))
+    output = grid.runs / "openbookqa" / "mle-seed1"
+    output.parent.mkdir(parents=True)
+    for name, words in ((".mle-seed1.table.lock", "is making this run"), (".mle-seed1.lock", "is saving to it")):
+        with FileLock(output.with_name(name)), pytest.raises(ConfigError, match=f"another process {words}"):
+            run_table(grid)
+    assert run_table(grid) == 5
+
+
+def test_other_layers_are_another_configuration(grid: Grid) -> None:
+    grid = make_like(grid, methods=("mle",), seeds=(1,))
+    run_table(grid)
+    plan(make_like(grid, settings={**grid.settings, "target_modules": ["query", "value"]}))
+    with pytest.raises(ConfigError, match="target_modules"):
+        plan(make_like(grid, settings={**grid.settings, "target_modules": ["key"]}))
+
+
+def test_layers_in_any_order_are_one_configuration(grid: Grid) -> None:
+    """Post-hoc methods record the layers of the adapter they start from, which PEFT keeps as a set."""
+    settings = {**grid.settings, "target_modules": ["value", "query"]}
+    grid = make_like(grid, methods=("mle", "swag", "tfb"), seeds=(1,), settings=settings | {"tolerance": 0.5})
+    assert run_table(grid) == 5 * (1 + 3 + 3)
+    assert plan(grid).runs == ()
+    assert len(read_cells(grid.results / "table2")) == 35
+
+
+def test_other_data_without_a_folder_is_left_out_and_does_not_stop_the_rest(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "data", tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "arc_easy")
+    settings = {"data": str(tmp_path / "data")}
+    grid = make(world, tmp_path, methods=("mle",), seeds=(1,), settings=settings)
+    assert [line.partition(":")[0] for line in plan(grid).left_out] == ["arc_easy"]
+    assert run_table(grid) == 4 and plan(grid).runs == ()
+
+
+def test_other_data_that_cannot_be_used_is_found_before_anything_is_trained(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "data", tmp_path / "data")
+    row = {**four(0, 1)[0], "id": "long", "question": "long " * 400}
+    with (tmp_path / "data" / "mmlu_college_physics" / "test.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=r"long.*expected at most 200"):
+        run_table(make(world, tmp_path, settings={"data": str(tmp_path / "data")}))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_no_data_folder_is_an_error_also_when_cells_are_there(grid: Grid, tmp_path: Path) -> None:
+    grid = make_like(grid, methods=("mle",), seeds=(1,))
+    run_table(grid)
+    with pytest.raises(ConfigError, match="--data .*nowhere: no such folder"):
+        plan(make_like(grid, settings={**grid.settings, "data": str(tmp_path / "nowhere")}))
+
+
+def test_a_run_trained_on_other_rows_is_not_used(grid: Grid, world: Path, tmp_path: Path) -> None:
+    grid = make_like(grid, methods=("mle",), seeds=(1,))
+    run_table(grid)
+    shutil.copytree(world / "data", tmp_path / "data")
+    write_rows(tmp_path / "data" / "openbookqa" / "train.jsonl", four(60, 12))
+    settings = {**grid.settings, "data": str(tmp_path / "data")}
+    with pytest.raises(ConfigError, match="trained on other rows"):
+        run_table(make_like(grid, settings=settings, results=tmp_path / "others"))
+
+
+def test_rows_are_answered_once_and_the_cells_are_those_of_the_loaded_run(
+    grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the run has just answered is not asked again; cells made from the finished run later are the same."""
+    grid = make_like(grid, methods=("blob",), seeds=(1,))
+    asked: list[tuple[str, int]] = []
+    predict = Run.predict
+
+    def counting(self: Run, rows: Any, *, draws: int, task: Any = None, **rest: Any) -> Any:
+        asked.append(((task or self.task).name, draws))
+        return predict(self, rows, draws=draws, task=task, **rest)
+
+    monkeypatch.setattr(Run, "predict", counting)
+    run_table(grid)
+    assert sorted(asked) == sorted((name, draws) for name in ("openbookqa", *OTHERS) for draws in (0, 3))
+    again = make_like(grid, results=tmp_path / "again")
+    run_table(again)
+    one, other = (read_cells(folder.results / "table2") for folder in (grid, again))
+    assert one == other
+
+
+def test_a_line_with_settings_is_a_run_of_its_own(grid: Grid) -> None:
+    """Beside "blob" with the settings of the table, scored apart, and found again."""
+    settings = {**grid.settings, "rho_init": 0.1, "kl_learning_rate": 0.003}
+    both = make_like(grid, settings=settings, methods=("blob", "blob_wide"), seeds=(1,))
+    assert run_table(both) == plan(make_like(both, results=grid.results / "none")).cells == 2 * 5 * 3
+    cells = read_cells(grid.results / "table2")
+    fixed = {(c["method"], c["experiment"]["kl_learning_rate"], c["experiment"]["posterior_std"]) for c in cells}
+    assert fixed == {("blob", 0.003, None), ("blob_wide", None, 0.06)}
+    assert {cell["experiment"]["method"] for cell in cells} == {"blob"}
+    assert plan(both).runs == ()
+    with pytest.raises(ConfigError, match="kl_learning_rate=0.003, found 0.004"):
+        plan(make_like(both, settings={**settings, "kl_learning_rate": 0.004}))
+
+
+def test_the_kl_of_methods_without_one_does_not_count(grid: Grid) -> None:
+    first = make_like(grid, methods=("mle",), seeds=(1,))
+    run_table(first)
+    other = make_like(first, settings={**grid.settings, "kl_learning_rate": 0.5, "kl_schedule": "elbo"}, seeds=(1, 2))
+    assert [planned.experiment.seed for planned in plan(other).runs] == [2]
+    run_table(other)
+    assert len(read_cells(grid.results / "table2")) == 2 * 5
