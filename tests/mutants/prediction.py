@@ -72,9 +72,8 @@ DEFECTS = (
     Defect(
         name="ties cut in the order of rows",
         path="metrics/ranking.py",
-        before="return_inverse=True, return_counts=True)\n",
-        after="return_inverse=True, return_counts=True)\n    where, counts = values.argsort().argsort(), "
-        "torch.ones_like(values).long()\n",
+        before='method="average"',
+        after='method="ordinal"',
         tests="test_metrics.py auroc",
     ),
     Defect(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
+from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from bayestune.errors import BayestuneWarning, DataError
@@ -15,7 +16,7 @@ LOWEST, HIGHEST = 0.01, 100.0
 """Bounds of T."""
 
 _GRID = 65  # points in log T, T = 1 the middle one; neighbours are a factor 1.15 apart
-_WIDTH = 1e-8  # of log T, where the search ends: rounding of the NLL hides a finer minimum
+_PRECISION = 1e-9  # of log T, where the search ends: rounding of the NLL hides a finer minimum
 
 
 def fit_temperature(log_probs: Float[Tensor, "draws rows classes"], labels: Int[Tensor, " rows"] | None) -> float:
@@ -24,8 +25,8 @@ def fit_temperature(log_probs: Float[Tensor, "draws rows classes"], labels: Int[
     `log_probs` are those of a prediction at temperature 1, `Prediction.draw_log_probs`; they stand for the logits,
     from which they differ by a constant a row. They may be -inf. One draw gives Guo et al.'s T and keeps every answer
     as it is; with several the NLL is that of the average, and an answer may change. With one draw the NLL has one
-    minimum in log T; with several it may have more, so the best of a grid over [0.01, 100] is refined, by golden
-    section. 1 where no T is better than that beyond rounding. Warns where the minimum is at a bound, as where every
+    minimum in log T; with several it may have more, so the best of a grid over [0.01, 100] is refined by
+    Brent's bounded search. 1 where no T is better than that beyond rounding. Warns where the minimum is at a bound, as where every
     answer is right.
 
     Example:
@@ -55,38 +56,21 @@ def fit_temperature(log_probs: Float[Tensor, "draws rows classes"], labels: Int[
 
 
 def _best(nll: Callable[[float], float]) -> float:
-    """exp of the minimiser of `nll`, a function of log T."""
+    """Return T = exp(x) for the minimizer x of `nll`, a function of log T."""
     low, high = math.log(LOWEST), math.log(HIGHEST)
     step = (high - low) / (_GRID - 1)
-    grid = [low + step * i for i in range(_GRID)]
-    centre = min(grid, key=nll)
-    found = _golden_section(nll, max(low, centre - step), min(high, centre + step))
+    center = min((low + step * i for i in range(_GRID)), key=nll)
+    bracket = (max(low, center - step), min(high, center + step))
+    best = minimize_scalar(nll, bounds=bracket, method="bounded", options={"xatol": _PRECISION})
     at_one = nll(0.0)
-    if at_one - nll(found) <= 8 * torch.finfo(torch.float64).eps * max(1.0, abs(at_one)):
+    if at_one - best.fun <= 8 * torch.finfo(torch.float64).eps * max(1.0, abs(at_one)):
         return 1.0
     for bound, value in ((low, LOWEST), (high, HIGHEST)):
-        if abs(found - bound) <= 2 * _WIDTH:
+        if bound in bracket and nll(bound) <= best.fun:
             warnings.warn(
                 f"fit_temperature: stopped at the bound T = {value}: up to there the NLL does not rise.",
                 BayestuneWarning,
                 stacklevel=3,
             )
             return value
-    return math.exp(found)
-
-
-def _golden_section(function: Callable[[float], float], low: float, high: float) -> float:
-    """The minimiser of `function`, of one minimum in [low, high], within `_WIDTH` (Kiefer 1953)."""
-    ratio = (math.sqrt(5) - 1) / 2
-    left, right = high - ratio * (high - low), low + ratio * (high - low)
-    f_left, f_right = function(left), function(right)
-    while high - low > _WIDTH:
-        if f_left <= f_right:
-            high, right, f_right = right, left, f_left
-            left = high - ratio * (high - low)
-            f_left = function(left)
-        else:
-            low, left, f_left = left, right, f_right
-            right = low + ratio * (high - low)
-            f_right = function(right)
-    return (low + high) / 2
+    return math.exp(best.x)

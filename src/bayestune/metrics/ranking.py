@@ -1,7 +1,7 @@
-"""How well a score tells positive rows from negative ones, whatever its scale: only the order of scores counts.
+"""How well a score separates positive rows from negative ones. Only the order of the scores matters, not their scale.
 
-`scores` [rows] may be infinite; `positives` [rows] is bool or 0/1. All raise DataError on NaN, on any other label, and
-where either class has no rows.
+`scores` [rows] may be infinite; `positives` [rows] is bool or 0/1. Every function raises DataError if a score is NaN,
+if a label is neither 0 nor 1, or if either class has no rows.
 
 >>> auroc(torch.tensor([0.1, 0.4, 0.35, 0.8]), torch.tensor([0, 0, 1, 1]))
 0.75
@@ -17,19 +17,19 @@ from bayestune.errors import DataError
 def auroc(scores: Float[Tensor, " rows"], positives: Bool[Tensor, " rows"] | Int[Tensor, " rows"]) -> float:
     """Area under the ROC curve: P(positive above negative) + P(equal) / 2, from mid-ranks (Mann-Whitney)."""
     values, marks = _checked("auroc", scores, positives)
+    from scipy.stats import rankdata  # takes half a second to import
+
     positive_rows = int(marks.sum())
     negative_rows = len(marks) - positive_rows
-    _, where, counts = values.unique(return_inverse=True, return_counts=True)
-    ranks = counts.cumsum(0).double() - (counts.double() - 1) / 2
-    rank_sum = ranks[where][marks].sum().item()
+    rank_sum = rankdata(values.numpy(), method="average")[marks.numpy()].sum().item()
     return (rank_sum - positive_rows * (positive_rows + 1) / 2) / (positive_rows * negative_rows)
 
 
 def aupr(scores: Float[Tensor, " rows"], positives: Bool[Tensor, " rows"] | Int[Tensor, " rows"]) -> float:
     """Area under the precision-recall curve as average precision, sum_t (recall_t - recall_{t-1}) precision_t.
 
-    t runs over the distinct scores from high to low, so rows of equal score are found together and their order does
-    not count; nothing is interpolated. A score that says nothing has the share of positives, not one half.
+    t runs over the distinct scores from high to low, so rows with equal scores enter together and their order does not
+    matter. Nothing is interpolated. An uninformative score gives the share of positives, not one half.
     """
     values, marks = _checked("aupr", scores, positives)
     distinct, where = values.unique(return_inverse=True)

@@ -1,10 +1,11 @@
-"""Answering only when sure: the error of the rows whose confidence reaches a threshold, and their share.
+"""Selective prediction: answer only if the confidence reaches a threshold, and measure coverage and risk.
 
-`confidence` [rows] is any score, higher for surer; `correct` [rows] is bool or 0/1. A threshold t accepts the rows
-with confidence >= t, so rows of equal confidence are accepted together or not at all. Coverage is the share of rows
-accepted, risk the share of wrong rows among them; both 0 to 1.
+`confidence` [rows] is any score that is higher for surer answers; `correct` [rows] is bool or 0/1. A threshold t
+accepts the rows with confidence >= t, so rows with equal confidence are accepted or rejected together. Coverage is the
+share of rows accepted, and risk is the share of wrong rows among them; both are from 0 to 1.
 
-All raise DataError, naming the first bad row: no rows, NaN, a `correct` that is not 0 or 1.
+Every function raises DataError if there are no rows, and names the first row whose confidence is NaN or whose
+`correct` is neither 0 nor 1.
 
 >>> confidence, correct = torch.tensor([0.9, 0.8, 0.8, 0.3]), torch.tensor([1, 1, 0, 0])
 >>> [values.tolist() for values in risk_coverage(confidence, correct)]
@@ -15,24 +16,23 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
+from scipy.special import betaincinv
 from torch import Tensor
 
 from bayestune.errors import ConfigError, DataError
 
-# Halvings of [0, 1]: the next would be below the last bit of a float64 near 1.
-_HALVINGS = 53
-
 
 @dataclass(frozen=True, kw_only=True)
 class Threshold:
-    """What `threshold_for_error` found.
+    """The result of `threshold_for_error`.
 
     Attributes:
-        target: the error asked for.
-        threshold: accept where confidence >= this; None where no threshold reaches the target.
-        coverage, rows: share and number of rows accepted, 0 where there is no threshold.
-        error: share of wrong rows among them; None where there is no threshold.
-        interval: of `error`, as `binomial_interval`; (0, 1), nothing known, where there is no threshold.
+        target: the requested error rate.
+        threshold: accept rows with confidence >= this; None if no threshold reaches the target.
+        coverage: share of rows accepted; 0 without a threshold.
+        rows: number of rows accepted; 0 without a threshold.
+        error: share of wrong rows among the accepted ones; None without a threshold.
+        interval: `binomial_interval` of `error`; (0, 1) without a threshold.
     """
 
     target: float
@@ -46,7 +46,7 @@ class Threshold:
 def risk_coverage(
     confidence: Float[Tensor, " rows"], correct: Bool[Tensor, " rows"] | Int[Tensor, " rows"]
 ) -> tuple[Float[Tensor, " points"], Float[Tensor, " points"]]:
-    """Coverage, rising to 1, and risk: one point for each distinct confidence as the threshold, from high to low."""
+    """Return coverage (rising to 1) and risk, with one point per distinct confidence, from high to low."""
     _, accepted, wrong = _accepted(confidence, correct)
     return accepted / accepted[-1], wrong / accepted
 
@@ -55,8 +55,8 @@ def aurc(confidence: Float[Tensor, " rows"], correct: Bool[Tensor, " rows"] | In
     """Area under the risk-coverage curve: the mean over rows i of the risk at the threshold confidence_i.
 
     ``AURC = 1/n sum_i risk({j: confidence_j >= confidence_i})`` (Geifman, Uziel and El-Yaniv 2019, arXiv 1805.08206),
-    the curve's integral as steps; 0 is best. An uninformative (constant) confidence has the error rate; e wrong rows
-    of n, all below the right ones and distinct, have ``1/n sum_{k=1..e} k / (n - e + k)``.
+    the integral of the curve as a step function; 0 is best. A constant confidence gives the error rate. If e of n rows
+    are wrong, and all have distinct confidences below the correct ones, it is ``1/n sum_{k=1..e} k / (n - e + k)``.
     """
     coverage, risk = risk_coverage(confidence, correct)
     return (coverage.diff(prepend=coverage.new_zeros(1)) * risk).sum().item()
@@ -69,14 +69,23 @@ def threshold_for_error(
     *,
     level: float = 0.95,
 ) -> Threshold:
-    """The smallest threshold whose accepted rows have error <= `target`: the largest coverage that can be had.
+    """Find the smallest threshold whose accepted rows have error <= `target`, which gives the largest coverage.
 
-    Every confidence that occurs is tried, also below thresholds that fail. The threshold is chosen on the same rows
-    that its error is measured on, so the error is optimistic, and the interval only speaks of sampling: confirm it on
-    other rows. If no threshold qualifies, it is None and accepts no row.
+    Every distinct confidence is tried, including those below a threshold that fails. The threshold is chosen on the
+    same rows as its error is measured on, so the error is optimistic and the interval covers sampling noise only.
+    Confirm the threshold on different rows.
+
+    Args:
+        confidence: any score that is higher for surer answers.
+        correct: whether each answer is correct.
+        target: the largest acceptable error rate, from 0 to 1.
+        level: coverage probability of the interval.
+
+    Returns:
+        The threshold with its coverage and error.
 
     Raises:
-        ConfigError: `target` outside [0, 1], or `level` outside (0, 1).
+        ConfigError: `target` is outside [0, 1], or `level` outside (0, 1).
     """
     if not 0 <= target <= 1:
         raise ConfigError(f"target is {target}, expected an error rate from 0 to 1")
@@ -98,10 +107,16 @@ def threshold_for_error(
 
 
 def binomial_interval(count: int, rows: int, *, level: float = 0.95) -> tuple[float, float]:
-    """Exact interval of a share, given `count` of `rows` (Clopper and Pearson 1934); it covers at least `level`.
+    """Return the exact confidence interval of a share, given `count` of `rows` (Clopper and Pearson 1934).
 
-    The lower end p solves P(X >= count | p) = (1 - level) / 2 for X ~ Binomial(rows, p), the upper one
-    P(X <= count | p) = (1 - level) / 2; 0 and 1 where there is no solution, so 0 of 0 gives (0, 1).
+    The lower end p solves P(X >= count | p) = (1 - level) / 2 for X ~ Binomial(rows, p), and the upper end solves
+    P(X <= count | p) = (1 - level) / 2. Both are beta quantiles. An end without a solution is 0 or 1, so 0 of 0 rows
+    gives (0, 1).
+
+    Args:
+        count: number of successes.
+        rows: number of trials.
+        level: the interval covers the true share with at least this probability.
 
     Raises:
         ConfigError: not 0 <= count <= rows, or `level` outside (0, 1).
@@ -110,27 +125,13 @@ def binomial_interval(count: int, rows: int, *, level: float = 0.95) -> tuple[fl
         found = f"count={count}, rows={rows}, level={level}"
         raise ConfigError(f"binomial interval: found {found}, expected 0 <= count <= rows and a level in (0, 1)")
     tail = (1 - level) / 2
-    # 1 - p turns "at most count" into "at least rows - count".
-    low = _lowest_share(count, rows, tail) if count else 0.0
-    high = 1 - _lowest_share(rows - count, rows, tail) if count < rows else 1.0
+    low = float(betaincinv(count, rows - count + 1, tail)) if count else 0.0
+    high = float(betaincinv(count + 1, rows - count, 1 - tail)) if count < rows else 1.0
     return low, high
 
 
-def _lowest_share(count: int, rows: int, tail: float) -> float:
-    """The p in (0, 1) with P(X >= count | p) = tail, by halving; the probability rises with p, and count >= 1."""
-    k = torch.arange(count, rows + 1, dtype=torch.float64)
-    n = torch.tensor(float(rows), dtype=torch.float64)
-    log_ways = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
-    low, high = 0.0, 1.0
-    for _ in range(_HALVINGS):
-        p = torch.tensor((low + high) / 2, dtype=torch.float64)
-        at_least = (log_ways + k * p.log() + (n - k) * (-p).log1p()).exp().sum().item()
-        low, high = (low, p.item()) if at_least > tail else (p.item(), high)
-    return (low + high) / 2
-
-
 def _accepted(confidence: Tensor, correct: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Distinct confidences from high to low, and the rows and the wrong rows accepted at each, in float64."""
+    """Return the distinct confidences from high to low, and the accepted and the wrong rows at each, in float64."""
     if confidence.shape != correct.shape or confidence.ndim != 1 or len(confidence) == 0:
         found = f"confidence {tuple(confidence.shape)} and correct {tuple(correct.shape)}"
         raise DataError(f"selective: {found}, expected both [rows] with at least one row")
