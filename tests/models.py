@@ -21,7 +21,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from bayestune.adapters import BlobConfig, gaussian_layers
+from bayestune.adapters import BayesLoraConfig, gaussian_layers
 
 VOCABULARY = 64
 HIDDEN = 32
@@ -87,10 +87,10 @@ class Architecture:
     layers: int
     adapter: dict[str, Any]
 
-    def config(self, **settings: Any) -> BlobConfig:
+    def config(self, **settings: Any) -> BayesLoraConfig:
         """A configuration whose draws differ visibly from the mean."""
         default = {"r": 4, "lora_alpha": 8, "target_modules": list(self.targets), "task_type": self.task_type}
-        return BlobConfig(**{**default, "rho_init": 0.4, **self.adapter, **settings})
+        return BayesLoraConfig(**{**default, "rho_init": 0.4, **self.adapter, **settings})
 
     def inputs(self, rows: int = 3, tokens: int = 5) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(rows * 1000 + tokens)

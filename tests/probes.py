@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from bayestune.adapters import BlobConfig, gaussian_layers
+from bayestune.adapters import BayesLoraConfig, gaussian_layers
 from models import LLAMA, blob
 
 
@@ -57,7 +57,7 @@ def bayesian_sum(base: nn.Module | None = None, **settings: Any) -> PeftModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         settings = {"r": 2, "lora_alpha": 3, "target_modules": ["left", "right"], **settings}
-        model = get_peft_model(base or Sum(4, 3), BlobConfig(**settings)).double()
+        model = get_peft_model(base or Sum(4, 3), BayesLoraConfig(**settings)).double()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:

@@ -222,7 +222,7 @@ def test_export_writes_adapters_that_plain_peft_answers_alike_with(world: Path, 
 def test_the_posterior_folder_is_what_peft_loads(world: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(world / "llama")
     model = PeftModel.from_pretrained(base, world / "run" / "posterior")
-    assert model.peft_config["default"].peft_type.value == "BLOB"
+    assert model.peft_config["default"].peft_type.value == "BAYES_LORA"
 
 
 def test_mle_trains_plain_lora(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

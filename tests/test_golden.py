@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bayestune.methods import load_posterior
-from bayestune.methods import manifest as posterior_manifest
+from bayestune.storage import manifest as posterior_manifest
 from bayestune.training import checkpoint_files, last_complete
 from golden.make import answers, base, trainer
 

@@ -11,6 +11,7 @@ import pytest
 import bayestune
 
 NAMES = [
+    "BayesLoraConfig",
     "BayesTrainer",
     "BlobConfig",
     "Experiment",
@@ -54,9 +55,9 @@ def test_the_package_is_typed_and_versioned() -> None:
 
 
 def test_importing_bayestune_teaches_peft_the_type() -> None:
-    code = "import bayestune; from peft import PeftConfig, PeftType; print(PeftType('BLOB').value)"
+    code = "import bayestune; from peft import PeftConfig, PeftType; print(PeftType('BAYES_LORA').value)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "BLOB"
+    assert done.stdout.strip() == "BAYES_LORA"
 
 
 def test_import_reads_no_optional_package() -> None:

@@ -1,6 +1,6 @@
 """Bayesian LoRA fine-tuning: train a posterior over adapters, get calibrated answers, keep it as a file, serve it.
 
-Importing this package registers the PEFT type "BLOB".
+Importing this package registers the PEFT type "BAYES_LORA".
 """
 
 from bayestune.requirements import check_versions
@@ -10,6 +10,7 @@ check_versions()  # before anything that an older version would break
 from bayestune import methods as methods
 from bayestune import metrics as metrics
 from bayestune import tasks as tasks
+from bayestune.adapters import BayesLoraConfig as BayesLoraConfig
 from bayestune.adapters import BlobConfig as BlobConfig
 from bayestune.experiment import Experiment as Experiment
 from bayestune.inference import Prediction as Prediction

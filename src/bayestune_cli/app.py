@@ -1,6 +1,6 @@
 """The program `bayestune`: its commands, and what becomes of errors and signals.
 
-It is a package beside `bayestune`, whose import takes seconds, since it makes PEFT know the type BLOB: nothing of that
+It is a package beside `bayestune`, whose import takes seconds, since it registers a PEFT type: nothing of that
 is imported before a command runs, so `bayestune --help` answers at once.
 """
 

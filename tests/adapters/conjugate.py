@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
-from bayestune.adapters import BlobConfig, GaussianLinear, drawn_weights, gaussian_layers
+from bayestune.adapters import BayesLoraConfig, GaussianLinear, drawn_weights, gaussian_layers
 from bayestune.functional import gaussian_kl, gaussian_kl_gradient
 
 PRIOR_STD = 0.05  # as strong as the data: an error in either shows
@@ -26,7 +26,7 @@ def adapted_linear(base: Tensor, up: Tensor, *, estimator: str = "independent", 
     linear = nn.Linear(base.shape[1], base.shape[0], bias=False)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = BlobConfig(
+        config = BayesLoraConfig(
             r=up.shape[1], lora_alpha=alpha, target_modules=["0"], prior_std=PRIOR_STD, estimator=estimator
         )
         model = get_peft_model(nn.Sequential(linear), config).double().train()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from peft import get_peft_model
 from torch import Tensor
 
-from bayestune.adapters import BlobConfig, DropoutLinear, GaussianLinear, gaussian_layers, random_layers
+from bayestune.adapters import BayesLoraConfig, DropoutLinear, GaussianLinear, gaussian_layers, random_layers
 from bayestune.errors import ConfigError
 from bayestune.functional import prediction_noise
 from bayestune.inference.draws import draw
@@ -156,7 +156,7 @@ def test_S14_a_fresh_adapter_answers_as_the_base(settings: dict[str, Any]) -> No
 )
 def test_what_cannot_be_random_is_refused_by_name(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
-        BlobConfig(**settings)
+        BayesLoraConfig(**settings)
 
 
 def test_training_noise_of_bbb_differs_between_the_two_matrices_and_the_rows() -> None:

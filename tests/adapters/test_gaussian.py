@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from bayestune.adapters import BlobConfig, GaussianLinear, drawn_weights, gaussian_layers, noise, training_noise
+from bayestune.adapters import BayesLoraConfig, GaussianLinear, drawn_weights, gaussian_layers, noise, training_noise
 from bayestune.errors import DrawError
 from bayestune.functional import RHO_FLOOR
 from models import LLAMA, blob, llama
@@ -56,7 +56,7 @@ def test_rho_starts_uniform_in_its_interval_whatever_the_global_state() -> None:
     for seed in (0, 1):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = get_peft_model(Sum(500, 3), BlobConfig(r=8, target_modules=["left", "right"], rho_init=0.05))
+            model = get_peft_model(Sum(500, 3), BayesLoraConfig(r=8, target_modules=["left", "right"], rho_init=0.05))
         found.append(torch.stack([layer.rho.detach().double() for layer in gaussian_layers(model).values()]))
     assert torch.equal(*found)
     unit = (found[0] / 0.05 - 0.5**0.5) / (1 - 0.5**0.5)  # uniform in [0, 1]

@@ -20,7 +20,14 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import nn
 
-from bayestune.adapters import BlobConfig, BlobModel, GaussianLinear, TrainingNoise, gaussian_layers, training_noise
+from bayestune.adapters import (
+    BayesLoraConfig,
+    BayesLoraModel,
+    GaussianLinear,
+    TrainingNoise,
+    gaussian_layers,
+    training_noise,
+)
 from bayestune.inference.draws import draw
 from models import ARCHITECTURES, BERT, LLAMA, Architecture, adapter_state, assert_same, blob, logits, scatter
 
@@ -57,7 +64,7 @@ def assert_every_layer_is_gaussian(model: nn.Module, count: int, adapter: str = 
 def test_the_mean_is_plain_lora(architecture: Architecture) -> None:
     model = blob(architecture).eval()
     inputs = architecture.inputs()
-    assert isinstance(model.base_model, BlobModel)
+    assert isinstance(model.base_model, BayesLoraModel)
     assert_every_layer_is_gaussian(model, architecture.layers)
     expected = logits(plain_lora(model, architecture.build()), inputs)
     torch.testing.assert_close(logits(model, inputs), expected, rtol=0, atol=0)
@@ -75,7 +82,7 @@ def test_P01_saved_and_loaded(architecture: Architecture, how: dict[str, Any], t
     model.save_pretrained(tmp_path)
 
     config = PeftConfig.from_pretrained(tmp_path)
-    assert isinstance(config, BlobConfig)
+    assert isinstance(config, BayesLoraConfig)
     assert (config.prior_std, config.rho_init, config.estimator) == (0.3, 0.4, "flipout")
 
     loaded = PeftModel.from_pretrained(architecture.build(), tmp_path, **how).eval()
@@ -372,7 +379,7 @@ def test_K04_the_start_of_the_mean_is_that_of_plain_lora() -> None:
     plain = get_peft_model(LLAMA.build(), LoraConfig(r=4, target_modules=["q_proj"]))
     after = torch.get_rng_state()
     torch.manual_seed(5)
-    model = get_peft_model(LLAMA.build(), BlobConfig(r=4, target_modules=["q_proj"]))
+    model = get_peft_model(LLAMA.build(), BayesLoraConfig(r=4, target_modules=["q_proj"]))
     assert torch.equal(torch.get_rng_state(), after)
     assert_same({k: v for k, v in model.state_dict().items() if not k.endswith("rho")}, dict(plain.state_dict()))
 
@@ -409,6 +416,6 @@ def test_the_model_card_says_what_to_import(tmp_path: Path) -> None:
         for card in (tmp_path / "README.md", tmp_path / "second" / "README.md"):
             text = card.read_text(encoding="utf-8")
             assert text.count("import bayestune") == 1
-            assert text.count("KeyError: 'BLOB'") == 1
+            assert text.count("KeyError: 'BAYES_LORA'") == 1
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---") and "## Model Details" in card  # beside what PEFT writes

@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.config import ArrowConfig, BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 from torch import Tensor, nn
 
-from bayestune.adapters import BlobConfig, GaussianLinear, gaussian_layers
+from bayestune.adapters import BayesLoraConfig, GaussianLinear, gaussian_layers
 from bayestune.adapters.config import _REFUSED
 from bayestune.errors import ConfigError
 from models import LLAMA, adapter_state, assert_same, blob, logits
@@ -55,7 +55,7 @@ def test_every_refused_option_is_tried() -> None:
 @pytest.mark.filterwarnings("ignore:aLoRA is currently only supported:UserWarning")
 @pytest.mark.parametrize("option", REFUSED)
 def test_an_option_that_cannot_be_right(option: str) -> None:
-    refused(lambda: BlobConfig(**{option: REFUSED[option]}), option, "Leave it out", _REFUSED[option])
+    refused(lambda: BayesLoraConfig(**{option: REFUSED[option]}), option, "Leave it out", _REFUSED[option])
     LoraConfig(**{option: REFUSED[option], "task_type": "CAUSAL_LM"})  # PEFT itself takes it: the refusal is ours
 
 
@@ -63,7 +63,7 @@ def test_an_option_that_cannot_be_right(option: str) -> None:
 @pytest.mark.parametrize("init", INITS)
 def test_an_initialisation_that_changes_the_base_or_the_mean(init: Any) -> None:
     settings = {"loftq_config": {"loftq_bits": 4}} if init == "loftq" else {}
-    refused(lambda: BlobConfig(init_lora_weights=init, **settings), "init_lora_weights", repr(init))
+    refused(lambda: BayesLoraConfig(init_lora_weights=init, **settings), "init_lora_weights", repr(init))
 
 
 @pytest.mark.filterwarnings("ignore:.eva_config. specified:UserWarning")
@@ -79,17 +79,19 @@ def test_an_initialisation_of_the_mean_alone_is_taken(init: Any) -> None:
 @pytest.mark.parametrize("name", ["prior_std", "rho_init"])
 @pytest.mark.parametrize("value", [0, 0.0, -0.1, float("nan"), float("inf"), True, "0.2", None, [0.2]], ids=repr)
 def test_a_scale_that_is_no_number_above_0(name: str, value: Any) -> None:
-    refused(lambda: BlobConfig(**{name: value}), name, repr(value), "a number above 0")
+    refused(lambda: BayesLoraConfig(**{name: value}), name, repr(value), "a number above 0")
 
 
 @pytest.mark.parametrize("value", ["Flipout", "", None, 1, ["flipout"]], ids=repr)
 def test_an_unknown_estimator(value: Any) -> None:
-    refused(lambda: BlobConfig(estimator=value), "estimator", repr(value), "'independent', 'flipout', 'flipout_token'")
+    refused(
+        lambda: BayesLoraConfig(estimator=value), "estimator", repr(value), "'independent', 'flipout', 'flipout_token'"
+    )
 
 
 @pytest.mark.parametrize("value", ["Dropout", "", None, 1, ["dropout"]], ids=repr)
 def test_an_unknown_distribution(value: Any) -> None:
-    refused(lambda: BlobConfig(distribution=value), "distribution", repr(value), "'gaussian_ab', 'dropout'")
+    refused(lambda: BayesLoraConfig(distribution=value), "distribution", repr(value), "'gaussian_ab', 'dropout'")
 
 
 class Mixed(nn.Module):
@@ -125,7 +127,7 @@ KINDS = [
 def test_a_target_that_is_not_linear(target: str, kind: str, as_regex: bool) -> None:
     targets = rf"linear|(.*\.)?{target}" if as_regex else ["linear", target]
     base = Mixed()
-    refused(lambda: get_peft_model(base, BlobConfig(target_modules=targets)), target, kind, "target_modules")
+    refused(lambda: get_peft_model(base, BayesLoraConfig(target_modules=targets)), target, kind, "target_modules")
     assert not any(isinstance(module, LoraLayer) for module in base.modules())
 
 

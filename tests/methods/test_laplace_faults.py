@@ -40,7 +40,7 @@ def lora(**settings: Any) -> PeftModel:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: blob(LLAMA), "a BLOB adapter, which is a posterior already"),
+        (lambda: blob(LLAMA), "a BAYES_LORA adapter, which is a posterior already"),
         (merged, "is merged"),
         (disabled, "is disabled"),
         (lambda: lora(use_dora=True), "an adapter variant (such as DoRA)"),

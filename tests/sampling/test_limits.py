@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bayestune.adapters import BlobConfig
+from bayestune.adapters import BayesLoraConfig
 from bayestune.adapters.patterns import EXPRESSIONS, FORKS, LONGEST, pattern_fault
 from bayestune.errors import ConfigError, PosteriorError
 from bayestune.methods import load_posterior, save_posterior, storage
@@ -88,8 +88,8 @@ def test_X07_a_pattern_that_may_take_for_ever_is_never_run(saved: Path, folder: 
     ):
         refused(folder, changed(saved, **setting), rf"{CONFIG}: {next(iter(setting))}: found .*expected names, or a")
         if not {"target_modules", "exclude_modules"} & setting.keys():  # those are the caller's own, run once
-            with pytest.raises(ConfigError, match=f"BlobConfig {next(iter(setting))}: found"):
-                BlobConfig(**{"target_modules": ["q_proj"], **setting})
+            with pytest.raises(ConfigError, match=f"BayesLoraConfig {next(iter(setting))}: found"):
+                BayesLoraConfig(**{"target_modules": ["q_proj"], **setting})
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GraniteConfig, GraniteForCausalLM, PreTrainedModel
 
-from bayestune.adapters import BlobConfig
+from bayestune.adapters import BayesLoraConfig
 from bayestune.errors import PosteriorError
 from bayestune.methods import load_posterior, save_posterior
 from bayestune.storage.manifest import file_record, read_manifest, write_manifest
@@ -240,8 +240,8 @@ CONFIG_FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"task_type": "NO_SUCH"}, "Invalid task type"),
     ({"prior_std": -1.0}, "prior_std"),
     ({"estimator": "none"}, "estimator"),
-    ({"peft_type": "LORA"}, "peft_type: found 'LORA', expected 'BLOB'"),
-    ({"peft_type": "IA3"}, "peft_type: found 'IA3', expected 'BLOB'"),
+    ({"peft_type": "LORA"}, "peft_type: found 'LORA', expected 'BAYES_LORA'"),
+    ({"peft_type": "IA3"}, "peft_type: found 'IA3', expected 'BAYES_LORA'"),
     ({"r": 10**9}, "rank: found 1000000000"),
     ({"r": 0}, "rank: found 0"),
     ({"r": True}, "r: found True, expected int"),
@@ -255,7 +255,7 @@ CONFIG_FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"init_lora_weights": "pissa"}, "init_lora_weights: found 'pissa'"),
     ({"trainable_token_indices": [1]}, "trainable_token_indices: found"),
     ({"layer_replication": [[0, 2]]}, "layer_replication: found"),
-    ({"later_setting": 1}, "later_setting: not a setting of BlobConfig"),
+    ({"later_setting": 1}, "later_setting: not a setting of BayesLoraConfig"),
     ({"runtime_config": {}}, "runtime_config: not a setting"),
 ]
 
@@ -270,7 +270,7 @@ def test_P06_wrong_settings_under_a_right_hash_are_refused(folder: Path, changes
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"peft_type": "BLOB", "peft_type": "BLOB"}', "'peft_type' is given twice"),
+        ('{"peft_type": "BAYES_LORA", "peft_type": "BAYES_LORA"}', "'peft_type' is given twice"),
         ('{"lora_alpha": NaN}', "NaN is not a JSON number"),
         ('{"r": ' + "9" * 5000 + "}", "digits"),
         ("[" * 5000 + "]" * 5000, "nested too deeply|found a list"),
@@ -373,7 +373,7 @@ def test_P07_a_posterior_is_not_loaded_as_plain_lora(folder: Path) -> None:
     edit_config(folder, peft_type="LORA")
     refused(folder, "adapter_config.json has")
     seal(folder)
-    refused(folder, "peft_type: found 'LORA', expected 'BLOB'")
+    refused(folder, "peft_type: found 'LORA', expected 'BAYES_LORA'")
     seal(folder, posterior="point", std=None)
     refused(folder, "(prior_std|estimator|rho_init|distribution): not a setting of LoraConfig")
     values = json.loads((folder / CONFIG).read_text())
@@ -593,7 +593,7 @@ def test_P06_same_weights_in_another_function_are_refused(tmp_path: Path) -> Non
         with torch.random.fork_rng():
             torch.manual_seed(0)
             bases.append(GraniteForCausalLM(config))
-    save_posterior(get_peft_model(bases[0], BlobConfig(target_modules=["q_proj"])), tmp_path / "posterior")
+    save_posterior(get_peft_model(bases[0], BayesLoraConfig(target_modules=["q_proj"])), tmp_path / "posterior")
     with pytest.raises(PosteriorError, match="logits_scaling=16.0, expected 1.0"):
         load_posterior(bases[1], tmp_path / "posterior")
 

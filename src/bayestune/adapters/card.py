@@ -1,4 +1,4 @@
-"""The paragraph a saved posterior's README.md needs: PEFT alone answers a BLOB folder with a bare KeyError."""
+"""The paragraph a saved posterior's README.md needs: PEFT alone answers a BAYES_LORA folder with a bare KeyError."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ NOTICE = f"""{HEADING}
 This folder holds a *distribution* over LoRA adapters, made with `bayestune`. Import it first, so PEFT knows the type.
 
 ```python
-import bayestune  # without this line PEFT stops with KeyError: 'BLOB'
+import bayestune  # without this line PEFT stops with KeyError: 'BAYES_LORA'
 from peft import PeftModel
 
 model = PeftModel.from_pretrained(base_model, "this/folder")  # or bayestune.load_posterior: it checks the files

@@ -1,4 +1,4 @@
-"""`BlobConfig`: LoRA's own settings and those of a posterior over its matrices."""
+"""`BayesLoraConfig`: LoRA's settings and those of a posterior over its matrices; `BlobConfig` is BLoB's."""
 
 import os
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from peft import LoraConfig
 
 from bayestune.adapters.card import add_notice
 from bayestune.adapters.patterns import pattern_fault
-from bayestune.adapters.registration import BLOB
+from bayestune.adapters.registration import BAYES_LORA
 from bayestune.errors import ConfigError
 
 Estimator = Literal["independent", "flipout", "flipout_token"]
@@ -32,16 +32,28 @@ _INITS = (True, False, "gaussian", "orthogonal")
 
 
 @dataclass
-class BlobConfig(LoraConfig):
-    """Configuration of a BLoB adapter: everything `peft.LoraConfig` has, and the posterior over A.
+class BayesLoraConfig(LoraConfig):
+    """Configuration of a Bayesian LoRA adapter: all settings of `peft.LoraConfig`, and a posterior over A (and B).
 
-    `distribution` "gaussian_a", BLoB (arXiv 2406.11675): ``q(A_ij) = N(M_ij, G_ij^4)``, prior ``N(0, prior_std^2)``;
-    B stays a point. "gaussian_ab", Bayes by backprop (arXiv 1505.05424) on both matrices: B likewise, its mean
-    starting at 0. "dropout", MC dropout (arXiv 1506.02142): ``A = M diag(z) / (1 - p)`` with masks z of p =
-    `lora_dropout`, one a draw; there is no prior and no KL.
+    `distribution` selects the posterior:
+
+    - "gaussian_a", BLoB: ``q(A_ij) = N(M_ij, G_ij^4)`` with the prior ``N(0, prior_std^2)``; B is a point estimate.
+    - "gaussian_ab", Bayes by backprop: A and B are Gaussian; the mean of B starts at 0.
+    - "dropout", MC dropout: ``A = M diag(z) / (1 - p)`` with one mask z per draw and p = `lora_dropout`. There is no
+      prior and no KL.
+
+    Args:
+        prior_std: standard deviation of the prior, above 0.
+        rho_init: upper bound of the initial G, above 0; the standard deviation is ``G * G``.
+        estimator: training noise: "independent", "flipout" or "flipout_token".
+        distribution: "gaussian_a", "gaussian_ab" or "dropout".
 
     Raises:
-        ConfigError: a value out of range, or a LoRA option under which the posterior could not be right.
+        ConfigError: a value is out of range, or a LoRA option is incompatible with the posterior.
+
+    References:
+        BLoB: Wang et al. 2024, arXiv 2406.11675, section 3.1. Bayes by backprop: Blundell et al. 2015,
+        arXiv 1505.05424. MC dropout: Gal and Ghahramani 2016, arXiv 1506.02142, section 3.
     """
 
     prior_std: float = field(default=0.2, metadata={"help": "Standard deviation of the prior N(0, prior_std^2) of A."})
@@ -66,28 +78,28 @@ class BlobConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = BLOB
+        self.peft_type = BAYES_LORA
         for name in ("prior_std", "rho_init"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-                raise ConfigError(f"BlobConfig {name}: found {value!r}, expected a number above 0.")
+                raise ConfigError(f"{self._name} {name}: found {value!r}, expected a number above 0.")
         if self.estimator not in get_args(Estimator):
             raise ConfigError(
-                f"BlobConfig estimator: found {self.estimator!r}, expected one of {get_args(Estimator)}."
+                f"{self._name} estimator: found {self.estimator!r}, expected one of {get_args(Estimator)}."
             )
         if self.distribution not in get_args(Distribution):
             raise ConfigError(
-                f"BlobConfig distribution: found {self.distribution!r}, expected one of {get_args(Distribution)}."
+                f"{self._name} distribution: found {self.distribution!r}, expected one of {get_args(Distribution)}."
             )
         self._check_distribution()
         for name, reason in _REFUSED.items():
             if getattr(self, name):
                 raise ConfigError(
-                    f"BlobConfig does not support {name}={getattr(self, name)!r}: {reason}. Leave it out."
+                    f"{self._name} does not support {name}={getattr(self, name)!r}: {reason}. Leave it out."
                 )
         if self.init_lora_weights not in _INITS:
             raise ConfigError(
-                f"BlobConfig init_lora_weights: found {self.init_lora_weights!r}, expected one of {_INITS}; "
+                f"{self._name} init_lora_weights: found {self.init_lora_weights!r}, expected one of {_INITS}; "
                 "the others change the base weights or replace A after the posterior is made."
             )
         # Which layers are adapted is found once, in the caller's own words; a saved posterior lists them.
@@ -96,25 +108,47 @@ class BlobConfig(LoraConfig):
         }
         fault = pattern_fault(named)
         if fault:
-            raise ConfigError(f"BlobConfig {fault}.")
+            raise ConfigError(f"{self._name} {fault}.")
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
 
     def _check_distribution(self) -> None:
         if self.distribution == "gaussian_ab" and self.lora_bias:
-            raise ConfigError("BlobConfig lora_bias: found True, expected False where B is random (gaussian_ab).")
+            raise ConfigError(f"{self._name} lora_bias: found True, expected False where B is random (gaussian_ab).")
         if self.distribution != "dropout":
             return
         if not 0 < self.lora_dropout < 1:
             raise ConfigError(
-                f"BlobConfig lora_dropout: found {self.lora_dropout!r}, expected a probability between 0 and 1, the "
+                f"{self._name} lora_dropout: found {self.lora_dropout!r}, expected a probability between 0 and 1, the "
                 "only spread that distribution='dropout' has."
             )
         if self.estimator != "independent":
             raise ConfigError(
-                f"BlobConfig estimator: found {self.estimator!r}, expected 'independent' for distribution='dropout': "
-                "flipping signs needs noise that is symmetric."
+                f"{self._name} estimator: found {self.estimator!r}, expected 'independent' for "
+                "distribution='dropout': flipping signs needs noise that is symmetric."
             )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write adapter_config.json, and a note to the model card that `import bayestune` is needed to load it."""
         super().save_pretrained(str(save_directory), **kwargs)
         add_notice(save_directory)
+
+
+@dataclass
+class BlobConfig(BayesLoraConfig):
+    """Configuration of BLoB, the Gaussian over A: a `BayesLoraConfig` whose `distribution` is always "gaussian_a".
+
+    A saved adapter loads as a `BayesLoraConfig`.
+
+    Raises:
+        ConfigError: as `BayesLoraConfig`, and for any other `distribution`.
+    """
+
+    def __post_init__(self) -> None:
+        if self.distribution != "gaussian_a":
+            raise ConfigError(
+                f"BlobConfig distribution: found {self.distribution!r}, expected 'gaussian_a'; use BayesLoraConfig."
+            )
+        super().__post_init__()

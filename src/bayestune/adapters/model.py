@@ -1,4 +1,4 @@
-"""`BlobModel`: PEFT's LoRA model with random A matrices. The only file that uses PEFT's private injection hook."""
+"""`BayesLoraModel`: PEFT's LoRA model with random matrices. Only this file uses PEFT's private injection hooks."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from bayestune.adapters.config import BlobConfig
+from bayestune.adapters.config import BayesLoraConfig
 from bayestune.adapters.dropout import DropoutLinear
 from bayestune.adapters.gaussian import GaussianLinear
 from bayestune.adapters.noise import TrainingNoise, find_clock
@@ -18,7 +18,7 @@ from bayestune.errors import ConfigError
 _NOT_LINEAR = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, NonDynamicallyQuantizableLinear)
 
 
-class BlobModel(LoraModel):
+class BayesLoraModel(LoraModel):
     """A LoRA model whose ``lora_A[adapter]`` is a `RandomLinear`; B is kept in float32 beside it.
 
     Every PEFT layer type calls ``lora_B(lora_A(dropout(x)))``, so one module serves plain and quantised bases alike.
@@ -30,12 +30,12 @@ class BlobModel(LoraModel):
     prefix: str = "lora_"
     tuner_layer_cls = LoraLayer
 
-    def _post_injection_hook(self, model: nn.Module, config: BlobConfig, adapter_name: str) -> None:
+    def _post_injection_hook(self, model: nn.Module, config: BayesLoraConfig, adapter_name: str) -> None:
         super()._post_injection_hook(model, config, adapter_name)
         if find_clock(model) is None:
             model.register_forward_pre_hook(TrainingNoise(config.estimator), with_kwargs=True)
 
-    def _check_new_adapter_config(self, config: BlobConfig) -> None:
+    def _check_new_adapter_config(self, config: BayesLoraConfig) -> None:
         """Refuse before any module is touched, so that a model with other adapters stays as it was."""
         super()._check_new_adapter_config(config)
         for key, module in self.model.named_modules():
@@ -54,7 +54,7 @@ class BlobModel(LoraModel):
 
     def _create_and_replace(
         self,
-        lora_config: BlobConfig,
+        lora_config: BayesLoraConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -77,12 +77,12 @@ class BlobModel(LoraModel):
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refused: a weighted sum of Gaussians has variances that PEFT would not carry over."""
         raise ConfigError(
-            "add_weighted_adapter would drop the variances of a BLOB adapter: "
+            "add_weighted_adapter would drop the variances of a BAYES_LORA adapter: "
             "export means or draws with export_lora and combine those."
         )
 
 
-def _matrices(a: nn.Linear, b: nn.Linear, config: BlobConfig, name: str) -> tuple[nn.Linear, nn.Linear]:
+def _matrices(a: nn.Linear, b: nn.Linear, config: BayesLoraConfig, name: str) -> tuple[nn.Linear, nn.Linear]:
     """A and B of the adapted layer `name`, random as `config` says."""
     if config.distribution == "dropout":
         return DropoutLinear.from_linear(a, name=name, p=config.lora_dropout), FullPrecisionLinear.taking_over(b)

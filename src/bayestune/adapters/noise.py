@@ -72,7 +72,7 @@ def training_noise(model: nn.Module) -> TrainingNoise:
         clock = find_clock(module)
         if clock is not None:
             return clock
-    raise DrawError("this model has no random adapter: make it with get_peft_model(base, BlobConfig(...)).")
+    raise DrawError("this model has no random adapter: make it with get_peft_model(base, BayesLoraConfig(...)).")
 
 
 def find_clock(base: nn.Module) -> TrainingNoise | None:

@@ -1,4 +1,4 @@
-"""The PEFT type "BLOB": the one place that touches PEFT's enumeration of methods.
+"""The PEFT type "BAYES_LORA": the one place that touches PEFT's enumeration of methods.
 
 PEFT has no public way for another package to add a member, and several of its code paths, and transformers', read
 `peft_type.value`, so a plain string will not do.
@@ -7,13 +7,13 @@ PEFT has no public way for another package to add a member, and several of its c
 from peft import PeftType
 from peft.utils import register_peft_method
 
-_NAME = "BLOB"
+_NAME = "BAYES_LORA"
 
 
 def _add_member() -> PeftType:
     if _NAME in PeftType.__members__:
         raise ImportError(
-            "this version of peft already has a method named BLOB, which is not bayestune's; "
+            "this version of peft already has a method named BAYES_LORA, which is not bayestune's; "
             "install a peft version in the range that bayestune's metadata asks for."
         )
     member = str.__new__(PeftType, _NAME)
@@ -26,9 +26,9 @@ def _add_member() -> PeftType:
     return member
 
 
-BLOB = _add_member()
+BAYES_LORA = _add_member()
 
 
 def register(config_cls: type, model_cls: type) -> None:
     """Make `get_peft_model`, `PeftConfig.from_pretrained` and the Auto classes know the method."""
-    register_peft_method(name="blob", config_cls=config_cls, model_cls=model_cls, prefix="lora_")
+    register_peft_method(name="bayes_lora", config_cls=config_cls, model_cls=model_cls, prefix="lora_")

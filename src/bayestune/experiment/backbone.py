@@ -25,7 +25,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bayestune import tasks
-from bayestune.adapters import BlobConfig
+from bayestune.adapters import BayesLoraConfig
 from bayestune.errors import ConfigError
 from bayestune.experiment.record import file_sha256
 from bayestune.experiment.settings import Experiment, Family
@@ -226,7 +226,7 @@ def add_adapter(base: PreTrainedModel, experiment: Experiment, *, new: list[str]
     The layers `new` are trained whole.
 
     Raises:
-        ConfigError: as `BlobConfig`; or no layer of the model is called as in `target_modules`.
+        ConfigError: as `BayesLoraConfig`; or no layer of the model is called as in `target_modules`.
     """
     settings: dict[str, Any] = {
         "r": experiment.rank,
@@ -239,11 +239,11 @@ def add_adapter(base: PreTrainedModel, experiment: Experiment, *, new: list[str]
     gaussian = {name: getattr(experiment, name) for name in ("prior_std", "rho_init", "estimator")}
     match experiment.method:
         case "blob":
-            config = BlobConfig(**settings, **gaussian)
+            config = BayesLoraConfig(**settings, **gaussian)
         case "bbb":
-            config = BlobConfig(**settings, **gaussian, distribution="gaussian_ab")
+            config = BayesLoraConfig(**settings, **gaussian, distribution="gaussian_ab")
         case "dropout":
-            config = BlobConfig(**settings, distribution="dropout", lora_dropout=experiment.lora_dropout)
+            config = BayesLoraConfig(**settings, distribution="dropout", lora_dropout=experiment.lora_dropout)
         case _:
             config = LoraConfig(**settings)
     _check_targets(base, experiment.target_modules or ())

@@ -89,7 +89,7 @@ def predict(
     """Answer `rows` with `draws` draws of the posterior; ``draws=0`` answers with its mean.
 
     ``p(y|x) = 1/K sum_k softmax(logits(x; theta_k) / T)`` with theta_k the draw (`seed`, k) and T the posterior's
-    temperature. A model with a BLOB adapter is its own posterior (antithetic draws and linearised answers:
+    temperature. A model with a BAYES_LORA adapter is its own posterior (antithetic draws and linearised answers:
     ``posteriors.Variational(model, predictive=...)``): its draws are stacked in the batch and share the
     base model's matrix products, on a GPU as many at once as fit a quarter of the free memory, on a CPU as many as
     keep a forward within 2048 tokens; halved when a GPU's memory runs out. In models of transformers itself the blocks

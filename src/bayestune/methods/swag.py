@@ -212,7 +212,7 @@ def trained_weights(model: PeftModel) -> dict[str, Tensor]:
     """
     model, adapter, kind = active_adapter(model)
     if kind != "point":
-        raise ConfigError(f"SWAG: adapter {adapter!r} is a BLOB adapter, expected plain LoRA.")
+        raise ConfigError(f"SWAG: adapter {adapter!r} is a BAYES_LORA adapter, expected plain LoRA.")
     tensors = adapter_tensors(model, adapter)
     return {key: tensors[key] for key in parameter_names(model, adapter)}
 

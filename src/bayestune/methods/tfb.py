@@ -8,7 +8,7 @@ With the singular value decomposition ``B = U diag(d) V^T`` of a layer's B, the 
 on A'_ij gives every column of B'A' the covariance ``sigma_q^2 U U^T``: the same width in each direction that B can
 move in, and one number sigma_q for the whole model. It is that of BA before the scaling alpha / r. sigma_q is the
 largest whose loss on some anchor rows stays within a tolerance of the loss at the mean. What comes out is an ordinary
-BLOB adapter with ``M = A'`` and ``G = sqrt(Omega)``.
+BAYES_LORA adapter with ``M = A'`` and ``G = sqrt(Omega)``.
 """
 
 import copy
@@ -26,7 +26,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 
-from bayestune.adapters import BlobConfig, gaussian_layers, is_merged
+from bayestune.adapters import BayesLoraConfig, gaussian_layers, is_merged
 from bayestune.errors import ConfigError, PosteriorError
 from bayestune.storage.state import (
     active_adapter,
@@ -136,12 +136,12 @@ def tfb(
 
     Args:
         model: a PeftModel with one plain LoRA adapter, not merged.
-        loss: of a BLOB model, such as `anchor_loss(task, rows)`; called with the same model at
+        loss: of a BAYES_LORA model, such as `anchor_loss(task, rows)`; called with the same model at
             different widths, at width 0 first.
         tolerance, low, high, iterations: as in `search_sigma`; the paper's tolerance on the mean NLL is 0.3 %.
 
     Returns:
-        The model with a BLOB adapter named "default", frozen and in evaluation mode, and the search.
+        The model with a BAYES_LORA adapter named "default", frozen and in evaluation mode, and the search.
 
     Raises:
         ConfigError: not one plain LoRA adapter, a setting that a posterior cannot have, or as `search_sigma`.
@@ -186,7 +186,7 @@ def _plain_adapter(model: PeftModel) -> str:
     """The name of the one adapter of `model`, which `tfb` can convert."""
     model, adapter, kind = active_adapter(model)
     if kind != "point":
-        raise ConfigError(f"tfb: adapter {adapter!r} is a BLOB adapter, a posterior already; expected plain LoRA.")
+        raise ConfigError(f"tfb: adapter {adapter!r} is a posterior already, expected plain LoRA.")
     if len(model.peft_config) > 1:
         raise ConfigError(f"tfb: found adapters {sorted(model.peft_config)}, expected one: delete_adapter the others.")
     if is_merged(model):
@@ -220,7 +220,7 @@ def _put_back_on_failure(model: PeftModel) -> Iterator[None]:
 
 @torch.no_grad()
 def _converted(model: PeftModel, adapter: str) -> tuple[PeftModel, dict[str, Tensor]]:
-    """`model` taken apart, its base with the same adapter as a BLOB one, and the singular values d by layer."""
+    """`model` taken apart, its base with the same adapter as a BAYES_LORA one, and the singular values d by layer."""
     config, tensors = adapter_config(model, adapter), adapter_tensors(model, adapter)
     layers = lora_layers(model, adapter)
     base = model.get_base_model()
@@ -240,9 +240,9 @@ def _converted(model: PeftModel, adapter: str) -> tuple[PeftModel, dict[str, Ten
     return blob.eval(), singular
 
 
-def _blob_config(config: LoraConfig) -> BlobConfig:
+def _blob_config(config: LoraConfig) -> BayesLoraConfig:
     values = {f.name: copy.deepcopy(getattr(config, f.name)) for f in dataclasses.fields(LoraConfig) if f.init}
-    return BlobConfig(**{**values, "inference_mode": True})
+    return BayesLoraConfig(**{**values, "inference_mode": True})
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ PREDICTIVES = ("mc", "antithetic", "linearised")
 
 
 class Variational(Posterior):
-    """The distribution that a BLOB adapter holds: draw k has the weights ``layer.drawn(noise(seed, k, layer.name))``.
+    """The distribution of a Bayesian LoRA adapter: draw k has weights ``layer.drawn(noise(seed, k, layer.name))``.
 
     For BLoB (arXiv 2406.11675) these are ``A = M + G^2 * noise``.
 

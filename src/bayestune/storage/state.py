@@ -13,12 +13,12 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from bayestune.adapters import BlobConfig
+from bayestune.adapters import BayesLoraConfig
 from bayestune.adapters.patterns import pattern_fault
 from bayestune.errors import ConfigError, PosteriorError
 
 KINDS: dict[str, type[LoraConfig]] = {
-    "blob": BlobConfig,
+    "blob": BayesLoraConfig,
     "point": LoraConfig,
     "ensemble": LoraConfig,
     "swag": LoraConfig,
@@ -85,11 +85,11 @@ def active_adapter(model: nn.Module) -> tuple[PeftModel, str, str]:
     name = model.active_adapters[0]
     check_name(name)
     config = model.peft_config[name]
-    if type(config) is BlobConfig:
+    if isinstance(config, BayesLoraConfig):
         return model, name, "blob"
     if type(config) is LoraConfig:
         return model, name, "point"
-    raise ConfigError(f"adapter {name!r}: found a {type(config).__name__}, expected a BlobConfig or a LoraConfig.")
+    raise ConfigError(f"adapter {name!r}: found a {type(config).__name__}, expected a BayesLoraConfig or LoraConfig.")
 
 
 def check_name(adapter: str) -> None:
@@ -194,7 +194,7 @@ def settings_fault(values: Any, kind: str) -> str | None:
     """The first setting of an adapter_config.json that is not supported, in words; None where there is none."""
     if not isinstance(values, dict):
         return f"found a {type(values).__name__}, expected a JSON object"
-    peft_type = "BLOB" if kind == "blob" else "LORA"
+    peft_type = "BAYES_LORA" if kind == "blob" else "LORA"
     if values.get("peft_type") != peft_type:
         return f"peft_type: found {values.get('peft_type')!r}, expected {peft_type!r} for a {kind!r} posterior"
     defaults = json.loads(json.dumps(KINDS[kind]().to_dict()))

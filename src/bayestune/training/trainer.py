@@ -46,7 +46,7 @@ class BayesTrainer(SafeTrainer):
     So it is on a GPU; where a CPU's memory runs out, or that of the optimiser's own step, the run ends.
 
     Args:
-        model: PEFT model with a BLOB or a LORA adapter.
+        model: PEFT model with a BAYES_LORA or a LORA adapter.
         task: owner of prompts, labels and logits.
         args: of transformers; `remove_unused_columns` has no meaning here and `data_seed` defaults to `seed`.
         train_rows: default `task.rows("train")`.
