@@ -3,7 +3,6 @@
 from mutants.defect import Defect
 
 SCORES = "metrics/scores.py"
-SHARING = "sampling/sharing.py"
 
 DEFECTS = (
     Defect(
@@ -110,68 +109,5 @@ DEFECTS = (
         before=" @ vectors.transpose(-1, -2)\n",
         after="\n",
         tests="sampling/test_variational.py root",
-    ),
-    Defect(
-        name="copies of a row taken for alike unseen",
-        path=SHARING,
-        before="if not torch.equal(tensor.unflatten(0, (self.copies, -1)), one.expand(self.copies, *one.shape)):",
-        after="if False:",
-        tests="sampling/test_sharing.py shared",
-    ),
-    Defect(
-        name="another thread's rows narrowed",
-        path=SHARING,
-        before="            return None\n        narrow =",
-        after="            pass\n        narrow =",
-        tests="sampling/test_sharing.py another_thread",
-    ),
-    Defect(
-        name="hooks that outlive their forward",
-        path=SHARING,
-        before="            handle.remove()",
-        after="            handle",
-        tests="sampling/test_sharing.py hook",
-    ),
-    Defect(
-        name="blocks with a random layer shared",
-        path=SHARING,
-        before="not any(id(m) in random for m in block.modules())",
-        after="not id(block) in random",
-        tests="sampling/test_sharing.py N07",
-    ),
-    Defect(
-        name="blocks of a compiled model shared",
-        path=SHARING,
-        before='"_orig_mod" in module._modules or module._compiled_call_impl is not None',
-        after="False",
-        tests="sampling/test_sharing.py compiled",
-    ),
-    Defect(
-        name="shared blocks that see every copy",
-        path=SHARING,
-        before="return self._remember(tensor[: len(tensor) // self.copies])",
-        after="return tensor",
-        tests="sampling/test_sharing.py each_row_once",
-    ),
-    Defect(
-        name="what a shared block wrote into is not looked at again",
-        path=SHARING,
-        before="            self._refuse_unlike(tensor)  # the",
-        after="            pass  # the",
-        tests="sampling/test_sharing.py more_than_blocks",
-    ),
-    Defect(
-        name="a random layer that a shared block borrows gets rows for draws",
-        path=SHARING,
-        before="self._sizes = swap_sizes(frozenset())",
-        after="self._sizes = swap_sizes(swap_sizes(None))",
-        tests="sampling/test_sharing.py more_than_blocks",
-    ),
-    Defect(
-        name="choices taken for copies in the second shared block",
-        path=SHARING,
-        before="        if any(tensor is one for one in self._single):\n            return tensor\n",
-        after="",
-        tests="sampling/test_sharing.py choices",
     ),
 )

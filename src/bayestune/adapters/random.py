@@ -55,22 +55,6 @@ def drawn_weights(weights: Mapping["RandomLinear", Tensor], *, sizes: frozenset[
         _ACTIVE.weights, _ACTIVE.sizes = before
 
 
-@contextmanager
-def sizes_kept() -> Iterator[None]:
-    """Leaving this puts back the sizes that `swap_sizes` changed within."""
-    before = _ACTIVE.sizes
-    try:
-        yield
-    finally:
-        _ACTIVE.sizes = before
-
-
-def swap_sizes(sizes: frozenset[int] | None) -> frozenset[int] | None:
-    """Let the draws of this thread take inputs of other `sizes` from here on; returns those of before."""
-    before, _ACTIVE.sizes = _ACTIVE.sizes, sizes
-    return before
-
-
 def row_major_sizes(shape: tuple[int, ...], groups: int) -> frozenset[int]:
     """What dimension 0 of a layer's input can be if it runs over rows first, for a model input of `shape`.
 

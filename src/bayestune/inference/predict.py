@@ -92,8 +92,7 @@ def predict(
     temperature. A model with a BAYES_LORA adapter is its own posterior (antithetic draws and linearised answers:
     ``posteriors.Variational(model, predictive=...)``): its draws are stacked in the batch and share the
     base model's matrix products, on a GPU as many at once as fit a quarter of the free memory, on a CPU as many as
-    keep a forward within 2048 tokens; halved when a GPU's memory runs out. In models of transformers itself the blocks
-    below the first random layer see each row once, whatever the number of draws. Draw k is the same function whatever
+    keep a forward within 2048 tokens; halved when a GPU's memory runs out. Draw k is the same function whatever
     `draws`, `batch_size` and the other rows are. The model's modes, weights and the global random state are left as
     they were. Put ``torch.autocast`` around the call for half precision.
 

@@ -11,7 +11,6 @@ from bayestune.adapters import RandomLinear, drawn_weights, is_merged, random_la
 from bayestune.errors import DrawError
 from bayestune.functional import prediction_noise
 from bayestune.sampling.base import Sampler
-from bayestune.sampling.sharing import CopiesDiffer, shared_blocks, sharing
 from bayestune.tasks import Task
 
 CPU_TOKENS = 2048
@@ -23,7 +22,6 @@ class StackedDraws(Sampler):
 
     def __init__(self, model: nn.Module, weights: Mapping[RandomLinear, Tensor], slices: int) -> None:
         self.model, self.weights, self.slices = model, weights, slices
-        self._shared = shared_blocks(model, weights)
 
     @classmethod
     def of(cls, model: nn.Module, *, draws: int, seed: int, antithetic: bool = False) -> "StackedDraws":
@@ -39,7 +37,7 @@ class StackedDraws(Sampler):
         return cls(model, stacked_weights(model, range(draws), seed, antithetic=antithetic), draws)
 
     def logits(self, task: Task, batch: dict[str, Tensor], part: range) -> Float[Tensor, "draws rows classes"]:
-        """One forward with the rows repeated for each draw of `part`, below the first random layer but once."""
+        """One forward with the rows repeated for each draw of `part`."""
         count, first = len(part), part.start
         repeated = {key: value.repeat(count, *[1] * (value.dim() - 1)) for key, value in batch.items()}
         drawn = {
@@ -51,24 +49,7 @@ class StackedDraws(Sampler):
                 return task.logits(self.model, repeated).unsqueeze(0)
         shape = tuple(repeated["input_ids"].shape)
         with drawn_weights(drawn, sizes=row_major_sizes(shape, count)):
-            return self._answered(task, repeated, count).unflatten(0, (count, -1))
-
-    def _answered(self, task: Task, repeated: dict[str, Tensor], copies: int) -> Float[Tensor, "copies_rows classes"]:
-        rows = len(repeated["input_ids"]) // copies
-        while self._shared:
-            try:
-                with sharing(self._shared, rows=rows, copies=copies):
-                    logits = task.logits(self.model, repeated)
-                if len(logits) == rows * copies:
-                    return logits
-                self._shared = []
-            except CopiesDiffer as found:
-                self._shared.remove(found.run)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception:  # the forward below raises it again where sharing is not the cause
-                self._shared = []
-        return task.logits(self.model, repeated)
+            return task.logits(self.model, repeated).unflatten(0, (count, -1))
 
     def at_once(self, batch: dict[str, Tensor]) -> int:
         """All that fit a quarter of the free memory (CPU: `CPU_TOKENS`); one where experts see a choice of tokens."""
