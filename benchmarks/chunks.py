@@ -57,7 +57,7 @@ def measured(shape: Shape, pairs: int) -> dict[str, Any]:
         @torch.inference_mode()
         def way() -> None:
             for start in range(0, DRAWS, at_once):
-                sampler.logits(task, batch, range(start, min(start + at_once, DRAWS)))
+                sampler.outputs(task, batch, range(start, min(start + at_once, DRAWS)))
 
         return way
 

@@ -117,7 +117,7 @@ def answers(run: Run, rows: list[AnyRow], number: int, noise: Callable[[RandomLi
     task, model = run.task, run.model
     examples = [task.example(row) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: task.tokens(examples[i]))
-    found = torch.empty(number, len(rows), task.classes, dtype=torch.float64)
+    found = torch.empty(number, len(rows), task.columns, dtype=torch.float64)
     with torch.inference_mode(), evaluation_mode(model), autocast(run.experiment):
         layers = random_layers(model).values()
         weights = {layer: layer.drawn(torch.stack([noise(layer, k) for k in range(number)])) for layer in layers}
@@ -127,7 +127,7 @@ def answers(run: Run, rows: list[AnyRow], number: int, noise: Callable[[RandomLi
             batch = task.collate([examples[i] for i in places])
             at_once = min(number, sampler.at_once(batch))
             parts = [range(k, min(k + at_once, number)) for k in range(0, number, at_once)]
-            logits = torch.cat([sampler.logits(task, batch, part) for part in parts])
+            logits = torch.cat([sampler.outputs(task, batch, part) for part in parts])
             found[:, places] = logits.double().log_softmax(-1)
     return found
 

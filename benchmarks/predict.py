@@ -48,13 +48,13 @@ def main() -> None:
     @torch.inference_mode()
     def stacked() -> None:
         for start in range(0, DRAWS, at_once):
-            sampler.logits(task, batch, range(start, min(start + at_once, DRAWS)))
+            sampler.outputs(task, batch, range(start, min(start + at_once, DRAWS)))
 
     ways: dict[str, Callable[[], object]] = {
         "stacked": stacked,
         "plain": lambda: looped(plain, lambda model: task.whole_logits(model, batch), 1),
         "loop": lambda: looped(plain, lambda model: task.whole_logits(model, batch), DRAWS),
-        "short_loop": lambda: looped(plain, lambda model: task.logits(model, batch), DRAWS),
+        "short_loop": lambda: looped(plain, lambda model: task.outputs(model, batch), DRAWS),
         "reference": lambda: looped(reference, lambda model: task.whole_logits(model, batch), DRAWS),
         "draw": lambda: StackedDraws.of(bayesian, draws=DRAWS, seed=1),
     }

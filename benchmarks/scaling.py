@@ -115,7 +115,7 @@ def prediction(model: PeftModel, shape: Shape, draws: int) -> Callable[[], None]
         sampler = StackedDraws.of(model, draws=draws, seed=0)
         at_once = min(draws, sampler.at_once(batch))
         for start in range(0, draws, at_once):
-            sampler.logits(task, batch, range(start, min(start + at_once, draws)))
+            sampler.outputs(task, batch, range(start, min(start + at_once, draws)))
 
     return answer
 

@@ -118,9 +118,9 @@ class Answers(Task):
     kind, name = "choice", "benchmark"
 
     def __init__(self, shape: Shape) -> None:
-        self.shape, self.classes = shape, shape.choices or CLASSES
+        self.shape, self.columns = shape, shape.choices or CLASSES
 
-    def logits(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+    def outputs(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         if not self.shape.causal:
             return widen(model(**inputs).logits)

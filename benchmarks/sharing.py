@@ -42,7 +42,7 @@ def measured(shape: Shape, blocks: tuple[int, ...], pairs: int) -> dict[str, dic
     task, batch, whole = Answers(shape), shape.batch("cpu"), str(max(blocks))
 
     def way(sampler: StackedDraws) -> Callable[[], Any]:
-        return torch.inference_mode()(lambda: sampler.logits(task, batch, range(DRAWS)))
+        return torch.inference_mode()(lambda: sampler.outputs(task, batch, range(DRAWS)))
 
     ways, apart = {}, {}
     for count in blocks:

@@ -215,7 +215,7 @@ def test_export_writes_adapters_that_plain_peft_answers_alike_with(world: Path, 
         plain = PeftModel.from_pretrained(base, tmp_path / "served" / f"draw_{index}").eval()
         with torch.no_grad():
             batch = trained.task.collate([trained.task.example(row) for row in rows])
-            logits = trained.task.logits(plain, batch).double().log_softmax(-1)
+            logits = trained.task.outputs(plain, batch).double().log_softmax(-1)
         assert (logits.exp() - expected[index].exp()).abs().max() < 1e-6
 
 

@@ -16,7 +16,7 @@ class Letters(Task):
 
     kind = "choice"
     name = "letters"
-    classes = CLASSES
+    columns = CLASSES
 
     def __init__(self) -> None:
         self.forwards: list[int] = []
@@ -40,7 +40,7 @@ class Letters(Task):
             "present": present,
         }
 
-    def logits(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+    def outputs(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         self.forwards.append(len(batch["input_ids"]))
         inputs = {name: tensor for name, tensor in batch.items() if name != "present"}
         logits = model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1, 4 : 4 + CLASSES]
@@ -57,7 +57,7 @@ class Sequences(Letters):
         flat["input_ids"][:, :, -1] = torch.tensor([4, 4, 6, 7])  # the first two choices are the same sequence
         return flat
 
-    def logits(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+    def outputs(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         self.forwards.append(len(batch["input_ids"]))
         inputs = {name: tensor.flatten(0, 1) for name, tensor in batch.items() if name != "present"}
         return model(**inputs, use_cache=False).logits[:, -1, 5].unflatten(0, (-1, CLASSES))
@@ -71,7 +71,7 @@ class Fixed(Letters):
     def __init__(self, table: Tensor) -> None:
         super().__init__()
         self.table = table
-        self.classes = table.shape[1]
+        self.columns = table.shape[1]
 
     def example(self, row: AnyRow) -> dict[str, Any]:
         return {"ids": [int(row.id)]}
@@ -79,7 +79,7 @@ class Fixed(Letters):
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         return {"input_ids": torch.tensor([example["ids"] for example in examples])}
 
-    def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    def outputs(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         self.forwards.append(len(batch["input_ids"]))
         return self.table[batch["input_ids"][:, 0]]
 

@@ -31,7 +31,7 @@ def one_by_one(model: nn.Module, task: Letters, count: int, draws: int, seed: in
     parts = []
     for index in range(draws):
         with draw(model, index=index, seed=seed), torch.no_grad():
-            single = [task.logits(model, task.collate([task.example(row)])) for row in rows(count)]
+            single = [task.outputs(model, task.collate([task.example(row)])) for row in rows(count)]
         parts.append(torch.cat(single).double().log_softmax(-1))
     return torch.stack(parts)
 
@@ -121,7 +121,7 @@ def test_S16_no_draws_is_the_mean() -> None:
     model, task = double_llama().train(), Letters()
     found = predict(model, task, rows(5), draws=0)
     with evaluation_mode(model), torch.no_grad():
-        expected = task.logits(model, task.collate([task.example(row) for row in rows(5)])).log_softmax(-1)
+        expected = task.outputs(model, task.collate([task.example(row) for row in rows(5)])).log_softmax(-1)
     assert_close(found.draw_log_probs, expected[None], 1e-12)
     assert (found.draws, found.epistemic.abs().max().item() <= 1e-12) == (0, True)
 
@@ -222,11 +222,11 @@ class Short(Letters):
         super().__init__()
         self.fails = fails
 
-    def logits(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+    def outputs(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         if self.fails(len(self.forwards) + 1, len(batch["input_ids"])):
             self.forwards.append(0)
             raise torch.OutOfMemoryError("on purpose")
-        return super().logits(model, batch)
+        return super().outputs(model, batch)
 
 
 @pytest.mark.parametrize("draws", [0, 1, 6])
@@ -280,7 +280,7 @@ class Experts(nn.Module):
 
 
 class ExpertLetters(Letters):
-    def logits(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+    def outputs(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         self.forwards.append(len(batch["input_ids"]))
         return model(batch["input_ids"])[:, -1, :4]
 

@@ -26,7 +26,7 @@ class Classes(Letters):
 
     name = "classes"
 
-    def logits(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+    def outputs(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 
 

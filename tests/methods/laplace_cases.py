@@ -32,14 +32,14 @@ class Labels(Letters):
     """The letters of a question are its tokens; the answer is one of the three labels of a BERT with a head."""
 
     name = "labels"
-    classes = 3
+    columns = 3
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Padded on the right."""
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(example["ids"]) for example in examples], batch_first=True)
         return {"input_ids": ids, "attention_mask": (ids > 0).long()}
 
-    def logits(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+    def outputs(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         self.forwards.append(len(batch["input_ids"]))
         return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 
@@ -66,7 +66,7 @@ def jacobians(
     names = {name: keys[id(linear.weight)] for name, linear in linears.items()}
 
     def logits(weights: dict[str, Tensor]) -> Tensor:
-        return task.logits(Substituted(model, {names[name]: weight for name, weight in weights.items()}), batch)
+        return task.outputs(Substituted(model, {names[name]: weight for name, weight in weights.items()}), batch)
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)  # attention has no vmap rule

@@ -125,11 +125,11 @@ def test_a_head_of_its_own_belongs_to_a_member() -> None:
     inputs = BERT.inputs()
 
     class Ask(Letters):
-        def logits(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        def outputs(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
             return model(**batch).logits
 
     with torch.no_grad():
-        sampled = posterior.sampler(draws=2, seed=0).logits(Ask(), inputs, range(2))
+        sampled = posterior.sampler(draws=2, seed=0).outputs(Ask(), inputs, range(2))
         for number, model in enumerate(models):
             assert torch.equal(sampled[number], model(**inputs).logits)
 

@@ -27,9 +27,9 @@ def dense(posterior: Laplace, task: Letters, questions: list[Row]) -> tuple[Tens
     """Logits at the mode, Jacobians by layer, and the logits' covariance ``J Sigma J^T``, [rows, classes, classes]."""
     batch = one_batch(task, questions)
     with torch.no_grad():
-        mode = task.logits(posterior.model, batch)
+        mode = task.outputs(posterior.model, batch)
     found = jacobians(posterior.model, covered(posterior.model, posterior.layers), task, batch)
-    covariance = torch.zeros(len(questions), task.classes, task.classes, dtype=torch.float64)
+    covariance = torch.zeros(len(questions), task.columns, task.columns, dtype=torch.float64)
     for name, factor in posterior.factors.items():
         outputs = factor.output_vectors @ torch.diag(factor.output_values) @ factor.output_vectors.T
         inputs = factor.input_vectors @ torch.diag(factor.input_values) @ factor.input_vectors.T
@@ -67,7 +67,7 @@ def test_logits_of_draws_have_the_covariance_J_Sigma_JT() -> None:
     posterior = fitted(layers="last", precision=2.0)
     mode, _, covariance = dense(posterior, task, questions)
     sampler = posterior.sampler(draws=draws, seed=0)
-    logits = sampler.logits(task, one_batch(task, questions), range(draws))[:, 0].detach()
+    logits = sampler.outputs(task, one_batch(task, questions), range(draws))[:, 0].detach()
     assert covariance.diagonal(dim1=1, dim2=2).min() > 1e-4
     variance = covariance[0].diag()
     z = (logits.mean(0) - mode[0]) / (variance / draws).sqrt()
@@ -101,7 +101,7 @@ def test_a_constant_a_row_changes_no_answer(predictive: str) -> None:
     """Logits are known up to a constant a row, which may depend on the row and on the weights."""
 
     class Shifted(Letters):
-        def logits(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        def outputs(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
             inputs = {name: tensor for name, tensor in batch.items() if name != "present"}
             whole = model(**inputs).logits[:, -1]
             logits = whole[:, 4:8] + 40 + 10 * whole[:, 40:41]
@@ -137,8 +137,8 @@ def test_part_of_the_draws_are_those_draws() -> None:
     task = Letters()
     sampler, batch = fitted(task).sampler(draws=5, seed=1), one_batch(task, rows(3))
     assert sampler.at_once(batch) == 5
-    whole = sampler.logits(task, batch, range(5)).softmax(-1)
-    assert (sampler.logits(task, batch, range(2, 4)).softmax(-1) - whole[2:4]).abs().max() <= 1e-6
+    whole = sampler.outputs(task, batch, range(5)).softmax(-1)
+    assert (sampler.outputs(task, batch, range(2, 4)).softmax(-1) - whole[2:4]).abs().max() <= 1e-6
 
 
 def test_no_draws_are_the_answer_of_the_adapter_itself() -> None:
@@ -244,9 +244,9 @@ def test_a_frozen_adapter_gives_the_same_posterior() -> None:
 @pytest.mark.parametrize("predictive", ["mc", "probit"])
 def test_autocast_rounds_the_forward_and_nothing_else(predictive: str) -> None:
     class Exact(Letters):
-        def logits(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        def outputs(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
             with torch.autocast("cpu", enabled=False):
-                return super().logits(model, batch)
+                return super().outputs(model, batch)
 
     task, questions = Exact(), rows(7)
     outside = fitted(task, dtype=torch.float32, predictive=predictive)

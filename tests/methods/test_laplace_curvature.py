@@ -53,17 +53,17 @@ def test_row_jacobians_are_those_of_jacrev(case: str) -> None:
     expected = jacobians(model, linears, task, batch)
     forward = traced(model, linears, task, batch)
     found = [dict(row) for row in forward.row_jacobians(forward.classes, dict.fromkeys(linears, torch.float64))]
-    assert len(found) == task.classes
-    for (name, jacobian), c in itertools.product(expected.items(), range(task.classes)):
+    assert len(found) == task.columns
+    for (name, jacobian), c in itertools.product(expected.items(), range(task.columns)):
         assert_relative(found[c][name], jacobian[:, c], bound)
         assert jacobian[:, c].abs().max() > 1e-4 or not forward.present[:, c].any()
 
 
 def test_a_layer_that_is_called_twice_has_one_weight() -> None:
     class Twice(Letters):
-        def logits(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        def outputs(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
             other = {**batch, "input_ids": batch["input_ids"] // 2}
-            return super().logits(model, batch) + super().logits(model, other)
+            return super().outputs(model, batch) + super().outputs(model, other)
 
     model, task = plain(GPT2, r=2), Twice()
     linears, batch = covered(model), one_batch(task, alike(3, letters=4))
@@ -113,7 +113,7 @@ def test_factors_are_sums_over_rows_and_tokens(case: str) -> None:
         for call in forward.calls:
             gradients = [
                 torch.autograd.grad(forward.logits[0, c], call.outputs, retain_graph=True, allow_unused=True)[0]
-                for c in range(task.classes)
+                for c in range(task.columns)
                 if forward.present[0, c]
             ]
             if gradients[0] is None:
@@ -212,9 +212,9 @@ def test_calls_of_other_threads_are_not_recorded() -> None:
     linears = covered(model)
 
     class Busy(Letters):
-        def logits(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
-            answer = super().logits(model, batch)
-            other = threading.Thread(target=super().logits, args=(model, one_batch(Letters(), rows(2))))
+        def outputs(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+            answer = super().outputs(model, batch)
+            other = threading.Thread(target=super().outputs, args=(model, one_batch(Letters(), rows(2))))
             other.start()
             other.join()
             return answer
@@ -230,7 +230,7 @@ def test_logits_that_do_not_depend_on_the_layers_are_refused() -> None:
     model = plain(r=2)
 
     class Constant(Letters):
-        def logits(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        def outputs(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
             return torch.zeros(len(batch["input_ids"]), 4)
 
     with pytest.raises(ConfigError, match="do not depend"):
@@ -241,7 +241,7 @@ def test_inputs_whose_rows_cannot_be_told_apart_are_refused() -> None:
     model = plain(r=2)
 
     class TokensPacked(Letters):
-        def logits(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        def outputs(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
             ids = torch.cat([batch["input_ids"], batch["input_ids"][:1]])
             return model(input_ids=ids).logits[:-1, -1, :4]
 

@@ -41,7 +41,7 @@ class Centred(nn.Module):
         present = torch.ones(len(ids), 4, dtype=torch.bool)
         positions = torch.arange(ids.shape[1]).expand_as(ids)
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}
-        logits = self.task.logits(self.model, {**batch, "present": present})
+        logits = self.task.outputs(self.model, {**batch, "present": present})
         return logits - logits.mean(1, keepdim=True)
 
 
@@ -122,9 +122,9 @@ def test_the_draws_have_the_covariance_of_laplace_torch(fitted: Fitted) -> None:
         size = factor.curvature.numel()
         noise = eye[:, start : start + size].unflatten(1, tuple(factor.curvature.shape))
         sampler.steps[name], start = factor.covariance_root(noise, ours.precision), start + size
-    logits = sampler.logits(task, batch, range(units)).detach()
+    logits = sampler.outputs(task, batch, range(units)).detach()
     with torch.no_grad():
-        columns = logits - task.logits(ours.model, batch)
+        columns = logits - task.outputs(ours.model, batch)
     columns = columns - columns.mean(2, keepdim=True)
     found = torch.einsum("krc,krd->rcd", columns, columns)
     _, expected = theirs._glm_predictive_distribution(ids)

@@ -33,13 +33,13 @@ def test_draws_on_a_quantised_base_follow_its_own_logits(
     task, batch = Letters(), one_batch(Letters(), rows(4))
     sampler = fit_laplace(model, task, rows(4), precision=20.0).sampler(draws=1, seed=0)
     assert isinstance(sampler, LinearisedDraws)
-    drawn = sampler.logits(task, batch, range(1))[0]
+    drawn = sampler.outputs(task, batch, range(1))[0]
 
     def moved(scale: float) -> Tensor:
         with torch.no_grad():
             for name, linear in covered(model).items():
                 linear.weight += scale * sampler.steps[name][0]
-            logits = task.logits(model, batch)
+            logits = task.outputs(model, batch)
             for name, linear in covered(model).items():
                 linear.weight -= scale * sampler.steps[name][0]
         return logits

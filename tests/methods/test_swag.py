@@ -190,10 +190,10 @@ def test_predictions_are_those_of_the_weights_put_in_by_hand() -> None:
 class Failing(Letters):
     """Answers one batch, and raises inside the forward of the next."""
 
-    def logits(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+    def outputs(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         if self.forwards:
             return model(input_ids="not a tensor")
-        return super().logits(model, batch)
+        return super().outputs(model, batch)
 
 
 def test_the_model_is_bit_equal_after_predict_and_after_an_exception() -> None:

@@ -253,7 +253,7 @@ DEFECTS = (
         name="the label is off by one",
         path=BASE,
         before='batch["labels"], reduction="none")',
-        after='(batch["labels"] + 1) % self.classes, reduction="none")',
+        after='(batch["labels"] + 1) % self.columns, reduction="none")',
         tests="training/test_permuted.py D12",
     ),
     Defect(

@@ -132,8 +132,8 @@ DEFECTS = (
     Defect(
         name="loss through probabilities instead of their logarithms",
         path="tasks/base.py",
-        before='return F.cross_entropy(self.logits(model, batch), batch["labels"], reduction="none")',
-        after='return F.nll_loss(self.logits(model, batch).softmax(-1).log(), batch["labels"], reduction="none")',
+        before='return F.cross_entropy(self.outputs(model, batch), batch["labels"], reduction="none")',
+        after='return F.nll_loss(self.outputs(model, batch).softmax(-1).log(), batch["labels"], reduction="none")',
         tests="tasks/test_classification.py N02",
     ),
     Defect(

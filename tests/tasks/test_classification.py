@@ -39,9 +39,9 @@ def test_N07_padding_batch_and_neighbours_do_not_matter(
     batch = task.collate([task.example(row) for row in sentences])
     assert {len(tensor) for tensor in batch.values()} == {16}
     with torch.inference_mode():
-        together = task.logits(model, batch).softmax(-1)
+        together = task.outputs(model, batch).softmax(-1)
         for row, found in zip(sentences, together, strict=True):
-            alone = task.logits(model, task.collate([task.example(row)])).softmax(-1)[0]
+            alone = task.outputs(model, task.collate([task.example(row)])).softmax(-1)[0]
             plain = model(**tokenizer(row.text, row.text_pair, return_tensors="pt")).logits.softmax(-1)[0]
             assert (found - alone).abs().max() <= bound
             assert (found - plain).abs().max() <= bound
@@ -100,7 +100,7 @@ def test_a_model_with_another_number_of_labels_is_refused(
     task = classification("moods", tokenizers["encoder"](), data=tmp_path)
     batch = task.collate([task.example(row) for row in task.rows("train")])
     with pytest.raises(TaskError, match="moods: the model has 2 labels, expected 3; load it with num_labels=3"):
-        task.logits(build("bert classes"), batch)
+        task.outputs(build("bert classes"), batch)
 
 
 def test_D10_padding_with_another_id_than_the_models_is_refused(
@@ -110,8 +110,8 @@ def test_D10_padding_with_another_id_than_the_models_is_refused(
     model.config.pad_token_id = 5
     examples = [task.example(row) for row in sentences[:3]]
     with pytest.raises(TaskError, match="the model pads with id 5 and the tokenizer with 0"):
-        task.logits(model, task.collate(examples))
-    assert task.logits(model, task.collate(examples[:1])).shape == (1, 2)
+        task.outputs(model, task.collate(examples))
+    assert task.outputs(model, task.collate(examples[:1])).shape == (1, 2)
 
 
 def test_labels_need_every_row_labelled(tokenizers: Tokenizers, sentences: list[TextRow]) -> None:

@@ -22,7 +22,7 @@ Build = Callable[..., PreTrainedModel]
 
 def probabilities(task: Task, model: PreTrainedModel, rows: Sequence[Row]) -> Tensor:
     with torch.inference_mode():
-        return task.logits(model, task.collate([task.example(row) for row in rows])).softmax(-1)
+        return task.outputs(model, task.collate([task.example(row) for row in rows])).softmax(-1)
 
 
 def whole(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
@@ -210,7 +210,7 @@ def test_D10_what_stands_under_attention_mask_0_does_not_matter(
     other = {**batch, "input_ids": batch["input_ids"].where(batch["attention_mask"] == 1, 77)}
     assert not torch.equal(batch["input_ids"], other["input_ids"])
     with torch.inference_mode():
-        worst = (task.logits(model, batch).softmax(-1) - task.logits(model, other).softmax(-1)).abs().max().item()
+        worst = (task.outputs(model, batch).softmax(-1) - task.outputs(model, other).softmax(-1)).abs().max().item()
     figure("probabilities, other ids under attention mask 0", worst, at_most=1e-12)
 
 
@@ -223,7 +223,7 @@ def test_every_tensor_has_rows_first_so_that_draws_stack(
     assert {len(tensor) for tensor in batch.values()} == {4}
     stacked = {key: tensor.repeat(3, *[1] * (tensor.dim() - 1)) for key, tensor in batch.items()}
     with torch.inference_mode():
-        once, thrice = task.logits(model, batch), task.logits(model, stacked)
+        once, thrice = task.outputs(model, batch), task.outputs(model, stacked)
     assert torch.allclose(once.repeat(3, 1), thrice, rtol=0, atol=1e-12)
 
 
@@ -233,7 +233,7 @@ def test_N02_absent_choices_leave_loss_and_gradient_finite(
 ) -> None:
     task, model = causal("arc_easy", tokenizers[tokenizer]()), build("llama")
     batch = task.collate([task.example(row) for row in questions[-4:]])
-    logits = task.logits(model, batch)
+    logits = task.outputs(model, batch)
     assert torch.isinf(logits).sum(1).tolist() == [1, 2, 0, 3]
     loss = task.loss(model, batch)
     assert loss.shape == (4,)
@@ -341,7 +341,7 @@ def test_encoder_batches_put_rows_first_and_keep_gradients_finite(
     batch = task.collate([task.example(row) for row in questions[-3:]])
     assert batch["input_ids"].shape[:2] == (3, 5)
     assert {len(tensor) for tensor in batch.values()} == {3}
-    assert task.logits(model, {**batch, "other": torch.zeros(3)}).isinf().sum(1).tolist() == [2, 0, 3]
+    assert task.outputs(model, {**batch, "other": torch.zeros(3)}).isinf().sum(1).tolist() == [2, 0, 3]
     task.loss(model, batch).sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
@@ -377,7 +377,7 @@ def test_D04_twenty_six_choices_are_scored(
     (tmp_path / "many" / "train.jsonl").write_text(json.dumps(fields) + "\n")
     tokenizer, model = tokenizers["lettered"](), build("llama")
     task = causal("many", tokenizer, data=tmp_path)
-    assert task.classes == 26 and task.labels(row)[-1] == " Z"
+    assert task.columns == 26 and task.labels(row)[-1] == " Z"
     with torch.inference_mode():
         expected = brute_force(model, [whole(tokenizer, task.prompt(row) + label) for label in task.labels(row)])
     error = (probabilities(task, model, [row])[0] - expected).abs().max().item()
@@ -421,7 +421,7 @@ def test_D12_a_letter_is_scored_alike_wherever_it_stands_among_the_letters(
     if tokenizer == "two tokens":
         turned |= {key: batch[key].flip(1) for key in ("input_ids", "attention_mask", "position_ids")}
     with torch.inference_mode():
-        found, other = task.logits(model, batch)[:, :4].softmax(-1), task.logits(model, turned)[:, :4].softmax(-1)
+        found, other = task.outputs(model, batch)[:, :4].softmax(-1), task.outputs(model, turned)[:, :4].softmax(-1)
         losses = task.loss(model, batch) - task.loss(model, turned)
     assert (found - other.flip(1)).abs().max() <= 1e-12
     assert losses.abs().max() <= 1e-12

@@ -85,8 +85,8 @@ def test_N05_a_text_of_one_token_is_answered_as_any_other(bare: PreTrainedTokeni
     one, long = (task.example(TextRow(id="r", text=text, label=0)) for text in ("x", "a longer one"))
     assert task.tokens(one) == 1
     with torch.inference_mode():
-        alone = task.logits(model, task.collate([one]))
-        beside = task.logits(model, task.collate([long, one]))
+        alone = task.outputs(model, task.collate([one]))
+        beside = task.outputs(model, task.collate([long, one]))
     assert alone.isfinite().all()
     assert (alone[0] - beside[1]).abs().max() <= 1e-12
 
@@ -94,7 +94,7 @@ def test_N05_a_text_of_one_token_is_answered_as_any_other(bare: PreTrainedTokeni
 class Masked(ToyTask):
     """The rows "all pad" and "all masked" have nothing under their mask, "one token" has one."""
 
-    classes = 3
+    columns = 3
 
     def example(self, row: Any) -> dict[str, Any]:
         example = super().example(row)
@@ -110,7 +110,7 @@ class Masked(ToyTask):
         batch["attention_mask"] = batch["attention_mask"].masked_fill(masked[:, None], 0)
         return batch
 
-    def logits(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+    def outputs(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         logits = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
         return widen(logits if logits.dim() == 2 else logits[:, -1, 4:7])
 

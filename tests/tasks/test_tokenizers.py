@@ -43,7 +43,8 @@ def test_D10_a_pad_that_is_the_EOS_changes_nothing(
         examples = [task.example(row) for row in questions]
         batches = [task.collate(examples), *(task.collate([example]) for example in examples)]
         with torch.inference_mode():
-            found += [task.logits(model, batches[0]), torch.cat([task.logits(model, batch) for batch in batches[1:]])]
+            singles = torch.cat([task.outputs(model, batch) for batch in batches[1:]])
+            found += [task.outputs(model, batches[0]), singles]
     worst = max((logits.softmax(-1) - found[1].softmax(-1)).abs().max().item() for logits in found)
     figure("probabilities, pad = EOS and no pad, in a batch and alone", worst, at_most=1e-12)
 
@@ -84,7 +85,7 @@ def test_D10_a_decoder_without_a_pad_of_its_own_is_read_at_the_last_token(
     decoder.model.config.pad_token_id = task.pad_id
     batch = task.collate([task.example(row) for row in rows])
     with torch.inference_mode():
-        found = task.logits(decoder.model, batch)
+        found = task.outputs(decoder.model, batch)
         expected = torch.stack([decoder.at_the_end(tokenizer(row.text)["input_ids"]) for row in rows])
     assert (expected[0] - expected[1]).abs().max() > 0.01
     figure("logits of a decoder's head, in a batch", (found - expected).abs().max().item(), at_most=1e-12)
@@ -117,7 +118,7 @@ def test_D10_choices_padded_with_another_id_than_the_models_are_refused(
     task, model = encoder_multiple_choice("arc_easy", tokenizers["encoder"]()), build("bert choice")
     model.config.pad_token_id = 5
     with pytest.raises(TaskError, match="the model pads with id 5 and the tokenizer with 0"):
-        task.logits(model, task.collate([task.example(row) for row in questions]))
+        task.outputs(model, task.collate([task.example(row) for row in questions]))
 
 
 def backbone(tokenizer: PreTrainedTokenizerFast, *, decodes: bool, **settings: Any) -> Backbone:

@@ -34,8 +34,8 @@ class BrokenRow(type(TASK)):
     def _hit(self, batch: dict[str, Tensor]) -> Tensor:
         return torch.tensor([torch.equal(ids[ids > 0], self.bad[0]) for ids in batch["input_ids"]])
 
-    def logits(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
-        logits = super().logits(model, batch)
+    def outputs(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        logits = super().outputs(model, batch)
         if self.fault not in ("a logit is nan", "a logit is inf"):
             return logits
         other = (batch["labels"] + 1) % 4  # not that of the answer

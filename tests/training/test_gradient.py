@@ -126,7 +126,7 @@ def test_S05_loss_is_the_mean_of_the_nlls_of_the_draws(tmp_path: Path, figure: C
                 weights = {layer: layer.drawn(noise[name][draw * 3 + row]) for name, layer in layers.items()}
                 with drawn_weights(weights):
                     log_likelihoods[draw, row] = TASK.loss(model, single)[0]
-                    logits[draw, row] = TASK.logits(model, single)[0]
+                    logits[draw, row] = TASK.outputs(model, single)[0]
     figure("loss less the mean of the draws' NLLs", abs(loss - log_likelihoods.mean().item()), at_most=1e-12)
     labels = torch.tensor([row.answer for row in data])
     of_mean_logits = torch.nn.functional.cross_entropy(logits.mean(0), labels).item()

@@ -28,12 +28,12 @@ class Short(type(TASK)):
         self.fails, self.backward = fails, backward
         self.calls = self.failed = 0
 
-    def logits(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+    def outputs(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         self.calls += 1
         if not self.fails(self.calls, len(batch["labels"])):
-            return super().logits(model, batch)
+            return super().outputs(model, batch)
         self.failed += 1
-        logits = super().logits(model, batch)
+        logits = super().outputs(model, batch)
         if not self.backward:
             raise torch.OutOfMemoryError("on purpose")
         first = next(parameter for parameter in model.parameters() if parameter.requires_grad)
@@ -222,11 +222,11 @@ class ShortInEvaluation(type(TASK)):
         super().__init__()
         self.fits, self.failed = fits, 0
 
-    def logits(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+    def outputs(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         if not model.training and len(batch["labels"]) > self.fits:
             self.failed += 1
             raise torch.OutOfMemoryError("on purpose")
-        return super().logits(model, batch)
+        return super().outputs(model, batch)
 
 
 class Keep(TrainerCallback):
@@ -278,9 +278,9 @@ class Fill(type(TASK)):
 
     calls = 0
 
-    def logits(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+    def outputs(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         self.calls += 1
-        logits = super().logits(model, batch)
+        logits = super().outputs(model, batch)
         if self.calls == 4:
             logits = logits + torch.empty(2**45, dtype=torch.uint8, device=logits.device)[0]
         return logits

@@ -21,8 +21,8 @@ ORDER = [2, 0, 3, 1]
 class Permuted(ToyTask):
     """The toy task with its classes in another order."""
 
-    def logits(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
-        return super().logits(model, batch)[:, ORDER]
+    def outputs(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        return super().outputs(model, batch)[:, ORDER]
 
 
 def renamed(some: Sequence[Row]) -> list[AnyRow]:

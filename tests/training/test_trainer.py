@@ -70,9 +70,9 @@ def test_training_lowers_the_loss_and_logs_its_parts(tmp_path: Path) -> None:
 class FlatChoices(type(TASK)):
     """Every row as three sequences, flattened into the batch as a multiple-choice model does."""
 
-    def logits(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+    def outputs(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         inputs = {name: tensor.repeat_interleave(3, 0) for name, tensor in batch.items() if name != "labels"}
-        return super().logits(model, inputs).unflatten(0, (-1, 3)).mean(1)
+        return super().outputs(model, inputs).unflatten(0, (-1, 3)).mean(1)
 
 
 def test_S11_choices_of_a_row_share_its_draw(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_S20_evaluation_is_the_mean_over_rows_at_the_posterior_mean(tmp_path: Pa
     found = trainer.predict(trainer.eval_dataset)
     with torch.no_grad():
         batch = TASK.collate([TASK.example(row) for row in data])
-        expected = TASK.logits(model.eval(), batch)
+        expected = TASK.outputs(model.eval(), batch)
         nll = TASK.loss(model, batch).mean().item()
     assert np.abs(found.predictions - expected.numpy()).max() <= 1e-12
     assert list(found.label_ids) == [row.answer for row in data]

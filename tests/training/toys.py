@@ -21,7 +21,7 @@ class ToyTask(Task):
 
     kind = "choice"
     name = "toy"
-    classes = 4
+    columns = 4
 
     def __init__(self) -> None:
         self.max_tokens = 32
@@ -40,7 +40,7 @@ class ToyTask(Task):
             **labels_of(examples),
         }
 
-    def logits(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+    def outputs(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         return widen(model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1, 4:8])
 

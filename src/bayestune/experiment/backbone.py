@@ -176,7 +176,7 @@ def load_base(backbone: Backbone, task: Task, experiment: Experiment) -> tuple[P
     elif task.kind == "choice":
         auto = AutoModelForMultipleChoice
     else:
-        auto, kwargs = AutoModelForSequenceClassification, {"num_labels": task.classes}
+        auto, kwargs = AutoModelForSequenceClassification, {"num_labels": task.columns}
     device = _device()
     if experiment.quantization != "none":
         kwargs |= {"quantization_config": _quantized(experiment), "device_map": {"": device}}

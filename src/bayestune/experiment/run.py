@@ -274,10 +274,10 @@ def other_task(trained: Run, name: str) -> Task:
     experiment, own = trained.experiment, trained.task
     assert experiment.max_tokens is not None
     task = build_task(find_backbone(experiment.model), name, experiment.data, experiment.max_tokens)
-    if task.kind != own.kind or (task.kind == "text" and task.classes != own.classes):
+    if task.kind != own.kind or (task.kind == "text" and task.columns != own.columns):
         raise ConfigError(
-            f"data set {name}: found kind {task.kind!r} with {task.classes} classes, expected {own.kind!r} with "
-            f"{own.classes} as in {own.name}, which the run was trained on."
+            f"data set {name}: found kind {task.kind!r} with {task.columns} classes, expected {own.kind!r} with "
+            f"{own.columns} as in {own.name}, which the run was trained on."
         )
     return task
 

@@ -99,7 +99,7 @@ def predict(
     Raises:
         ConfigError: `draws` or `batch_size` out of range.
         DataError: no rows, or a row that cannot be scored or has a token without an embedding; names the row.
-        TaskError: as `Task.examples` and `task.logits`.
+        TaskError: as `Task.examples` and `task.outputs`.
         DrawError: the posterior has no such draws, as a model without an (unmerged) Gaussian adapter has none.
         PosteriorError: the model's logits are not finite; names the row.
     """
@@ -122,7 +122,7 @@ def predict(
             torch.inference_mode(not sampler.gradients),
             tqdm(total=len(rows), desc="predict", unit="row", disable=not progress) as bar,
         ):
-            logits = torch.empty(sampler.slices, len(rows), task.classes, dtype=torch.float64)
+            logits = torch.empty(sampler.slices, len(rows), task.columns, dtype=torch.float64)
             while todo:
                 places = todo.pop(0)
                 batch = {key: t.to(device) for key, t in task.collate([examples[i] for i in places]).items()}
@@ -161,7 +161,7 @@ def _answer_or_split(sampler: Sampler, task: Task, batch: dict[str, Tensor]) -> 
     at_once = min(sampler.slices, sampler.at_once(batch))
     while True:
         try:
-            return torch.cat([sampler.logits(task, batch, part) for part in _parts(sampler.slices, at_once)])
+            return torch.cat([sampler.outputs(task, batch, part) for part in _parts(sampler.slices, at_once)])
         except DrawError:
             if at_once == 1:
                 raise

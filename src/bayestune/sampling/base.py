@@ -32,7 +32,7 @@ class Sampler(ABC):
     gradients: ClassVar[bool] = False
 
     @abstractmethod
-    def logits(self, task: Task, batch: dict[str, Tensor], part: range) -> Float[Tensor, "draws rows classes"]:
+    def outputs(self, task: Task, batch: dict[str, Tensor], part: range) -> Float[Tensor, "draws rows classes"]:
         """The logits of draws `part` for a batch on the model's device; draw k is the same function for any batch.
 
         Raises:
@@ -109,8 +109,8 @@ class SubstitutedDraws(Sampler):
     def __init__(self, model: PeftModel, weights: Sequence[Mapping[str, Tensor]]) -> None:
         self.model, self.weights, self.slices = model, weights, len(weights)
 
-    def logits(self, task: Task, batch: dict[str, Tensor], part: range) -> Float[Tensor, "draws rows classes"]:
-        return torch.stack([task.logits(Substituted(self.model, self.weights[k]), batch) for k in part])
+    def outputs(self, task: Task, batch: dict[str, Tensor], part: range) -> Float[Tensor, "draws rows classes"]:
+        return torch.stack([task.outputs(Substituted(self.model, self.weights[k]), batch) for k in part])
 
 
 class Substituted:

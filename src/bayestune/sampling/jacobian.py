@@ -101,7 +101,7 @@ def traced(model: nn.Module, linears: Mapping[str, nn.Linear], task: Task, batch
     handles = [_watch(linear, name, calls) for name, linear in linears.items()]
     try:
         with torch.enable_grad():
-            logits = task.logits(model, batch)
+            logits = task.outputs(model, batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -32,7 +32,7 @@ class LogitDraws(Sampler):
         """All: they share the backward passes."""
         return self.slices
 
-    def logits(self, task: Task, batch: dict[str, Tensor], part: range) -> Float[Tensor, "draws rows classes"]:
+    def outputs(self, task: Task, batch: dict[str, Tensor], part: range) -> Float[Tensor, "draws rows classes"]:
         """The mean's logits plus normal noise of the covariance of each row."""
         forward = traced(self.model, self.layers, task, batch)
         with full_precision(forward.logits):

@@ -36,7 +36,7 @@ class StackedDraws(Sampler):
             return cls(model, {}, 1)
         return cls(model, stacked_weights(model, range(draws), seed, antithetic=antithetic), draws)
 
-    def logits(self, task: Task, batch: dict[str, Tensor], part: range) -> Float[Tensor, "draws rows classes"]:
+    def outputs(self, task: Task, batch: dict[str, Tensor], part: range) -> Float[Tensor, "draws rows classes"]:
         """One forward with the rows repeated for each draw of `part`."""
         count, first = len(part), part.start
         repeated = {key: value.repeat(count, *[1] * (value.dim() - 1)) for key, value in batch.items()}
@@ -46,10 +46,10 @@ class StackedDraws(Sampler):
         }
         if count == 1:
             with drawn_weights(drawn):
-                return task.logits(self.model, repeated).unsqueeze(0)
+                return task.outputs(self.model, repeated).unsqueeze(0)
         shape = tuple(repeated["input_ids"].shape)
         with drawn_weights(drawn, sizes=row_major_sizes(shape, count)):
-            return task.logits(self.model, repeated).unflatten(0, (count, -1))
+            return task.outputs(self.model, repeated).unflatten(0, (count, -1))
 
     def at_once(self, batch: dict[str, Tensor]) -> int:
         """All that fit a quarter of the free memory (CPU: `CPU_TOKENS`); one where experts see a choice of tokens."""

@@ -40,7 +40,7 @@ class Task(ABC):
     than `max_tokens` (or than the tokenizer's own limit) is refused.
 
     Attributes:
-        name: of the data set. spec: what is known of it. classes: columns of the logits.
+        name: of the data set. spec: what is known of it. columns: of the outputs.
         max_tokens: limit of a sequence. pad_id: the id under attention mask 0: the tokenizer's pad, or else its EOS
             (heads that look for the last token skip it, and no text ends with it), or 0 if it has neither.
     """
@@ -57,7 +57,7 @@ class Task(ABC):
             raise ConfigError(f"max_tokens: found {max_tokens}, expected 1 or more")
         self.spec = spec
         self.name = spec.name
-        self.classes = spec.classes
+        self.columns = spec.classes
         self.tokenizer = tokenizer
         self.data = None if data is None else Path(data)
         self.max_tokens = min(max_tokens, tokenizer.model_max_length)
@@ -80,7 +80,7 @@ class Task(ABC):
         """One batch: tensors whose first dimension is the rows, with `labels` [rows] when every example has one."""
 
     @abstractmethod
-    def logits(self, model: Any, batch: dict[str, Tensor]) -> Float[Tensor, "rows classes"]:
+    def outputs(self, model: Any, batch: dict[str, Tensor]) -> Float[Tensor, "rows classes"]:
         """Unnormalised log-probabilities of the classes (nats, up to a constant a row), float32 or wider.
 
         -inf for choices that a row does not have. `batch["labels"]` plays no part.
@@ -97,7 +97,7 @@ class Task(ABC):
         """
         if "labels" not in batch:
             raise TaskError("loss: found a batch without labels, expected labelled rows")
-        return F.cross_entropy(self.logits(model, batch), batch["labels"], reduction="none")
+        return F.cross_entropy(self.outputs(model, batch), batch["labels"], reduction="none")
 
     def check(self, rows: Sequence[AnyRow]) -> None:
         """Tokenise every row, and raise a DataError for the first that cannot be used, with how many there are."""

@@ -64,13 +64,13 @@ class Classification(Task):
         """What the tokenizer gives, [rows, tokens], padded on the right."""
         return {**pad_encodings([example["encoding"] for example in examples], self.pad_id), **labels_of(examples)}
 
-    def logits(self, model: Any, batch: dict[str, Tensor]) -> Float[Tensor, "rows classes"]:
+    def outputs(self, model: Any, batch: dict[str, Tensor]) -> Float[Tensor, "rows classes"]:
         check_padding(model, batch["attention_mask"], self.pad_id)
         inputs = {key: tensor for key, tensor in batch.items() if key in self.tokenizer.model_input_names}
         logits = widen(model(**inputs).logits)
-        if logits.shape[1] != self.classes:
+        if logits.shape[1] != self.columns:
             raise TaskError(
-                f"data set {self.name}: the model has {logits.shape[1]} labels, expected {self.classes}; "
-                f"load it with num_labels={self.classes}"
+                f"data set {self.name}: the model has {logits.shape[1]} labels, expected {self.columns}; "
+                f"load it with num_labels={self.columns}"
             )
         return logits

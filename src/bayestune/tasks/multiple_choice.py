@@ -194,11 +194,11 @@ class CausalMultipleChoice(Task):
             **labels_of(examples),
         }
 
-    def logits(self, model: Any, batch: dict[str, Tensor]) -> Float[Tensor, "rows classes"]:
+    def outputs(self, model: Any, batch: dict[str, Tensor]) -> Float[Tensor, "rows classes"]:
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids")}
         if batch["label_ids"].dim() == 2:
             last = widen(model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1])
-            return _mask_absent(last.gather(1, batch["label_ids"]), batch["choice_mask"], self.classes)
+            return _mask_absent(last.gather(1, batch["label_ids"]), batch["choice_mask"], self.columns)
         flat = {key: tensor.flatten(0, 1) for key, tensor in inputs.items()}
         label_ids = batch["label_ids"].flatten(0, 1)
         width = label_ids.shape[1]
@@ -206,7 +206,7 @@ class CausalMultipleChoice(Task):
         logits = model(**flat, logits_to_keep=width + 1, use_cache=False).logits[:, -width - 1 : -1]
         log_probs = widen(logits).log_softmax(-1).gather(2, label_ids.clamp(min=0).unsqueeze(2)).squeeze(2)
         scores = log_probs.masked_fill(label_ids < 0, 0.0).sum(1)
-        return _mask_absent(scores.view(batch["choice_mask"].shape), batch["choice_mask"], self.classes)
+        return _mask_absent(scores.view(batch["choice_mask"].shape), batch["choice_mask"], self.columns)
 
 
 class EncoderMultipleChoice(Task):
@@ -263,10 +263,10 @@ class EncoderMultipleChoice(Task):
         inputs = {key: t.unflatten(0, tuple(present.shape)) for key, t in pad_encodings(flat, self.pad_id).items()}
         return {**inputs, "choice_mask": present, **labels_of(examples)}
 
-    def logits(self, model: Any, batch: dict[str, Tensor]) -> Float[Tensor, "rows classes"]:
+    def outputs(self, model: Any, batch: dict[str, Tensor]) -> Float[Tensor, "rows classes"]:
         check_padding(model, batch["attention_mask"], self.pad_id)
         inputs = {key: tensor for key, tensor in batch.items() if key in self.tokenizer.model_input_names}
-        return _mask_absent(widen(model(**inputs).logits), batch["choice_mask"], self.classes)
+        return _mask_absent(widen(model(**inputs).logits), batch["choice_mask"], self.columns)
 
 
 def _alike(row: AnyRow, example: dict[str, Any]) -> bool:

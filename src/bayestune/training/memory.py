@@ -124,14 +124,14 @@ class BackOff:
 
 
 def logits_in_parts(task: Task, model: Any, batch: dict[str, Tensor]) -> Float[Tensor, "rows classes"]:
-    """`task.logits`, in halves where memory runs out: rows do not depend on each other.
+    """`task.outputs`, in halves where memory runs out: rows do not depend on each other.
 
     Raises:
         TrainingError: one row alone does not fit.
     """
     rows = len(batch["labels"])
     try:
-        return task.logits(model, batch)
+        return task.outputs(model, batch)
     except torch.OutOfMemoryError as error:
         if rows == 1:
             raise TrainingError(

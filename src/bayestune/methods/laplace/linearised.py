@@ -43,7 +43,7 @@ class LinearisedDraws(Sampler):
         """All: they share the backward passes."""
         return self.slices
 
-    def logits(self, task: Task, batch: dict[str, Tensor], part: range) -> Float[Tensor, "draws rows classes"]:
+    def outputs(self, task: Task, batch: dict[str, Tensor], part: range) -> Float[Tensor, "draws rows classes"]:
         """One forward and as many backward passes as there are classes."""
         forward = traced(self.model, self.linears, task, batch)
         with full_precision(forward.logits):
@@ -73,7 +73,7 @@ class ProbitAnswer(Sampler):
     ) -> None:
         self.model, self.linears, self.factors, self.precision = model, linears, factors, precision
 
-    def logits(self, task: Task, batch: dict[str, Tensor], part: range) -> Float[Tensor, "draws rows classes"]:
+    def outputs(self, task: Task, batch: dict[str, Tensor], part: range) -> Float[Tensor, "draws rows classes"]:
         forward = traced(self.model, self.linears, task, batch)
         return probit_logits(forward, self.factors, [self.precision])
 
