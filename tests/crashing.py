@@ -69,7 +69,10 @@ class Checkpoints:
         if checkpoint is None:
             return "nothing"
         steps = {json.loads((checkpoint / name).read_text())["global_step"] for name in ("trainer_state.json",)}
-        steps |= {json.loads((checkpoint / "training.json").read_text())["course"]["step"], int(checkpoint.name[11:])}
+        steps |= {
+            json.loads((checkpoint / "training.json").read_text())["settings"]["step"],
+            int(checkpoint.name[11:]),
+        }
         state = json.loads((checkpoint / "trainer_state.json").read_text())
         values = {entry["value"] for entry in state["log_history"]}
         for tensor in load_file(checkpoint / "adapter_model.safetensors").values():

@@ -7,6 +7,7 @@ Symbols: M mean, G (`rho`) with std = G^2, s_p (`prior_std`) the standard deviat
 import hashlib
 import math
 import operator
+from collections.abc import Iterable
 from typing import SupportsIndex
 
 import torch
@@ -43,6 +44,14 @@ def gaussian_kl_gradient(
     """
     g = clamp_rho(rho)
     return mean / prior_std**2, 2 * g**3 / prior_std**2 - 2 / g
+
+
+def gaussian_penalty(parameters: Iterable[Tensor], prior_std: float) -> Float[Tensor, ""]:
+    """Return ``-log p(theta) = ||theta||^2 / (2 s_p^2)``, in nats and up to a constant: the prior's term in MAP.
+
+    It belongs to the NLL summed over a whole data set of N rows; beside a mean NLL it has the weight ``1 / N``.
+    """
+    return torch.stack([parameter.square().sum() for parameter in parameters]).sum() / (2 * prior_std**2)
 
 
 def clamp_rho(rho: Float[Tensor, "*shape"], floor: float = RHO_FLOOR) -> Float[Tensor, "*shape"]:

@@ -88,7 +88,7 @@ DEFECTS = (
     Defect(
         name="a resumed run with other settings",
         path="training/checkpoint.py",
-        before='            if saved["course"].get(name) != value:',
+        before='            if saved["settings"].get(name) != value:',
         after="            if False:",
         tests="training/test_checkpoint.py settings",
     ),

@@ -65,7 +65,7 @@ DEFECTS = (
     ),
     Defect(
         name="KL counted once a micro-batch",
-        path="training/kl.py",
+        path="training/kl_callback.py",
         before="weight = self.settings.schedule(state.global_step, self.settings.cycle)",
         after="weight = args.gradient_accumulation_steps * self.settings.schedule(state.global_step, "
         "self.settings.cycle)",
@@ -73,7 +73,7 @@ DEFECTS = (
     ),
     Defect(
         name="KL counted once a process",
-        path=KL,
+        path="training/kl_callback.py",
         before="weight = self.settings.schedule(state.global_step, self.settings.cycle)",
         after="weight = args.world_size * self.settings.schedule(state.global_step, self.settings.cycle)",
         tests="training/test_processes.py kl",
@@ -115,7 +115,7 @@ DEFECTS = (
     ),
     Defect(
         name="an NLL gradient of G that is not looked at",
-        path=KL,
+        path="training/kl_callback.py",
         before="if all_finite(largest) and all_finite(self._along()):",
         after="if all_finite(largest):",
         tests="training/test_kl.py looked_at",

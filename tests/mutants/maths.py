@@ -33,7 +33,7 @@ DEFECTS = (
     ),
     Defect(
         name="KL of many layers added up in single precision",
-        path="training/trainer.py",
+        path="training/kl.py",
         before='"kl": math.fsum(layer.kl().item() for layer in layers),',
         after='"kl": float(sum(layer.kl().float() for layer in layers)),',
         tests="training/test_large_kl.py billions",
@@ -41,8 +41,9 @@ DEFECTS = (
     Defect(
         name="the KL logged within the NLL",
         path="training/trainer.py",
-        before='logs = {**logs, "nll": logs["loss"], **self._posterior_state()}',
-        after='logs = {**logs, **(state := self._posterior_state()), "nll": logs["loss"] + state.get("kl", 0.0)}',
+        before='logs = {**logs, "nll": logs["loss"], **posterior_summary(self._gaussian.values())}',
+        after="logs = {**logs, **(state := posterior_summary(self._gaussian.values())), "
+        '"nll": logs["loss"] + state.get("kl", 0.0)}',
         tests="training/test_large_kl.py log_has",
     ),
     Defect(
@@ -152,7 +153,7 @@ DEFECTS = (
     ),
     Defect(
         name="weight decay on the means",
-        path=TRAINER,
+        path="training/optimizer.py",
         before="groups[name in decayed and id(parameter) not in means]",
         after="groups[name in decayed]",
         tests="training/test_trainer.py N09",

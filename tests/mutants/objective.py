@@ -21,9 +21,9 @@ DEFECTS = (
     ),
     Defect(
         name="G among AdamW's parameters too",
-        path=TRAINER,
-        before="rhos = {id(layer.rho) for layer in self._gaussian.values()}\n            means",
-        after="rhos: set[int] = set()\n            means",
+        path="training/optimizer.py",
+        before="rhos, means = {id(layer.rho) for layer in layers}, ",
+        after="rhos, means = set[int](), ",
         tests="training/test_trainer.py N09",
     ),
     Defect(

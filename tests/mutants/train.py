@@ -9,14 +9,14 @@ DEFECTS = (
     Defect(
         name="a part of a failed update reaches the optimiser",
         path=TRAINER,
-        before="            model.zero_grad()\n            if self._clock",
-        after="            if self._clock",
+        before="            model.zero_grad()\n            if self._noise_callback",
+        after="            if self._noise_callback",
         tests=FIRST,
     ),
     Defect(
         name="a failed try advances the noise",
         path=TRAINER,
-        before="                self._clock.rewind()\n\n        loss",
+        before="                self._noise_callback.rewind()\n\n        loss",
         after="                pass\n\n        loss",
         tests=FIRST,
     ),
@@ -37,8 +37,8 @@ DEFECTS = (
     Defect(
         name="a smaller forward normalised by its own rows",
         path=TRAINER,
-        before="lambda part: run(model, part, num_items_in_batch)",
-        after="lambda part: run(model, part, num_items_in_batch if part is inputs else None)",
+        before="lambda rows: run(model, rows, num_items_in_batch)",
+        after="lambda rows: run(model, rows, num_items_in_batch if rows is inputs else None)",
         tests=FIRST,
     ),
     Defect(
@@ -73,7 +73,7 @@ DEFECTS = (
     Defect(
         name="a loss that is not finite is trained on",
         path=TRAINER,
-        before='        if found is not None:\n            raise self._stopped("nll"',
+        before='        if problem is not None:\n            raise self._stopped("nll"',
         after='        if False:\n            raise self._stopped("nll"',
         tests="training/test_finite.py row_that",
     ),
@@ -93,14 +93,14 @@ DEFECTS = (
     ),
     Defect(
         name="a KL weight that is not finite",
-        path=KL,
+        path="training/kl_callback.py",
         before="        if math.isfinite(self._rate * self._weight):\n",
         after="        if True:\n",
         tests="training/test_finite.py kl",
     ),
     Defect(
         name="a KL gradient that is not finite",
-        path=KL,
+        path="training/kl_callback.py",
         before="            if bad is None:\n",
         after="            if True:\n",
         tests="training/test_finite.py kl",
@@ -108,8 +108,8 @@ DEFECTS = (
     Defect(
         name="broken weights are saved",
         path=TRAINER,
-        before='        if bad is not None:\n            found = f"{bad[0]}',
-        after='        if False:\n            found = f"{bad[0]}',
+        before='        if bad is not None:\n            problem = f"{bad[0]}',
+        after='        if False:\n            problem = f"{bad[0]}',
         tests="training/test_finite.py weights",
     ),
     Defect(
@@ -121,7 +121,7 @@ DEFECTS = (
     ),
     Defect(
         name="the KL once a process",
-        path=KL,
+        path="training/kl_callback.py",
         before="self._weight = self.settings.schedule(state.global_step, self.settings.cycle)",
         after="self._weight = args.world_size * self.settings.schedule(state.global_step, self.settings.cycle)",
         tests="training/test_processes.py R06",
@@ -135,7 +135,7 @@ DEFECTS = (
     ),
     Defect(
         name="processes share their noise",
-        path="training/clock.py",
+        path="training/noise_callback.py",
         before="args.seed, args.process_index",
         after="args.seed, 0",
         tests="training/test_processes.py R06",
@@ -143,8 +143,8 @@ DEFECTS = (
     Defect(
         name="processes with other rows train together",
         path="training/checks.py",
-        before="if course.get(name) != first.get(name):",
+        before="if own.get(name) != first.get(name):",
         after="if False:",
-        tests="training/test_processes.py another_course",
+        tests="training/test_processes.py other_settings",
     ),
 )

@@ -2,44 +2,44 @@
 
 from mutants.defect import Defect
 
-WIDTH = "training/width.py"
+WIDTH = "training/posterior_std.py"
 TABLE_GRID = "tables/grid.py"
 
 DEFECTS = (
     Defect(
         name="width grown by the whole rate in every update",
         path=WIDTH,
-        before="found.append(share * schedule(step, cycle))",
-        after="found.append(schedule(step, cycle))",
-        tests="training/test_width.py recursion",
+        before="weights.append(share * schedule(step, cycle))",
+        after="weights.append(schedule(step, cycle))",
+        tests="training/test_posterior_std.py recursion",
     ),
     Defect(
         name="width grown twice as fast",
         path=WIDTH,
         before="g + 2 * rate * weight",
         after="g + 4 * rate * weight",
-        tests="training/test_width.py",
+        tests="training/test_posterior_std.py",
     ),
     Defect(
         name="warm-up one update shorter",
         path=WIDTH,
         before="rising = math.ceil(warmup * updates)",
         after="rising = math.floor(warmup * updates)",
-        tests="training/test_width.py recursion",
+        tests="training/test_posterior_std.py recursion",
     ),
     Defect(
         name="KL rate of a short run without its bound",
         path=WIDTH,
-        before="low, high = 0.0, prior_std**2",
-        after="low, high = 0.0, 1e9",
-        tests="training/test_width.py",
+        before="highest = prior_std**2",
+        after="highest = 1e9",
+        tests="training/test_posterior_std.py",
     ),
     Defect(
         name="first width of the middle of the start",
         path=WIDTH,
         before="return rho_init**2 * (1 - low**3) / (3 * (1 - low))",
         after="return rho_init**2 * ((1 + low) / 2) ** 2",
-        tests="training/test_width.py first_width",
+        tests="training/test_posterior_std.py first_width",
     ),
     Defect(
         name="line without its own settings",
@@ -102,7 +102,7 @@ DEFECTS = (
         path=WIDTH,
         before="if g <= best else max(moved, best)",
         after="",
-        tests="training/test_width.py wider",
+        tests="training/test_posterior_std.py wider",
     ),
     Defect(
         name="a width outside the start and the prior found out late",

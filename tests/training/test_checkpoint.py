@@ -272,7 +272,7 @@ def test_P04_a_checkpoint_without_the_files_of_every_process_is_not_complete(
     assert last_complete(tmp_path) == second
     training = second / "training.json"
     content = json.loads(training.read_text())
-    content["course"]["processes"] = 2
+    content["settings"]["processes"] = 2
     training.write_text(json.dumps(content))
     seal(second)
     with pytest.warns(BayestuneWarning, match=r"checkpoint-2 cannot be resumed: .*rng_1\.json"):

@@ -230,16 +230,19 @@ def test_P04_broken_checkpoints_are_passed_over_by_name(run: Path) -> None:
 
 
 WRONG: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
-    "empty": ("is not an object with course", lambda saved: {}),
-    "list": ("is not an object with course", lambda saved: []),
-    "scheduler": ("is not an object with course", lambda saved: {**saved, "scheduler": None}),
+    "empty": ("is not an object with settings", lambda saved: {}),
+    "list": ("is not an object with settings", lambda saved: []),
+    "scheduler": ("is not an object with settings", lambda saved: {**saved, "scheduler": None}),
     "format": ("has format 2, expected 1", lambda saved: {**saved, "format": 2}),
     "state": ("has an optimizer without state", lambda saved: {**saved, "optimizer": {"state": {}}}),
-    "letter": ("has processes='x', expected 1 to", lambda saved: {**saved, "course": {"processes": "x"}}),
-    "bool": ("has processes=True, expected 1 to", lambda saved: {**saved, "course": {"processes": True}}),
-    "none": ("has processes=0, expected 1 to", lambda saved: {**saved, "course": {"processes": 0}}),
-    "more": ("has processes=9, expected 1 to 8", lambda saved: {**saved, "course": {"processes": 9}}),
-    "many": ("has processes=30000000, expected 1 to 8", lambda saved: {**saved, "course": {"processes": 30_000_000}}),
+    "letter": ("has processes='x', expected 1 to", lambda saved: {**saved, "settings": {"processes": "x"}}),
+    "bool": ("has processes=True, expected 1 to", lambda saved: {**saved, "settings": {"processes": True}}),
+    "none": ("has processes=0, expected 1 to", lambda saved: {**saved, "settings": {"processes": 0}}),
+    "more": ("has processes=9, expected 1 to 8", lambda saved: {**saved, "settings": {"processes": 9}}),
+    "many": (
+        "has processes=30000000, expected 1 to 8",
+        lambda saved: {**saved, "settings": {"processes": 30_000_000}},
+    ),
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bayestune.errors import ConfigError
-from bayestune.training.prior import gaussian_penalty
+from bayestune.functional import gaussian_penalty
 from training.toys import TASK, Recorder, arguments, double_blob, lora, rows, trained
 
 PRIOR_STD = 0.3
@@ -38,6 +38,6 @@ def test_the_gradient_of_an_update_is_that_of_the_map_objective(accumulation: in
 
 def test_a_prior_std_that_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="prior_std: found 0"):
-        gaussian_penalty([torch.nn.Parameter(torch.ones(1))], 0.0)
+        Recorder(lora(), task=TASK, args=arguments(tmp_path), train_rows=rows(3), prior_std=0.0)
     with pytest.raises(ConfigError, match="prior_std is the MAP's"):
         Recorder(double_blob(), task=TASK, args=arguments(tmp_path), train_rows=rows(3), prior_std=1.0)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import bayestune
 from bayestune.errors import ConfigError
 from bayestune.training import last_complete
-from bayestune.training.checks import check_same_course
+from bayestune.training.checks import check_same_settings
 from training.process import KINDS, scores, trainer_of
 from training.toys import rows, trained
 
@@ -120,8 +120,8 @@ def assert_gone(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["rows", "row_sha256", "seed", "prior_std"])
-def test_R07_processes_with_another_course_are_refused_by_name(name: str) -> None:
-    course = {"seed": 1, "rows": 20, "row_sha256": "ab"}
-    check_same_course([course, dict(course)])
+def test_R07_processes_with_other_settings_are_refused_by_name(name: str) -> None:
+    settings = {"seed": 1, "rows": 20, "row_sha256": "ab"}
+    check_same_settings([settings, dict(settings)])
     with pytest.raises(ConfigError, match=f"process 2 has {name}=7, process 0 has "):
-        check_same_course([course, course, {**course, name: 7}])
+        check_same_settings([settings, settings, {**settings, name: 7}])

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from bayestune.adapters.config import Estimator
 from bayestune.errors import ConfigError
 from bayestune.storage.state import MAX_RANK
-from bayestune.training.width import check_std, initial_std
+from bayestune.training.posterior_std import check_std, initial_std
 
 Family = Literal["causal", "encoder"]
 Method = Literal["mle", "map", "dropout", "ensemble", "bbb", "blob", "laplace", "tfb", "swag", "temperature"]

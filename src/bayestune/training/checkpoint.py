@@ -4,7 +4,7 @@ A checkpoint folder holds, beside PEFT's adapter folder(s) and the Trainer's own
 
 ========================  ==================================================================
 optimizer.safetensors     tensors of the optimiser's state, named "<parameter number>.<name>"
-training.json             settings that fix the course of the run, parameter groups, scheduler
+training.json             settings that the run depends on, parameter groups, scheduler
 rng_<rank>.safetensors    states of torch (CPU and CUDA) and numpy generators
 rng_<rank>.json           the rest of numpy's state, and Python's
 checkpoint.json           size and sha256 of each of these files
@@ -55,8 +55,8 @@ class SafeTrainer(Trainer):
 
     _saves_to: Path | None = None
 
-    def course(self) -> dict[str, Any]:
-        """Settings that must be the same for a resumed run to repeat the uninterrupted one; JSON values."""
+    def resume_settings(self) -> dict[str, Any]:
+        """Settings that a resumed run must share with the uninterrupted one to repeat it; JSON values."""
         args = self.args
         return {
             "seed": args.seed,
@@ -127,7 +127,7 @@ class SafeTrainer(Trainer):
             Path(output_dir) / TRAINING,
             {
                 "format": FORMAT,
-                "course": {**self.course(), "step": self.state.global_step},
+                "settings": {**self.resume_settings(), "step": self.state.global_step},
                 "optimizer": {"param_groups": state["param_groups"], "state": rest},
                 "scheduler": scheduler.state_dict(),
             },
@@ -137,10 +137,10 @@ class SafeTrainer(Trainer):
         if checkpoint is None:
             return
         saved = _read_json(Path(checkpoint) / TRAINING)
-        for name, value in {**self.course(), "step": self.state.global_step}.items():
-            if saved["course"].get(name) != value:
+        for name, value in {**self.resume_settings(), "step": self.state.global_step}.items():
+            if saved["settings"].get(name) != value:
                 raise TrainingError(
-                    f"{checkpoint} was written with {name}={saved['course'].get(name)!r}, this run has {value!r}: "
+                    f"{checkpoint} was written with {name}={saved['settings'].get(name)!r}, this run has {value!r}: "
                     "it could not continue the same run. Use the same setting, or start anew from its adapter."
                 )
         tensors = load_file(_existing(Path(checkpoint) / OPTIMIZER))
@@ -156,12 +156,6 @@ class SafeTrainer(Trainer):
         assert isinstance(self.optimizer, torch.optim.Optimizer)
         assert isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LRScheduler)
         return self.optimizer, self.lr_scheduler
-
-    def _save_scaler(self, output_dir: str) -> None:
-        """Nothing to save: there is no loss scaling without fp16, which is refused."""
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        """Nothing to load."""
 
     def _save_rng_state(self, output_dir: str) -> None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)

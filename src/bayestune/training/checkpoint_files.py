@@ -174,12 +174,12 @@ def _processes(checkpoint: Path, files: int) -> int:
         found = json.loads(path.read_bytes())  # not strictly: the scheduler of plateaus keeps infinities
     except (ValueError, RecursionError) as error:
         raise _broken(checkpoint, f"{TRAINING} is not JSON ({error})") from None
-    parts = {"course": dict, "optimizer": dict, "scheduler": dict, "format": int}
+    parts = {"settings": dict, "optimizer": dict, "scheduler": dict, "format": int}
     if not isinstance(found, dict) or any(type(found.get(name)) is not kind for name, kind in parts.items()):
         raise _broken(checkpoint, f"{TRAINING} is not an object with {', '.join(parts)}")
     if found["format"] != FORMAT:
         raise _broken(checkpoint, f"{TRAINING} has format {shown(found['format'])}, expected {FORMAT}")
-    processes, optimizer = found["course"].get("processes"), found["optimizer"]
+    processes, optimizer = found["settings"].get("processes"), found["optimizer"]
     if type(optimizer.get("state")) is not dict or type(optimizer.get("param_groups")) is not list:
         raise _broken(checkpoint, f"{TRAINING} has an optimizer without state or param_groups")
     if type(processes) is not int or not 1 <= processes <= files:

@@ -68,6 +68,8 @@ def check_model(
         )
     if prior_std is not None and random:
         raise ConfigError("prior_std is the MAP's, of a point: a random adapter has that of BlobConfig(prior_std).")
+    if prior_std is not None and not 0 < prior_std < float("inf"):
+        raise ConfigError(f"prior_std: found {prior_std}, expected a number above 0.")
 
 
 def check_rows(args: TrainingArguments, rows: int) -> None:
@@ -82,16 +84,20 @@ def check_rows(args: TrainingArguments, rows: int) -> None:
         )
 
 
-def check_same_course(courses: Sequence[dict[str, Any]]) -> None:
-    """Refuse processes that would not train the same: with other rows one of them would wait for the others for ever.
+def check_same_settings(settings: Sequence[dict[str, Any]]) -> None:
+    """Raise an error unless all processes train the same; with different rows one would wait for the others forever.
 
-    `courses` are those of all processes (`SafeTrainer.course`), in the order of their ranks.
+    Args:
+        settings: `SafeTrainer.resume_settings` of each process, in the order of their ranks.
+
+    Raises:
+        ConfigError: a process differs from the first.
     """
-    first = courses[0]
-    for rank, course in enumerate(courses):
-        for name in {**first, **course}:
-            if course.get(name) != first.get(name):
+    first = settings[0]
+    for rank, own in enumerate(settings):
+        for name in {**first, **own}:
+            if own.get(name) != first.get(name):
                 raise ConfigError(
-                    f"process {rank} has {name}={course.get(name)!r}, process 0 has {first.get(name)!r}: expected the "
+                    f"process {rank} has {name}={own.get(name)!r}, process 0 has {first.get(name)!r}: expected the "
                     "same in all; give every process the same settings and the same rows, in the same order."
                 )

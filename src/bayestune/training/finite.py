@@ -13,16 +13,16 @@ from torch.nn.utils import get_total_norm
 from bayestune.errors import TrainingError
 from bayestune.training.checkpoint_files import last_complete
 
-Part = Literal["nll", "gradient", "kl", "weights"]
+Quantity = Literal["nll", "gradient", "kl", "weights"]
 
 
 def stopped(
-    part: Part, found: str, *, step: int, learning_rate: float, output: str | Path | None, advice: str
+    quantity: Quantity, problem: str, *, step: int, learning_rate: float, output: str | Path | None, advice: str
 ) -> TrainingError:
-    """The error that ends training at update `step` because of `part`; `output` is the folder of the checkpoints."""
+    """Return the error that ends training at update `step`; `output` is the folder of the checkpoints."""
     last = None if output is None else last_complete(Path(output))
     return TrainingError(
-        f"step {step}, {part}: {found}, expected finite numbers. Nothing of this update is kept; the "
+        f"step {step}, {quantity}: {problem}, expected finite numbers. Nothing of this update is kept; the "
         f"learning rate was {learning_rate:g}, the last good checkpoint is {last or 'none'}: {advice}."
     )
 

@@ -31,10 +31,10 @@ class BackOff:
     ) -> None:
         self.rows_at_once = args.per_device_train_batch_size
         self._args, self._ids, self._batch_of = args, ids, batch_of
-        self.begin()
+        self.start_update()
 
-    def begin(self) -> None:
-        """Begin a new update."""
+    def start_update(self) -> None:
+        """Start a new update."""
         self._batches: list[dict[str, Any]] = []
         self._loss: Tensor | float = 0.0  # of those that are done
         self._generators: list[Tensor] = []

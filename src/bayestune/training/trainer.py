@@ -1,7 +1,6 @@
 """`BayesTrainer`: transformers' Trainer for a posterior over adapter weights (or plain LoRA, the MLE)."""
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,18 +16,19 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from bayestune.adapters import gaussian_layers, random_layers, training_noise
 from bayestune.errors import ConfigError, TrainingError
-from bayestune.functional import cycle_steps, std
+from bayestune.functional import cycle_steps, gaussian_penalty
 from bayestune.metrics import accuracy, nll
 from bayestune.tasks import AnyRow, Task
 from bayestune.training.batches import ROW, Collator, Examples
 from bayestune.training.checkpoint import SafeTrainer
-from bayestune.training.checks import check_arguments, check_model, check_rows, check_same_course
-from bayestune.training.clock import NoiseCallback
-from bayestune.training.finite import Part, first_nonfinite, listed, nonfinite_rows, stopped
-from bayestune.training.kl import KLCallback, KLSettings
+from bayestune.training.checks import check_arguments, check_model, check_rows, check_same_settings
+from bayestune.training.finite import Quantity, first_nonfinite, listed, nonfinite_rows, stopped
+from bayestune.training.kl import KLSettings, posterior_summary
+from bayestune.training.kl_callback import KLCallback
 from bayestune.training.memory import BackOff, logits_in_parts
+from bayestune.training.noise_callback import NoiseCallback
+from bayestune.training.optimizer import parameter_groups
 from bayestune.training.order import LengthGrouped
-from bayestune.training.prior import gaussian_penalty
 
 
 class BayesTrainer(SafeTrainer):
@@ -90,13 +90,11 @@ class BayesTrainer(SafeTrainer):
         train = Examples(task, task.rows("train") if train_rows is None else train_rows, model)
         check_rows(args, len(train))
         self._train, self._collator = train, Collator(task)
-        self._clock: NoiseCallback | None = None
+        self._noise_callback = NoiseCallback() if random else None
         if self._gaussian:
             batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
             kl = kl or KLSettings(cycle=cycle_steps(len(train), batch, processes=args.world_size))
-            self._clock = KLCallback(kl)
-        elif random:
-            self._clock = NoiseCallback()
+            self._noise_callback = KLCallback(kl)
         self.kl = kl
         super().__init__(
             model=model,
@@ -105,35 +103,23 @@ class BayesTrainer(SafeTrainer):
             train_dataset=train,
             eval_dataset=None if eval_rows is None else Examples(task, eval_rows, model),
             compute_metrics=_scores,
-            callbacks=[*([self._clock] if self._clock else []), *(callbacks or [])],
+            callbacks=[*([self._noise_callback] if self._noise_callback else []), *(callbacks or [])],
         )
         self._memory = BackOff(self.args, self._train.ids, self._batch_of)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ConfigError("the accelerate configuration asks for DeepSpeed or FSDP: not supported, use DDP.")
         if args.world_size > 1:
-            check_same_course(gather_object([self.course()]))
+            check_same_settings(gather_object([self.resume_settings()]))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW (or plain SGD) over M, B and the trained heads; G is in none of its groups."""
         if self.optimizer is None:
             module = self.model if model is None else model
             assert isinstance(module, nn.Module)
-            rhos = {id(layer.rho) for layer in self._gaussian.values()}
-            means = {id(layer.weight) for layer in self._gaussian.values()}
             decayed = set(self.get_decay_parameter_names(module))
-            groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-            for name, parameter in module.named_parameters():
-                if parameter.requires_grad and id(parameter) not in rhos:
-                    groups[name in decayed and id(parameter) not in means].append(parameter)
-            optimiser, settings = Trainer.get_optimizer_cls_and_kwargs(self.args)
-            self.optimizer = optimiser(
-                [
-                    {"params": parameters, "weight_decay": self.args.weight_decay if decay else 0.0}
-                    for decay, parameters in groups.items()
-                    if parameters
-                ],
-                **settings,
-            )
+            groups = parameter_groups(module, self._gaussian.values(), decayed, self.args.weight_decay)
+            optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = optimizer_class(groups, **settings)
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
@@ -148,7 +134,7 @@ class BayesTrainer(SafeTrainer):
     ) -> tuple[list[dict[str, Tensor]], int]:
         """The micro-batches of one update, and the number of rows in them, over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._memory.begin()
+        self._memory.start_update()
         rows = sum(len(batch[ROW]) for batch in batches)
         if self.args.world_size > 1:
             gathered = self.accelerator.gather(torch.tensor(rows, device=device))
@@ -175,9 +161,9 @@ class BayesTrainer(SafeTrainer):
         if draws > 1:
             batch = {name: tensor.repeat(draws, *[1] * (tensor.dim() - 1)) for name, tensor in batch.items()}
         nll = self._row_nll(model, batch, draws * rows).view(draws, rows)
-        found = nonfinite_rows(nll, [self._train.ids[int(row)] for row in index])
-        if found is not None:
-            raise self._stopped("nll", found, advice="look at that row, or lower the learning rate")
+        problem = nonfinite_rows(nll, [self._train.ids[int(row)] for row in index])
+        if problem is not None:
+            raise self._stopped("nll", problem, advice="look at that row, or lower the learning rate")
         total = rows if num_items_in_batch is None else int(num_items_in_batch)
         processes = 1 if num_items_in_batch is None else self.args.world_size
         loss = nll.sum() * (processes / (draws * total))
@@ -195,12 +181,12 @@ class BayesTrainer(SafeTrainer):
 
         def undo() -> None:
             model.zero_grad()
-            if self._clock is not None:
-                self._clock.rewind()
+            if self._noise_callback is not None:
+                self._noise_callback.rewind()
 
         loss = self._memory.run(
             inputs,
-            lambda part: run(model, part, num_items_in_batch),
+            lambda rows: run(model, rows, num_items_in_batch),
             undo,
             step=self.state.global_step,
             shared=isinstance(model, DistributedDataParallel),
@@ -251,23 +237,23 @@ class BayesTrainer(SafeTrainer):
         With `prior_std` the logged `nll` is the MAP objective: it includes the penalty.
         """
         if "loss" in logs:
-            logs = {**logs, "nll": logs["loss"], **self._posterior_state()}
+            logs = {**logs, "nll": logs["loss"], **posterior_summary(self._gaussian.values())}
         super().log(logs, start_time)
 
-    def course(self) -> dict[str, Any]:
-        """See `SafeTrainer.course`; adds the rows, the draws and the KL's weight at this step."""
-        course = {
-            **super().course(),
+    def resume_settings(self) -> dict[str, Any]:
+        """Like `SafeTrainer.resume_settings`, with the rows, the draws and the KL's weight at this step."""
+        settings = {
+            **super().resume_settings(),
             "train_draws": self.train_draws,
             "rows": len(self._train.ids),
             "row_sha256": self._train.sha256,
         }
         if self.prior_std is not None:
-            course["prior_std"] = self.prior_std
+            settings["prior_std"] = self.prior_std
         if self.kl is not None:
-            course["kl_cycle"], course["kl_learning_rate"] = self.kl.cycle, self.kl.learning_rate
-            course["kl_weight"] = self.kl.schedule(self.state.global_step, self.kl.cycle)
-        return course
+            settings["kl_cycle"], settings["kl_learning_rate"] = self.kl.cycle, self.kl.learning_rate
+            settings["kl_weight"] = self.kl.schedule(self.state.global_step, self.kl.cycle)
+        return settings
 
     def _row_nll(self, model: nn.Module, batch: dict[str, Tensor], rows: int) -> Tensor:
         if self._noise is None:
@@ -278,17 +264,6 @@ class BayesTrainer(SafeTrainer):
         finally:
             self._noise.rows = None
 
-    @torch.no_grad()
-    def _posterior_state(self) -> dict[str, float]:
-        layers = self._gaussian.values()
-        if not layers:
-            return {}
-        entries = sum(layer.rho.numel() for layer in layers)
-        return {
-            "kl": math.fsum(layer.kl().item() for layer in layers),
-            "std": math.fsum(std(layer.rho.double()).sum().item() for layer in layers) / entries,
-        }
-
     def _batch_of(self, rows: Sequence[int]) -> dict[str, Any]:
         return self._collator([self._train[row] for row in rows])
 
@@ -296,8 +271,8 @@ class BayesTrainer(SafeTrainer):
         assert self.model is not None
         bad = first_nonfinite({name: p for name, p in self.model.named_parameters() if p.requires_grad})
         if bad is not None:
-            found = f"{bad[0]} ({bad[1]} parameters in all) is not finite after the update"
-            raise self._stopped("weights", found, advice="lower the learning rate")
+            problem = f"{bad[0]} ({bad[1]} parameters in all) is not finite after the update"
+            raise self._stopped("weights", problem, advice="lower the learning rate")
         super()._save_checkpoint(model, trial)
 
     def _refuse_nonfinite_gradient(self, num_items_in_batch: Tensor | int | None) -> None:
@@ -307,27 +282,27 @@ class BayesTrainer(SafeTrainer):
         bad = first_nonfinite(gradients, squared=True)
         if bad is None:
             return
-        found = f"the NLL gradient of {bad[0]} ({bad[1]} parameters in all) is not finite"
+        problem = f"the NLL gradient of {bad[0]} ({bad[1]} parameters in all) is not finite"
         rows = self._memory.rows
         guilty = [row for row in rows if self._spoils_gradient(row, num_items_in_batch)]
         of = "from" if guilty else "from one of"
         ids = [self._train.ids[row] for row in guilty or rows]
         advice = "look at that row, lower the learning rate, or train in float32"
-        raise self._stopped("gradient", f"{found}, {of} {listed(ids)}", advice=advice)
+        raise self._stopped("gradient", f"{problem}, {of} {listed(ids)}", advice=advice)
 
     def _spoils_gradient(self, row: int, num_items_in_batch: Tensor | int | None) -> bool:
         """Whether the gradient of this row alone, in this process alone, is not finite."""
         assert self.model is not None
         self.model.zero_grad()
-        if self._clock is not None:
-            self._clock.rewind()
+        if self._noise_callback is not None:
+            self._noise_callback.rewind()
         super().training_step(self.model, self._batch_of([row]), num_items_in_batch)
         return not all(p.grad.square().isfinite().all() for p in self.model.parameters() if p.grad is not None)
 
-    def _stopped(self, part: Part, found: str, *, advice: str) -> TrainingError:
+    def _stopped(self, quantity: Quantity, problem: str, *, advice: str) -> TrainingError:
         rate = self.args.learning_rate if self.lr_scheduler is None else self._get_learning_rate()
         step, output = self.state.global_step, self.args.output_dir
-        return stopped(part, found, step=step, learning_rate=rate, output=output, advice=advice)
+        return stopped(quantity, problem, step=step, learning_rate=rate, output=output, advice=advice)
 
 
 def _scores(evaluated: EvalPrediction) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""`NoiseCallback`: sets the clock of the training noise at every update."""
+"""`NoiseCallback`: keys the training noise by the update, so that a resumed run sees the same noise."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from bayestune.adapters import RandomLinear, TrainingNoise, random_layers, train
 
 
 class NoiseCallback(TrainerCallback):
-    """Keys the noise of each forward by (seed, update, micro-batch, process), so that a resumed run sees the same.
+    """Keys the noise of each forward by (seed, update, micro-batch, process).
 
     Raises:
-        DrawError: when training begins: the model has no random adapter.
+        DrawError: when training begins, if the model has no random adapter.
     """
 
     def __init__(self) -> None:
@@ -36,5 +36,5 @@ class NoiseCallback(TrainerCallback):
         """Go back to the first micro-batch of the update."""
         assert self._noise is not None
         for layer in self._random:
-            layer.noise = None  # a part of the model called alone must not train on old noise
+            layer.noise = None  # a part of the model that is called alone must not train on old noise
         self._noise.micro = 0

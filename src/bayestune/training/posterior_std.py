@@ -1,0 +1,119 @@
+r"""The posterior standard deviation that the KL alone leads to, and the KL learning rate that reaches a target.
+
+In a short run the NLL gradient hardly moves G, so the final standard deviation Omega = G^2 is set by the KL steps
+(docs/recipe.md). Let c_i be the relative learning rate of update i and pi_i its KL weight. Each update is
+
+    G <- G + 2 eta c_i pi_i (1 / G - G^3 / s_p^2),  stopping at sqrt(s_p).
+
+While Omega is small against the prior's s_p and the steps are small, Omega grows by ``4 eta c_i pi_i`` per update:
+about ``2 eta`` per cycle under a rate that falls linearly to 0. The same KL rate therefore gives a different posterior
+for each number of updates; `kl_rate_for_std` fixes the posterior instead.
+"""
+
+import math
+import sys
+
+from scipy.optimize import brentq
+
+from bayestune.errors import ConfigError
+from bayestune.functional import paper_kl_weight
+from bayestune.training.kl import Schedule
+
+_NEGLIGIBLE = 1e-12  # of a KL weight: a million of these move Omega by less than float32 resolves
+
+
+def initial_std(rho_init: float) -> float:
+    """Return the mean of Omega = G^2 at the start, where G is uniform on (rho_init / sqrt(2), rho_init)."""
+    low = 1 / math.sqrt(2)
+    return rho_init**2 * (1 - low**3) / (3 * (1 - low))
+
+
+def kl_only_std(
+    rate: float,
+    *,
+    updates: int,
+    cycle: int,
+    start: float,
+    prior_std: float,
+    schedule: Schedule = paper_kl_weight,
+    warmup: float = 0.06,
+) -> float:
+    """Return Omega after `updates` steps of the KL alone (see the module docstring).
+
+    Args:
+        rate: peak KL learning rate eta.
+        updates: number of updates in the run.
+        cycle: updates in one cycle of KL weights, as in `KLSettings`.
+        start: initial Omega, such as `initial_std(rho_init)`.
+        prior_std: s_p, the standard deviation of the prior.
+        schedule: KL weight of each update, as in `KLSettings`.
+        warmup: share of the updates in which the rate rises linearly from 0; it then falls linearly to 0.
+    """
+    return _grow(rate, _weights(updates, cycle, schedule, warmup), start, prior_std)
+
+
+def check_std(std: float, *, start: float, prior_std: float) -> None:
+    """Raise an error unless the KL alone can reach `std`.
+
+    Raises:
+        ConfigError: `std` is not between `start` and `prior_std`.
+    """
+    if not start < std < prior_std:
+        raise ConfigError(
+            f"posterior_std: found {std:g}, expected more than the start, {start:.4g} (from rho_init), and less than "
+            f"the prior's {prior_std:g}, as the KL leads from one to the other; or give kl_learning_rate instead."
+        )
+
+
+def kl_rate_for_std(
+    std: float,
+    *,
+    updates: int,
+    cycle: int,
+    start: float,
+    prior_std: float,
+    schedule: Schedule = paper_kl_weight,
+    warmup: float = 0.06,
+) -> float:
+    """Return the KL learning rate eta at which `kl_only_std` equals `std`.
+
+    The same rate shrinks the means, ``M <- M - eta c_i pi_i M / s_p^2``: over the run by a factor of about
+    ``exp(-(std - start) / (4 s_p^2))``, which is 0.7 for 0.06 under a prior of 0.2, but 0.2 under a prior of 0.1.
+    With a narrow prior choose a small posterior std.
+
+    Args:
+        std: target Omega.
+        updates, cycle, start, prior_std, schedule, warmup: as in `kl_only_std`.
+
+    Returns:
+        At most ``s_p^2``, so that a weight of 1/2 takes at most half of M in one update. A run too short to reach
+        `std` at that rate ends below it.
+
+    Raises:
+        ConfigError: as `check_std`.
+    """
+    check_std(std, start=start, prior_std=prior_std)
+    weights = _weights(updates, cycle, schedule, warmup)
+    highest = prior_std**2
+    if _grow(highest, weights, start, prior_std) <= std:
+        return highest
+    precise = {"xtol": sys.float_info.min, "rtol": 4 * sys.float_info.epsilon}
+    return brentq(lambda rate: _grow(rate, weights, start, prior_std) - std, 0.0, highest, **precise)
+
+
+def _weights(updates: int, cycle: int, schedule: Schedule, warmup: float) -> list[float]:
+    """c_i pi_i of the updates in which it is not negligible."""
+    rising = math.ceil(warmup * updates)
+    weights = []
+    for step in range(updates):
+        share = step / rising if step < rising else (updates - step) / max(1, updates - rising)
+        weights.append(share * schedule(step, cycle))
+    return [weight for weight in weights if weight > _NEGLIGIBLE]
+
+
+def _grow(rate: float, weights: list[float], start: float, prior_std: float) -> float:
+    g, best = math.sqrt(start), math.sqrt(prior_std)
+    for weight in weights:
+        moved = g + 2 * rate * weight * (1 / g - g**3 / prior_std**2)
+        g = min(moved, best) if g <= best else max(moved, best)
+    return g * g
