@@ -87,9 +87,9 @@ DEFECTS = (
     ),
     Defect(
         name="a resumed run with other settings",
-        path="training/checkpoint.py",
-        before='            if saved["settings"].get(name) != value:',
-        after="            if False:",
+        path="training/checkpoint_state.py",
+        before='        if saved["settings"].get(name) != value:',
+        after="        if False:",
         tests="training/test_checkpoint.py settings",
     ),
     Defect(

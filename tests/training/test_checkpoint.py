@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from bayestune.errors import BayestuneWarning, PosteriorError, TrainingError
 from bayestune.tasks import Row
 from bayestune.training import BayesTrainer, KLSettings
-from bayestune.training.checkpoint import load_random_state, save_random_state
+from bayestune.training.checkpoint_state import load_random_state, save_random_state
 from bayestune.training.checkpoint_files import last_complete, seal
 from training.toys import TASK, arguments, double_blob, lora, rows, trained
 

@@ -19,7 +19,7 @@ from peft import PeftModel, get_peft_model
 from bayestune.errors import BayestuneWarning, ConfigError, TrainingError
 from bayestune.files import alone
 from bayestune.storage.manifest import serialised
-from bayestune.training import BayesTrainer, KLSettings, checkpoint, last_complete
+from bayestune.training import BayesTrainer, KLSettings, checkpoint, checkpoint_state, last_complete
 from bayestune.training.checkpoint_files import MANIFEST, UNFINISHED, check_checkpoint, seal
 from models import GPT2, scatter
 from training.toys import TASK, arguments, double_blob, rows, trained
@@ -120,8 +120,8 @@ def test_P08_a_damaged_checkpoint_is_refused_before_a_tensor_is_read(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[Path] = []
-    load = checkpoint.load_file
-    monkeypatch.setattr(checkpoint, "load_file", lambda path: (read.append(path), load(path))[1])
+    load = checkpoint_state.load_file
+    monkeypatch.setattr(checkpoint_state, "load_file", lambda path: (read.append(path), load(path))[1])
     fresh = trainer(tmp_path / "new")
     before, state = trained(fresh.model), torch.get_rng_state()
     for name in sorted(FILES - {"README.md"}):
@@ -329,7 +329,7 @@ def test_P04_an_adapter_of_another_name_is_saved_and_resumed(tmp_path: Path) -> 
 # What goes wrong while it is written
 
 
-@pytest.mark.parametrize("call", ["save_file", "seal", "publish"])
+@pytest.mark.parametrize("call", ["save_optimizer", "seal", "publish"])
 def test_P02_a_save_that_fails_leaves_the_one_before_and_no_litter(
     run: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:

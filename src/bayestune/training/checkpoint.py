@@ -1,39 +1,32 @@
-"""Checkpoints of the Trainer as safetensors and JSON only: no pickle is ever written or opened.
+"""`SafeTrainer`: transformers' Trainer with checkpoints that are safetensors and JSON, written whole, and exact.
 
 A checkpoint folder holds, beside PEFT's adapter folder(s) and the Trainer's own `trainer_state.json`:
 
 ========================  ==================================================================
-optimizer.safetensors     tensors of the optimiser's state, named "<parameter number>.<name>"
+optimizer.safetensors     tensors of the optimizer's state, named "<parameter number>.<name>"
 training.json             settings that the run depends on, parameter groups, scheduler
 rng_<rank>.safetensors    states of torch (CPU and CUDA) and numpy generators
 rng_<rank>.json           the rest of numpy's state, and Python's
 checkpoint.json           size and sha256 of each of these files
 ========================  ==================================================================
 
-JSON keeps the floats exactly, so a resumed run repeats the uninterrupted one bit for bit. How the folder comes to be
-there whole, or not at all, is the business of `checkpoint_files`.
+`checkpoint_state` reads and writes these files; `checkpoint_files` makes the folder appear whole or not at all.
 """
 
 import contextlib
-import json
-import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from peft import PeftModel
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer
 
-from bayestune.errors import ConfigError, PosteriorError, TrainingError
+from bayestune.errors import TrainingError
 from bayestune.training.checkpoint_files import (
     ADAPTER,
-    FORMAT,
-    OPTIMIZER,
     STATE,
-    TRAINING,
     UNFINISHED,
     check_checkpoint,
     publish,
@@ -41,22 +34,31 @@ from bayestune.training.checkpoint_files import (
     seal,
     unfinished,
 )
+from bayestune.training.checkpoint_state import (
+    load_adapter,
+    load_optimizer,
+    load_random_state,
+    save_optimizer,
+    save_random_state,
+)
 
 
 class SafeTrainer(Trainer):
-    """`transformers.Trainer` for adapters, with every pickle of its checkpoints replaced, and each written whole.
+    """`transformers.Trainer` for adapters, without a pickle in its checkpoints, each of which is written whole.
+
+    It overrides the private methods of the Trainer that read or write a checkpoint, and `_run_epoch`; the bound on
+    transformers in pyproject.toml follows from that.
 
     Raises:
-        ConfigError: on saving, another process is saving a checkpoint in the same folder.
-        TrainingError: on resuming, a file is missing, altered, or was written under other settings than those of
-            this run.
-        PosteriorError: on resuming, the adapter weights do not fit the model.
+        ConfigError: on saving, if another process is saving a checkpoint in the same folder.
+        TrainingError: on resuming, if a file is missing, altered, or was written with other settings.
+        PosteriorError: on resuming, if the adapter weights do not fit the model.
     """
 
     _saves_to: Path | None = None
 
     def resume_settings(self) -> dict[str, Any]:
-        """Settings that a resumed run must share with the uninterrupted one to repeat it; JSON values."""
+        """Return the settings that a resumed run must share with the interrupted one, as JSON values."""
         args = self.args
         return {
             "seed": args.seed,
@@ -74,11 +76,11 @@ class SafeTrainer(Trainer):
         }
 
     def _get_output_dir(self, trial: Any) -> str:
-        """The folder of the checkpoints, or the one where the next of them is being written."""
+        """Return the folder of the checkpoints or, during a save, the folder where the next one is written."""
         return super()._get_output_dir(trial) if self._saves_to is None else str(self._saves_to)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Trainer's, in a folder of another name that takes its own when all is written; then the oldest go."""
+        """Like `Trainer._save_checkpoint`, but in a folder that is renamed when all of it is written."""
         run = Path(self._get_output_dir(trial))
         name, writes = f"checkpoint-{self.state.global_step}", self.args.should_save
         with unfinished(run) if writes else contextlib.nullcontext():
@@ -103,13 +105,14 @@ class SafeTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _run_epoch(self, **settings: Any) -> None:
-        """Trainer's, which would make one update more where a run is resumed after its last one."""
+        """Like `Trainer._run_epoch`, which would make one more update in a run resumed after its last."""
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(**settings)
         else:
             self.control.should_training_stop = True
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Like `Trainer.save_model`, but only the adapter, and without the pickled arguments."""
         if self.args.should_save:
             # PEFT would ask the network whether the base has other embeddings; they are never adapted here.
             folder = output_dir or self.args.output_dir
@@ -117,44 +120,18 @@ class SafeTrainer(Trainer):
             _adapter_model(self.model).save_pretrained(folder, save_embedding_layers=False)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.args.should_save:
-            return
-        optimizer, scheduler = self._stateful()
-        state = optimizer.state_dict()
-        tensors, rest = _split(state["state"])
-        save_file(tensors, Path(output_dir) / OPTIMIZER)
-        _write_json(
-            Path(output_dir) / TRAINING,
-            {
-                "format": FORMAT,
-                "settings": {**self.resume_settings(), "step": self.state.global_step},
-                "optimizer": {"param_groups": state["param_groups"], "state": rest},
-                "scheduler": scheduler.state_dict(),
-            },
-        )
+        if self.args.should_save:
+            save_optimizer(Path(output_dir), *self._optimizer_and_scheduler(), self._settings_at_step())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        saved = _read_json(Path(checkpoint) / TRAINING)
-        for name, value in {**self.resume_settings(), "step": self.state.global_step}.items():
-            if saved["settings"].get(name) != value:
-                raise TrainingError(
-                    f"{checkpoint} was written with {name}={saved['settings'].get(name)!r}, this run has {value!r}: "
-                    "it could not continue the same run. Use the same setting, or start anew from its adapter."
-                )
-        tensors = load_file(_existing(Path(checkpoint) / OPTIMIZER))
-        state: dict[int, dict[str, Any]] = {int(key): value for key, value in saved["optimizer"]["state"].items()}
-        for key, tensor in tensors.items():
-            number, name = key.split(".", 1)
-            state.setdefault(int(number), {})[name] = tensor
-        optimizer, scheduler = self._stateful()
-        optimizer.load_state_dict({"state": state, "param_groups": saved["optimizer"]["param_groups"]})
-        scheduler.load_state_dict(saved["scheduler"])
+        if checkpoint is not None:
+            load_optimizer(Path(checkpoint), *self._optimizer_and_scheduler(), self._settings_at_step())
 
-    def _stateful(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-        assert isinstance(self.optimizer, torch.optim.Optimizer)
-        assert isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LRScheduler)
+    def _settings_at_step(self) -> dict[str, Any]:
+        return {**self.resume_settings(), "step": self.state.global_step}
+
+    def _optimizer_and_scheduler(self) -> tuple[Optimizer, LRScheduler]:
+        assert isinstance(self.optimizer, Optimizer) and isinstance(self.lr_scheduler, LRScheduler)
         return self.optimizer, self.lr_scheduler
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -165,8 +142,11 @@ class SafeTrainer(Trainer):
         if checkpoint is not None:
             load_random_state(Path(checkpoint) / f"rng_{self.args.process_index}", self.args.device)
 
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Load nothing: there is no loss scaler without fp16, and a file of that name would be a pickle."""
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Trainer's first look at a checkpoint: all of it is checked here, before any of it is used."""
+        """Check all of the checkpoint, then load its adapters; the Trainer calls this before it loads the rest."""
         checkpoint = Path(resume_from_checkpoint)
         names = check_checkpoint(checkpoint)
         adapter_model = _adapter_model(self.model if model is None else model)
@@ -181,88 +161,6 @@ class SafeTrainer(Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
-def load_adapter(model: PeftModel, adapter: str, folder: Path) -> None:
-    """Put the weights of `folder` into `adapter` of `model`: exactly the same tensors and shapes, or none.
-
-    Raises:
-        TrainingError: the folder has no `adapter_model.safetensors`.
-        PosteriorError: a tensor is missing, superfluous, or of another shape.
-    """
-    loaded = load_file(_existing(folder / ADAPTER))
-    expected = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-    for name in sorted(loaded.keys() | expected.keys()):
-        found = tuple(loaded[name].shape) if name in loaded else "nothing"
-        wanted = tuple(expected[name].shape) if name in expected else "nothing"
-        if found != wanted:
-            raise PosteriorError(f"{folder / ADAPTER}, tensor {name}: found {found}, expected {wanted}.")
-    set_peft_model_state_dict(model, loaded, adapter_name=adapter)
-
-
-def save_random_state(stem: Path, device: torch.device) -> None:
-    """Write the states of Python's, numpy's and torch's global generators to `stem`.safetensors and `stem`.json."""
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64))}
-    if device.type == "cuda":
-        tensors["cuda"] = torch.cuda.get_rng_state(device)
-    save_file(tensors, stem.with_name(stem.name + ".safetensors"))
-    numpy_rest = [name, int(position), int(has_gauss), float(cached)]
-    _write_json(stem.with_name(stem.name + ".json"), {"numpy": numpy_rest, "python": random.getstate()})
-
-
-def load_random_state(stem: Path, device: torch.device) -> None:
-    """Undo `save_random_state`.
-
-    Raises:
-        TrainingError: a file is missing, as after a run with another number of processes.
-    """
-    tensors = load_file(_existing(stem.with_name(stem.name + ".safetensors")))
-    rest = _read_json(stem.with_name(stem.name + ".json"))
-    version, internal, gauss = rest["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, position, has_gauss, cached = rest["numpy"]
-    np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(tensors["torch"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["cuda"], device)
-
-
 def _adapter_model(model: nn.Module | None) -> PeftModel:
     assert isinstance(model, PeftModel)
     return model
-
-
-def _split(state: dict[int, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """An optimiser's state as tensors named "<number>.<name>" and the values that are none."""
-    tensors: dict[str, Tensor] = {}
-    rest: dict[str, dict[str, Any]] = {}
-    for number, values in state.items():
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"{number}.{name}"] = value.contiguous()
-            else:
-                rest.setdefault(str(number), {})[name] = value
-    return tensors, rest
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    try:
-        text = json.dumps(content)
-    except TypeError as error:
-        raise ConfigError(
-            f"{path.name} cannot hold the state of this optimiser or learning-rate scheduler ({error}): "
-            "use adamw_torch and a scheduler with plain numbers."
-        ) from error
-    path.write_text(text, encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(_existing(path).read_text(encoding="utf-8"))
-
-
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise TrainingError(
-            f"{path.parent} cannot be resumed: found no {path.name}. Expected a complete checkpoint of this trainer; "
-            "pickled files are not read. Choose another checkpoint."
-        )
-    return path

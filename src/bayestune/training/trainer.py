@@ -1,4 +1,4 @@
-"""`BayesTrainer`: transformers' Trainer for a posterior over adapter weights (or plain LoRA, the MLE)."""
+"""`BayesTrainer`: transformers' Trainer for a posterior over adapter weights, or for plain LoRA."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -32,36 +32,40 @@ from bayestune.training.order import LengthGrouped
 
 
 class BayesTrainer(SafeTrainer):
-    """Minimises ``mean NLL + pi KL`` over a task's rows: a BLoB posterior; for a plain LoRA model the MLE, or the MAP.
+    """Trains a posterior over adapter weights by minimizing ``mean NLL + pi KL``; for plain LoRA, the MLE or MAP.
 
     The NLL, in nats, is averaged over all rows of an update (all micro-batches and processes) and, with
-    `train_draws` = K, over K independent draws of the weights per row: the mean of the K NLLs, never the NLL of
-    averaged logits. AdamW moves M, B and `modules_to_save`; the KL and G are the business of `KLCallback` (see
-    `training.kl`; BLoB, arXiv 2406.11675, and its released code). Weight decay spares M, which has the prior instead.
-    Evaluation during training is at the mean. Checkpoints hold safetensors and JSON only and resume bit for bit.
+    `train_draws` = K, over K independent draws of the weights per row: the mean of the K NLLs, not the NLL of
+    averaged logits. AdamW moves M, B and `modules_to_save`; `KLCallback` moves G and adds the KL (see `training.kl`).
+    Weight decay does not apply to M, which has the prior instead. Evaluation during training uses the posterior mean.
+    Checkpoints hold only safetensors and JSON, and resume bit for bit.
 
-    When memory runs out the update begins again with half the rows a forward, and so do all later ones: the rows of an
-    update and all that depends on them stay, and a `BayestuneWarning` says so. The result is that of micro-batches of
-    that size from the start, to rounding for plain LoRA without dropout (noise and masks are drawn by micro-batch).
-    So it is on a GPU; where a CPU's memory runs out, or that of the optimiser's own step, the run ends.
+    If a GPU runs out of memory, the update restarts with half the rows per forward, and later updates keep that size.
+    The rows of an update, its loss and its learning rate do not change; a `BayestuneWarning` reports the new size. For
+    plain LoRA without dropout the result equals, up to rounding, that of micro-batches of that size from the start
+    (noise and masks are drawn per micro-batch). If the CPU or the optimizer's own step runs out of memory, the run
+    ends.
 
     Args:
-        model: PEFT model with a BAYES_LORA or a LORA adapter.
-        task: owner of prompts, labels and logits.
-        args: of transformers; `remove_unused_columns` has no meaning here and `data_seed` defaults to `seed`.
-        train_rows: default `task.rows("train")`.
+        model: PEFT model with a Bayesian or plain LoRA adapter.
+        task: the task, which owns prompts, labels and the loss.
+        args: as in `transformers.Trainer`; `remove_unused_columns` is ignored and `data_seed` defaults to `seed`.
+        train_rows: training rows; default `task.rows("train")`.
         eval_rows: rows of `evaluate()`.
-        kl: default the paper's: `paper_kl_weight` in cycles of `cycle_steps(rows, batch)` updates, rate 0.01.
-        prior_std: s_p of the MAP: the loss is ``mean NLL + ||theta||^2 / (2 s_p^2 rows)`` over all trained weights of
-            a plain LoRA model, heads included. None for the MLE.
-        train_draws: K, draws of the weights per row and update (uncorrelated, but not independent, with flipout).
-        callbacks: as in Trainer.
+        kl: the KL term; default `paper_kl_weight` in cycles of `cycle_steps(rows, batch)` updates, rate 0.01.
+        prior_std: s_p of MAP training of plain LoRA: the loss is ``mean NLL + ||theta||^2 / (2 s_p^2 rows)`` over all
+            trained weights, heads included. None for the MLE.
+        train_draws: K, draws of the weights per row and update (uncorrelated but not independent with flipout).
+        callbacks: further callbacks, as in `transformers.Trainer`.
 
     Raises:
-        ConfigError: a setting that cannot be right, named with what to do.
-        DataError: a row without a label, or one that the task cannot score or that has a token without an embedding.
-        TrainingError: a loss, a gradient or the KL became NaN or infinite, or memory ran out with one row a forward
-            or in one of several processes; raised before the update.
+        ConfigError: a setting is out of range, unsupported, or without effect.
+        DataError: a row has no label, cannot be scored, or has a token without an embedding.
+        TrainingError: the loss, a gradient or the KL is not finite, or memory ran out with one row per forward or in
+            one of several processes; raised before the update.
+
+    References:
+        BLoB: Wang et al. 2024, arXiv 2406.11675, and its released code.
     """
 
     loss_is_scaled_for_ga = True
@@ -112,7 +116,7 @@ class BayesTrainer(SafeTrainer):
             check_same_settings(gather_object([self.resume_settings()]))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW (or plain SGD) over M, B and the trained heads; G is in none of its groups."""
+        """Create AdamW (or plain SGD) over M, B and the trained heads; G is in none of its groups."""
         if self.optimizer is None:
             module = self.model if model is None else model
             assert isinstance(module, nn.Module)
@@ -132,7 +136,7 @@ class BayesTrainer(SafeTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], int]:
-        """The micro-batches of one update, and the number of rows in them, over all processes."""
+        """Return the micro-batches of one update and the number of their rows over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._memory.start_update()
         rows = sum(len(batch[ROW]) for batch in batches)
@@ -149,11 +153,11 @@ class BayesTrainer(SafeTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """This micro-batch's share of the mean NLL of the update, in nats (with `prior_std`, of the MAP objective).
+        """Return this micro-batch's share of the update's mean NLL, in nats (of the MAP objective with `prior_std`).
 
-        ``processes / (K rows) * sum_k sum_i -log p(y_i | x_i, theta_ki)``, with `num_items_in_batch` the rows of the
-        update over all processes (default: those of `inputs`); gradients are averaged over processes afterwards.
-        With `return_outputs` also the NLLs, [K, rows].
+        ``processes / (K rows) * sum_k sum_i -log p(y_i | x_i, theta_ki)``, where `num_items_in_batch` is the rows of
+        the update over all processes (default: those of `inputs`); DDP averages the gradients over processes.
+        With `return_outputs` the NLLs, [K, rows], are returned too.
         """
         batch = dict(inputs)
         index = batch.pop(ROW)
@@ -176,7 +180,7 @@ class BayesTrainer(SafeTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Trainer's, on as many rows at once as memory allows; the loss is what this adds to that of the update."""
+        """Like `Trainer.training_step`, but on as many rows at once as memory allows."""
         run = super().training_step
 
         def undo() -> None:
@@ -232,16 +236,16 @@ class BayesTrainer(SafeTrainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's, with `nll` (mean NLL, nats), `kl` (nats, whole posterior) and `std` (mean) in training logs.
+        """Like `Trainer.log`, with `nll` (mean, nats), `kl` (nats, whole posterior) and `std` (mean) in training logs.
 
-        With `prior_std` the logged `nll` is the MAP objective: it includes the penalty.
+        With `prior_std` the logged `nll` is the MAP objective, which includes the penalty.
         """
         if "loss" in logs:
             logs = {**logs, "nll": logs["loss"], **posterior_summary(self._gaussian.values())}
         super().log(logs, start_time)
 
     def resume_settings(self) -> dict[str, Any]:
-        """Like `SafeTrainer.resume_settings`, with the rows, the draws and the KL's weight at this step."""
+        """Like `SafeTrainer.resume_settings`, with the rows, the draws and the KL weight of this step."""
         settings = {
             **super().resume_settings(),
             "train_draws": self.train_draws,
@@ -291,7 +295,7 @@ class BayesTrainer(SafeTrainer):
         raise self._stopped("gradient", f"{problem}, {of} {listed(ids)}", advice=advice)
 
     def _spoils_gradient(self, row: int, num_items_in_batch: Tensor | int | None) -> bool:
-        """Whether the gradient of this row alone, in this process alone, is not finite."""
+        """Return whether the gradient of this row alone, in this process, is not finite."""
         assert self.model is not None
         self.model.zero_grad()
         if self._noise_callback is not None:

@@ -1,0 +1,141 @@
+"""What a checkpoint holds, as safetensors and JSON: the adapter, the optimizer and the random states.
+
+JSON keeps floats exactly, so a resumed run repeats the uninterrupted one bit for bit.
+"""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from bayestune.errors import ConfigError, PosteriorError, TrainingError
+from bayestune.training.checkpoint_files import ADAPTER, FORMAT, OPTIMIZER, TRAINING
+
+
+def save_optimizer(folder: Path, optimizer: Optimizer, scheduler: LRScheduler, settings: dict[str, Any]) -> None:
+    """Write the states of `optimizer` and `scheduler`, and the `settings` that the run depends on.
+
+    Raises:
+        ConfigError: a state holds something other than tensors and plain JSON values.
+    """
+    state = optimizer.state_dict()
+    tensors, rest = _split(state["state"])
+    save_file(tensors, folder / OPTIMIZER)
+    training = {
+        "format": FORMAT,
+        "settings": settings,
+        "optimizer": {"param_groups": state["param_groups"], "state": rest},
+        "scheduler": scheduler.state_dict(),
+    }
+    _write_json(folder / TRAINING, training)
+
+
+def load_optimizer(folder: Path, optimizer: Optimizer, scheduler: LRScheduler, settings: dict[str, Any]) -> None:
+    """Read what `save_optimizer` wrote, if it was written with the same `settings`.
+
+    Raises:
+        TrainingError: a file is missing, or a setting differs.
+    """
+    saved = _read_json(folder / TRAINING)
+    for name, value in settings.items():
+        if saved["settings"].get(name) != value:
+            raise TrainingError(
+                f"{folder} was written with {name}={saved['settings'].get(name)!r}, this run has {value!r}: "
+                "it could not continue the same run. Use the same setting, or start anew from its adapter."
+            )
+    state: dict[int, dict[str, Any]] = {int(key): value for key, value in saved["optimizer"]["state"].items()}
+    for key, tensor in load_file(_existing(folder / OPTIMIZER)).items():
+        number, name = key.split(".", 1)
+        state.setdefault(int(number), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": saved["optimizer"]["param_groups"]})
+    scheduler.load_state_dict(saved["scheduler"])
+
+
+def load_adapter(model: PeftModel, adapter: str, folder: Path) -> None:
+    """Load the weights of `folder` into `adapter` of `model`: exactly its tensors and shapes, or none of them.
+
+    Raises:
+        TrainingError: the folder has no `adapter_model.safetensors`.
+        PosteriorError: a tensor is missing, unexpected, or has another shape.
+    """
+    loaded = load_file(_existing(folder / ADAPTER))
+    expected = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    for name in sorted(loaded.keys() | expected.keys()):
+        found = tuple(loaded[name].shape) if name in loaded else "nothing"
+        wanted = tuple(expected[name].shape) if name in expected else "nothing"
+        if found != wanted:
+            raise PosteriorError(f"{folder / ADAPTER}, tensor {name}: found {found}, expected {wanted}.")
+    set_peft_model_state_dict(model, loaded, adapter_name=adapter)
+
+
+def save_random_state(stem: Path, device: torch.device) -> None:
+    """Write the states of Python's, numpy's and torch's global generators to `stem`.safetensors and `stem`.json."""
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64))}
+    if device.type == "cuda":
+        tensors["cuda"] = torch.cuda.get_rng_state(device)
+    save_file(tensors, stem.with_name(stem.name + ".safetensors"))
+    numpy_rest = [name, int(position), int(has_gauss), float(cached)]
+    _write_json(stem.with_name(stem.name + ".json"), {"numpy": numpy_rest, "python": random.getstate()})
+
+
+def load_random_state(stem: Path, device: torch.device) -> None:
+    """Restore the states that `save_random_state` wrote.
+
+    Raises:
+        TrainingError: a file is missing, as after a run with a different number of processes.
+    """
+    tensors = load_file(_existing(stem.with_name(stem.name + ".safetensors")))
+    rest = _read_json(stem.with_name(stem.name + ".json"))
+    version, internal, gauss = rest["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, position, has_gauss, cached = rest["numpy"]
+    np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(tensors["torch"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["cuda"], device)
+
+
+def _split(state: dict[int, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """Split an optimizer's state into tensors, named "<number>.<name>", and all other values."""
+    tensors: dict[str, Tensor] = {}
+    rest: dict[str, dict[str, Any]] = {}
+    for number, values in state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{number}.{name}"] = value.contiguous()
+            else:
+                rest.setdefault(str(number), {})[name] = value
+    return tensors, rest
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    try:
+        text = json.dumps(content)
+    except TypeError as error:
+        raise ConfigError(
+            f"{path.name} cannot hold the state of this optimizer or learning-rate scheduler ({error}): "
+            "use adamw_torch and a scheduler with plain numbers."
+        ) from error
+    path.write_text(text, encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(_existing(path).read_text(encoding="utf-8"))
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise TrainingError(
+            f"{path.parent} cannot be resumed: found no {path.name}. Expected a complete checkpoint of this trainer; "
+            "pickled files are not read. Choose another checkpoint."
+        )
+    return path
