@@ -41,9 +41,13 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"seed of nightly tests: {config.getoption('--seed')}"
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by -k
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say in the report which tier a test belongs to."""
+    """Write the tier and the properties of each test to the report, and let ``-k S01`` select by property."""
     for item in items:
+        properties = [mark.args[0] for mark in item.iter_markers("property")]
+        item.extra_keyword_matches.update(properties)
+        item.user_properties += [("property", name) for name in properties]
         tier = next((name for name in ("nightly", "gpu") if item.get_closest_marker(name)), "commit")
         item.user_properties.append(("tier", tier))
 

@@ -441,7 +441,8 @@ def refused(folder: Path, arguments: Sequence[str], words: Sequence[str], capsys
     assert snapshot(folder) == before
 
 
-def test_X01_code_in_a_model_folder_is_not_run(world: Path, tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.property("X01")
+def test_code_in_a_model_folder_is_not_run(world: Path, tmp_path: Path, capsys: Any) -> None:
     shutil.copytree(world / "llama", tmp_path / "model")
     canary = tmp_path / "canary"
     (tmp_path / "model" / "code_canary.py").write_text(

@@ -144,7 +144,8 @@ def test_a_rate_and_a_width_together_are_refused() -> None:
         Experiment(model="m", task="t", kl_learning_rate=0.01, posterior_std=0.06)
 
 
-def test_S17_the_kl_weights_of_every_schedule_add_up() -> None:
+@pytest.mark.property("S17")
+def test_the_kl_weights_of_every_schedule_add_up() -> None:
     """To 1 over a cycle, or 1 over an epoch for the ELBO (up to the paper's own 2^-M)."""
     for name in ("paper", "uniform", "linear"):
         given = Experiment(model="m", task="t", kl_schedule=name).resolved("causal")
@@ -358,7 +359,8 @@ def test_the_packaged_readme_counts_its_rows() -> None:
     assert "| all | 150 | 191 |" in text and "102 in all" in text
 
 
-def test_X03_the_demo_writes_its_files_without_a_network(
+@pytest.mark.property("X03")
+def test_the_demo_writes_its_files_without_a_network(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With a tiny model in place of MiniLM, few rows and updates: the files, their fixed names, what is printed."""

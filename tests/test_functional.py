@@ -48,20 +48,23 @@ def scalar(value: float) -> torch.Tensor:
     return torch.tensor([value], dtype=torch.float64)
 
 
+@pytest.mark.property("S01")
 @pytest.mark.parametrize(("mean", "rho", "prior"), GRID)
-def test_S01_kl_is_that_of_two_normals(mean: float, rho: float, prior: float, figure: Figure) -> None:
+def test_kl_is_that_of_two_normals(mean: float, rho: float, prior: float, figure: Figure) -> None:
     expected = kl_divergence(Normal(scalar(mean), scalar(rho) ** 2), Normal(0.0, scalar(prior))).item()
     error = abs(gaussian_kl(scalar(mean), scalar(rho), prior).item() - expected)
     figure("error of the KL, of itself or 0.01 nats if that is more", error / max(expected, 0.01), at_most=1e-13)
 
 
-def test_S01_the_published_form_would_not_pass() -> None:
+@pytest.mark.property("S01")
+def test_the_published_form_would_not_pass() -> None:
     rho, prior, tiny = 0.05, 0.2, 1e-6
     published = math.log((prior + tiny) / (rho**2 + tiny)) + rho**4 / (2 * prior**2 + tiny) - 0.5
     assert abs(published / gaussian_kl(scalar(0.0), scalar(rho), prior).item() - 1) > 1e-5
 
 
-def test_S01_kl_adds_up_entries_in_float64_whatever_their_dtype() -> None:
+@pytest.mark.property("S01")
+def test_kl_adds_up_entries_in_float64_whatever_their_dtype() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         mean, rho = torch.full((1000, 1000), 0.25, dtype=dtype), torch.full((1000, 1000), 0.0625, dtype=dtype)
         total = gaussian_kl(mean, rho, 0.2)
@@ -69,8 +72,9 @@ def test_S01_kl_adds_up_entries_in_float64_whatever_their_dtype() -> None:
         assert total.item() == pytest.approx(1e6 * gaussian_kl(scalar(0.25), scalar(0.0625), 0.2).item(), rel=1e-12)
 
 
+@pytest.mark.property("S02")
 @pytest.mark.parametrize(("mean", "rho", "prior"), GRID)
-def test_S02_kl_gradient_is_the_closed_form(mean: float, rho: float, prior: float, figure: Figure) -> None:
+def test_kl_gradient_is_the_closed_form(mean: float, rho: float, prior: float, figure: Figure) -> None:
     m, g = scalar(mean).requires_grad_(), scalar(rho).requires_grad_()
     automatic = torch.autograd.grad(gaussian_kl(m, g, prior), (m, g))
     by_hand = (mean / prior**2, 2 * rho * (rho**2 / prior**2 - 1 / rho**2))
@@ -82,7 +86,8 @@ def test_S02_kl_gradient_is_the_closed_form(mean: float, rho: float, prior: floa
             figure("error of the KL's gradient, of the size of its terms", error, at_most=1e-12)
 
 
-def test_S02_a_rho_of_zero_is_held_away_from_it() -> None:
+@pytest.mark.property("S02")
+def test_a_rho_of_zero_is_held_away_from_it() -> None:
     rho = torch.tensor([0.0, -0.0, 1e-30, -1e-30, RHO_FLOOR / 2, -RHO_FLOOR / 2, 0.3, -0.3], dtype=torch.float64)
     held = clamp_rho(rho)
     expected = [RHO_FLOOR, RHO_FLOOR, RHO_FLOOR, -RHO_FLOOR, RHO_FLOOR, -RHO_FLOOR, 0.3, -0.3]
@@ -93,14 +98,16 @@ def test_S02_a_rho_of_zero_is_held_away_from_it() -> None:
     assert gaussian_kl(torch.zeros_like(rho), rho, 0.2).item() == math.inf
 
 
-def test_S02_the_gradient_keeps_the_dtype() -> None:
+@pytest.mark.property("S02")
+def test_the_gradient_keeps_the_dtype() -> None:
     mean, rho = torch.ones(3), torch.full((3,), 0.05)
     assert [part.dtype for part in gaussian_kl_gradient(mean, rho, 0.2)] == [torch.float32] * 2
     assert torch.equal(std(torch.tensor([-3.0, 0.5])), torch.tensor([9.0, 0.25]))
 
 
+@pytest.mark.property("S17")
 @pytest.mark.parametrize("cycle", CYCLES)
-def test_S17_kl_weights_add_up_over_a_cycle(cycle: int, figure: Figure) -> None:
+def test_kl_weights_add_up_over_a_cycle(cycle: int, figure: Figure) -> None:
     missing = 0.0 if cycle > 60 else 1 / (2 ** (cycle + 1) - 1)
     for schedule, expected in [(uniform_kl_weight, 1), (linear_kl_weight, 1), (paper_kl_weight, 1 - missing)]:
         for start in (0, 3 * cycle) if cycle < 2000 else (cycle,):
@@ -110,8 +117,9 @@ def test_S17_kl_weights_add_up_over_a_cycle(cycle: int, figure: Figure) -> None:
             assert min(weights) >= 0
 
 
+@pytest.mark.property("S17")
 @pytest.mark.parametrize("cycle", [c for c in CYCLES if c < 2000])
-def test_S17_the_papers_weights_are_exact(cycle: int) -> None:
+def test_the_papers_weights_are_exact(cycle: int) -> None:
     for i in {1, 2, cycle // 2, cycle - 1, cycle} & set(range(1, cycle + 1)):
         exact = Fraction(2**i, 2 ** (cycle + 1) - 1)
         assert paper_kl_weight(i - 1, cycle) == pytest.approx(float(exact), rel=1e-15, abs=5e-324)
@@ -120,7 +128,8 @@ def test_S17_the_papers_weights_are_exact(cycle: int) -> None:
     )
 
 
-def test_S17_linear_weights_rise_in_equal_steps() -> None:
+@pytest.mark.property("S17")
+def test_linear_weights_rise_in_equal_steps() -> None:
     weights = [linear_kl_weight(step, 40) for step in range(40)]
     assert np.diff(weights) == pytest.approx(weights[0], rel=1e-12)
 
@@ -175,7 +184,8 @@ def test_prediction_noise_is_the_same_on_a_cpu_without_vector_instructions() -> 
     assert output.stdout.strip() == hashlib.sha256(noise.numpy().tobytes()).hexdigest()
 
 
-def test_S10_prediction_noise_depends_on_every_part_of_its_key(figure: Figure) -> None:
+@pytest.mark.property("S10")
+def test_prediction_noise_depends_on_every_part_of_its_key(figure: Figure) -> None:
     size = 40_000
     keys = [(0, 0, "q"), (1, 0, "q"), (0, 1, "q"), (1, 1, "q"), (0, 0, "v")]
     noise = torch.stack([prediction_noise(*key, (size,)).double() for key in keys])
@@ -187,7 +197,8 @@ def test_S10_prediction_noise_depends_on_every_part_of_its_key(figure: Figure) -
     figure("variance and correlation between seeds, draws and layers, standard errors", worst, at_most=z_bound(25))
 
 
-def test_S10_training_noise_depends_on_every_part_of_its_key(figure: Figure) -> None:
+@pytest.mark.property("S10")
+def test_training_noise_depends_on_every_part_of_its_key(figure: Figure) -> None:
     size = 40_000
     keys = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
     noise = torch.stack([torch.randn(size, generator=training_generator(*key, "cpu")).double() for key in keys])
@@ -198,7 +209,8 @@ def test_S10_training_noise_depends_on_every_part_of_its_key(figure: Figure) -> 
     figure("correlation between parts of the key of training noise, standard errors", worst, at_most=z_bound(20))
 
 
-def test_K04_noise_neither_reads_nor_moves_the_global_state() -> None:
+@pytest.mark.property("K04")
+def test_noise_neither_reads_nor_moves_the_global_state() -> None:
     before = (
         torch.get_rng_state()
     )  # Python's own is checked in a fresh process: the type checker of this suite uses it

@@ -79,9 +79,10 @@ def whole_weights(draw):
     return weights, labels
 
 
+@pytest.mark.property("S19")
 @given(whole_weights())
 @settings(deadline=None, derandomize=True)
-def test_S19_metrics_equal_the_oracles_where_bins_are_exact_fractions(case):
+def test_metrics_equal_the_oracles_where_bins_are_exact_fractions(case):
     weights, labels = case
     bins = [min(int(Fraction(int(row.max()), int(row.sum())) * BINS), BINS - 1) for row in weights]
     probs = weights / weights.sum(1, keepdims=True)
@@ -99,9 +100,10 @@ def test_S19_metrics_equal_the_oracles_where_bins_are_exact_fractions(case):
     assert metrics.reliability_bins(log_probs, marks).counts.tolist() == np.bincount(bins, minlength=BINS).tolist()
 
 
+@pytest.mark.property("S19")
 @given(st.data(), st.integers(1, 60), st.integers(1, 6))
 @settings(deadline=None, derandomize=True)
-def test_S19_metrics_equal_the_oracles_on_any_logits(data, rows, classes):
+def test_metrics_equal_the_oracles_on_any_logits(data, rows, classes):
     logits = data.draw(arrays(np.float64, (rows, classes), elements=st.floats(-300, 300)))
     labels = data.draw(arrays(np.int64, rows, elements=st.integers(0, classes - 1)))
     probs = np.exp(logits - logits.max(1, keepdims=True))
@@ -110,8 +112,9 @@ def test_S19_metrics_equal_the_oracles_on_any_logits(data, rows, classes):
     assert_oracles(probs, labels, where)
 
 
+@pytest.mark.property("S19")
 @pytest.mark.parametrize("bins", [1, 2, 10, 15, 20, 39])
-def test_S19_a_confidence_on_an_edge_is_in_the_bin_that_it_opens(bins):
+def test_a_confidence_on_an_edge_is_in_the_bin_that_it_opens(bins):
     def bin_of(confidence):
         probs = torch.full((1, bins + 1), (1 - confidence) / bins, dtype=torch.float64)
         probs[0, 0] = confidence
@@ -123,13 +126,15 @@ def test_S19_a_confidence_on_an_edge_is_in_the_bin_that_it_opens(bins):
     assert bin_of(1.0) == bins - 1
 
 
-def test_S19_confidence_of_exactly_one_shares_the_last_bin():
+@pytest.mark.property("S19")
+def test_confidence_of_exactly_one_shares_the_last_bin():
     # One wrong row at 0.98 and one right row at 1.0: in one bin |0.5 - 0.99|, in two (0.98 + 0) / 2.
     log_probs = torch.tensor([[0.98, 0.02], [1.0, 0.0]], dtype=torch.float64).log()
     assert metrics.ece(log_probs, torch.tensor([1, 0])) == pytest.approx(0.49, abs=1e-12)
 
 
-def test_S19_saturated_float32_softmax():
+@pytest.mark.property("S19")
+def test_saturated_float32_softmax():
     generator = torch.Generator().manual_seed(3)
     logits = 40 * torch.randn(400, 4, generator=generator)
     labels = torch.randint(4, (400,), generator=generator)
@@ -144,7 +149,8 @@ def test_S19_saturated_float32_softmax():
     assert metrics.impossible_labels(log_probs, labels) == 0
 
 
-def test_S19_tied_rows_answer_the_first_class():
+@pytest.mark.property("S19")
+def test_tied_rows_answer_the_first_class():
     log_probs = torch.full((6, 3), 1 / 3, dtype=torch.float64).log()
     labels = torch.tensor([0, 0, 1, 2, 2, 1])
     assert metrics.accuracy(log_probs, labels) == pytest.approx(1 / 3)
@@ -152,21 +158,24 @@ def test_S19_tied_rows_answer_the_first_class():
     assert metrics.reliability_bins(log_probs, labels).counts[5] == 6
 
 
-def test_S19_one_row_and_one_class():
+@pytest.mark.property("S19")
+def test_one_row_and_one_class():
     assert [score(torch.zeros(1, 1), torch.tensor([0])) for score in SCORES] == [1, 0, 0, 0]
     log_probs = torch.tensor([[0.25, 0.75]], dtype=torch.float64).log()
     found = [score(log_probs, torch.tensor([0])) for score in SCORES]
     assert found == pytest.approx([0, math.log(4), 0.75, 2 * 0.75**2], abs=1e-12)
 
 
-def test_S19_one_label_only():
+@pytest.mark.property("S19")
+def test_one_label_only():
     log_probs, _ = simulated(50, 3)
     labels = torch.full((50,), 2)
     probs = log_probs.exp().numpy()
     assert_oracles(probs, labels.numpy(), np.floor(probs.max(1) * BINS))
 
 
-def test_S19_zero_probability_on_the_label_is_infinite_and_counted():
+@pytest.mark.property("S19")
+def test_zero_probability_on_the_label_is_infinite_and_counted():
     log_probs = torch.tensor([[0.0, -math.inf], [math.log(0.5), math.log(0.5)], [-math.inf, 0.0]])
     labels = torch.tensor([1, 0, 0])
     assert metrics.nll(log_probs, labels) == math.inf
@@ -175,7 +184,8 @@ def test_S19_zero_probability_on_the_label_is_infinite_and_counted():
     assert metrics.brier(log_probs, labels) == pytest.approx((2 + 0.5 + 2) / 3)
 
 
-def test_S19_reliability_bins_sum_to_the_ece_and_are_nan_where_empty():
+@pytest.mark.property("S19")
+def test_reliability_bins_sum_to_the_ece_and_are_nan_where_empty():
     log_probs, labels = simulated(200, 2)
     found = metrics.reliability_bins(log_probs, labels)
     assert found.counts.sum() == 200 and found.edges.tolist() == [k / 15 for k in range(16)]
@@ -184,8 +194,9 @@ def test_S19_reliability_bins_sum_to_the_ece_and_are_nan_where_empty():
     assert metrics.ece(log_probs, labels) == pytest.approx(total.item(), abs=1e-12)
 
 
+@pytest.mark.property("S19")
 @pytest.mark.nightly
-def test_S19_a_million_rows_in_any_order(nightly_seed, figure):
+def test_a_million_rows_in_any_order(nightly_seed, figure):
     """As many as no loop of Python sums: each score against the same by numpy, in float64."""
     rows, classes = 1_000_000, 3
     log_probs, labels = simulated(rows, classes, seed=nightly_seed)
@@ -206,8 +217,9 @@ def test_S19_a_million_rows_in_any_order(nightly_seed, figure):
             figure(f"{score.__name__} of a million rows, relative error", error, at_most=1e-9)
 
 
+@pytest.mark.property("S19")
 @pytest.mark.parametrize("classes", [2, 5])
-def test_S19_agrees_with_torchmetrics_and_scikit_learn(classes):
+def test_agrees_with_torchmetrics_and_scikit_learn(classes):
     log_probs, labels = simulated(1000, classes)
     # torchmetrics gives a confidence of exactly 1 a bin of its own; there are none here.
     assert log_probs.max() < 0
@@ -225,9 +237,10 @@ def test_S19_agrees_with_torchmetrics_and_scikit_learn(classes):
     assert metrics.brier(log_probs, labels) == pytest.approx(reference, abs=1e-9)
 
 
+@pytest.mark.property("S19")
 @given(st.data(), st.integers(2, 40))
 @settings(deadline=None, derandomize=True)
-def test_S19_auroc_is_the_share_of_pairs_in_order(data, rows):
+def test_auroc_is_the_share_of_pairs_in_order(data, rows):
     scores = data.draw(arrays(np.float64, rows, elements=st.sampled_from([-math.inf, -1, 0, 0.5, 2, math.inf])))
     positives = data.draw(arrays(np.bool_, rows))
     positives[:2] = [True, False]
@@ -235,7 +248,8 @@ def test_S19_auroc_is_the_share_of_pairs_in_order(data, rows):
     assert metrics.auroc(torch.tensor(scores), torch.tensor(positives)) == pytest.approx(np.mean(pairs), abs=1e-12)
 
 
-def test_S19_auroc_agrees_with_torchmetrics_and_scikit_learn():
+@pytest.mark.property("S19")
+def test_auroc_agrees_with_torchmetrics_and_scikit_learn():
     generator = torch.Generator().manual_seed(1)
     scores = torch.randn(2000, generator=generator, dtype=torch.float64).round(decimals=1)
     positives = scores + torch.randn(2000, generator=generator) > 0.3
@@ -244,6 +258,7 @@ def test_S19_auroc_agrees_with_torchmetrics_and_scikit_learn():
     assert found == pytest.approx(tm.binary_auroc(scores, positives.long()).item(), abs=1e-6)
 
 
+@pytest.mark.property("S19")
 @pytest.mark.parametrize(
     ("value", "name"),
     [
@@ -256,7 +271,7 @@ def test_S19_auroc_agrees_with_torchmetrics_and_scikit_learn():
     ],
     ids=["nan", "inf", "short", "probabilities", "above-one", "all-masked"],
 )
-def test_S19_a_row_that_is_no_distribution_is_named(value, name):
+def test_a_row_that_is_no_distribution_is_named(value, name):
     log_probs = torch.full((9, 2), math.log(0.5))
     log_probs[4] = torch.tensor(value)
     log_probs[7] = math.nan
@@ -267,25 +282,29 @@ def test_S19_a_row_that_is_no_distribution_is_named(value, name):
         assert isinstance(caught.value, ValueError)
 
 
-def test_S19_a_negative_probability_is_named_by_its_row():
+@pytest.mark.property("S19")
+def test_a_negative_probability_is_named_by_its_row():
     probs = torch.tensor([[0.5, 0.5], [1.2, -0.2], [0.5, 0.5]])
     with pytest.raises(DataError, match="row 1 "):
         metrics.nll(probs.log(), torch.tensor([0, 0, 0]))
 
 
-def test_S19_a_sum_within_a_thousandth_passes():
+@pytest.mark.property("S19")
+def test_a_sum_within_a_thousandth_passes():
     assert metrics.brier(torch.tensor([[0.6004, 0.4004]]).log(), torch.tensor([0])) > 0
 
 
+@pytest.mark.property("S19")
 @pytest.mark.parametrize("label", [-1, 2, -100])
-def test_S19_a_label_that_is_no_class_is_named(label):
+def test_a_label_that_is_no_class_is_named(label):
     log_probs, labels = simulated(6, 2)
     labels[3] = label
     with pytest.raises(DataError, match=f"row 3 is {label}, expected 0 to 1"):
         metrics.accuracy(log_probs, labels)
 
 
-def test_S19_no_rows_is_an_error():
+@pytest.mark.property("S19")
+def test_no_rows_is_an_error():
     for function in (*SCORES, metrics.reliability_bins, metrics.intervals):
         with pytest.raises(DataError, match="at least one row"):
             function(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
@@ -295,7 +314,8 @@ def test_S19_no_rows_is_an_error():
         metrics.bootstrap_interval(torch.zeros(0))
 
 
-def test_S19_wrong_shapes_and_types_are_errors_without_a_type_checker():
+@pytest.mark.property("S19")
+def test_wrong_shapes_and_types_are_errors_without_a_type_checker():
     unchecked = unchecked_module(scores)
     log_probs, labels = simulated(4, 2)
     for bad_log_probs, bad_labels in (
@@ -313,7 +333,8 @@ def test_S19_wrong_shapes_and_types_are_errors_without_a_type_checker():
         unchecked.bootstrap_interval(log_probs)
 
 
-def test_S19_auroc_errors_name_what_was_found():
+@pytest.mark.property("S19")
+def test_auroc_errors_name_what_was_found():
     with pytest.raises(DataError, match="row 1 is NaN"):
         metrics.auroc(torch.tensor([0.0, math.nan]), torch.tensor([True, False]))
     with pytest.raises(DataError, match="row 1 is 2, expected 0 or 1"):
@@ -330,8 +351,9 @@ def test_settings_that_cannot_be_right_are_refused():
             metrics.intervals(log_probs, labels, **bad)
 
 
+@pytest.mark.property("S20")
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
-def test_S20_every_metric_is_an_average_over_rows(batch_size, figure):
+def test_every_metric_is_an_average_over_rows(batch_size, figure):
     log_probs, labels = simulated(101, 4)
     order = torch.randperm(101, generator=torch.Generator().manual_seed(0))
     for score in SCORES:
@@ -343,7 +365,8 @@ def test_S20_every_metric_is_an_average_over_rows(batch_size, figure):
         figure(f"{score.__name__} of batches of 1, 7 and 64 less that of all rows", error, at_most=1e-9)
 
 
-def test_S20_metrics_leave_their_input_alone_and_read_half_the_precision():
+@pytest.mark.property("S20")
+def test_metrics_leave_their_input_alone_and_read_half_the_precision():
     log_probs, labels = simulated(64, 3)
     kept = log_probs.clone()
     low = log_probs.float()
@@ -353,7 +376,8 @@ def test_S20_metrics_leave_their_input_alone_and_read_half_the_precision():
     assert torch.equal(log_probs, kept)
 
 
-def test_S21_intervals_equal_a_loop_over_resampled_rows():
+@pytest.mark.property("S21")
+def test_intervals_equal_a_loop_over_resampled_rows():
     log_probs, labels = simulated(37, 3)
     drawn = np.random.Generator(np.random.PCG64(5)).integers(37, size=(200, 37))
     found = metrics.intervals(log_probs, labels, resamples=200, level=0.9, seed=5)
@@ -363,7 +387,8 @@ def test_S21_intervals_equal_a_loop_over_resampled_rows():
         assert found[score.__name__] == pytest.approx((ordered[9], ordered[-10]), abs=1e-12)
 
 
-def test_S21_intervals_are_keyed_by_the_seed_and_move_no_global_state(monkeypatch):
+@pytest.mark.property("S21")
+def test_intervals_are_keyed_by_the_seed_and_move_no_global_state(monkeypatch):
     log_probs, labels = simulated(50, 3)
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     found = metrics.intervals(log_probs, labels, seed=1)
@@ -378,7 +403,8 @@ def test_S21_intervals_are_keyed_by_the_seed_and_move_no_global_state(monkeypatc
         assert in_blocks[name] == pytest.approx(ends, abs=1e-12)
 
 
-def test_S21_interval_of_a_mean_has_the_width_of_the_normal_law():
+@pytest.mark.property("S21")
+def test_interval_of_a_mean_has_the_width_of_the_normal_law():
     values = torch.randn(2000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     low, high = metrics.bootstrap_interval(values, resamples=10_000)
     error = values.std(correction=0).item() / math.sqrt(2000)
@@ -387,7 +413,8 @@ def test_S21_interval_of_a_mean_has_the_width_of_the_normal_law():
     assert (high - values.mean().item()) / error == pytest.approx(1.96, abs=4 * 0.0267)
 
 
-def test_S21_infinite_rows_make_an_infinite_end_and_never_nan():
+@pytest.mark.property("S21")
+def test_infinite_rows_make_an_infinite_end_and_never_nan():
     values = torch.ones(50)
     values[7] = math.inf
     # A resample misses the row with probability 0.36, so the lower end is finite and the upper is not.
@@ -399,7 +426,8 @@ def test_S21_infinite_rows_make_an_infinite_end_and_never_nan():
             metrics.bootstrap_interval(torch.tensor([0.0, bad]))
 
 
-def test_S21_intervals_cover_the_truth(figure):
+@pytest.mark.property("S21")
+def test_intervals_cover_the_truth(figure):
     """Four kinds of rows, all overconfident, so that each truth is known and every bin is clearly off."""
     data_sets, rows = 2000, 200
     confidence = torch.tensor([0.55, 0.7, 0.85, 0.97], dtype=torch.float64)

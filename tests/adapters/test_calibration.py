@@ -57,7 +57,8 @@ def p_value(ranks: list[Tensor]) -> float:
     return float(chisquare(torch.bincount(torch.cat(ranks) * BINS // (DRAWS + 1), minlength=BINS).numpy()).pvalue)
 
 
-def test_S08_draws_of_the_library_are_calibrated_and_those_of_broken_ones_are_told_apart(
+@pytest.mark.property("S08")
+def test_draws_of_the_library_are_calibrated_and_those_of_broken_ones_are_told_apart(
     figure: Callable[..., None],
 ) -> None:
     found = p_values(0, CHANGES)
@@ -68,14 +69,16 @@ def test_S08_draws_of_the_library_are_calibrated_and_those_of_broken_ones_are_to
     figure("p of the parameters, widths 10 % too large: seen", found["std * 1.1"][0], at_most=1e-6)
 
 
+@pytest.mark.property("S08")
 @pytest.mark.nightly
-def test_S08_draws_are_calibrated_for_any_seed(nightly_seed: int, figure: Callable[..., None]) -> None:
+def test_draws_are_calibrated_for_any_seed(nightly_seed: int, figure: Callable[..., None]) -> None:
     parameters, likelihoods = p_values(nightly_seed, {"none": CHANGES["none"]})["none"]
     figure("p of uniform ranks of the parameters, any seed", parameters, at_least=1e-6)
     figure("p of uniform ranks of the log-likelihood, any seed", likelihoods, at_least=1e-6)
 
 
-def test_S08_where_weights_depend_on_each_other_intervals_are_too_narrow_by_what_theory_says(
+@pytest.mark.property("S08")
+def test_where_weights_depend_on_each_other_intervals_are_too_narrow_by_what_theory_says(
     figure: Callable[..., None],
 ) -> None:
     """Mean field has the width of each weight given the others; nominal 90 % intervals then cover less."""

@@ -58,15 +58,17 @@ class Logits(nn.Module):
         return self.model(**inputs).logits
 
 
+@pytest.mark.property("N08")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_N08_a_compiled_layer(backend: str) -> None:
+def test_a_compiled_layer(backend: str) -> None:
     model = blob(LLAMA).eval()
     layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
     x = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(0))
     in_a_new_thread(lambda: assert_compiled_follows(model, layer, {"x": x}, backend))
 
 
-def test_N08_a_compiled_model() -> None:
+@pytest.mark.property("N08")
+def test_a_compiled_model() -> None:
     model = scatter(get_peft_model(LLAMA.build(num_hidden_layers=1), LLAMA.config())).eval()
     in_a_new_thread(lambda: assert_compiled_follows(model, Logits(model), LLAMA.inputs(), "eager"))
 
@@ -80,11 +82,12 @@ def gradients(model: PeftModel, inputs: dict[str, Tensor], step: int) -> dict[st
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
 
 
+@pytest.mark.property("N08")
 @ESTIMATORS
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
-def test_N08_gradient_checkpointing(
+def test_gradient_checkpointing(
     architecture: Architecture, reentrant: bool, estimator: str, figure: Callable[..., None]
 ) -> None:
     inputs = architecture.inputs()
@@ -110,8 +113,9 @@ def test_N08_gradient_checkpointing(
     figure("gradients with checkpointing less those without", error, at_most=1e-12)  # T5 adds in another order
 
 
+@pytest.mark.property("N08")
 @pytest.mark.parametrize("architecture", [LLAMA, QWEN2, GPT2, BERT], ids=lambda a: a.name)
-def test_N08_the_attention_kernel(architecture: Architecture) -> None:
+def test_the_attention_kernel(architecture: Architecture) -> None:
     inputs = architecture.inputs(rows=4, tokens=7)
     if architecture is not BERT:  # rows of several lengths, padded on the left, compared at their last token
         for row in range(4):

@@ -29,7 +29,8 @@ ESTIMATORS = pytest.mark.parametrize(
 )
 
 
-def test_S06a_the_gradient_is_zero_at_the_optimum(figure: Figure) -> None:
+@pytest.mark.property("S06")
+def test_the_gradient_is_zero_at_the_optimum(figure: Figure) -> None:
     problem = Regression()
     problem.go_to_optimum()
     gradients = torch.autograd.grad(problem.exact_elbo(), (problem.layer.weight, problem.layer.rho))
@@ -40,7 +41,8 @@ def test_S06a_the_gradient_is_zero_at_the_optimum(figure: Figure) -> None:
     assert gradients[1].abs().min() > 1e-2
 
 
-def test_S06c_evidence_less_elbo_is_half_the_log_ratio_of_determinants(figure: Figure) -> None:
+@pytest.mark.property("S06")
+def test_evidence_less_elbo_is_half_the_log_ratio_of_determinants(figure: Figure) -> None:
     problem = Regression()
     problem.go_to_optimum()
     gap = (problem.precision.diagonal().log().sum() - torch.linalg.slogdet(problem.precision)[1]) / 2
@@ -49,17 +51,17 @@ def test_S06c_evidence_less_elbo_is_half_the_log_ratio_of_determinants(figure: F
     assert gap > 0.1
 
 
+@pytest.mark.property("S04")
 @ESTIMATORS
-def test_S04_minibatch_gradients_are_those_of_the_elbo_on_average(
-    estimator: str, processes: int, figure: Figure
-) -> None:
+def test_minibatch_gradients_are_those_of_the_elbo_on_average(estimator: str, processes: int, figure: Figure) -> None:
     departure, checks = gradient_departure(estimator, processes, copies=1500, seed=0)
     figure("mean gradient less the ELBO's, standard errors", departure, at_most=z_bound(checks))
 
 
+@pytest.mark.property("S04")
 @pytest.mark.nightly
 @ESTIMATORS
-def test_S04_twenty_thousand_gradients_are_those_of_the_elbo_on_average(
+def test_twenty_thousand_gradients_are_those_of_the_elbo_on_average(
     estimator: str, processes: int, nightly_seed: int, figure: Figure
 ) -> None:
     departure, checks = gradient_departure(estimator, processes, copies=20_000, seed=nightly_seed)
@@ -97,7 +99,8 @@ def gradient_departure(estimator: str, processes: int, *, copies: int, seed: int
     return ((samples.mean(0) - expected).abs() / error).max().item(), samples.shape[1]
 
 
-def test_S06b_training_from_the_start_finds_the_posterior(figure: Figure) -> None:
+@pytest.mark.property("S06")
+def test_training_from_the_start_finds_the_posterior(figure: Figure) -> None:
     problem = Regression()
     layer, steps, repeats = problem.layer, 900, 256
     clock = training_noise(problem.model)
@@ -154,8 +157,9 @@ def logistic_optimum() -> tuple[float, float]:
     return m.item(), log_s.exp().item()
 
 
+@pytest.mark.property("S07")
 @pytest.mark.parametrize("estimator", ["independent", "flipout_token"])
-def test_S07_logistic_optimum(estimator: str, figure: Figure) -> None:
+def test_logistic_optimum(estimator: str, figure: Figure) -> None:
     one = torch.ones(1, 1, dtype=torch.float64)
     model = adapted_linear(0 * one, one, estimator=estimator, alpha=1)
     layer, steps, repeats = only_layer(model), 900, 128
@@ -176,7 +180,8 @@ def test_S07_logistic_optimum(estimator: str, figure: Figure) -> None:
     figure("std, relative", abs(s / best_s - 1), at_most=0.02)
 
 
-def test_S07_without_data_the_posterior_is_the_prior(figure: Figure) -> None:
+@pytest.mark.property("S07")
+def test_without_data_the_posterior_is_the_prior(figure: Figure) -> None:
     one = torch.ones(1, 1, dtype=torch.float64)
     layer = only_layer(adapted_linear(0 * one, one))
     with torch.no_grad():
@@ -195,8 +200,9 @@ UPS = {
 }
 
 
+@pytest.mark.property("S09")
 @pytest.mark.parametrize("name", UPS)
-def test_S09a_the_full_weights_have_the_covariance_of_theorem_3_1(name: str, figure: Figure) -> None:
+def test_the_full_weights_have_the_covariance_of_theorem_3_1(name: str, figure: Figure) -> None:
     rows, up = 50_000, UPS[name]
     base = randn(4, 3, seed=1)
     model = adapted_linear(base, up)
@@ -240,9 +246,10 @@ def full_weight_kl(layer: GaussianLinear, base: Tensor, up: Tensor) -> Tensor:
     )
 
 
+@pytest.mark.property("S09")
 @pytest.mark.parametrize("scaling", [1.0, 1.5])
 @pytest.mark.parametrize("name", UPS)
-def test_S09b_the_kl_of_the_full_weights_is_that_of_a(name: str, scaling: float, figure: Figure) -> None:
+def test_the_kl_of_the_full_weights_is_that_of_a(name: str, scaling: float, figure: Figure) -> None:
     base, up = randn(4, 3, seed=1), scaling * UPS[name]
     layer = only_layer(adapted_linear(base, up))
     with torch.no_grad():

@@ -39,7 +39,8 @@ def test_a_draw_of_dropout_keeps_or_drops_whole_inputs() -> None:
         assert torch.equal(kept, uniform < 1 - P)
 
 
-def test_S10_masks_have_their_probability_and_are_independent() -> None:
+@pytest.mark.property("S10")
+def test_masks_have_their_probability_and_are_independent() -> None:
     model = dropout_sum().eval()
     weights = stacked_weights(model, range(COUNT), 0)
     layers = random_layers(model)
@@ -52,7 +53,8 @@ def test_S10_masks_have_their_probability_and_are_independent() -> None:
     assert (unit[1:] * unit[:-1]).mean(0).abs().max() <= z / math.sqrt(COUNT - 1)
 
 
-def test_S13_training_with_dropout_masks_the_inputs_of_a_once_a_row() -> None:
+@pytest.mark.property("S13")
+def test_training_with_dropout_masks_the_inputs_of_a_once_a_row() -> None:
     model = dropout_sum()
     layer = random_layers(model)["right"]
     x = torch.ones(5, 6, 4, dtype=torch.float64)
@@ -86,7 +88,8 @@ def test_the_mean_of_dropout_is_plain_lora_without_masks() -> None:
     assert torch.equal(model(**inputs).logits, plain.eval()(**inputs).logits)
 
 
-def test_S10_both_matrices_of_bbb_are_random_and_independent() -> None:
+@pytest.mark.property("S10")
+def test_both_matrices_of_bbb_are_random_and_independent() -> None:
     """Var[sum_k B_ik A_kj] = sum_k (mu_b^2 s_a^2 + s_b^2 mu_a^2 + s_b^2 s_a^2), mean sum_k mu_b mu_a."""
     model = bayesian_sum(distribution="gaussian_ab").eval()
     layers = gaussian_layers(model)
@@ -118,7 +121,8 @@ def test_a_draw_of_bbb_uses_both_matrices() -> None:
             torch.testing.assert_close(model(x), expected, rtol=1e-13, atol=1e-13)
 
 
-def test_S01_the_kl_of_bbb_counts_both_matrices() -> None:
+@pytest.mark.property("S01")
+def test_the_kl_of_bbb_counts_both_matrices() -> None:
     model = bayesian_sum(distribution="gaussian_ab", prior_std=0.3)
     layers = gaussian_layers(model).values()
     found = sum(layer.kl().item() for layer in layers)
@@ -133,8 +137,9 @@ def test_S01_the_kl_of_bbb_counts_both_matrices() -> None:
     assert len(layers) == 4
 
 
+@pytest.mark.property("S14")
 @pytest.mark.parametrize("settings", [{"distribution": "gaussian_ab"}, {"distribution": "dropout", "lora_dropout": P}])
-def test_S14_a_fresh_adapter_answers_as_the_base(settings: dict[str, Any]) -> None:
+def test_a_fresh_adapter_answers_as_the_base(settings: dict[str, Any]) -> None:
     """With B at its start, 0, only the noise of B itself can change an answer."""
     model = get_peft_model(llama(), LLAMA.config(**settings)).eval()
     inputs = LLAMA.inputs()

@@ -69,7 +69,8 @@ def test_rho_starts_uniform_in_its_interval_whatever_the_global_state() -> None:
     assert (left * right).mean().abs() <= z / 12 / math.sqrt(count)
 
 
-def test_S10_independent_noise_of_rows_is_standard_normal(figure: Figure) -> None:
+@pytest.mark.property("S10")
+def test_independent_noise_of_rows_is_standard_normal(figure: Figure) -> None:
     model = bayesian_sum()
     samples = standardised(model, sampled_matrices(model, 20_000))
     worst, bound = moments_departure(samples)
@@ -77,8 +78,9 @@ def test_S10_independent_noise_of_rows_is_standard_normal(figure: Figure) -> Non
     figure("correlation of the noise of rows", consecutive_departure(samples), at_most=z_bound(samples.shape[1]))
 
 
+@pytest.mark.property("S10")
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_S10_noise_of_consecutive_forwards_is_standard_normal(estimator: str, figure: Figure) -> None:
+def test_noise_of_consecutive_forwards_is_standard_normal(estimator: str, figure: Figure) -> None:
     model = bayesian_sum(estimator=estimator)
     samples = torch.cat([standardised(model, sampled_matrices(model, 1)) for _ in range(1200)])
     worst, bound = moments_departure(samples)
@@ -86,7 +88,8 @@ def test_S10_noise_of_consecutive_forwards_is_standard_normal(estimator: str, fi
     figure("correlation of the noise of forwards", consecutive_departure(samples), at_most=z_bound(samples.shape[1]))
 
 
-def test_S10_noise_of_steps_micro_steps_ranks_and_seeds_is_uncorrelated(figure: Figure) -> None:
+@pytest.mark.property("S10")
+def test_noise_of_steps_micro_steps_ranks_and_seeds_is_uncorrelated(figure: Figure) -> None:
     model, rows = bayesian_sum(), 2000
     clock = training_noise(model)
     keys = [(0, 0, 0, 0), (0, 0, 1, 0), (0, 1, 0, 0), (0, 0, 0, 1), (1, 0, 0, 0), (0, 0, 0, 0)]
@@ -101,10 +104,9 @@ def test_S10_noise_of_steps_micro_steps_ranks_and_seeds_is_uncorrelated(figure: 
     figure("correlation between steps, micro-steps, processes and seeds, standard errors", worst, at_most=z_bound(20))
 
 
+@pytest.mark.property("S10")
 @pytest.mark.parametrize("estimator", ROWWISE)
-def test_S10_layers_on_several_devices_have_streams_of_their_own(
-    estimator: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layers_on_several_devices_have_streams_of_their_own(estimator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     places = {torch.device("cpu"): ["left"], torch.device("cpu", 0): ["right"]}  # as two cards would be
     monkeypatch.setattr(noise, "_by_device", lambda layers: places)
     model = bayesian_sum(estimator=estimator)
@@ -117,8 +119,9 @@ def test_S10_layers_on_several_devices_have_streams_of_their_own(
         assert not torch.equal(left.sign() * left[:1].sign(), right.sign() * right[:1].sign())
 
 
+@pytest.mark.property("S12")
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_S12_perturbations_have_mean_zero_the_right_variance_and_no_covariance_across_rows(
+def test_perturbations_have_mean_zero_the_right_variance_and_no_covariance_across_rows(
     estimator: str, figure: Figure
 ) -> None:
     count, rows = 1500, 3
@@ -140,8 +143,9 @@ def test_S12_perturbations_have_mean_zero_the_right_variance_and_no_covariance_a
     figure("covariances, standard errors", departure(mean - mean.diagonal().diag(), 0, error), at_most=z)
 
 
+@pytest.mark.property("S12")
 @pytest.mark.parametrize("estimator", ["flipout", "flipout_token"])
-def test_S12_both_sides_of_the_shared_noise_get_signs(estimator: str) -> None:
+def test_both_sides_of_the_shared_noise_get_signs(estimator: str) -> None:
     """t * ((G^2 * E)(u * x)) of one x: 2^4 signs u times 2^2 signs t, of which (u, t) and (-u, -t) are the same."""
     model = bayesian_sum(estimator=estimator)
     layer = gaussian_layers(model)["left"]
@@ -164,22 +168,25 @@ def two_equal_positions(estimator: str) -> Tensor:
     return (outputs[0][:, [0, 2]] - mean).transpose(1, 2)
 
 
+@pytest.mark.property("S11")
 @pytest.mark.parametrize("estimator", ROWWISE)
-def test_S11_equal_tokens_of_a_row_get_equal_perturbations(estimator: str, figure: Figure) -> None:
+def test_equal_tokens_of_a_row_get_equal_perturbations(estimator: str, figure: Figure) -> None:
     first, second = two_equal_positions(estimator).unbind(-1)
     figure("perturbations of two equal tokens in training, difference", departure(first, second, 1), at_most=1e-13)
     assert first.abs().min() > 0
 
 
-def test_S11_the_parity_option_perturbs_every_token_by_itself() -> None:
+@pytest.mark.property("S11")
+def test_the_parity_option_perturbs_every_token_by_itself() -> None:
     first, second = two_equal_positions("flipout_token").flatten(0, 1).unbind(-1)
     products = first * second
     assert products.mean().abs() <= z_bound(1) * products.std() / math.sqrt(len(products))
     assert not torch.allclose(first, second)
 
 
+@pytest.mark.property("S13")
 @pytest.mark.parametrize("estimator", ROWWISE)
-def test_S13_one_dropout_mask_for_mean_and_noise(estimator: str, figure: Figure) -> None:
+def test_one_dropout_mask_for_mean_and_noise(estimator: str, figure: Figure) -> None:
     model = bayesian_sum(estimator=estimator, lora_dropout=0.5, target_modules=["left"])
     x = torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     with torch.random.fork_rng():
@@ -197,8 +204,9 @@ def test_S13_one_dropout_mask_for_mean_and_noise(estimator: str, figure: Figure)
     figure("output less that with one mask, float64", departure(found, expected, 1), at_most=1e-12)
 
 
+@pytest.mark.property("S13")
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_S13_noise_is_where_dropout_leaves_something_and_nowhere_else(estimator: str) -> None:
+def test_noise_is_where_dropout_leaves_something_and_nowhere_else(estimator: str) -> None:
     model = bayesian_sum(Sum(1, 3), estimator=estimator, lora_dropout=0.5, target_modules=["left"])
     x, layer = torch.ones(200, 3, 1, dtype=torch.float64), gaussian_layers(model)["left"]
     with torch.no_grad():
@@ -212,8 +220,9 @@ def test_S13_noise_is_where_dropout_leaves_something_and_nowhere_else(estimator:
     assert 0 < kept.sum() < kept.numel()
 
 
+@pytest.mark.property("S14")
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_S14_without_variance_training_is_plain_lora(estimator: str, figure: Figure) -> None:
+def test_without_variance_training_is_plain_lora(estimator: str, figure: Figure) -> None:
     model = blob(LLAMA, estimator=estimator)
     with torch.no_grad():
         for layer in gaussian_layers(model).values():
@@ -226,8 +235,9 @@ def test_S14_without_variance_training_is_plain_lora(estimator: str, figure: Fig
     )
 
 
+@pytest.mark.property("S14")
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_S14_with_b_at_zero_training_is_the_base_bit_for_bit(estimator: str) -> None:
+def test_with_b_at_zero_training_is_the_base_bit_for_bit(estimator: str) -> None:
     model = blob(LLAMA, estimator=estimator)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -237,7 +247,8 @@ def test_S14_with_b_at_zero_training_is_the_base_bit_for_bit(estimator: str) -> 
     assert torch.equal(model(input_ids=ids).logits, llama().eval()(input_ids=ids).logits)
 
 
-def test_S15_evaluation_mode_is_the_mean_and_deterministic() -> None:
+@pytest.mark.property("S15")
+def test_evaluation_mode_is_the_mean_and_deterministic() -> None:
     model = blob(LLAMA).eval()
     ids = LLAMA.inputs()["input_ids"]
     first = model(input_ids=ids).logits
@@ -249,16 +260,18 @@ def test_S15_evaluation_mode_is_the_mean_and_deterministic() -> None:
     assert training_noise(model).micro == 1
 
 
+@pytest.mark.property("S15")
 @pytest.mark.parametrize("mode", [True, False])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_S15_a_disabled_adapter_is_the_base_bit_for_bit(estimator: str, mode: bool) -> None:
+def test_a_disabled_adapter_is_the_base_bit_for_bit(estimator: str, mode: bool) -> None:
     model = blob(LLAMA, estimator=estimator).train(mode)
     ids = LLAMA.inputs()["input_ids"]
     with model.disable_adapter():
         assert torch.equal(model(input_ids=ids).logits, llama().eval()(input_ids=ids).logits)
 
 
-def test_S15_a_merged_adapter_cannot_be_trained() -> None:
+@pytest.mark.property("S15")
+def test_a_merged_adapter_cannot_be_trained() -> None:
     model = blob(LLAMA)
     ids = LLAMA.inputs()["input_ids"]
     model.merge_adapter()

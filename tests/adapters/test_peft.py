@@ -71,13 +71,14 @@ def test_the_mean_is_plain_lora(architecture: Architecture) -> None:
     assert not torch.allclose(expected, logits(architecture.build().eval(), inputs), atol=1e-3)
 
 
+@pytest.mark.property("P01")
 @pytest.mark.parametrize(
     "how",
     [{}, {"adapter_name": "other"}, {"is_trainable": True}, {"low_cpu_mem_usage": True}],
     ids=["default", "named", "trainable", "low_memory"],
 )
 @EVERY
-def test_P01_saved_and_loaded(architecture: Architecture, how: dict[str, Any], tmp_path: Path) -> None:
+def test_saved_and_loaded(architecture: Architecture, how: dict[str, Any], tmp_path: Path) -> None:
     model = blob(architecture, prior_std=0.3, estimator="flipout").eval()
     model.save_pretrained(tmp_path)
 
@@ -103,8 +104,9 @@ def test_P01_saved_and_loaded(architecture: Architecture, how: dict[str, Any], t
         torch.testing.assert_close(logits(loaded, architecture.inputs()), expected, rtol=0, atol=0)
 
 
+@pytest.mark.property("P01")
 @EVERY
-def test_P01_the_file_holds_the_posterior_and_nothing_else(architecture: Architecture, tmp_path: Path) -> None:
+def test_the_file_holds_the_posterior_and_nothing_else(architecture: Architecture, tmp_path: Path) -> None:
     model = blob(architecture)
     model.save_pretrained(tmp_path)
     expected = {
@@ -305,8 +307,9 @@ def test_a_tied_head_alone_as_a_target() -> None:
         torch.testing.assert_close(logits(model, LLAMA.inputs()), expected, rtol=0, atol=0)
 
 
+@pytest.mark.property("P13")
 @EVERY
-def test_P13_merging_is_the_mean_and_unmerging_restores(architecture: Architecture) -> None:
+def test_merging_is_the_mean_and_unmerging_restores(architecture: Architecture) -> None:
     inputs = architecture.inputs()
     model = blob(architecture).eval()
     mean = logits(model, inputs)
@@ -329,8 +332,9 @@ def test_P13_merging_is_the_mean_and_unmerging_restores(architecture: Architectu
     torch.testing.assert_close(logits(alone, inputs), mean, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.property("P13")
 @EVERY
-def test_P13_unloading_gives_the_base_back(architecture: Architecture) -> None:
+def test_unloading_gives_the_base_back(architecture: Architecture) -> None:
     model = blob(architecture)
     model(**architecture.inputs()).logits.sum().backward()
     base = model.unload()
@@ -374,7 +378,8 @@ def test_a_forward_without_adapters_takes_no_noise() -> None:
     assert all(layer.noise is before[name] for name, layer in gaussian_layers(model).items())
 
 
-def test_K04_the_start_of_the_mean_is_that_of_plain_lora() -> None:
+@pytest.mark.property("K04")
+def test_the_start_of_the_mean_is_that_of_plain_lora() -> None:
     torch.manual_seed(5)
     plain = get_peft_model(LLAMA.build(), LoraConfig(r=4, target_modules=["q_proj"]))
     after = torch.get_rng_state()
@@ -384,11 +389,12 @@ def test_K04_the_start_of_the_mean_is_that_of_plain_lora() -> None:
     assert_same({k: v for k, v in model.state_dict().items() if not k.endswith("rho")}, dict(plain.state_dict()))
 
 
+@pytest.mark.property("K06")
 @pytest.mark.parametrize(
     "clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
 )
 @EVERY
-def test_K06_copies_are_whole_and_apart(architecture: Architecture, clone: Any) -> None:
+def test_copies_are_whole_and_apart(architecture: Architecture, clone: Any) -> None:
     inputs = architecture.inputs()
     model = blob(architecture)
     training_noise(model).seed = 3

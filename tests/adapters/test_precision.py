@@ -41,12 +41,11 @@ def assert_adapter_is(dtype: torch.dtype, model: PeftModel) -> None:
             assert parameter.grad.dtype == dtype and parameter.grad.isfinite().all(), name
 
 
+@pytest.mark.property("N01")
 @EVERY
 @HALVES
 @pytest.mark.parametrize("autocast_adapter", [True, False], ids=["cast by peft", "not cast by peft"])
-def test_N01_a_half_base(
-    architecture: Architecture, half: torch.dtype, autocast_adapter: bool, tmp_path: Path
-) -> None:
+def test_a_half_base(architecture: Architecture, half: torch.dtype, autocast_adapter: bool, tmp_path: Path) -> None:
     base = architecture.build().to(half)
     model = get_peft_model(base, architecture.config(), autocast_adapter_dtype=autocast_adapter)
     scatter(model)
@@ -78,9 +77,10 @@ def test_N01_a_half_base(
     assert_same(adapter_state(by_transformers), adapter_state(model))
 
 
+@pytest.mark.property("N01")
 @EVERY
 @pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
-def test_N01_casting_the_model_leaves_the_posterior(architecture: Architecture, cast: Callable) -> None:
+def test_casting_the_model_leaves_the_posterior(architecture: Architecture, cast: Callable) -> None:
     model = blob(architecture)
     train_a_step(model, architecture)
     before = {name: tensor.clone() for name, tensor in adapter_state(model).items()}
@@ -96,9 +96,10 @@ def test_N01_casting_the_model_leaves_the_posterior(architecture: Architecture, 
     assert_adapter_is(torch.float32, model)
 
 
+@pytest.mark.property("N01")
 @EVERY
 @pytest.mark.parametrize("estimator", ["independent", "flipout", "flipout_token"])
-def test_N01_under_autocast(architecture: Architecture, estimator: str) -> None:
+def test_under_autocast(architecture: Architecture, estimator: str) -> None:
     model = blob(architecture, estimator=estimator)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         train_a_step(model, architecture)
@@ -114,8 +115,9 @@ def test_N01_under_autocast(architecture: Architecture, estimator: str) -> None:
         assert logits(model, architecture.inputs()).isfinite().all()
 
 
+@pytest.mark.property("N01")
 @HALVES
-def test_N01_a_small_update_and_a_small_std_survive(half: torch.dtype) -> None:
+def test_a_small_update_and_a_small_std_survive(half: torch.dtype) -> None:
     model = get_peft_model(LLAMA.build().to(half), LLAMA.config()).to(half)
     layers = gaussian_layers(model).values()
     with torch.no_grad():

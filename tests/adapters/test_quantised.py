@@ -69,8 +69,9 @@ def adapted(base: Base, **settings: str) -> PeftModel:
     return model
 
 
+@pytest.mark.property("N08")
 @pytest.mark.parametrize("estimator", ["independent", "flipout", "flipout_token"])
-def test_N08_training_on_a_quantised_base(base: Base, estimator: str) -> None:
+def test_training_on_a_quantised_base(base: Base, estimator: str) -> None:
     model = adapted(base, estimator=estimator).train()
     inputs = LLAMA.inputs()
     clock = training_noise(model)
@@ -88,7 +89,8 @@ def test_N08_training_on_a_quantised_base(base: Base, estimator: str) -> None:
             assert not parameter.requires_grad
 
 
-def test_N08_draws_on_a_quantised_base(base: Base) -> None:
+@pytest.mark.property("N08")
+def test_draws_on_a_quantised_base(base: Base) -> None:
     model = adapted(base).eval()
     inputs = LLAMA.inputs()
     mean = logits(model, inputs)
@@ -110,7 +112,8 @@ def test_N08_draws_on_a_quantised_base(base: Base) -> None:
         torch.testing.assert_close(logits(model, inputs), logits(base[0]().eval(), inputs), rtol=0, atol=0)
 
 
-def test_P01_saved_and_loaded_on_a_quantised_base(base: Base, tmp_path: Path) -> None:
+@pytest.mark.property("P01")
+def test_saved_and_loaded_on_a_quantised_base(base: Base, tmp_path: Path) -> None:
     model = adapted(base).eval()
     inputs = LLAMA.inputs()
     expected = logits(model, inputs)
@@ -122,8 +125,9 @@ def test_P01_saved_and_loaded_on_a_quantised_base(base: Base, tmp_path: Path) ->
         torch.testing.assert_close(logits(loaded, inputs), expected, rtol=0, atol=0)
 
 
+@pytest.mark.property("N01")
 @pytest.mark.parametrize("cast", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-def test_N01_half_compute_around_a_quantised_base(saved_base: Path, cast: torch.dtype) -> None:
+def test_half_compute_around_a_quantised_base(saved_base: Path, cast: torch.dtype) -> None:
     pytest.importorskip("bitsandbytes", reason="nf4 bases need bitsandbytes: pip install 'bayestune[quant]'")
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=cast)
     base = LlamaForCausalLM.from_pretrained(saved_base, quantization_config=config, dtype=cast, device_map="cpu")

@@ -95,7 +95,8 @@ print(json.dumps([errors, logits.tolist()]))
 """
 
 
-def test_P01_without_bayestune_the_card_says_what_to_do(tmp_path: Path) -> None:
+@pytest.mark.property("P01")
+def test_without_bayestune_the_card_says_what_to_do(tmp_path: Path) -> None:
     model = blob(LLAMA).eval()
     model.save_pretrained(tmp_path / "posterior")
     LLAMA.build().save_pretrained(tmp_path / "base")

@@ -76,6 +76,7 @@ def row(**changes: Any) -> bytes:
     return json.dumps({**BAD, **changes}).encode() + b"\n"
 
 
+@pytest.mark.property("D01")
 @pytest.mark.parametrize(
     ("bad", "says"),
     [
@@ -90,12 +91,13 @@ def row(**changes: Any) -> bytes:
     ],
     ids=["comma", "CRLF", "blank", "two", "NUL", "BOM", "list", "key twice"],
 )
-def test_D01_a_malformed_line_ends_every_command_with_2(
+def test_a_malformed_line_ends_every_command_with_2(
     world: Path, tmp_path: Path, capsys: Any, bad: bytes, says: str
 ) -> None:
     assert all(says in line for line in refusals(world, tmp_path, bad, capsys))
 
 
+@pytest.mark.property("D08")
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -111,7 +113,7 @@ def test_D01_a_malformed_line_ends_every_command_with_2(
     ],
     ids=["range", "letter", "27 choices", "not text", "blank", "too long", "surrogate", "number as id", "id twice"],
 )
-def test_D08_a_bad_field_ends_every_command_with_2_and_is_named_with_its_row(
+def test_a_bad_field_ends_every_command_with_2_and_is_named_with_its_row(
     world: Path, tmp_path: Path, capsys: Any, changes: dict[str, Any], words: tuple[str, ...]
 ) -> None:
     """And so do those of D02 to D07."""
@@ -119,7 +121,8 @@ def test_D08_a_bad_field_ends_every_command_with_2_and_is_named_with_its_row(
         assert all(word in line for word in words), line
 
 
-def test_D10_a_token_without_an_embedding_ends_training_with_2(world: Path, tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.property("D10")
+def test_a_token_without_an_embedding_ends_training_with_2(world: Path, tmp_path: Path, capsys: Any) -> None:
     tokenizer = AutoTokenizer.from_pretrained(world / "llama")
     tokenizer.add_tokens(["<new>"])
     shutil.copytree(world / "llama", tmp_path / "model")
@@ -153,7 +156,8 @@ def odd_rows() -> list[dict[str, Any]]:
     ]
 
 
-def test_D07_odd_text_comes_out_as_it_went_in_also_in_the_C_locale(world: Path, tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.property("D07")
+def test_odd_text_comes_out_as_it_went_in_also_in_the_C_locale(world: Path, tmp_path: Path, capsys: Any) -> None:
     """Ids, by bytes, through predict; and an error about such a row is printed, not a crash."""
     raw = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in odd_rows())
     (tmp_path / "raw.jsonl").write_bytes(raw.encode())
@@ -182,7 +186,8 @@ def test_D07_odd_text_comes_out_as_it_went_in_also_in_the_C_locale(world: Path, 
     assert b"Traceback" not in done.stderr
 
 
-def test_D14_answers_are_keyed_by_id_whatever_the_order_of_the_rows(
+@pytest.mark.property("D14")
+def test_answers_are_keyed_by_id_whatever_the_order_of_the_rows(
     world: Path, tmp_path: Path, figure: Callable[..., None]
 ) -> None:
     """The output has the order of the input; the probabilities of a row do not depend on it."""
@@ -201,7 +206,8 @@ def test_D14_answers_are_keyed_by_id_whatever_the_order_of_the_rows(
     assert len({round(answer["probs"][0], 6) for answer in answers[0]}) > 10
 
 
-def test_D13_a_resumed_run_refuses_rows_that_changed(world: Path, tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.property("D13")
+def test_a_resumed_run_refuses_rows_that_changed(world: Path, tmp_path: Path, capsys: Any) -> None:
     """One label is enough; put back, the run goes on."""
     data, output = write_data(tmp_path / "data"), tmp_path / "run"
     command = training(world, data, output, "--checkpoint-steps", "1")

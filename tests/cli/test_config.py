@@ -14,6 +14,7 @@ REQUIRED = "model: m\ntask: t\n"
 LAUGHS = "a0: &a0 [ha, ha, ha]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
 
 
+@pytest.mark.property("X07")
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -39,7 +40,7 @@ LAUGHS = "a0: &a0 [ha, ha, ha]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 
     ],
     ids=lambda value: value[:30],
 )
-def test_X07_a_file_that_is_not_plain_is_refused(tmp_path: Path, text: str, words: str) -> None:
+def test_a_file_that_is_not_plain_is_refused(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
     with pytest.raises(FlagError, match=words) as caught:
@@ -47,6 +48,7 @@ def test_X07_a_file_that_is_not_plain_is_refused(tmp_path: Path, text: str, word
     assert str(caught.value).startswith(f"--config {path}: ") and len(str(caught.value)) < 500
 
 
+@pytest.mark.property("X07")
 @pytest.mark.parametrize(
     ("line", "words"),
     [
@@ -61,7 +63,7 @@ def test_X07_a_file_that_is_not_plain_is_refused(tmp_path: Path, text: str, word
         ("data: [[[[]]]]", "data: found .*, expected a text"),
     ],
 )
-def test_X07_absurd_values_are_refused_before_the_model_is_looked_for(
+def test_absurd_values_are_refused_before_the_model_is_looked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, words: str
 ) -> None:
     path = tmp_path / "run.yaml"
@@ -72,7 +74,8 @@ def test_X07_absurd_values_are_refused_before_the_model_is_looked_for(
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_X07_a_whole_number_too_large_for_a_float_is_refused() -> None:
+@pytest.mark.property("X07")
+def test_a_whole_number_too_large_for_a_float_is_refused() -> None:
     for name in ("learning_rate", "weight_decay", "lora_alpha"):
         with pytest.raises(ConfigError, match=f"{name}: found 1000"):
             Experiment.from_dict({"model": "m", "task": "t", name: 10**400}, where="result.json")

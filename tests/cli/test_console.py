@@ -42,20 +42,23 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.property("X05")
 @pytest.mark.parametrize("text", STEERING.values(), ids=STEERING)
-def test_X05_what_a_terminal_obeys_is_shown_and_not_sent(text: str) -> None:
+def test_what_a_terminal_obeys_is_shown_and_not_sent(text: str) -> None:
     shown = plain(f"before {text} after")
     assert not OBEYED.search(shown)
     assert shown.startswith("before ") and shown.endswith(" after") and "\\" in shown
 
 
+@pytest.mark.property("X05")
 @pytest.mark.parametrize("text", ["a\tb\nc", "naïve", "שלום", "日本語", "👩\u200d🚀", "C:\\x1b", "▓ 10 %"])
-def test_X05_what_no_terminal_obeys_stays(text: str) -> None:
+def test_what_no_terminal_obeys_stays(text: str) -> None:
     assert plain(text) == text
 
 
+@pytest.mark.property("X05")
 @pytest.mark.parametrize("text", STEERING.values(), ids=STEERING)
-def test_X05_no_error_steers_the_terminal(
+def test_no_error_steers_the_terminal(
     world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], text: str
 ) -> None:
     """File names, names of models, ids of rows, flags."""
@@ -88,7 +91,8 @@ def test_X05_no_error_steers_the_terminal(
         assert out == "" and err.count("\n") == 1 and not OBEYED.search(err), (command, err)
 
 
-def test_X05_no_result_steers_the_terminal(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.property("X05")
+def test_no_result_steers_the_terminal(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = STEERING["title"]
     ids = [row | {"id": f"{row['id']}{text}"} for row in questions(0, 3)]
     rows = write_rows(tmp_path / "rows.jsonl", ids)
@@ -104,7 +108,8 @@ def test_X05_no_result_steers_the_terminal(world: Path, tmp_path: Path, capsys: 
     assert [json.loads(line)["id"] for line in output.read_text().splitlines()] == [row["id"] for row in ids]
 
 
-def test_X05_no_warning_steers_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+@pytest.mark.property("X05")
+def test_no_warning_steers_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     def warned(*args: Any, **kwargs: Any) -> int:
         warnings.warn(f"row {STEERING['clear']}", BayestuneWarning, stacklevel=1)
         raise TrainingError(f"rows {STEERING['one byte']}")
@@ -115,7 +120,8 @@ def test_X05_no_warning_steers_the_terminal(monkeypatch: pytest.MonkeyPatch, cap
     assert err == "warning: row \\x1b[2J\\x1b[H\ntraining stopped: rows \\x9b31m\n"
 
 
-def test_X05_all_that_is_printed_goes_one_way() -> None:
+@pytest.mark.property("X05")
+def test_all_that_is_printed_goes_one_way() -> None:
     folder = Path(bayestune_cli.__file__).parent
     for path in folder.glob("*.py"):
         names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}

@@ -48,10 +48,11 @@ FAILURES: list[tuple[BaseException, int, str]] = [
 ]
 
 
+@pytest.mark.property("R09")
 @pytest.mark.parametrize(
     ("failure", "code", "line"), FAILURES, ids=[type(f).__name__ + str(c) for f, c, _ in FAILURES]
 )
-def test_R09_each_failure_has_its_exit_code_one_line_and_valid_json(
+def test_each_failure_has_its_exit_code_one_line_and_valid_json(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], failure: BaseException, code: int, line: str
 ) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
@@ -71,7 +72,8 @@ def test_R09_each_failure_has_its_exit_code_one_line_and_valid_json(
     assert shown.endswith(err) and ("Traceback" in shown) == isinstance(failure, Exception)
 
 
-def test_R09_a_wrong_use_has_valid_json_too_and_done_is_0(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.property("R09")
+def test_a_wrong_use_has_valid_json_too_and_done_is_0(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert invoke(["evaluate", "run", "--json", "--drawz", "3"]) == 2
     out, err = capsys.readouterr()
     found = json.loads(out)["error"]
@@ -80,7 +82,8 @@ def test_R09_a_wrong_use_has_valid_json_too_and_done_is_0(world: Path, capsys: p
     assert "error" not in json.loads(capsys.readouterr().out)
 
 
-def test_R09_a_program_started_without_a_stdout_still_ends_in_its_own_way() -> None:
+@pytest.mark.property("R09")
+def test_a_program_started_without_a_stdout_still_ends_in_its_own_way() -> None:
     for arguments, code in (["--help"], 0), (["evaluate", "/nowhere", "--json"], 2):
         command = ["sh", "-c", 'exec "$0" -m bayestune_cli "$@" >&-', sys.executable, *arguments]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -88,7 +91,8 @@ def test_R09_a_program_started_without_a_stdout_still_ends_in_its_own_way() -> N
         assert "Traceback" not in done.stderr and ("/nowhere" in done.stderr) == (code == 2)
 
 
-def test_X05_a_traceback_has_no_escapes_either(
+@pytest.mark.property("X05")
+def test_a_traceback_has_no_escapes_either(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(*args: object, **kwargs: object) -> None:
@@ -111,7 +115,8 @@ sys.exit(max(invoke(arguments) for arguments in json.loads(sys.argv[1])))
 """
 
 
-def test_R08_a_run_in_an_odd_environment_is_the_same_run(world: Path, tmp_path: Path) -> None:
+@pytest.mark.property("R08")
+def test_a_run_in_an_odd_environment_is_the_same_run(world: Path, tmp_path: Path) -> None:
     """No HOME, no terminal, C locale, asserts off, umask 077, spaces and other scripts in paths, a model of the Hub's
     cache, a full stderr: trained and asked in one process."""
     odd = tmp_path / "ein Weg mit Lücken" / "日本 🧪"
@@ -156,7 +161,8 @@ def test_R08_a_run_in_an_odd_environment_is_the_same_run(world: Path, tmp_path: 
     assert len(answers.read_text(encoding="utf-8").splitlines()) == 4
 
 
-def test_R08_an_output_that_cannot_be_written_is_said_before_weights_are_loaded(
+@pytest.mark.property("R08")
+def test_an_output_that_cannot_be_written_is_said_before_weights_are_loaded(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def load(*args: Any, **kwargs: Any) -> None:
@@ -174,7 +180,8 @@ def test_R08_an_output_that_cannot_be_written_is_said_before_weights_are_loaded(
     assert not list(closed.iterdir())
 
 
-def test_R08_an_output_that_is_not_utf_8_is_said_before_weights_are_loaded(
+@pytest.mark.property("R08")
+def test_an_output_that_is_not_utf_8_is_said_before_weights_are_loaded(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """safetensors writes there, and cannot read back what it wrote: all that was trained would be lost."""
@@ -189,7 +196,8 @@ def test_R08_an_output_that_is_not_utf_8_is_said_before_weights_are_loaded(
     assert err.count("\n") == 1 and not os.listdir(tmp_path)
 
 
-def test_R08_a_clock_that_jumps_changes_nothing(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.property("R08")
+def test_a_clock_that_jumps_changes_nothing(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Back by a day at every look, and checkpoints that are older the newer they are."""
     now = time.time()
     real = SafeTrainer._save_checkpoint
@@ -212,7 +220,8 @@ def test_R08_a_clock_that_jumps_changes_nothing(world: Path, tmp_path: Path, mon
     assert (tmp_path / "run" / "checkpoints" / "checkpoint-6").is_dir()
 
 
-def test_P11_a_run_that_was_made_while_weights_were_loaded_is_not_replaced(
+@pytest.mark.property("P11")
+def test_a_run_that_was_made_while_weights_were_loaded_is_not_replaced(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Another process began later, with a smaller model."""
@@ -235,7 +244,8 @@ SETTINGS = ("config.json", "tokenizer.json", "tokenizer_config.json")
 """What a rerun depends on in the folder of the model, beside the weights."""
 
 
-def test_R10_a_run_made_again_from_its_record_has_the_same_numbers(
+@pytest.mark.property("R10")
+def test_a_run_made_again_from_its_record_has_the_same_numbers(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = record(world / "whole")
@@ -249,7 +259,8 @@ def test_R10_a_run_made_again_from_its_record_has_the_same_numbers(
     assert "warning" not in capsys.readouterr().err
 
 
-def test_R10_a_record_holds_all_that_made_it(world: Path) -> None:
+@pytest.mark.property("R10")
+def test_a_record_holds_all_that_made_it(world: Path) -> None:
     found = record(world / "whole")
     assert found["seed"] == found["experiment"]["seed"] == 0 and found["processes"] == 1
     assert {"bayestune", "torch", "transformers", "peft", "python"} <= found["versions"].keys()
@@ -260,7 +271,8 @@ def test_R10_a_record_holds_all_that_made_it(world: Path) -> None:
     assert {"train_rows", "eval_rows"} <= found["sha256"].keys() and found["command"][0] == "bayestune"
 
 
-def test_R10_what_is_not_as_in_the_record_is_named_before_training(
+@pytest.mark.property("R10")
+def test_what_is_not_as_in_the_record_is_named_before_training(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def train(*args: Any, **kwargs: Any) -> None:
@@ -280,7 +292,8 @@ def test_R10_what_is_not_as_in_the_record_is_named_before_training(
     assert f"warning: {warning}" in capsys.readouterr().err
 
 
-def test_R10_rows_of_other_uses_and_settings_of_the_base_are_in_the_record_too(
+@pytest.mark.property("R10")
+def test_rows_of_other_uses_and_settings_of_the_base_are_in_the_record_too(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A record is made, and then everything in it changes but the weights; records of before say nothing of these."""

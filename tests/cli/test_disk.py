@@ -69,6 +69,7 @@ def fails_within(patch: pytest.MonkeyPatch, module: str, name: str, call: str, n
     patch.setattr(owner, name, failing)
 
 
+@pytest.mark.property("R03")
 @pytest.mark.parametrize(
     ("record_call", "posterior_call", "number"),
     [
@@ -77,7 +78,7 @@ def fails_within(patch: pytest.MonkeyPatch, module: str, name: str, call: str, n
         pytest.param("fsync", "fsync", errno.EIO, marks=pytest.mark.nightly),
     ],
 )
-def test_R03_a_full_disk_ends_a_run_and_leaves_the_last_checkpoint_and_posterior(
+def test_a_full_disk_ends_a_run_and_leaves_the_last_checkpoint_and_posterior(
     world: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -106,7 +107,8 @@ def test_R03_a_full_disk_ends_a_run_and_leaves_the_last_checkpoint_and_posterior
     assert adapter(output) == adapter(world / "whole")
 
 
-def test_R03_a_checkpoint_that_does_not_fit_ends_training_and_leaves_the_last(world: Path, tmp_path: Path) -> None:
+@pytest.mark.property("R03")
+def test_a_checkpoint_that_does_not_fit_ends_training_and_leaves_the_last(world: Path, tmp_path: Path) -> None:
     """With a real limit of the system on the size of a file, in a process of its own."""
     output = tmp_path / "run"
     command = unfinished(world, output, 4)
@@ -129,7 +131,8 @@ def test_R03_a_checkpoint_that_does_not_fit_ends_training_and_leaves_the_last(wo
     assert adapter(output) == adapter(world / "whole")
 
 
-def test_R03_answers_that_do_not_fit_leave_the_earlier_ones(
+@pytest.mark.property("R03")
+def test_answers_that_do_not_fit_leave_the_earlier_ones(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     output = tmp_path / "answers.jsonl"
@@ -143,7 +146,8 @@ def test_R03_answers_that_do_not_fit_leave_the_earlier_ones(
     assert contents(tmp_path) == {"answers.jsonl": b"mine"}
 
 
-def test_R03_an_export_that_does_not_fit_leaves_nothing_and_is_said(world: Path, tmp_path: Path) -> None:
+@pytest.mark.property("R03")
+def test_an_export_that_does_not_fit_leaves_nothing_and_is_said(world: Path, tmp_path: Path) -> None:
     """With a real limit of the system on the size of a file: it is safetensors that meets it."""
     output, first = tmp_path / "lora", tmp_path / "first"
     assert invoke(["export", str(world / "whole"), "--output", str(first)]) == 0
@@ -159,10 +163,9 @@ def test_R03_an_export_that_does_not_fit_leaves_nothing_and_is_said(world: Path,
     assert sorted(os.listdir(tmp_path)) == ["err", "first", "out"]
 
 
+@pytest.mark.property("R03")
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_R03_a_log_on_a_full_disk_does_not_end_training_and_output_there_is_an_error(
-    world: Path, tmp_path: Path
-) -> None:
+def test_a_log_on_a_full_disk_does_not_end_training_and_output_there_is_an_error(world: Path, tmp_path: Path) -> None:
     command = unfinished(world, tmp_path / "run", 4)
     runs = [
         (command, str(tmp_path / "out"), "/dev/full", 0),
@@ -178,7 +181,8 @@ def test_R03_a_log_on_a_full_disk_does_not_end_training_and_output_there_is_an_e
     assert line.startswith("error: ") and os.strerror(errno.ENOSPC) in line
 
 
-def test_R02_a_device_lost_on_the_way_leaves_the_last_checkpoint(
+@pytest.mark.property("R02")
+def test_a_device_lost_on_the_way_leaves_the_last_checkpoint(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """As torch tells it; and nothing is done on the device after it."""
@@ -199,7 +203,8 @@ def test_R02_a_device_lost_on_the_way_leaves_the_last_checkpoint(
     assert adapter(output) == adapter(world / "whole")
 
 
-def test_R02_what_a_machine_lacks_is_said_before_weights_are_loaded(
+@pytest.mark.property("R02")
+def test_what_a_machine_lacks_is_said_before_weights_are_loaded(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     def load(*args: Any, **kwargs: Any) -> None:

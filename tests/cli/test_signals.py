@@ -87,8 +87,9 @@ BY_SIGNAL = [
 ]
 
 
+@pytest.mark.property("R04")
 @pytest.mark.parametrize(("place", "call", "saved", "number"), BY_SIGNAL)
-def test_R04_a_signal_in_any_phase_of_training_ends_it_and_it_goes_on_to_the_same_adapter(
+def test_a_signal_in_any_phase_of_training_ends_it_and_it_goes_on_to_the_same_adapter(
     world: Path, tmp_path: Path, start: Start, figure: Any, place: str, call: int, saved: int | None, number: int
 ) -> None:
     output = tmp_path / "run"
@@ -108,11 +109,12 @@ def test_R04_a_signal_in_any_phase_of_training_ends_it_and_it_goes_on_to_the_sam
     assert adapter(output) == adapter(world / "whole")
 
 
+@pytest.mark.property("R04")
 @pytest.mark.parametrize(
     ("number", "again"),
     [(signal.SIGTERM, "--resume"), pytest.param(signal.SIGINT, "--overwrite", marks=pytest.mark.nightly)],
 )
-def test_R04_without_checkpoints_it_ends_at_once_and_starts_anew(
+def test_without_checkpoints_it_ends_at_once_and_starts_anew(
     world: Path, tmp_path: Path, start: Start, capsys: Any, number: int, again: str
 ) -> None:
     command = training(world, tmp_path / "run")
@@ -125,9 +127,10 @@ def test_R04_without_checkpoints_it_ends_at_once_and_starts_anew(
     assert adapter(tmp_path / "run") == adapter(world / "whole")
 
 
+@pytest.mark.property("R04")
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs /proc to see a handler go")
 @pytest.mark.parametrize("place", ["checkpoint", pytest.param("update", marks=pytest.mark.nightly)])
-def test_R04_a_second_signal_ends_the_process_at_once(world: Path, tmp_path: Path, start: Start, place: str) -> None:
+def test_a_second_signal_ends_the_process_at_once(world: Path, tmp_path: Path, start: Start, place: str) -> None:
     """By the system's own hand, also within a library's long call; what was saved before is whole."""
     command = training(world, tmp_path / "run", "--checkpoint-steps", "2")
     process, talk = start(place, 2 if place == "checkpoint" else 4, command)
@@ -150,6 +153,7 @@ def caught(pid: int, number: int) -> bool:
     return bool(int(mask, 16) >> (number - 1) & 1)
 
 
+@pytest.mark.property("R04")
 @pytest.mark.parametrize(
     ("place", "number"),
     [
@@ -165,7 +169,7 @@ def caught(pid: int, number: int) -> bool:
         ),
     ],
 )
-def test_R04_a_signal_in_any_phase_of_predict_ends_it(
+def test_a_signal_in_any_phase_of_predict_ends_it(
     world: Path, tmp_path: Path, start: Start, figure: Any, place: str, number: int
 ) -> None:
     output = tmp_path / "answers.jsonl"
@@ -180,7 +184,8 @@ def test_R04_a_signal_in_any_phase_of_predict_ends_it(
     }
 
 
-def test_R04_handlers_are_put_back_and_only_the_main_thread_has_them(
+@pytest.mark.property("R04")
+def test_handlers_are_put_back_and_only_the_main_thread_has_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     seen = []

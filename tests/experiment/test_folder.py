@@ -70,8 +70,9 @@ def killed_at(number: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]
     return lambda: calls
 
 
+@pytest.mark.property("P02")
 @pytest.mark.parametrize("fails", [False, True])
-def test_P02_a_replacement_killed_at_any_call_leaves_the_earlier_run_or_the_new_one(
+def test_a_replacement_killed_at_any_call_leaves_the_earlier_run_or_the_new_one(
     fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = set()
@@ -140,11 +141,10 @@ def test_a_run_that_waits_is_named(tmp_path: Path) -> None:
         load_run(tmp_path / "run")
 
 
+@pytest.mark.property("P11")
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("finished", [False, True])
-def test_P11_a_folder_in_which_a_run_is_being_made_is_not_touched(
-    finished: bool, overwrite: bool, tmp_path: Path
-) -> None:
+def test_a_folder_in_which_a_run_is_being_made_is_not_touched(finished: bool, overwrite: bool, tmp_path: Path) -> None:
     """Neither its run, nor the one that waits until that is finished; before weights are loaded, and after."""
     output = tmp_path / "run"
     write_run(earlier_run(output), "old")
@@ -160,7 +160,8 @@ def test_P11_a_folder_in_which_a_run_is_being_made_is_not_touched(
     assert {path for path in tmp_path.rglob("*")} == before
 
 
-def test_P11_a_run_has_its_folder_alone_until_it_ends(tmp_path: Path) -> None:
+@pytest.mark.property("P11")
+def test_a_run_has_its_folder_alone_until_it_ends(tmp_path: Path) -> None:
     output = tmp_path / "new" / "run"
     for fails in (True, False):
         replace_alone(output, fails=fails)
@@ -181,7 +182,8 @@ def replace_alone(output: Path, *, fails: bool) -> None:
         pass
 
 
-def test_P11_who_comes_second_to_a_folder_does_not_replace_the_run_there(tmp_path: Path) -> None:
+@pytest.mark.property("P11")
+def test_who_comes_second_to_a_folder_does_not_replace_the_run_there(tmp_path: Path) -> None:
     """Both looked at the folder while it was empty."""
     output = tmp_path / "run"
     check_output(output, GIVEN, overwrite=False, resume=False)
@@ -191,7 +193,8 @@ def test_P11_who_comes_second_to_a_folder_does_not_replace_the_run_there(tmp_pat
     assert whole(output) == "first" and os.listdir(tmp_path) == ["run"]
 
 
-def test_P11_a_lock_that_was_left_is_no_file_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.property("P11")
+def test_a_lock_that_was_left_is_no_file_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside the folder; or in it, where the one that it lies in cannot be written to, as with a mounted folder."""
     output, real = tmp_path / "run", os.access
     (tmp_path / ".run.lock").touch()
@@ -208,7 +211,8 @@ def test_P11_a_lock_that_was_left_is_no_file_of_others(tmp_path: Path, monkeypat
     assert whole(output) == "new" and not (output / ".run.lock").exists()
 
 
-def test_P11_what_a_killed_demo_left_is_no_file_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.property("P11")
+def test_what_a_killed_demo_left_is_no_file_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Trained(Exception):
         pass
 
@@ -222,6 +226,7 @@ def test_P11_what_a_killed_demo_left_is_no_file_of_others(tmp_path: Path, monkey
         demo.run_demo(tmp_path)
 
 
+@pytest.mark.property("X07")
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -232,13 +237,14 @@ def test_P11_what_a_killed_demo_left_is_no_file_of_others(tmp_path: Path, monkey
     ],
     ids=["twice", "deep", "very_deep", "long"],
 )
-def test_X07_a_record_without_bounds_is_refused(tmp_path: Path, text: str, words: str) -> None:
+def test_a_record_without_bounds_is_refused(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "experiment.json").write_text(text)
     with pytest.raises(ConfigError, match=rf"experiment\.json: cannot be read as a record: .*{words}"):
         read_json(tmp_path / "experiment.json", "a record")
 
 
-def test_X07_of_a_record_that_is_too_long_no_more_is_read(tmp_path: Path) -> None:
+@pytest.mark.property("X07")
+def test_of_a_record_that_is_too_long_no_more_is_read(tmp_path: Path) -> None:
     """A file that takes no space and says that it has a terabyte."""
     with (tmp_path / "experiment.json").open("wb") as file:
         file.truncate(1 << 40)

@@ -27,11 +27,13 @@ def counted(row: AnyRow, *learnt: AnyRow) -> dict[str, int]:
         return count_repeated([row], "dev", {"train": learnt or [LEARNT]})["train"]
 
 
+@pytest.mark.property("D08")
 @pytest.mark.parametrize("row", [question(), question(answer=2), question(answer=None), question(id="t1")])
-def test_D08_a_row_repeats_another_whatever_its_id_and_answer(row: Row) -> None:
+def test_a_row_repeats_another_whatever_its_id_and_answer(row: Row) -> None:
     assert counted(row) == {"rows": 1, "exact": 1}
 
 
+@pytest.mark.property("D08")
 @pytest.mark.parametrize(
     "row",
     [
@@ -44,10 +46,11 @@ def test_D08_a_row_repeats_another_whatever_its_id_and_answer(row: Row) -> None:
     ],
     ids=["case", "blanks", "NFD", "full width", "case of choices", "order of choices"],
 )
-def test_D08_case_blanks_forms_and_the_order_of_choices_do_not_hide_a_repeated_row(row: Row) -> None:
+def test_case_blanks_forms_and_the_order_of_choices_do_not_hide_a_repeated_row(row: Row) -> None:
     assert counted(row) == {"rows": 1, "exact": int(row.question == LEARNT.question and row.choices == LEARNT.choices)}
 
 
+@pytest.mark.property("D08")
 @pytest.mark.parametrize(
     "row",
     [
@@ -58,18 +61,20 @@ def test_D08_case_blanks_forms_and_the_order_of_choices_do_not_hide_a_repeated_r
         TextRow(id="d1", text="Is the café open?", label=0),
     ],
 )
-def test_D08_a_row_with_other_texts_is_another_row(row: AnyRow) -> None:
+def test_a_row_with_other_texts_is_another_row(row: AnyRow) -> None:
     assert counted(row) == {"rows": 0, "exact": 0}
 
 
-def test_D08_pairs_of_sentences_are_compared_in_order() -> None:
+@pytest.mark.property("D08")
+def test_pairs_of_sentences_are_compared_in_order() -> None:
     learnt = TextRow(id="t", text="It rains.", text_pair="It is wet.", label=1)
     swapped = TextRow(id="d", text="It is wet.", text_pair="It rains.", label=1)
     assert counted(swapped, learnt) == {"rows": 0, "exact": 0}
     assert counted(TextRow(id="d", text="it rains.", text_pair="It is wet.", label=0), learnt)["rows"] == 1
 
 
-def test_D08_the_warning_counts_and_names_the_first_of_each_split() -> None:
+@pytest.mark.property("D08")
+def test_the_warning_counts_and_names_the_first_of_each_split() -> None:
     scored = [question(id=f"d{i}", question=f"Is it {i}?") for i in range(8)]
     train = [question(id=f"t{i}", question=f"Is it {i}?") for i in (1, 3, 4)]
     train += [question(id=f"t{i}", question=f"is it {i}?") for i in (5, 1)]
@@ -87,8 +92,9 @@ def test_D08_the_warning_counts_and_names_the_first_of_each_split() -> None:
     assert "\n" not in first
 
 
+@pytest.mark.property("D08")
 @pytest.mark.nightly
-def test_D08_a_hundred_thousand_rows_are_compared_in_seconds(figure: Callable[..., None]) -> None:
+def test_a_hundred_thousand_rows_are_compared_in_seconds(figure: Callable[..., None]) -> None:
     """Comparing every pair would take hours."""
     train = [TextRow(id=f"t{i}", text=f"Sentence {i}, and É more.", label=0) for i in range(100_000)]
     scored = [TextRow(id=f"d{i}", text=f"sentence {2 * i}, and é  more.", label=0) for i in range(100_000)]
@@ -98,7 +104,8 @@ def test_D08_a_hundred_thousand_rows_are_compared_in_seconds(figure: Callable[..
     figure("seconds of processor for 100,000 against 100,000 rows", time.process_time() - started, at_most=30.0)
 
 
-def test_D08_a_run_says_it_first_and_records_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.property("D08")
+def test_a_run_says_it_first_and_records_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pretrained_llama(tmp_path / "llama")
     data = write_data(tmp_path / "data")
     learnt, scored = questions(0, 16), questions(16, 10)
@@ -119,11 +126,12 @@ def test_D08_a_run_says_it_first_and_records_it(tmp_path: Path, capsys: pytest.C
     assert record["repeated_rows"] == {"train": {"rows": 2, "exact": 1}, "held": {"rows": 1, "exact": 1}}
 
 
+@pytest.mark.property("D08")
 @pytest.mark.parametrize(
     ("name", "split", "rows", "exact"),
     [("openbookqa", "test", 14, 0), ("openbookqa", "dev", 7, 0), ("arc_easy", "test", 3, 2), ("rte", "dev", 0, 0)],
 )
-def test_D08_published_splits_repeat_a_few_rows(data_dir: Path, name: str, split: str, rows: int, exact: int) -> None:
+def test_published_splits_repeat_a_few_rows(data_dir: Path, name: str, split: str, rows: int, exact: int) -> None:
     """Most of them with the choices in another order."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", BayestuneWarning)

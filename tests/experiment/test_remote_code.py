@@ -71,6 +71,7 @@ def edited(source: Path, target: Path, file: str, **changes: Any) -> Path:
     return target
 
 
+@pytest.mark.property("X01")
 @pytest.mark.parametrize(
     ("file", "changes", "codes"),
     [
@@ -93,7 +94,7 @@ def edited(source: Path, target: Path, file: str, **changes: Any) -> Path:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else None,
 )
-def test_X01_code_in_a_model_folder_is_not_run_by_train(
+def test_code_in_a_model_folder_is_not_run_by_train(
     world: Path,
     tmp_path: Path,
     attempts: list[str],
@@ -109,6 +110,7 @@ def test_X01_code_in_a_model_folder_is_not_run_by_train(
     assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.property("X01")
 @pytest.mark.parametrize(
     "changes",
     [
@@ -118,7 +120,7 @@ def test_X01_code_in_a_model_folder_is_not_run_by_train(
     ],
     ids=lambda changes: " ".join(changes),
 )
-def test_X01_an_adapter_from_elsewhere_leads_nowhere(
+def test_an_adapter_from_elsewhere_leads_nowhere(
     world: Path, tmp_path: Path, attempts: list[str], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
     adapter = edited(world / "lora" / "mean", tmp_path / "adapter", "adapter_config.json", **changes)
@@ -131,14 +133,16 @@ def test_X01_an_adapter_from_elsewhere_leads_nowhere(
     assert posterior["base_model_name_or_path"] == str(world / "llama")
 
 
-def test_X01_the_code_leaves_its_mark_where_it_is_run(tmp_path: Path, world: Path) -> None:
+@pytest.mark.property("X01")
+def test_the_code_leaves_its_mark_where_it_is_run(tmp_path: Path, world: Path) -> None:
     model = edited(world / "llama", tmp_path / "model", "config.json")
     run: Callable[[str, dict[str, Any]], None] = exec
     run((model / "canary.py").read_text(), {})
     assert (tmp_path / "mark").exists()
 
 
-def test_X01_no_flag_switches_it_on(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.property("X01")
+def test_no_flag_switches_it_on(capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("train", "evaluate", "predict", "export", "table"):
         assert invoke([command, "--help"]) == 0
         assert "trust" not in capsys.readouterr().out

@@ -47,12 +47,13 @@ def assert_sound(result: Result, scored: int) -> None:
     json.dumps({key: scores.as_dict() for key, scores in result.scores.items()}, allow_nan=False)
 
 
+@pytest.mark.property("D11")
 @pytest.mark.parametrize(
     ("learnt", "scored"),
     [([1] * 6, [0, 1, 2]), ([0] * 15 + [1], [0, 1, 2]), ([0, 1, 2, 0], [1] * 3)],
     ids=["one class learnt", "15 to 1", "one class scored"],
 )
-def test_D11_one_class_or_almost_is_trained_and_scored(
+def test_one_class_or_almost_is_trained_and_scored(
     world: Path, tmp_path: Path, learnt: list[int], scored: list[int]
 ) -> None:
     write_rows(tmp_path / "colours" / "train.jsonl", sentences(0, learnt))
@@ -61,8 +62,9 @@ def test_D11_one_class_or_almost_is_trained_and_scored(
     assert_sound(trained(world, tmp_path, tmp_path / "run", "bert"), len(scored))
 
 
+@pytest.mark.property("D11")
 @pytest.mark.parametrize(("learnt", "scored", "method"), [(1, 1, "blob"), (3, 1, "mle"), (5, 9, "blob")])
-def test_D11_fewer_rows_than_a_batch_and_a_last_batch_of_one_are_trained_and_scored(
+def test_fewer_rows_than_a_batch_and_a_last_batch_of_one_are_trained_and_scored(
     world: Path, tmp_path: Path, learnt: int, scored: int, method: str
 ) -> None:
     """Batches of 4 in training and of 8 in scoring."""
@@ -72,7 +74,8 @@ def test_D11_fewer_rows_than_a_batch_and_a_last_batch_of_one_are_trained_and_sco
     assert_sound(trained(world, tmp_path, tmp_path / "run", **changes), scored)
 
 
-def test_D11_a_last_batch_of_one_is_the_mean_over_one_row(tmp_path: Path) -> None:
+@pytest.mark.property("D11")
+def test_a_last_batch_of_one_is_the_mean_over_one_row(tmp_path: Path) -> None:
     """Five rows in batches of 4 and 1: every row once an epoch, and the short batch weighs as one update."""
     args = arguments(tmp_path, per_device_train_batch_size=4, max_steps=4, train_sampling_strategy="group_by_length")
     trainer = BayesTrainer(double_blob(), task=TASK, args=args, train_rows=rows(5))
@@ -85,7 +88,8 @@ def test_D11_a_last_batch_of_one_is_the_mean_over_one_row(tmp_path: Path) -> Non
     assert trainer.state.global_step == 4 and trainer.state.epoch == 2
 
 
-def test_D11_no_rows_are_refused_by_name(world: Path, tmp_path: Path) -> None:
+@pytest.mark.property("D11")
+def test_no_rows_are_refused_by_name(world: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="found no training row, expected at least one"):
         BayesTrainer(double_blob(), task=TASK, args=arguments(tmp_path), train_rows=[])
     with pytest.raises(DataError, match="predict: found no rows, expected at least one"):
@@ -97,7 +101,8 @@ def test_D11_no_rows_are_refused_by_name(world: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_D13_files_that_change_after_the_preflight_do_not_change_the_run(
+@pytest.mark.property("D13")
+def test_files_that_change_after_the_preflight_do_not_change_the_run(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows are read once and hashed as read: files may even be gone when training starts."""
@@ -118,7 +123,8 @@ def test_D13_files_that_change_after_the_preflight_do_not_change_the_run(
     assert calm.scores == disturbed.scores
 
 
-def test_D14_the_order_of_training_is_over_places_in_the_file(tmp_path: Path) -> None:
+@pytest.mark.property("D14")
+def test_the_order_of_training_is_over_places_in_the_file(tmp_path: Path) -> None:
     """A function of the seed, the epoch and the rows' lengths by place: a shuffled file is another run."""
     ids = []
     for data in (rows(30), rows(30), rows(30)[::-1]):
@@ -132,7 +138,8 @@ def test_D14_the_order_of_training_is_over_places_in_the_file(tmp_path: Path) ->
     assert sorted(ids[0]) == sorted(ids[2])
 
 
-def test_D14_predictions_and_scores_follow_the_rows_not_their_places(world: Path, tmp_path: Path, figure: Any) -> None:
+@pytest.mark.property("D14")
+def test_predictions_and_scores_follow_the_rows_not_their_places(world: Path, tmp_path: Path, figure: Any) -> None:
     data = write_data(tmp_path / "data")
     trained(world, data, tmp_path / "run")
     loaded = load_run(tmp_path / "run")

@@ -48,7 +48,8 @@ def test_a_draw_is_the_mean_plus_named_noise() -> None:
         assert torch.allclose(outputs[0].T, layer.weight + layer.rho**2 * noise, rtol=1e-14, atol=1e-14)
 
 
-def test_S10_draws_are_standard_normal_and_independent(figure: Figure) -> None:
+@pytest.mark.property("S10")
+def test_draws_are_standard_normal_and_independent(figure: Figure) -> None:
     model, count = bayesian_sum(), 1200
     eye, samples = torch.eye(4, dtype=torch.float64), []
     layers = gaussian_layers(model)
@@ -82,7 +83,8 @@ def test_a_layer_has_the_same_draw_whatever_else_is_adapted() -> None:
     assert torch.equal(*found)
 
 
-def test_S11_equal_tokens_get_equal_perturbations(figure: Figure) -> None:
+@pytest.mark.property("S11")
+def test_equal_tokens_get_equal_perturbations(figure: Figure) -> None:
     model = double_llama()
     layer = gaussian_layers(model)["model.layers.0.self_attn.q_proj"]  # its input is the token alone
     with output_of(layer) as outputs:
@@ -95,15 +97,17 @@ def test_S11_equal_tokens_get_equal_perturbations(figure: Figure) -> None:
         assert shift[one].abs().min() > 1e-6
 
 
+@pytest.mark.property("S11")
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
-def test_S11_a_cache_changes_nothing_within_a_draw(dtype: torch.dtype, bound: float, figure: Figure) -> None:
+def test_a_cache_changes_nothing_within_a_draw(dtype: torch.dtype, bound: float, figure: Figure) -> None:
     model = double_llama().to(dtype)
     with draw(model, index=4):
         error = departure(logits(model), cached_logits(model), 1)
     figure(f"logits with a cache less those without, {dtype}".replace("torch.", ""), error, at_most=bound)
 
 
-def test_S11_generation_is_that_of_one_draw() -> None:
+@pytest.mark.property("S11")
+def test_generation_is_that_of_one_draw() -> None:
     model = double_llama()
     with draw(model, index=4):
         found = model.generate(
@@ -115,20 +119,23 @@ def test_S11_generation_is_that_of_one_draw() -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.property("S11")
 @pytest.mark.parametrize("estimator", ["independent", "flipout"])
-def test_S11_training_noise_of_a_row_is_one_draw(estimator: str) -> None:
+def test_training_noise_of_a_row_is_one_draw(estimator: str) -> None:
     model = double_llama(estimator=estimator).train()
     assert (logits(model) - cached_logits(model)).abs().max() <= 1e-10
 
 
-def test_S11_the_parity_option_is_not_one_draw() -> None:
+@pytest.mark.property("S11")
+def test_the_parity_option_is_not_one_draw() -> None:
     model = double_llama(estimator="flipout_token").train()
     assert (logits(model) - cached_logits(model)).abs().max() > 1e-2
     with draw(model, index=4):  # it is an option of training: draws do not know it
         assert (logits(model) - cached_logits(model)).abs().max() <= 1e-10
 
 
-def test_S14_with_b_at_zero_every_draw_is_the_base_bit_for_bit() -> None:
+@pytest.mark.property("S14")
+def test_with_b_at_zero_every_draw_is_the_base_bit_for_bit() -> None:
     model = get_peft_model(llama(), LLAMA.config())
     expected = logits(llama().eval())
     for index in range(3):
@@ -136,7 +143,8 @@ def test_S14_with_b_at_zero_every_draw_is_the_base_bit_for_bit() -> None:
             assert torch.equal(logits(model), expected)
 
 
-def test_S15_a_disabled_adapter_within_a_draw_is_the_base_bit_for_bit() -> None:
+@pytest.mark.property("S15")
+def test_a_disabled_adapter_within_a_draw_is_the_base_bit_for_bit() -> None:
     model, expected = blob(LLAMA), logits(llama().eval())
     with draw(model), model.disable_adapter():
         assert torch.equal(logits(model), expected)
@@ -146,7 +154,8 @@ def test_S15_a_disabled_adapter_within_a_draw_is_the_base_bit_for_bit() -> None:
         assert not torch.equal(logits(model), expected)
 
 
-def test_S15_a_merged_adapter_has_no_draws() -> None:
+@pytest.mark.property("S15")
+def test_a_merged_adapter_has_no_draws() -> None:
     model = blob(LLAMA).eval()
     model.merge_adapter()
     with pytest.raises(DrawError, match="merged"), draw(model):
@@ -162,9 +171,10 @@ def test_a_model_without_a_posterior_has_no_draws() -> None:
         pass
 
 
+@pytest.mark.property("P13")
 @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt])
 @pytest.mark.parametrize("training", [True, False])
-def test_P13_an_exception_inside_restores_mean_and_modes(failure: type[BaseException], training: bool) -> None:
+def test_an_exception_inside_restores_mean_and_modes(failure: type[BaseException], training: bool) -> None:
     model = blob(LLAMA).train(training)
     model.get_submodule("base_model.model.model.layers.0").eval()
     modes = {name: module.training for name, module in model.named_modules()}
@@ -179,7 +189,8 @@ def test_P13_an_exception_inside_restores_mean_and_modes(failure: type[BaseExcep
     assert torch.equal(logits(model), logits(blob(LLAMA).eval()))
 
 
-def test_P13_a_draw_that_cannot_start_changes_nothing() -> None:
+@pytest.mark.property("P13")
+def test_a_draw_that_cannot_start_changes_nothing() -> None:
     model = blob(LLAMA).train()
     model.merge_adapter()
     with pytest.raises(DrawError), draw(model):
@@ -187,7 +198,8 @@ def test_P13_a_draw_that_cannot_start_changes_nothing() -> None:
     assert all(module.training for module in model.modules())
 
 
-def test_K06_draws_nest() -> None:
+@pytest.mark.property("K06")
+def test_draws_nest() -> None:
     model, other = blob(LLAMA).eval(), blob(LLAMA, seed=5).eval()
     alone = {}
     for index in (1, 2):
@@ -206,7 +218,8 @@ def test_K06_draws_nest() -> None:
     assert not torch.equal(alone[1], alone[2])
 
 
-def test_K06_a_deep_copy_is_a_model_of_its_own() -> None:
+@pytest.mark.property("K06")
+def test_a_deep_copy_is_a_model_of_its_own() -> None:
     model = blob(LLAMA)
     with draw(model, index=1):
         expected, clone = logits(model), copy.deepcopy(model)
@@ -225,7 +238,8 @@ def test_K06_a_deep_copy_is_a_model_of_its_own() -> None:
         assert torch.equal(logits(model), expected)
 
 
-def test_K06_a_pickled_model_has_the_same_draws() -> None:
+@pytest.mark.property("K06")
+def test_a_pickled_model_has_the_same_draws() -> None:
     model = blob(LLAMA).eval()
     clone = pickle.loads(pickle.dumps(model))
     for index in range(2):
@@ -235,7 +249,8 @@ def test_K06_a_pickled_model_has_the_same_draws() -> None:
     assert torch.equal(logits(model), logits(clone))
 
 
-def test_K04_an_adapter_moves_the_global_state_as_plain_lora_does() -> None:
+@pytest.mark.property("K04")
+def test_an_adapter_moves_the_global_state_as_plain_lora_does() -> None:
     states, matrices = [], []
     for config in (
         LoraConfig(r=4, target_modules=["q_proj", "lm_head"]),
@@ -251,8 +266,9 @@ def test_K04_an_adapter_moves_the_global_state_as_plain_lora_does() -> None:
     assert all(torch.equal(one, two) for one, two in zip(*matrices, strict=True)) and len(matrices[0]) == 3
 
 
+@pytest.mark.property("K04")
 @pytest.mark.parametrize("estimator", ["independent", "flipout", "flipout_token"])
-def test_K04_draws_and_training_noise_leave_the_global_state_alone(estimator: str) -> None:
+def test_draws_and_training_noise_leave_the_global_state_alone(estimator: str) -> None:
     model = blob(LLAMA, estimator=estimator)
     before = torch.get_rng_state()
     with draw(model, index=1):
@@ -265,7 +281,8 @@ def test_K04_draws_and_training_noise_leave_the_global_state_alone(estimator: st
         assert torch.equal(first, logits(model))
 
 
-def test_K04_dropout_moves_the_global_state_as_in_plain_lora() -> None:
+@pytest.mark.property("K04")
+def test_dropout_moves_the_global_state_as_in_plain_lora() -> None:
     states = []
     for config in (
         LLAMA.config(lora_dropout=0.5),

@@ -23,16 +23,18 @@ def answers(architecture: Architecture, device: str, dtype: torch.dtype) -> Tens
     return predict(model.to(device, dtype), Letters(), ROWS, draws=10, seed=3).probs
 
 
+@pytest.mark.property("N06")
 @DECODERS
-def test_N06_float32_agrees_with_the_cpu(architecture: Architecture, figure: Callable[..., None]) -> None:
+def test_float32_agrees_with_the_cpu(architecture: Architecture, figure: Callable[..., None]) -> None:
     assert torch.get_float32_matmul_precision() == "highest"  # no TF32, which is torch's default
     found = answers(architecture, "cuda", torch.float32)
     expected = answers(architecture, "cpu", torch.float32)
     figure("probabilities, GPU less CPU, float32", (found - expected).abs().max().item(), at_most=1e-5)
 
 
+@pytest.mark.property("N06")
 @DECODERS
-def test_N06_bf16_agrees_with_float32(architecture: Architecture, figure: Callable[..., None]) -> None:
+def test_bf16_agrees_with_float32(architecture: Architecture, figure: Callable[..., None]) -> None:
     found = answers(architecture, "cuda", torch.bfloat16)
     expected = answers(architecture, "cpu", torch.float32)
     figure("probabilities, bf16 on the GPU less float32", (found - expected).abs().max().item(), at_most=0.02)

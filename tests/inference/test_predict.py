@@ -48,9 +48,10 @@ def of_draws(log_probs: Tensor, labels: Tensor | None = None) -> Prediction:
     return Prediction(ids=ids, draw_log_probs=log_probs, labels=labels, draws=len(log_probs), seed=0, task="none")
 
 
+@pytest.mark.property("N07")
 @pytest.mark.parametrize("task", [Letters(), Sequences()], ids=lambda task: task.name)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_N07_stacked_draws_in_any_batch_equal_a_loop(
+def test_stacked_draws_in_any_batch_equal_a_loop(
     task: Letters, dtype: torch.dtype, bound: float, figure: Figure
 ) -> None:
     model = double_llama().to(dtype)
@@ -66,7 +67,8 @@ def test_N07_stacked_draws_in_any_batch_equal_a_loop(
     assert (expected[0].exp() - expected[1].exp()).abs().max() > 1e-2
 
 
-def test_N07_a_row_does_not_depend_on_the_others() -> None:
+@pytest.mark.property("N07")
+def test_a_row_does_not_depend_on_the_others() -> None:
     model, questions = double_llama(), rows(9)
     alone = predict(model, Letters(), questions[4:5], draws=3).draw_log_probs[:, 0]
     for chosen in ([4, 0], [3, 4, 5, 7], [8, 7, 4, 2, 1]):
@@ -86,7 +88,8 @@ def test_choices_flattened_into_rows_share_their_rows_draw() -> None:
     assert (log_probs[..., 0] - log_probs[..., 2]).abs().min() > 1e-6
 
 
-def test_S16_the_predictive_is_the_mean_of_the_draws_probabilities(figure: Figure) -> None:
+@pytest.mark.property("S16")
+def test_the_predictive_is_the_mean_of_the_draws_probabilities(figure: Figure) -> None:
     found = predict(double_llama(), Letters(), rows(6), draws=7)
     assert found.draw_log_probs.dtype == torch.float64 and found.draw_log_probs.shape == (7, 6, 4)
     by_hand = found.draw_log_probs.exp().mean(0)
@@ -100,7 +103,8 @@ def test_S16_the_predictive_is_the_mean_of_the_draws_probabilities(figure: Figur
     assert torch.allclose(found.total, found.aleatoric + found.epistemic, atol=1e-12) and found.epistemic.min() > 0
 
 
-def test_S16_one_draw_is_one_pass() -> None:
+@pytest.mark.property("S16")
+def test_one_draw_is_one_pass() -> None:
     model, task = double_llama(), Letters()
     found = predict(model, task, rows(3), draws=1, seed=5)
     assert torch.equal(found.log_probs, found.draw_log_probs[0])
@@ -108,7 +112,8 @@ def test_S16_one_draw_is_one_pass() -> None:
     assert found.epistemic.abs().max() <= 1e-12
 
 
-def test_S16_averaging_lowers_the_expected_nll(figure: Figure) -> None:
+@pytest.mark.property("S16")
+def test_averaging_lowers_the_expected_nll(figure: Figure) -> None:
     model, labels = blob(LLAMA).eval(), torch.tensor([row.target for row in rows(4)])
     for seed in range(50):
         found = predict(model, Letters(), rows(4), draws=10, seed=seed)
@@ -117,7 +122,8 @@ def test_S16_averaging_lowers_the_expected_nll(figure: Figure) -> None:
         figure("NLL of 10 draws less the mean NLL of one, nats", (together - apart).item(), at_most=1e-12)
 
 
-def test_S16_no_draws_is_the_mean() -> None:
+@pytest.mark.property("S16")
+def test_no_draws_is_the_mean() -> None:
     model, task = double_llama().train(), Letters()
     found = predict(model, task, rows(5), draws=0)
     with evaluation_mode(model), torch.no_grad():
@@ -126,9 +132,10 @@ def test_S16_no_draws_is_the_mean() -> None:
     assert (found.draws, found.epistemic.abs().max().item() <= 1e-12) == (0, True)
 
 
+@pytest.mark.property("N02")
 @pytest.mark.parametrize("gap", [60.0, 110.0, 200.0, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_N02_large_gaps_and_absent_choices_stay_finite(gap: float, dtype: torch.dtype, figure: Figure) -> None:
+def test_large_gaps_and_absent_choices_stay_finite(gap: float, dtype: torch.dtype, figure: Figure) -> None:
     table = torch.tensor([[0.0, gap, -math.inf], [gap, 0.0, -math.inf], [0.0, 0.0, -math.inf]], dtype=dtype)
     found = predict(blob(LLAMA).eval(), Fixed(table), [rows(1)[0].__class__(**vars_of(i)) for i in range(3)], draws=4)
     error = max(abs(found.log_probs[i, i].item() + gap) for i in (0, 1))
@@ -144,21 +151,24 @@ def vars_of(index: int) -> dict[str, Any]:
     return {"id": str(index), "question": "q", "choices": ("a", "b"), "answer": min(index, 1)}
 
 
-def test_N02_draws_that_disagree_completely_are_averaged_exactly() -> None:
+@pytest.mark.property("N02")
+def test_draws_that_disagree_completely_are_averaged_exactly() -> None:
     sure = torch.tensor([[[0.0, 1e4]], [[1e4, 0.0]]], dtype=torch.float64).log_softmax(-1)
     found = of_draws(sure)
     assert found.log_probs.tolist() == [[-math.log(2), -math.log(2)]]
     assert found.epistemic.tolist() == [pytest.approx(math.log(2))] and found.aleatoric.tolist() == [0.0]
 
 
-def test_S14_with_b_at_zero_the_draws_agree(figure: Figure) -> None:
+@pytest.mark.property("S14")
+def test_with_b_at_zero_the_draws_agree(figure: Figure) -> None:
     found = predict(get_peft_model(llama(), LLAMA.config()), Letters(), rows(5), draws=6)
     error = (found.draw_log_probs.exp() - found.draw_log_probs[0].exp()).abs().max().item()
     figure("probabilities of draws with B = 0, difference", error, at_most=1e-7)
     assert found.epistemic.max() <= 1e-6
 
 
-def test_S15_a_disabled_adapter_answers_as_the_base() -> None:
+@pytest.mark.property("S15")
+def test_a_disabled_adapter_answers_as_the_base() -> None:
     model, task = double_llama(), Letters()
     with model.disable_adapter():
         found = predict(model, task, rows(4), draws=3)
@@ -166,7 +176,8 @@ def test_S15_a_disabled_adapter_answers_as_the_base() -> None:
     assert_close(found.draw_log_probs, expected.draw_log_probs.expand(3, -1, -1), 1e-12)
 
 
-def test_S18_predict_leaves_no_trace() -> None:
+@pytest.mark.property("S18")
+def test_predict_leaves_no_trace() -> None:
     model = blob(LLAMA, lora_dropout=0.5)
     model.get_submodule("base_model.model.model.layers.1").eval()
     modes = {name: module.training for name, module in model.named_modules()}
@@ -202,7 +213,8 @@ print(hashlib.sha256(answer.draw_log_probs.numpy().tobytes()).hexdigest())
 """
 
 
-def test_K04_a_fresh_process_gives_the_same_answer_and_no_global_state_moves() -> None:
+@pytest.mark.property("K04")
+def test_a_fresh_process_gives_the_same_answer_and_no_global_state_moves() -> None:
     path = os.pathsep.join([str(TESTS), *sys.path])
     environment = {**os.environ, "PYTHONPATH": path}
     output = subprocess.run(
@@ -229,6 +241,7 @@ class Short(Letters):
         return super().outputs(model, batch)
 
 
+@pytest.mark.property("R01")
 @pytest.mark.parametrize("draws", [0, 1, 6])
 @pytest.mark.parametrize(
     "fails",
@@ -241,7 +254,7 @@ class Short(Letters):
     ],
     ids=["first", "first two", "third", "more than two", "more than one"],
 )
-def test_R01_answers_are_the_same_when_memory_runs_out(
+def test_answers_are_the_same_when_memory_runs_out(
     draws: int, fails: Callable[[int, int], bool], figure: Callable[..., None]
 ) -> None:
     model, task = double_llama(), Short(fails)
@@ -253,8 +266,9 @@ def test_R01_answers_are_the_same_when_memory_runs_out(
     assert found.ids == expected.ids and 0 in task.forwards
 
 
+@pytest.mark.property("R01")
 @pytest.mark.parametrize("draws", [0, 1, 6])
-def test_R01_when_one_row_at_one_draw_does_not_fit_predict_says_so(draws: int) -> None:
+def test_when_one_row_at_one_draw_does_not_fit_predict_says_so(draws: int) -> None:
     model, task = double_llama().train(), Short(lambda call, rows: True)
     with pytest.raises(torch.OutOfMemoryError, match="one row at one draw does not fit into the memory of cpu"):
         predict(model, task, rows(7), draws=draws, batch_size=4)

@@ -56,29 +56,32 @@ def answer(model: PeftModel, number: int) -> None:
         model(input_ids=torch.tensor([[5, 6]]))
 
 
+@pytest.mark.property("K01")
 @pytest.mark.parametrize(
     ("warm", "calls"), [(50, 300), pytest.param(500, 10_000, marks=nightly)], ids=["hundreds", "ten thousand"]
 )
-def test_K01_predictions_pile_nothing_up(figure: Any, warm: int, calls: int) -> None:
+def test_predictions_pile_nothing_up(figure: Any, warm: int, calls: int) -> None:
     model = blob(LLAMA).eval()
     grown = soak(model, lambda number: answer(model, number), warm=warm, calls=calls)
     figure("memory grown by predictions (MiB)", grown, at_most=5.0)
 
 
+@pytest.mark.property("K01")
 @pytest.mark.parametrize(
     ("warm", "calls"), [(5, 20), pytest.param(50, 500, marks=nightly)], ids=["tens", "five hundred"]
 )
-def test_K01_loading_and_unloading_piles_nothing_up(tmp_path: Path, figure: Any, warm: int, calls: int) -> None:
+def test_loading_and_unloading_piles_nothing_up(tmp_path: Path, figure: Any, warm: int, calls: int) -> None:
     save_posterior(blob(LLAMA), tmp_path / "posterior")
     base = LLAMA.build()
     grown = soak(base, lambda number: load_posterior(base, tmp_path / "posterior").unload(), warm=warm, calls=calls)
     figure("memory grown by loading (MiB)", grown, at_most=5.0)
 
 
+@pytest.mark.property("K01")
 @pytest.mark.parametrize(
     ("warm", "calls"), [(5, 20), pytest.param(50, 250, marks=nightly)], ids=["tens", "two hundred"]
 )
-def test_K01_saving_piles_nothing_up(tmp_path: Path, figure: Any, warm: int, calls: int) -> None:
+def test_saving_piles_nothing_up(tmp_path: Path, figure: Any, warm: int, calls: int) -> None:
     model, folder = blob(LLAMA), tmp_path / "posterior"
 
     def save(number: int) -> None:
@@ -123,8 +126,9 @@ def work(action: Callable[[], object]) -> tuple[int, int]:
     return operations.count, calls
 
 
+@pytest.mark.property("K02")
 @pytest.mark.parametrize("calls", [200, pytest.param(10_000, marks=nightly)])
-def test_K02_the_last_call_does_as_much_as_the_tenth(figure: Any, calls: int) -> None:
+def test_the_last_call_does_as_much_as_the_tenth(figure: Any, calls: int) -> None:
     """Operations and function calls are the same, so no list that is walked has grown."""
     model, task, questions = blob(LLAMA).eval(), Letters(), rows(4)
     task.forwards = []

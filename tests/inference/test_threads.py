@@ -32,8 +32,9 @@ def in_threads(*actions: Callable[[], object]) -> list[object]:
         return [future.result(timeout=60) for future in [pool.submit(action) for action in actions]]
 
 
+@pytest.mark.property("K03")
 @pytest.mark.parametrize("training", [True, False])
-def test_K03_eight_threads_with_draws_of_their_own(training: bool) -> None:
+def test_eight_threads_with_draws_of_their_own(training: bool) -> None:
     model = blob(LLAMA).train(training)
     serial = [drawn(model, index) for index in range(8)]
     start = threading.Barrier(8)
@@ -48,7 +49,8 @@ def test_K03_eight_threads_with_draws_of_their_own(training: bool) -> None:
     assert all(module.training is training for module in model.modules())
 
 
-def test_K03_a_draw_lasts_while_another_thread_leaves_its_own() -> None:
+@pytest.mark.property("K03")
+def test_a_draw_lasts_while_another_thread_leaves_its_own() -> None:
     """Both enter, one leaves, the other still answers: it must neither lose its draw nor fall back into training."""
     model = blob(LLAMA, lora_dropout=0.5).train()
     serial = drawn(model, 1)
@@ -74,7 +76,8 @@ def test_K03_a_draw_lasts_while_another_thread_leaves_its_own() -> None:
     assert all(module.training for module in model.modules())
 
 
-def test_K03_an_exception_in_one_thread_stays_there() -> None:
+@pytest.mark.property("K03")
+def test_an_exception_in_one_thread_stays_there() -> None:
     model = blob(LLAMA).train()
     serial = drawn(model, 1)
     both, failed = threading.Barrier(2), threading.Event()
@@ -101,7 +104,8 @@ def test_K03_an_exception_in_one_thread_stays_there() -> None:
     assert all(module.training for module in model.modules())
 
 
-def test_K03_predict_in_one_thread_while_others_draw_and_use_the_mean() -> None:
+@pytest.mark.property("K03")
+def test_predict_in_one_thread_while_others_draw_and_use_the_mean() -> None:
     model, questions = blob(LLAMA).eval(), rows(6)
     expected = predict(model, Letters(), questions, draws=3, seed=2).draw_log_probs
     mean, single = logits(model), drawn(model, 5)
@@ -127,7 +131,8 @@ def test_K03_predict_in_one_thread_while_others_draw_and_use_the_mean() -> None:
     assert torch.equal(second[0], predict(model, Letters(), questions, draws=3, seed=3).draw_log_probs)
 
 
-def test_K03_a_draw_is_seen_by_its_own_thread_only() -> None:
+@pytest.mark.property("K03")
+def test_a_draw_is_seen_by_its_own_thread_only() -> None:
     model = blob(LLAMA).eval()
     mean = logits(model)
     with draw(model, index=3):
@@ -136,8 +141,9 @@ def test_K03_a_draw_is_seen_by_its_own_thread_only() -> None:
     assert isinstance(seen, Tensor) and torch.equal(seen, mean)
 
 
+@pytest.mark.property("K03")
 @pytest.mark.parametrize("repeats", [3, pytest.param(50, marks=pytest.mark.nightly)])
-def test_K03_two_adapters_while_another_thread_evaluates(repeats: int) -> None:
+def test_two_adapters_while_another_thread_evaluates(repeats: int) -> None:
     """Draws of both adapters at once, each thread with a seed of its own, and scores computed beside them."""
     model, questions = blob(LLAMA), rows(6)
     model.add_adapter("second", LLAMA.config())

@@ -57,9 +57,10 @@ def longformer() -> PeftModel:
     return get_peft_model(model, BlobConfig(target_modules=["query", "value"]))
 
 
+@pytest.mark.property("S16")
 @pytest.mark.parametrize("make", [deberta, longformer])
 @pytest.mark.filterwarnings("ignore")  # what these two models advise is theirs
-def test_S16_stacked_equals_a_loop_in_layers_that_do_not_see_rows_first(make: Any) -> None:
+def test_stacked_equals_a_loop_in_layers_that_do_not_see_rows_first(make: Any) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = make()
@@ -102,8 +103,9 @@ def test_a_training_layer_does_not_use_the_noise_of_another_number_of_rows() -> 
     assert training_noise(model).micro == 1
 
 
+@pytest.mark.property("N02")
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_N02_logits_that_are_no_numbers_are_refused_by_row(bad: float) -> None:
+def test_logits_that_are_no_numbers_are_refused_by_row(bad: float) -> None:
     table = torch.zeros(3, CLASSES)
     table[1, 2] = bad
     model = get_peft_model(llama().eval(), BlobConfig(target_modules=["q_proj"]))

@@ -30,9 +30,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_K04_forked_and_spawned_workers_give_the_same_answers(found: dict[str, Any]) -> None:
+@pytest.mark.property("K04")
+def test_forked_and_spawned_workers_give_the_same_answers(found: dict[str, Any]) -> None:
     assert found["fork"]["answer"] == found["spawn"]["answer"] == found["here"]["answer"]
 
 
-def test_K06_training_after_a_fork_ends_with_the_same_weights(found: dict[str, Any]) -> None:
+@pytest.mark.property("K06")
+def test_training_after_a_fork_ends_with_the_same_weights(found: dict[str, Any]) -> None:
     assert found["fork"]["trained"] == found["spawn"]["trained"] == found["here"]["trained"]

@@ -48,7 +48,8 @@ def test_a_member_is_the_same_whatever_the_seed_and_the_batch() -> None:
     torch.testing.assert_close(one.draw_log_probs, other.draw_log_probs, rtol=1e-5, atol=1e-5)
 
 
-def test_P13_the_model_is_as_before_also_after_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.property("P13")
+def test_the_model_is_as_before_also_after_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
     posterior = ensemble()
     before = {name: value.clone() for name, value in posterior.model.state_dict().items()}
     predict(posterior, Letters(), rows(3), draws=MEMBERS)
@@ -67,7 +68,8 @@ def test_draws_that_are_no_members_are_refused(draws: int) -> None:
         predict(ensemble(), Letters(), rows(2), draws=draws)
 
 
-def test_P01_the_folder_holds_each_member_as_plain_lora(tmp_path: Path) -> None:
+@pytest.mark.property("P01")
+def test_the_folder_holds_each_member_as_plain_lora(tmp_path: Path) -> None:
     posterior = ensemble()
     posterior.temperature = 1.7
     save_posterior(posterior, tmp_path / "posterior")
@@ -83,7 +85,8 @@ def test_P01_the_folder_holds_each_member_as_plain_lora(tmp_path: Path) -> None:
         assert torch.equal(found, expected)
 
 
-def test_P07_members_and_temperature_are_not_lost_silently(tmp_path: Path) -> None:
+@pytest.mark.property("P07")
+def test_members_and_temperature_are_not_lost_silently(tmp_path: Path) -> None:
     save_posterior(ensemble(), tmp_path / "ensemble")
     with pytest.raises(PosteriorError, match="kind 'ensemble'.*posteriors.load"):
         load_posterior(PLAIN.base(), tmp_path / "ensemble")
@@ -94,7 +97,8 @@ def test_P07_members_and_temperature_are_not_lost_silently(tmp_path: Path) -> No
     assert isinstance(loaded, Variational) and loaded.temperature == 2.0
 
 
-def test_P08_every_file_of_a_member_is_checked(tmp_path: Path) -> None:
+@pytest.mark.property("P08")
+def test_every_file_of_a_member_is_checked(tmp_path: Path) -> None:
     folder = tmp_path / "posterior"
     save_posterior(ensemble(), folder)
     path = folder / "member_2" / "adapter_model.safetensors"

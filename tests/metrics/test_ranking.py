@@ -26,9 +26,10 @@ def oracle_aupr(scores, positives):
     return float(total)
 
 
+@pytest.mark.property("S19")
 @given(st.data(), st.integers(2, 40))
 @settings(deadline=None, derandomize=True)
-def test_S19_aupr_is_its_definition_in_fractions_with_ties(data, rows):
+def test_aupr_is_its_definition_in_fractions_with_ties(data, rows):
     scores = data.draw(arrays(np.float64, rows, elements=st.sampled_from([-math.inf, -1, 0, 0.5, 2, math.inf])))
     positives = data.draw(arrays(np.bool_, rows))
     positives[:2] = [True, False]
@@ -39,7 +40,8 @@ def test_S19_aupr_is_its_definition_in_fractions_with_ties(data, rows):
     assert found == pytest.approx(sklearn.metrics.average_precision_score(positives, finite), abs=1e-14)
 
 
-def test_S19_aupr_agrees_with_scikit_learn_on_many_rows():
+@pytest.mark.property("S19")
+def test_aupr_agrees_with_scikit_learn_on_many_rows():
     generator = torch.Generator().manual_seed(1)
     for decimals in (1, 8):
         scores = torch.randn(5000, generator=generator, dtype=torch.float64).round(decimals=decimals)
@@ -48,7 +50,8 @@ def test_S19_aupr_agrees_with_scikit_learn_on_many_rows():
         assert metrics.aupr(scores, positives.long()) == pytest.approx(expected, abs=1e-12)
 
 
-def test_S19_aupr_of_known_rankings():
+@pytest.mark.property("S19")
+def test_aupr_of_known_rankings():
     positives = torch.tensor([1, 1, 0, 0, 0])
     assert metrics.aupr(torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0]), positives) == 1.0
     assert metrics.aupr(torch.zeros(5), positives) == 0.4
@@ -56,7 +59,8 @@ def test_S19_aupr_of_known_rankings():
     assert metrics.aupr(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]), positives) == pytest.approx(worst, abs=1e-15)
 
 
-def test_S19_the_order_of_rows_does_not_count():
+@pytest.mark.property("S19")
+def test_the_order_of_rows_does_not_count():
     generator = torch.Generator().manual_seed(2)
     scores = torch.randint(5, (60,), generator=generator).double()
     positives = torch.randint(2, (60,), generator=generator)
@@ -64,8 +68,9 @@ def test_S19_the_order_of_rows_does_not_count():
     assert metrics.aupr(scores[order], positives[order]) == metrics.aupr(scores, positives)
 
 
+@pytest.mark.property("S19")
 @pytest.mark.parametrize("score", [metrics.auroc, metrics.aupr])
-def test_S19_what_cannot_be_ranked_is_refused_by_row(score):
+def test_what_cannot_be_ranked_is_refused_by_row(score):
     name = score.__name__
     with pytest.raises(DataError, match=f"{name}: the score of row 1 is NaN"):
         score(torch.tensor([0.0, math.nan]), torch.tensor([True, False]))

@@ -59,8 +59,9 @@ def _summary(record: Mapping[str, Any]) -> str:
 
 def _line(promise: Promise, tests: Mapping[str, Any]) -> str:
     files: dict[str, int] = {}
-    for test in tests.values():
-        files[test["file"]] = files.get(test["file"], 0) + 1
+    for test in tests:
+        file = test.partition("::")[0]
+        files[file] = files.get(file, 0) + 1
     places = "<br>".join(f"[{file.removeprefix('tests/')}](../{file}) ({count})" for file, count in files.items())
     tiers = ", ".join(sorted({test["tier"] for test in tests.values()}))
     reference = f" [{promise.id}: see below]" if promise.note else ""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Promise:
-    """A property under its id; its tests are called `test_<id>_...` (or `test_<id>a_...` for a part of it).
+    """A property under its id; its tests are marked ``@pytest.mark.property("<id>")``.
 
     Attributes:
         id: letter (S statistical, N numerical, P persistence, D data, R runtime, X security, K soak and concurrency)

@@ -102,8 +102,9 @@ def texts_of(value: Any) -> Counter[str]:
     return sum((texts_of(part) for part in parts), Counter())
 
 
+@pytest.mark.property("X05")
 @pytest.mark.parametrize("payload", PAYLOADS, ids=[payload[:12] for payload in PAYLOADS])
-def test_X05_a_text_from_outside_adds_no_element_and_no_attribute(payload: str) -> None:
+def test_a_text_from_outside_adds_no_element_and_no_attribute(payload: str) -> None:
     plain, found = Parsed(html.page_html(page("plain"))), Parsed(html.page_html(page(payload)))
     assert found.shape == plain.shape
     assert found.other == plain.other == []
@@ -115,7 +116,8 @@ def test_X05_a_text_from_outside_adds_no_element_and_no_attribute(payload: str) 
             assert new == (old or "").replace("plain", payload), name
 
 
-def test_X05_nothing_can_be_fetched_or_run() -> None:
+@pytest.mark.property("X05")
+def test_nothing_can_be_fetched_or_run() -> None:
     text = html.page_html(page("plain"))
     found = Parsed(text)
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

@@ -70,13 +70,15 @@ def changed(saved: Path, **changes: Any) -> str:
     return json.dumps(json.loads((saved / CONFIG).read_text()) | changes)
 
 
-def test_X07_the_fixture_notices_settings_that_reach_peft(folder: Path) -> None:
+@pytest.mark.property("X07")
+def test_the_fixture_notices_settings_that_reach_peft(folder: Path) -> None:
     with pytest.raises(pytest.fail.Exception, match="given these settings"):
         load_posterior(LLAMA.build(), folder)
 
 
+@pytest.mark.property("X07")
 @pytest.mark.parametrize("pattern", RUNAWAYS, ids=[pattern[:20] for pattern in RUNAWAYS])
-def test_X07_a_pattern_that_may_take_for_ever_is_never_run(saved: Path, folder: Path, pattern: str) -> None:
+def test_a_pattern_that_may_take_for_ever_is_never_run(saved: Path, folder: Path, pattern: str) -> None:
     for setting in (
         {"target_modules": pattern},
         {"exclude_modules": pattern},
@@ -92,6 +94,7 @@ def test_X07_a_pattern_that_may_take_for_ever_is_never_run(saved: Path, folder: 
                 BayesLoraConfig(**{"target_modules": ["q_proj"], **setting})
 
 
+@pytest.mark.property("X07")
 @pytest.mark.parametrize(
     "pattern",
     [
@@ -103,11 +106,12 @@ def test_X07_a_pattern_that_may_take_for_ever_is_never_run(saved: Path, folder: 
         ".*" * FORKS,
     ],
 )
-def test_X07_patterns_as_they_are_in_use_are_taken(pattern: str) -> None:
+def test_patterns_as_they_are_in_use_are_taken(pattern: str) -> None:
     assert pattern_fault({"target_modules": pattern, "rank_pattern": {pattern: 4}}) is None
 
 
-def test_X07_many_patterns_together_are_never_run(saved: Path, folder: Path) -> None:
+@pytest.mark.property("X07")
+def test_many_patterns_together_are_never_run(saved: Path, folder: Path) -> None:
     """Each is bounded, and so is their number; names are not counted."""
     half = EXPRESSIONS // 2 + 1
     settings = {name: {f".*.*{name}{i}": 4 for i in range(half)} for name in ("rank_pattern", "alpha_pattern")}
@@ -116,7 +120,8 @@ def test_X07_many_patterns_together_are_never_run(saved: Path, folder: Path) -> 
     assert pattern_fault({"rank_pattern": names, "alpha_pattern": names}) is None
 
 
-def test_X07_layers_found_by_a_regular_expression_are_saved_by_name(tmp_path: Path) -> None:
+@pytest.mark.property("X07")
+def test_layers_found_by_a_regular_expression_are_saved_by_name(tmp_path: Path) -> None:
     """Whatever the expression was: loading compares names, and finds the same layers."""
     config = {
         "target_modules": r"(?:.*\.)?layers\.[01]{1,2}\.self_attn\.(q|k|v)_proj",
@@ -131,6 +136,7 @@ def test_X07_layers_found_by_a_regular_expression_are_saved_by_name(tmp_path: Pa
     assert_same(adapter_state(loaded), adapter_state(model))
 
 
+@pytest.mark.property("X07")
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -150,10 +156,11 @@ def test_X07_layers_found_by_a_regular_expression_are_saved_by_name(tmp_path: Pa
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_X07_absurd_settings_are_refused(saved: Path, folder: Path, changes: dict[str, Any], words: str) -> None:
+def test_absurd_settings_are_refused(saved: Path, folder: Path, changes: dict[str, Any], words: str) -> None:
     refused(folder, changed(saved, **changes), words)
 
 
+@pytest.mark.property("X07")
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -165,5 +172,5 @@ def test_X07_absurd_settings_are_refused(saved: Path, folder: Path, changes: dic
     ],
     ids=["overflow", "digits", "objects", "lists", "open"],
 )
-def test_X07_json_without_bounds_is_refused(folder: Path, text: str, words: str) -> None:
+def test_json_without_bounds_is_refused(folder: Path, text: str, words: str) -> None:
     refused(folder, text, words)

@@ -106,6 +106,7 @@ def _changed_config(**settings: Any) -> PreTrainedModel:
     return base
 
 
+@pytest.mark.property("P06")
 @pytest.mark.parametrize(
     ("build", "words"),
     [
@@ -128,15 +129,17 @@ def _changed_config(**settings: Any) -> PreTrainedModel:
         (BERT.build, "found a BertForSequenceClassification, expected a LlamaForCausalLM"),
     ],
 )
-def test_P06_another_base_is_refused(folder: Path, build: Callable[[], PreTrainedModel], words: str) -> None:
+def test_another_base_is_refused(folder: Path, build: Callable[[], PreTrainedModel], words: str) -> None:
     refused(folder, words, build())
 
 
-def test_P06_the_error_says_what_to_do(folder: Path) -> None:
+@pytest.mark.property("P06")
+def test_the_error_says_what_to_do(folder: Path) -> None:
     refused(folder, "Load the base model the posterior was trained on", LLAMA.build(1))
 
 
-def test_P06_a_new_head_is_no_other_base_but_another_encoder_is(tmp_path: Path) -> None:
+@pytest.mark.property("P06")
+def test_a_new_head_is_no_other_base_but_another_encoder_is(tmp_path: Path) -> None:
     """The head that the posterior brings along is new in every base; what is not saved must be the same."""
     save_posterior(blob(BERT), tmp_path / "p")
     base, other = BERT.build(), BERT.build()
@@ -149,7 +152,8 @@ def test_P06_a_new_head_is_no_other_base_but_another_encoder_is(tmp_path: Path) 
     refused(tmp_path / "p", "'bert.pooler.dense.weight'", other)
 
 
-def test_P06_a_head_trained_but_not_saved_is_found(tmp_path: Path) -> None:
+@pytest.mark.property("P06")
+def test_a_head_trained_but_not_saved_is_found(tmp_path: Path) -> None:
     """Without modules_to_save a new random head comes with every load: the answers would be lost silently."""
     save_posterior(blob(BERT, task_type=None), tmp_path / "p")
     base = BERT.build()
@@ -222,8 +226,9 @@ FILE_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+@pytest.mark.property("P06")
 @pytest.mark.parametrize("fault", FILE_FAULTS)
-def test_P06_a_wrong_file_is_refused(folder: Path, fault: str) -> None:
+def test_a_wrong_file_is_refused(folder: Path, fault: str) -> None:
     spoil, words = FILE_FAULTS[fault]
     spoil(folder)
     refused(folder, words)
@@ -260,13 +265,15 @@ CONFIG_FAULTS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.property("P06")
 @pytest.mark.parametrize(("changes", "words"), CONFIG_FAULTS, ids=lambda value: str(value)[:40])
-def test_P06_wrong_settings_under_a_right_hash_are_refused(folder: Path, changes: dict[str, Any], words: str) -> None:
+def test_wrong_settings_under_a_right_hash_are_refused(folder: Path, changes: dict[str, Any], words: str) -> None:
     edit_config(folder, **changes)
     seal(folder)
     refused(folder, words)
 
 
+@pytest.mark.property("P06")
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -280,7 +287,7 @@ def test_P06_wrong_settings_under_a_right_hash_are_refused(folder: Path, changes
     ],
     ids=["twice", "nan", "digits", "nested", "list", "long", "empty"],
 )
-def test_P06_a_settings_file_that_is_no_settings_file_is_refused(folder: Path, text: str, words: str) -> None:
+def test_a_settings_file_that_is_no_settings_file_is_refused(folder: Path, text: str, words: str) -> None:
     (folder / CONFIG).write_text(text)
     seal(folder)
     refused(folder, words)
@@ -323,14 +330,16 @@ TENSOR_FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
 }
 
 
+@pytest.mark.property("P06")
 @pytest.mark.parametrize("fault", TENSOR_FAULTS)
-def test_P06_wrong_tensors_under_a_right_hash_are_refused(folder: Path, fault: str) -> None:
+def test_wrong_tensors_under_a_right_hash_are_refused(folder: Path, fault: str) -> None:
     spoil, words = TENSOR_FAULTS[fault]
     edit_tensors(folder, spoil)
     refused(folder, words)
 
 
-def test_P06_tensors_unlike_the_manifest_are_refused(folder: Path) -> None:
+@pytest.mark.property("P06")
+def test_tensors_unlike_the_manifest_are_refused(folder: Path) -> None:
     tensors = load_file(folder / TENSORS)
     tensors[f"{KEY}.rho"] = tensors[f"{KEY}.rho"][:2].clone()
     save_file(tensors, folder / TENSORS)
@@ -338,7 +347,8 @@ def test_P06_tensors_unlike_the_manifest_are_refused(folder: Path) -> None:
     refused(folder, r"found shape \[2, 32\], expected \[4, 32\]")
 
 
-def test_P06_a_key_given_twice_is_refused(folder: Path) -> None:
+@pytest.mark.property("P06")
+def test_a_key_given_twice_is_refused(folder: Path) -> None:
     data = (folder / TENSORS).read_bytes()
     size = int.from_bytes(data[:8], "little")
     header = data[8 : 8 + size].decode()
@@ -350,10 +360,11 @@ def test_P06_a_key_given_twice_is_refused(folder: Path) -> None:
     refused(folder, "is given twice")
 
 
+@pytest.mark.property("P06")
 @pytest.mark.parametrize(
     "data", [b"", b"\0" * 7, b"\xff" * 64, (1 << 40).to_bytes(8, "little") + b"{}", b"\x02" + b"\0" * 7 + b"[]"]
 )
-def test_P06_what_is_no_safetensors_file_is_refused(folder: Path, data: bytes) -> None:
+def test_what_is_no_safetensors_file_is_refused(folder: Path, data: bytes) -> None:
     (folder / TENSORS).write_bytes(data)
     seal(folder)
     refused(folder, "is not a safetensors file")
@@ -362,13 +373,15 @@ def test_P06_what_is_no_safetensors_file_is_refused(folder: Path, data: bytes) -
 # P7: no posterior lost silently
 
 
-def test_P07_plain_lora_is_not_taken_for_a_posterior(tmp_path: Path) -> None:
+@pytest.mark.property("P07")
+def test_plain_lora_is_not_taken_for_a_posterior(tmp_path: Path) -> None:
     model = get_peft_model(LLAMA.build(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     model.save_pretrained(tmp_path / "plain")
     refused(tmp_path / "plain", "save_posterior did not write it.*A plain LoRA adapter holds no posterior")
 
 
-def test_P07_a_posterior_is_not_loaded_as_plain_lora(folder: Path) -> None:
+@pytest.mark.property("P07")
+def test_a_posterior_is_not_loaded_as_plain_lora(folder: Path) -> None:
     """Not even with the type changed by hand, the manifest sealed again, and the kind changed with it."""
     edit_config(folder, peft_type="LORA")
     refused(folder, "adapter_config.json has")
@@ -387,7 +400,8 @@ def test_P07_a_posterior_is_not_loaded_as_plain_lora(folder: Path) -> None:
     refused(folder, "lora_A.rho' is not one that the base and the configuration ask for")
 
 
-def test_P07_plain_lora_tensors_are_not_loaded_as_a_posterior(folder: Path) -> None:
+@pytest.mark.property("P07")
+def test_plain_lora_tensors_are_not_loaded_as_a_posterior(folder: Path) -> None:
     edit_tensors(folder, lambda t: [t.pop(key) for key in list(t) if key.endswith(".rho")])
     refused(folder, "rho' is missing")
 
@@ -404,10 +418,9 @@ def tensors_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
+@pytest.mark.property("P08")
 @pytest.mark.parametrize("name", [CONFIG, TENSORS, MANIFEST])
-def test_P08_every_bit_flip_is_refused_before_a_tensor_is_read(
-    folder: Path, tensors_read: list[int], name: str
-) -> None:
+def test_every_bit_flip_is_refused_before_a_tensor_is_read(folder: Path, tensors_read: list[int], name: str) -> None:
     base, data = LLAMA.build(), (folder / name).read_bytes()
     before = state(base)
     bits = torch.randint(0, 8 * len(data), (200,), generator=torch.Generator().manual_seed(len(name))).tolist()
@@ -423,8 +436,9 @@ def test_P08_every_bit_flip_is_refused_before_a_tensor_is_read(
     assert len(tensors_read) == 1
 
 
+@pytest.mark.property("P08")
 @pytest.mark.parametrize("name", [CONFIG, TENSORS, MANIFEST])
-def test_P08_every_truncation_and_addition_is_refused(folder: Path, tensors_read: list[int], name: str) -> None:
+def test_every_truncation_and_addition_is_refused(folder: Path, tensors_read: list[int], name: str) -> None:
     base, data = LLAMA.build(), (folder / name).read_bytes()
     lengths = torch.randint(0, len(data), (60,), generator=torch.Generator().manual_seed(len(name))).tolist()
     spoiled = [data[:length] for length in (0, 1, 7, 8, len(data) - 1, *lengths)]
@@ -435,8 +449,9 @@ def test_P08_every_truncation_and_addition_is_refused(folder: Path, tensors_read
     assert tensors_read == []
 
 
+@pytest.mark.property("P08")
 @pytest.mark.nightly
-def test_P08_three_thousand_bit_flips_and_all_cuts_of_the_small_files(
+def test_three_thousand_bit_flips_and_all_cuts_of_the_small_files(
     folder: Path, tensors_read: list[int], nightly_seed: int, figure: Callable[..., None]
 ) -> None:
     base, chance, taken = LLAMA.build(), random.Random(nightly_seed), 0
@@ -471,9 +486,10 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.property("P08")
 @pytest.mark.nightly
 @pytest.mark.parametrize("file", [CONFIG, TENSORS, MANIFEST, "tensors' header"])
-def test_P08_whatever_a_file_holds_under_right_sums_no_other_error_comes(
+def test_whatever_a_file_holds_under_right_sums_no_other_error_comes(
     original: Path, tmp_path: Path, nightly_seed: int, file: str
 ) -> None:
     manifest, settings = read_manifest(original), json.loads((original / CONFIG).read_text())
@@ -544,8 +560,9 @@ class Canary:
         return Path.touch, (self.path,)
 
 
+@pytest.mark.property("P09")
 @pytest.mark.parametrize("alone", [True, False], ids=["no safetensors", "beside safetensors"])
-def test_P09_a_pickle_in_the_folder_is_never_opened(folder: Path, audited: list[tuple[str, str]], alone: bool) -> None:
+def test_a_pickle_in_the_folder_is_never_opened(folder: Path, audited: list[tuple[str, str]], alone: bool) -> None:
     canary = folder.parent / "canary"
     for name in ("adapter_model.bin", "optimizer.pt", "rng_state.pth", "training_args.bin", "scaler.pt"):
         torch.save(Canary(canary), folder / name)
@@ -559,7 +576,8 @@ def test_P09_a_pickle_in_the_folder_is_never_opened(folder: Path, audited: list[
     assert not canary.exists()
 
 
-def test_P09_loading_opens_the_three_files_and_unpickles_nothing(folder: Path, audited: list[tuple[str, str]]) -> None:
+@pytest.mark.property("P09")
+def test_loading_opens_the_three_files_and_unpickles_nothing(folder: Path, audited: list[tuple[str, str]]) -> None:
     load_posterior(LLAMA.build(), folder)
     opened = [Path(path).name for event, path in audited if event == "open" and path.startswith(str(folder))]
     assert sorted(opened) == [CONFIG, TENSORS, MANIFEST]
@@ -569,7 +587,8 @@ def test_P09_loading_opens_the_three_files_and_unpickles_nothing(folder: Path, a
     assert (folder.parent / "canary").exists() and any(event.startswith("pickle") for event, _ in audited)
 
 
-def test_P09_a_saved_posterior_holds_json_and_safetensors_only(original: Path) -> None:
+@pytest.mark.property("P09")
+def test_a_saved_posterior_holds_json_and_safetensors_only(original: Path) -> None:
     assert sorted(entry.name for entry in original.iterdir()) == ["README.md", CONFIG, TENSORS, MANIFEST]
     json.loads((original / CONFIG).read_text()), json.loads((original / MANIFEST).read_text())
     load_file(original / TENSORS)
@@ -585,7 +604,8 @@ def test_an_architecture_is_known_by_every_kind_of_base(tmp_path: Path) -> None:
         refused(path, "parameters have other values", architecture.build(3))
 
 
-def test_P06_same_weights_in_another_function_are_refused(tmp_path: Path) -> None:
+@pytest.mark.property("P06")
+def test_same_weights_in_another_function_are_refused(tmp_path: Path) -> None:
     """A logit scale is no weight, and yet another model."""
     scaled = [GraniteConfig(**_GRANITE, logits_scaling=scale) for scale in (1.0, 16.0)]
     bases = []
@@ -603,7 +623,8 @@ _GRANITE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_P07_the_folder_of_a_run_leads_to_its_posterior(tmp_path: Path) -> None:
+@pytest.mark.property("P07")
+def test_the_folder_of_a_run_leads_to_its_posterior(tmp_path: Path) -> None:
     (tmp_path / "posterior").mkdir()
     (tmp_path / "posterior" / "bayestune_manifest.json").write_text("{}")
     with pytest.raises(PosteriorError, match="folder of a run, expected that of its posterior"):

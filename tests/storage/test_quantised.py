@@ -26,8 +26,9 @@ def load_base(kind: str, folder: Path) -> PreTrainedModel:
     return LlamaForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu").eval()
 
 
+@pytest.mark.property("P01")
 @pytest.mark.parametrize("kind", ["int8", "nf4", "torchao"])
-def test_P01_P6_a_posterior_on_a_quantised_base(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
+def test_P6_a_posterior_on_a_quantised_base(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
     caplog.set_level(logging.ERROR, logger="bitsandbytes")
     for seed in (0, 1):
         LLAMA.build(seed, **SIZES).save_pretrained(tmp_path / f"base_{seed}")

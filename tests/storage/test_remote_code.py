@@ -66,6 +66,7 @@ def seal(folder: Path, **changes: Any) -> None:
     write_manifest(folder, content=content)
 
 
+@pytest.mark.property("X01")
 @pytest.mark.parametrize(
     "changes",
     [
@@ -83,7 +84,7 @@ def seal(folder: Path, **changes: Any) -> None:
     ],
     ids=["parent_library", "trust in mapping", "another repository", "an address", "all"],
 )
-def test_X01_where_the_base_came_from_is_not_followed(
+def test_where_the_base_came_from_is_not_followed(
     folder: Path, canary: Path, no_network: list[str], changes: dict[str, Any]
 ) -> None:
     seal(folder, **changes)
@@ -98,6 +99,7 @@ def test_X01_where_the_base_came_from_is_not_followed(
     assert not canary.exists() and "canary" not in sys.modules and no_network == []
 
 
+@pytest.mark.property("X01")
 @pytest.mark.parametrize(
     "changes",
     [
@@ -110,7 +112,7 @@ def test_X01_where_the_base_came_from_is_not_followed(
     ],
     ids=lambda changes: " ".join(changes),
 )
-def test_X01_settings_that_name_code_are_refused(
+def test_settings_that_name_code_are_refused(
     folder: Path, canary: Path, no_network: list[str], changes: dict[str, Any]
 ) -> None:
     seal(folder, **changes)
@@ -119,15 +121,17 @@ def test_X01_settings_that_name_code_are_refused(
     assert not canary.exists() and "canary" not in sys.modules and no_network == []
 
 
+@pytest.mark.property("X01")
 @pytest.mark.parametrize("name", ["canary.py", "modeling_canary.py", "config.json", "tokenization.py"])
-def test_X01_code_in_the_folder_is_refused_unread(folder: Path, canary: Path, name: str) -> None:
+def test_code_in_the_folder_is_refused_unread(folder: Path, canary: Path, name: str) -> None:
     shutil.copy(folder.parent / "modules" / "canary" / "__init__.py", folder / name)
     with pytest.raises(PosteriorError, match=f"{name} is not in the manifest and is not opened"):
         load_posterior(LLAMA.build(), folder)
     assert not canary.exists() and "canary" not in sys.modules
 
 
-def test_X01_saving_asks_no_one_about_the_base(tmp_path: Path, no_network: list[str]) -> None:
+@pytest.mark.property("X01")
+def test_saving_asks_no_one_about_the_base(tmp_path: Path, no_network: list[str]) -> None:
     """PEFT, left to itself, looks the base up on the Hub to see whether its vocabulary grew."""
     model = blob()
     model.peft_config["default"].base_model_name_or_path = "someone/model"
@@ -135,6 +139,7 @@ def test_X01_saving_asks_no_one_about_the_base(tmp_path: Path, no_network: list[
     assert no_network == []
 
 
-def test_X01_the_canary_sings_where_it_is_imported(canary: Path) -> None:
+@pytest.mark.property("X01")
+def test_the_canary_sings_where_it_is_imported(canary: Path) -> None:
     __import__("canary.modeling")
     assert canary.exists()

@@ -71,16 +71,16 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.property("P01")
 @pytest.mark.parametrize("loader", ["strict", "peft"])
 @pytest.mark.parametrize("name", CASES)
-def test_P01_a_fresh_process_gives_bit_equal_answers(
-    replayed: dict[str, dict[str, bool]], name: str, loader: str
-) -> None:
+def test_a_fresh_process_gives_bit_equal_answers(replayed: dict[str, dict[str, bool]], name: str, loader: str) -> None:
     equal = replayed[f"{name} {loader}"]
     assert len(equal) == (1 if CASES[name].plain else 3) and all(equal.values()), equal
 
 
-def test_P01_the_cases_are_not_trivial(saved: Path) -> None:
+@pytest.mark.property("P01")
+def test_the_cases_are_not_trivial(saved: Path) -> None:
     for name, case in CASES.items():
         found = load_file(saved / f"{name}.safetensors")
         with torch.no_grad():
@@ -89,8 +89,9 @@ def test_P01_the_cases_are_not_trivial(saved: Path) -> None:
         assert len({logits.numpy(force=True).tobytes() for logits in map(Tensor.double, found.values())}) == len(found)
 
 
+@pytest.mark.property("P01")
 @pytest.mark.parametrize("name", CASES)
-def test_P01_the_file_holds_every_variational_tensor_and_nothing_else(saved: Path, name: str) -> None:
+def test_the_file_holds_every_variational_tensor_and_nothing_else(saved: Path, name: str) -> None:
     case = CASES[name]
     model, adapter = case.model(), case.adapters[-1]
     expected = {}
@@ -142,7 +143,8 @@ def test_a_loaded_posterior_trains_and_saves_again(saved: Path, tmp_path: Path) 
     assert same(first, second)
 
 
-def test_K04_saving_and_loading_leave_the_random_state_alone(saved: Path, tmp_path: Path) -> None:
+@pytest.mark.property("K04")
+def test_saving_and_loading_leave_the_random_state_alone(saved: Path, tmp_path: Path) -> None:
     model, base = CASES["bert"].model(), CASES["bert"].base()
     before = torch.get_rng_state()
     save_posterior(model, tmp_path / "p")
@@ -175,7 +177,8 @@ def test_a_base_of_ones_own_is_known_by_its_weights(tmp_path: Path) -> None:
 # P13: the base stays what it was
 
 
-def test_P13_saving_and_loading_leave_the_base_bit_equal(saved: Path, tmp_path: Path) -> None:
+@pytest.mark.property("P13")
+def test_saving_and_loading_leave_the_base_bit_equal(saved: Path, tmp_path: Path) -> None:
     for name in ("llama", "bert", "gpt2"):
         base = CASES[name].base()
         before = base_state(base)
@@ -194,7 +197,8 @@ def test_P13_saving_and_loading_leave_the_base_bit_equal(saved: Path, tmp_path: 
         )
 
 
-def test_P13_an_exception_in_a_draw_restores_the_mean(saved: Path) -> None:
+@pytest.mark.property("P13")
+def test_an_exception_in_a_draw_restores_the_mean(saved: Path) -> None:
     case = CASES["llama"]
     model = load_posterior(case.base(), saved / "llama")
     before = answers(case, model)
@@ -203,7 +207,8 @@ def test_P13_an_exception_in_a_draw_restores_the_mean(saved: Path) -> None:
     assert same(before, answers(case, model))
 
 
-def test_P13_deleting_an_adapter_leaves_base_and_other_adapter() -> None:
+@pytest.mark.property("P13")
+def test_deleting_an_adapter_leaves_base_and_other_adapter() -> None:
     case = CASES["several"]
     model = case.model()
     model.set_adapter("default")
@@ -215,7 +220,8 @@ def test_P13_deleting_an_adapter_leaves_base_and_other_adapter() -> None:
     assert same(base_state(model.unload()), base)
 
 
-def test_P13_merge_and_unmerge_return_to_the_base_within_one_ulp(saved: Path) -> None:
+@pytest.mark.property("P13")
+def test_merge_and_unmerge_return_to_the_base_within_one_ulp(saved: Path) -> None:
     model = load_posterior(CASES["llama"].base(), saved / "llama")
     layers = {n: m.get_base_layer().weight for n, m in model.named_modules() if n.endswith(("q_proj", "v_proj"))}
     before = {n: w.detach().clone() for n, w in layers.items()}
@@ -322,7 +328,8 @@ def killed_at(number: int) -> Iterator[None]:
         yield
 
 
-def test_P02_a_save_killed_at_any_call_leaves_the_old_posterior_or_the_new(tmp_path: Path) -> None:
+@pytest.mark.property("P02")
+def test_a_save_killed_at_any_call_leaves_the_old_posterior_or_the_new(tmp_path: Path) -> None:
     posteriors = [blob(seed=0), blob(seed=1)]
     save_posterior(posteriors[0], tmp_path / "p")
     outcomes = []
@@ -353,26 +360,29 @@ def test_everything_is_on_disk_before_the_folder_appears(tmp_path: Path, monkeyp
     assert FILES < set(events[: events.index("rename")]) and events[-1] == tmp_path.name
 
 
+@pytest.mark.property("P10")
 @pytest.mark.parametrize("name", ["a/b", "/abs", "-x", "_x", "a b", "ä", "\u202ea", "a" * 65])
-def test_P10_an_adapter_name_unfit_for_a_path_is_refused_before_any_write(tmp_path: Path, name: str) -> None:
+def test_an_adapter_name_unfit_for_a_path_is_refused_before_any_write(tmp_path: Path, name: str) -> None:
     model = get_peft_model(LLAMA.build(), LLAMA.config(), adapter_name=name)
     with pytest.raises(ConfigError, match="adapter name: found"):
         save_posterior(model, tmp_path / "p")
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.property("P10")
 @pytest.mark.parametrize(
     "name", ["../x", "/abs", "a/b", "..", ".", "", "C:\\x", "a\0", "a" * 300, "-x", "\u202ea", "a\n", "_"]
 )
-def test_P10_no_name_of_an_adapter_is_a_path(name: str) -> None:
+def test_no_name_of_an_adapter_is_a_path(name: str) -> None:
     """The names that PEFT itself refuses (with a dot, or empty), too."""
     with pytest.raises(ConfigError, match="adapter name: found"):
         check_name(name)
 
 
+@pytest.mark.property("P10")
 @pytest.mark.filterwarnings("ignore:Adapter name .lora_. should not")  # PEFT, when it is made
 @pytest.mark.parametrize("name", ["lora_", "CON", "a" * 64, "0-_"])
-def test_P10_every_other_name_is_saved_as_default(tmp_path: Path, name: str) -> None:
+def test_every_other_name_is_saved_as_default(tmp_path: Path, name: str) -> None:
     """Also those that are odd elsewhere: the folder of a posterior never has the name of its adapter in it."""
     model = scatter(get_peft_model(LLAMA.build(), LLAMA.config(), adapter_name=name), adapter=name)
     try:
@@ -385,7 +395,8 @@ def test_P10_every_other_name_is_saved_as_default(tmp_path: Path, name: str) -> 
     assert all(torch.equal(loaded[n].rho, layer.rho) for n, layer in gaussian_layers(model).items())
 
 
-def test_P10_a_link_in_the_place_of_the_folder_is_not_followed(tmp_path: Path) -> None:
+@pytest.mark.property("P10")
+def test_a_link_in_the_place_of_the_folder_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "p").symlink_to(tmp_path / "elsewhere")  # leads to nothing yet
     for overwrite in (False, True):
         with pytest.raises(ConfigError, match="exists already" if not overwrite else "symbolic link"):
@@ -393,14 +404,16 @@ def test_P10_a_link_in_the_place_of_the_folder_is_not_followed(tmp_path: Path) -
     assert os.listdir(tmp_path) == ["p"]
 
 
-def test_P11_another_process_that_saves_there_is_named(tmp_path: Path) -> None:
+@pytest.mark.property("P11")
+def test_another_process_that_saves_there_is_named(tmp_path: Path) -> None:
     with folder_module.alone(tmp_path / "p"), pytest.raises(ConfigError, match="p: another process is saving to it"):
         save_posterior(blob(), tmp_path / "p")
     save_posterior(blob(), tmp_path / "p")
     assert os.listdir(tmp_path) == ["p"]
 
 
-def test_P11_who_comes_second_does_not_replace_what_came_first(tmp_path: Path) -> None:
+@pytest.mark.property("P11")
+def test_who_comes_second_does_not_replace_what_came_first(tmp_path: Path) -> None:
     """The folder appears after it was looked for, and before the lock is had: it is looked for again."""
     first, real = blob(seed=0), folder_module.alone
 
@@ -420,7 +433,8 @@ def test_P11_who_comes_second_does_not_replace_what_came_first(tmp_path: Path) -
     assert all(torch.equal(loaded[n].rho, layer.rho) for n, layer in gaussian_layers(first).items())
 
 
-def test_P02_what_killed_saves_left_is_removed_by_the_next(tmp_path: Path) -> None:
+@pytest.mark.property("P02")
+def test_what_killed_saves_left_is_removed_by_the_next(tmp_path: Path) -> None:
     for name in (".p.0123456789abcdef.tmp", ".p.old.0123456789abcdef.tmp", ".pp.0123456789abcdef.tmp", ".p.mine.tmp"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("")

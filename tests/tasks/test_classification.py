@@ -30,8 +30,9 @@ def sentences() -> list[TextRow]:
     ]
 
 
+@pytest.mark.property("N07")
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_N07_padding_batch_and_neighbours_do_not_matter(
+def test_padding_batch_and_neighbours_do_not_matter(
     tokenizers: Tokenizers, sentences: list[TextRow], build: Build, dtype: torch.dtype, bound: float
 ) -> None:
     tokenizer, model = tokenizers["encoder"](), build("bert classes", dtype)
@@ -48,8 +49,9 @@ def test_N07_padding_batch_and_neighbours_do_not_matter(
     assert together.std(0).max() > 0.01
 
 
+@pytest.mark.property("N02")
 @pytest.mark.parametrize("gap", [0.0, 60.0, 110.0, 200.0, 1e4])
-def test_N02_the_loss_is_the_gap_and_its_gradient_is_finite(
+def test_the_loss_is_the_gap_and_its_gradient_is_finite(
     tokenizers: Tokenizers, gap: float, figure: Callable[..., None]
 ) -> None:
     task = classification("rte", tokenizers["encoder"]())
@@ -78,13 +80,15 @@ def test_boolq_is_classified_from_question_and_passage(tokenizers: Tokenizers) -
         classification("openbookqa", tokenizer)
 
 
-def test_D03_a_class_the_data_set_does_not_have_is_refused(tokenizers: Tokenizers) -> None:
+@pytest.mark.property("D03")
+def test_a_class_the_data_set_does_not_have_is_refused(tokenizers: Tokenizers) -> None:
     task = classification("rte", tokenizers["encoder"]())
     with pytest.raises(DataError, match=r"f:9 \(id r\): field 'label': found 2, expected 0\.\.1"):
         task.check([TextRow(id="r", text="It rains.", label=2, where="f:9")])
 
 
-def test_D06_a_text_that_is_too_long_is_refused(tokenizers: Tokenizers) -> None:
+@pytest.mark.property("D06")
+def test_a_text_that_is_too_long_is_refused(tokenizers: Tokenizers) -> None:
     task = classification("rte", tokenizers["encoder"](), max_tokens=20)
     with pytest.raises(DataError, match=r"\(id r\): field 'text': found 32 tokens .* at most 20"):
         task.example(TextRow(id="r", text="x" * 30, label=0))
@@ -103,7 +107,8 @@ def test_a_model_with_another_number_of_labels_is_refused(
         task.outputs(build("bert classes"), batch)
 
 
-def test_D10_padding_with_another_id_than_the_models_is_refused(
+@pytest.mark.property("D10")
+def test_padding_with_another_id_than_the_models_is_refused(
     tokenizers: Tokenizers, sentences: list[TextRow], build: Build
 ) -> None:
     task, model = classification("rte", tokenizers["encoder"]()), build("bert classes")

@@ -53,6 +53,7 @@ def test_gzip_and_a_last_line_without_newline(tmp_path: Path) -> None:
     assert read_rows(path) == [TextRow(id="t1", text="It rains.", text_pair="It is wet.", label=1)]
 
 
+@pytest.mark.property("D01")
 @pytest.mark.parametrize(
     ("bad", "says"),
     [
@@ -77,15 +78,14 @@ def test_gzip_and_a_last_line_without_newline(tmp_path: Path) -> None:
         (b'{"id": "' + b"x" * LINE_LIMIT + b'"}\n', "more than 10,000,000 bytes"),
     ],
 )
-def test_D01_a_malformed_line_is_refused(tmp_path: Path, bad: bytes, says: str) -> None:
+def test_a_malformed_line_is_refused(tmp_path: Path, bad: bytes, says: str) -> None:
     message = refusal(tmp_path / "rows.jsonl", json.dumps(GOOD).encode() + b"\n" + bad)
     assert f"{tmp_path / 'rows.jsonl'}:2: " in message
     assert says in message
 
 
-def test_D01_a_line_of_50_MB_is_refused_before_it_is_read_to_its_end(
-    tmp_path: Path, figure: Callable[..., None]
-) -> None:
+@pytest.mark.property("D01")
+def test_a_line_of_50_MB_is_refused_before_it_is_read_to_its_end(tmp_path: Path, figure: Callable[..., None]) -> None:
     """A line cut at the limit is held twice, in pieces and joined; the whole of this one would be five limits."""
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"id": "' + b"x" * 50_000_000 + b'"}\n')
@@ -99,7 +99,8 @@ def test_D01_a_line_of_50_MB_is_refused_before_it_is_read_to_its_end(
     figure("memory for a line of 50 MB, in limits of 10 MB", peak / LINE_LIMIT, at_most=3.0)
 
 
-def test_D01_a_line_of_very_many_fields_is_refused_in_time(tmp_path: Path, figure: Callable[..., None]) -> None:
+@pytest.mark.property("D01")
+def test_a_line_of_very_many_fields_is_refused_in_time(tmp_path: Path, figure: Callable[..., None]) -> None:
     """In time proportional to the fields; comparing all with all would take minutes."""
     content = b'{"id": "a", ' + b", ".join(b'"k%d": 0' % i for i in range(60_000)) + b"}\n"
     started = time.process_time()
@@ -108,38 +109,44 @@ def test_D01_a_line_of_very_many_fields_is_refused_in_time(tmp_path: Path, figur
     figure("seconds of processor for two lines of 60,000 fields", time.process_time() - started, at_most=5.0)
 
 
-def test_D01_a_bom_on_the_first_line_is_refused(tmp_path: Path) -> None:
+@pytest.mark.property("D01")
+def test_a_bom_on_the_first_line_is_refused(tmp_path: Path) -> None:
     assert "rows.jsonl:1: found a byte order mark" in refusal(tmp_path / "rows.jsonl", b"\xef\xbb\xbf" + line())
 
 
-def test_D01_an_extra_blank_last_line_is_refused(tmp_path: Path) -> None:
+@pytest.mark.property("D01")
+def test_an_extra_blank_last_line_is_refused(tmp_path: Path) -> None:
     assert "rows.jsonl:2: found a blank line" in refusal(tmp_path / "rows.jsonl", line() + b"\n")
 
 
+@pytest.mark.property("D01")
 @pytest.mark.parametrize("cut", [5, 40, -9, -1])
-def test_D01_a_truncated_gzip_is_refused(tmp_path: Path, cut: int) -> None:
+def test_a_truncated_gzip_is_refused(tmp_path: Path, cut: int) -> None:
     packed = gzip.compress(b"".join(line(id=f"r{i}") for i in range(50)))
     assert "cannot be read" in refusal(tmp_path / "rows.jsonl.gz", packed[:cut])
 
 
-def test_D01_a_file_that_is_not_gzip_missing_or_empty_is_refused(tmp_path: Path) -> None:
+@pytest.mark.property("D01")
+def test_a_file_that_is_not_gzip_missing_or_empty_is_refused(tmp_path: Path) -> None:
     assert "cannot be read" in refusal(tmp_path / "rows.jsonl.gz", line())
     assert "found no rows" in refusal(tmp_path / "rows.jsonl", b"")
     with pytest.raises(DataError, match=r"none\.jsonl: cannot be read.*No such file"):
         read_rows(tmp_path / "none.jsonl")
 
 
+@pytest.mark.property("D02")
 @pytest.mark.parametrize(
     ("answer", "found"),
     [(None, "None"), ("", "''"), ("B", "'B'"), ("1", "'1'"), ([1], "[1]"), (1.0, "1.0"), (True, "True")],
 )
-def test_D02_a_label_of_the_wrong_type_is_refused(tmp_path: Path, answer: object, found: str) -> None:
+def test_a_label_of_the_wrong_type_is_refused(tmp_path: Path, answer: object, found: str) -> None:
     message = refusal(tmp_path / "rows.jsonl", line(answer=answer))
     expected = f"rows.jsonl:1 (id bad): field 'answer': found {found}, expected a whole number, counted from 0"
     assert f"{expected}; fix or remove the row" in message
 
 
-def test_D02_a_missing_label_is_refused_unless_unlabelled_rows_are_asked_for(tmp_path: Path) -> None:
+@pytest.mark.property("D02")
+def test_a_missing_label_is_refused_unless_unlabelled_rows_are_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     unlabelled = {key: value for key, value in GOOD.items() if key != "answer"}
     assert "field 'answer': found nothing" in refusal(path, json.dumps(unlabelled).encode())
@@ -149,17 +156,20 @@ def test_D02_a_missing_label_is_refused_unless_unlabelled_rows_are_asked_for(tmp
     assert "found 'B'" in refusal(path, line(answer="B"), labelled=False)
 
 
+@pytest.mark.property("D03")
 @pytest.mark.parametrize("answer", [7, 4, -1])
-def test_D03_a_label_out_of_range_is_refused(tmp_path: Path, answer: int) -> None:
+def test_a_label_out_of_range_is_refused(tmp_path: Path, answer: int) -> None:
     message = refusal(tmp_path / "rows.jsonl", line(answer=answer))
     assert f"rows.jsonl:1 (id bad): field 'answer': found {answer}, expected 0..3 (4 choices)" in message
 
 
-def test_D03_a_negative_class_is_refused(tmp_path: Path) -> None:
+@pytest.mark.property("D03")
+def test_a_negative_class_is_refused(tmp_path: Path) -> None:
     row = json.dumps({**TEXT, "label": -1}).encode()
     assert "(id t1): field 'label': found -1, expected 0 or more" in refusal(tmp_path / "rows.jsonl", row)
 
 
+@pytest.mark.property("D04")
 @pytest.mark.parametrize(
     ("choices", "says"),
     [
@@ -177,44 +187,50 @@ def test_D03_a_negative_class_is_refused(tmp_path: Path) -> None:
         (["x", "b", "c", "b"], "found the answer 'b' twice"),
     ],
 )
-def test_D04_bad_choices_are_refused(tmp_path: Path, choices: object, says: str) -> None:
+def test_bad_choices_are_refused(tmp_path: Path, choices: object, says: str) -> None:
     message = refusal(tmp_path / "rows.jsonl", line(choices=choices))
     assert "rows.jsonl:1 (id bad): field 'choices': " in message
     assert says in message
 
 
-def test_D04_a_wrong_choice_may_repeat_as_in_published_data(tmp_path: Path) -> None:
+@pytest.mark.property("D04")
+def test_a_wrong_choice_may_repeat_as_in_published_data(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_bytes(line(choices=["sky", "roots", "sky", "leaves"], answer=3))
     assert len(read_rows(tmp_path / "rows.jsonl")) == 1
 
 
-def test_D04_the_26th_choice_is_still_one(tmp_path: Path) -> None:
+@pytest.mark.property("D04")
+def test_the_26th_choice_is_still_one(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_bytes(line(choices=[f"c{i}" for i in range(26)], answer=25))
     assert read_rows(tmp_path / "rows.jsonl")[0].target == 25
 
 
+@pytest.mark.property("D05")
 @pytest.mark.parametrize("name", ["question", "passage", "id"])
 @pytest.mark.parametrize("value", ["", "   ", "\n\u2003", 3, ["x"]])
-def test_D05_empty_texts_and_texts_that_are_none_are_refused(tmp_path: Path, name: str, value: object) -> None:
+def test_empty_texts_and_texts_that_are_none_are_refused(tmp_path: Path, name: str, value: object) -> None:
     assert f": field '{name}': found " in refusal(tmp_path / "rows.jsonl", line(**{name: value}))
 
 
+@pytest.mark.property("D05")
 @pytest.mark.parametrize("name", ["id", "text", "text_pair"])
-def test_D05_empty_sentences_are_refused(tmp_path: Path, name: str) -> None:
+def test_empty_sentences_are_refused(tmp_path: Path, name: str) -> None:
     row = json.dumps({**TEXT, name: " "}).encode()
     assert f": field '{name}': found only blanks" in refusal(tmp_path / "rows.jsonl", row)
 
 
+@pytest.mark.property("D07")
 @pytest.mark.parametrize("name", ["id", "question", "choices", "passage"])
 @pytest.mark.parametrize(("text", "says"), [("a\ud800b", "a lone surrogate at character 1"), ("a\0b", "a NUL")])
-def test_D07_text_that_cannot_be_written_is_refused(tmp_path: Path, name: str, text: str, says: str) -> None:
+def test_text_that_cannot_be_written_is_refused(tmp_path: Path, name: str, text: str, says: str) -> None:
     message = refusal(tmp_path / "rows.jsonl", line(**{name: ["x", text] if name == "choices" else text}))
     assert f"field '{name}': found {says}" in message
 
 
+@pytest.mark.property("D07")
 @repeatable
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).filter(str.strip))
-def test_D07_any_other_text_round_trips(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+def test_any_other_text_round_trips(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     path = tmp_path_factory.mktemp("text") / "rows.jsonl"
     for ascii_only in (True, False):
         fields = {**GOOD, "question": text, "passage": "\u2028é e\u0301 👩‍🚀 \u202e" + text}
@@ -224,14 +240,16 @@ def test_D07_any_other_text_round_trips(tmp_path_factory: pytest.TempPathFactory
         assert (row.question, row.passage) == (text, fields["passage"])
 
 
-def test_D08_a_repeated_id_is_refused_with_both_places(tmp_path: Path) -> None:
+@pytest.mark.property("D08")
+def test_a_repeated_id_is_refused_with_both_places(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     message = refusal(path, line() + line(id="other") + line(question="Another?"))
     assert f"{path}:3 (id bad): field 'id': found the id of {path}:1 again" in message
 
 
+@pytest.mark.property("D08")
 @pytest.mark.parametrize("row_id", [17, 1.5, None, True, ["r"]])
-def test_D08_ids_are_texts(tmp_path: Path, row_id: object) -> None:
+def test_ids_are_texts(tmp_path: Path, row_id: object) -> None:
     assert "field 'id': found " in refusal(tmp_path / "rows.jsonl", line(id=row_id))
 
 
@@ -258,9 +276,10 @@ json_values = st.recursive(
 )
 
 
+@pytest.mark.property("D01")
 @repeatable
 @given(st.dictionaries(st.sampled_from([*GOOD, *TEXT, "passage"]), json_values), st.booleans())
-def test_D01_any_object_gives_a_row_or_a_data_error(fields: dict[str, Any], labelled: bool) -> None:
+def test_any_object_gives_a_row_or_a_data_error(fields: dict[str, Any], labelled: bool) -> None:
     try:
         row = parse_row(fields, where="file:1", labelled=labelled)
     except DataError as error:
@@ -270,9 +289,10 @@ def test_D01_any_object_gives_a_row_or_a_data_error(fields: dict[str, Any], labe
         assert row.target is not None or not labelled
 
 
+@pytest.mark.property("D01")
 @repeatable
 @given(st.binary(max_size=200))
-def test_D01_any_bytes_give_rows_or_a_data_error(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+def test_any_bytes_give_rows_or_a_data_error(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = tmp_path_factory.mktemp("bytes") / "rows.jsonl"
     path.write_bytes(content)
     with pytest.raises(DataError, match="rows.jsonl"):

@@ -79,6 +79,7 @@ def test_winogrande_finds_its_train_split_and_boolq_has_none_without_passages(tm
     assert [row.id for row in load_rows("boolq", "train", tmp_path)] == ["train-0"]
 
 
+@pytest.mark.property("D03")
 @pytest.mark.parametrize(
     ("name", "row", "says"),
     [
@@ -95,7 +96,7 @@ def test_winogrande_finds_its_train_split_and_boolq_has_none_without_passages(tm
         ("winogrande_s", {**FOUR, "question": "_ _", "choices": ["a", "b"]}, "field 'question': found 2 blanks"),
     ],
 )
-def test_D03_a_row_of_another_data_set_is_refused(tmp_path: Path, name: str, row: dict[str, Any], says: str) -> None:
+def test_a_row_of_another_data_set_is_refused(tmp_path: Path, name: str, row: dict[str, Any], says: str) -> None:
     path = write(tmp_path / dataset(name).folder, "dev", row)
     with pytest.raises(DataError, match=rf"{path}:1 \(id dev-0\): {says}"):
         load_rows(name, "dev", tmp_path)
@@ -215,6 +216,7 @@ def test_the_hub_is_asked_for_the_right_configuration(monkeypatch: pytest.Monkey
     ]
 
 
+@pytest.mark.property("D03")
 @pytest.mark.parametrize(
     ("name", "change", "says"),
     [
@@ -227,7 +229,7 @@ def test_the_hub_is_asked_for_the_right_configuration(monkeypatch: pytest.Monkey
         ("cola", {"label": 2}, "field 'label': found 2"),
     ],
 )
-def test_D03_rows_of_the_hub_go_through_the_same_checks(
+def test_rows_of_the_hub_go_through_the_same_checks(
     monkeypatch: pytest.MonkeyPatch, name: str, change: dict[str, Any], says: str
 ) -> None:
     row = next(row for known, _, row, _ in HUB_ROWS if known == name)

@@ -67,7 +67,8 @@ def test_beyond_common_prefix() -> None:
     assert beyond_common_prefix([[1], [1, 2]]) == ([1], [[], [2]])
 
 
-def test_D09_scored_ids_are_the_prompt_with_its_label_beyond_the_common_prefix(
+@pytest.mark.property("D09")
+def test_scored_ids_are_the_prompt_with_its_label_beyond_the_common_prefix(
     causal_tokenizer: PreTrainedTokenizerFast, questions: list[Row]
 ) -> None:
     task = causal("arc_easy", causal_tokenizer)
@@ -79,6 +80,7 @@ def test_D09_scored_ids_are_the_prompt_with_its_label_beyond_the_common_prefix(
         assert len({scored[0] for scored in example["scored"]}) > 1  # nothing more could go into the context
 
 
+@pytest.mark.property("D09")
 @pytest.mark.parametrize(
     ("name", "context_ends", "scored"),
     [
@@ -90,7 +92,7 @@ def test_D09_scored_ids_are_the_prompt_with_its_label_beyond_the_common_prefix(
         ("sentencepiece", ":", ["▁A", "▁B", "▁C"]),
     ],
 )
-def test_D09_the_boundary_of_each_tokenizer(
+def test_the_boundary_of_each_tokenizer(
     tokenizers: Tokenizers, name: str, context_ends: str, scored: list[str]
 ) -> None:
     tokenizer = tokenizers[name]()
@@ -99,8 +101,9 @@ def test_D09_the_boundary_of_each_tokenizer(
     assert [" ".join(tokenizer.convert_ids_to_tokens(ids)) for ids in example["scored"]] == scored
 
 
+@pytest.mark.property("D09")
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
-def test_D09_scores_equal_brute_force(
+def test_scores_equal_brute_force(
     causal_tokenizer: PreTrainedTokenizerFast,
     questions: list[Row],
     build: Build,
@@ -124,7 +127,8 @@ def test_D09_scores_equal_brute_force(
     assert max(uneven) > 1.2  # far from uniform: equality means something
 
 
-def test_D09_words_of_several_tokens_are_scored_whole(tokenizers: Tokenizers, build: Build) -> None:
+@pytest.mark.property("D09")
+def test_words_of_several_tokens_are_scored_whole(tokenizers: Tokenizers, build: Build) -> None:
     tokenizer, model = tokenizers["sentencepiece"](), build("llama")
     task = causal("boolq", tokenizer)
     rows = [
@@ -141,7 +145,8 @@ def test_D09_words_of_several_tokens_are_scored_whole(tokenizers: Tokenizers, bu
             assert (found - expected).abs().max() <= 1e-12
 
 
-def test_D09_BOS_is_there_once(tokenizers: Tokenizers) -> None:
+@pytest.mark.property("D09")
+def test_BOS_is_there_once(tokenizers: Tokenizers) -> None:
     tokenizer = tokenizers["sentencepiece with EOS"]()
     example = causal("openbookqa", tokenizer).example(Row(id="r", question="Q", choices=("x", "y"), answer=0))
     ids = example["context"] + example["scored"][0]
@@ -158,7 +163,8 @@ def word_level(*words: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
 
 
-def test_D09_labels_that_cannot_be_told_apart_are_refused_before_any_row(tokenizers: Tokenizers) -> None:
+@pytest.mark.property("D09")
+def test_labels_that_cannot_be_told_apart_are_refused_before_any_row(tokenizers: Tokenizers) -> None:
     with pytest.raises(TaskError, match="openbookqa: .*label ' C' becomes an unknown token"):
         multiple_choice("openbookqa", word_level("Answer", ":", "A", "B"))
     blind = tokenizers["lettered"]()
@@ -170,7 +176,8 @@ def test_D09_labels_that_cannot_be_told_apart_are_refused_before_any_row(tokeniz
         multiple_choice("openbookqa", blind)
 
 
-def test_D09_one_row_that_cannot_be_scored_is_named(tokenizers: Tokenizers) -> None:
+@pytest.mark.property("D09")
+def test_one_row_that_cannot_be_scored_is_named(tokenizers: Tokenizers) -> None:
     tokenizer = tokenizers["lettered"]()
     task = causal("openbookqa", tokenizer)
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("B", "A")
@@ -178,10 +185,11 @@ def test_D09_one_row_that_cannot_be_scored_is_named(tokenizers: Tokenizers) -> N
         task.example(Row(id="r", question="Q", choices=("x", "y"), answer=0, where="file:3"))
 
 
+@pytest.mark.property("N07")
 @pytest.mark.parametrize("tokenizer", ["lettered", "two tokens", "with pad"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_N07_padding_batch_and_neighbours_do_not_matter(
+def test_padding_batch_and_neighbours_do_not_matter(
     tokenizers: Tokenizers,
     questions: list[Row],
     build: Build,
@@ -200,8 +208,9 @@ def test_N07_padding_batch_and_neighbours_do_not_matter(
     assert alone.std(0).max() > 0.01  # rows differ by far more than the bound
 
 
+@pytest.mark.property("D10")
 @pytest.mark.parametrize("tokenizer", ["lettered", "two tokens"])
-def test_D10_what_stands_under_attention_mask_0_does_not_matter(
+def test_what_stands_under_attention_mask_0_does_not_matter(
     tokenizers: Tokenizers, questions: list[Row], build: Build, tokenizer: str, figure: Callable[..., None]
 ) -> None:
     task, model = causal("arc_easy", tokenizers[tokenizer]()), build("llama")
@@ -227,8 +236,9 @@ def test_every_tensor_has_rows_first_so_that_draws_stack(
     assert torch.allclose(once.repeat(3, 1), thrice, rtol=0, atol=1e-12)
 
 
+@pytest.mark.property("N02")
 @pytest.mark.parametrize("tokenizer", ["lettered", "two tokens"])
-def test_N02_absent_choices_leave_loss_and_gradient_finite(
+def test_absent_choices_leave_loss_and_gradient_finite(
     tokenizers: Tokenizers, questions: list[Row], build: Build, tokenizer: str
 ) -> None:
     task, model = causal("arc_easy", tokenizers[tokenizer]()), build("llama")
@@ -260,8 +270,9 @@ def test_unlabelled_rows_have_no_labels_and_no_loss(
         task.loss(build("llama"), batch)
 
 
+@pytest.mark.property("D06")
 @pytest.mark.parametrize("make", [multiple_choice, encoder_multiple_choice])
-def test_D06_a_row_that_is_too_long_is_refused_and_counted(tokenizers: Tokenizers, make: Callable[..., Task]) -> None:
+def test_a_row_that_is_too_long_is_refused_and_counted(tokenizers: Tokenizers, make: Callable[..., Task]) -> None:
     tokenizer = tokenizers["lettered" if make is multiple_choice else "encoder"]()
     rows = [
         Row(id=f"r{i}", question="Q" * length, choices=("x", "y"), answer=0, where=f"file:{i + 1}")
@@ -279,7 +290,8 @@ def test_D06_a_row_that_is_too_long_is_refused_and_counted(tokenizers: Tokenizer
         make("openbookqa", tokenizer, max_tokens=longest - 1).check(rows[:3])
 
 
-def test_D06_the_tokenizers_own_limit_counts_too(tokenizers: Tokenizers) -> None:
+@pytest.mark.property("D06")
+def test_the_tokenizers_own_limit_counts_too(tokenizers: Tokenizers) -> None:
     tokenizer = tokenizers["lettered"]()
     tokenizer.model_max_length = 120
     with pytest.raises(DataError, match="at most 120"):
@@ -314,8 +326,9 @@ def test_encoders_see_the_question_with_each_choice(tokenizers: Tokenizers) -> N
     ]
 
 
+@pytest.mark.property("N07")
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_N07_encoders_padding_batch_and_neighbours_do_not_matter(
+def test_encoders_padding_batch_and_neighbours_do_not_matter(
     tokenizers: Tokenizers, questions: list[Row], build: Build, dtype: torch.dtype, bound: float
 ) -> None:
     tokenizer = tokenizers["encoder"]()
@@ -352,7 +365,8 @@ def minilm() -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(str(Path(package.__file__).parent / "model"))
 
 
-def test_D06_a_tokenizer_that_was_saved_to_cut_and_pad_does_neither(minilm: PreTrainedTokenizerFast) -> None:
+@pytest.mark.property("D06")
+def test_a_tokenizer_that_was_saved_to_cut_and_pad_does_neither(minilm: PreTrainedTokenizerFast) -> None:
     row = Row(id="r", question="word " * 200, choices=("short", "a longer choice"), answer=0)
     example = encoder_multiple_choice("openbookqa", minilm).example(row)
     assert [len(encoding["input_ids"]) for encoding in example["encodings"]] == [204, 206]
@@ -367,7 +381,8 @@ def test_the_real_data_can_be_scored(
     multiple_choice(name, tokenizers["sentencepiece"](), data=data_dir, max_tokens=2000).check(rows)
 
 
-def test_D04_twenty_six_choices_are_scored(
+@pytest.mark.property("D04")
+def test_twenty_six_choices_are_scored(
     tokenizers: Tokenizers, build: Build, tmp_path: Path, figure: Callable[..., None]
 ) -> None:
     """A letter for each, up to Z, against brute force."""
@@ -384,7 +399,8 @@ def test_D04_twenty_six_choices_are_scored(
     figure("probabilities of 26 choices against brute force", error, at_most=1e-12)
 
 
-def test_D04_choices_of_the_same_text_get_the_same_probability_from_an_encoder(
+@pytest.mark.property("D04")
+def test_choices_of_the_same_text_get_the_same_probability_from_an_encoder(
     tokenizers: Tokenizers, build: Build
 ) -> None:
     """A wrong choice may be there twice."""
@@ -394,7 +410,8 @@ def test_D04_choices_of_the_same_text_get_the_same_probability_from_an_encoder(
     assert abs(found[0] - found[2]) <= 1e-12 < abs(found[0] - found[1])
 
 
-def test_D12_permuted_choices_permute_an_encoders_probabilities(
+@pytest.mark.property("D12")
+def test_permuted_choices_permute_an_encoders_probabilities(
     tokenizers: Tokenizers, questions: list[Row], build: Build, figure: Callable[..., None]
 ) -> None:
     """Each choice is scored by itself, so the loss of the answer stays what it was."""
@@ -410,8 +427,9 @@ def test_D12_permuted_choices_permute_an_encoders_probabilities(
     figure("loss of an encoder, choices reversed", (losses[0] - losses[1]).abs().max().item(), at_most=1e-5)
 
 
+@pytest.mark.property("D12")
 @pytest.mark.parametrize("tokenizer", ["lettered", "two tokens"])
-def test_D12_a_letter_is_scored_alike_wherever_it_stands_among_the_letters(
+def test_a_letter_is_scored_alike_wherever_it_stands_among_the_letters(
     tokenizers: Tokenizers, questions: list[Row], build: Build, tokenizer: str
 ) -> None:
     """The prompt stays as it is: in another order of the choices it would be another prompt."""

@@ -36,7 +36,8 @@ def bare(tokenizers: Tokenizers) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def test_N05_a_text_without_a_token_is_refused_by_name(bare: PreTrainedTokenizerFast) -> None:
+@pytest.mark.property("N05")
+def test_a_text_without_a_token_is_refused_by_name(bare: PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError, match=r"f:3 \(id r\): field 'text': found text without a token"):
         classification("rte", bare).example(TextRow(id="r", text=INVISIBLE, label=0, where="f:3"))
     task = encoder_multiple_choice("openbookqa", bare)
@@ -58,8 +59,9 @@ def test_choices_that_are_the_same_to_the_tokenizer_are_named(bare: PreTrainedTo
         assert len(task.examples([clear, blurred], model)) == 2
 
 
+@pytest.mark.property("N05")
 @pytest.mark.parametrize("framed", [True, False], ids=["[CLS] and [SEP]", "bare"])
-def test_N05_each_text_of_a_row_has_a_token_of_its_own(
+def test_each_text_of_a_row_has_a_token_of_its_own(
     bare: PreTrainedTokenizerFast, tokenizers: Tokenizers, framed: bool
 ) -> None:
     """What a tokenizer puts around every text is nothing to look at."""
@@ -80,7 +82,8 @@ def test_N05_each_text_of_a_row_has_a_token_of_its_own(
                 task.example(Row(**{**plain, name: empty[name]}))
 
 
-def test_N05_a_text_of_one_token_is_answered_as_any_other(bare: PreTrainedTokenizerFast, build: Build) -> None:
+@pytest.mark.property("N05")
+def test_a_text_of_one_token_is_answered_as_any_other(bare: PreTrainedTokenizerFast, build: Build) -> None:
     task, model = classification("rte", bare), build("bert classes")
     one, long = (task.example(TextRow(id="r", text=text, label=0)) for text in ("x", "a longer one"))
     assert task.tokens(one) == 1
@@ -128,9 +131,10 @@ def masked_model(request: pytest.FixtureRequest, architecture: Architecture, att
     return model
 
 
+@pytest.mark.property("N05")
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("architecture", [LLAMA, GPT2, BERT], ids=lambda architecture: architecture.name)
-def test_N05_rows_masked_as_a_whole_are_answered_and_trained_on(
+def test_rows_masked_as_a_whole_are_answered_and_trained_on(
     masked_model: PeftModel, architecture: Architecture, attention: str, tmp_path: Path
 ) -> None:
     task = Masked()
@@ -146,7 +150,8 @@ def test_N05_rows_masked_as_a_whole_are_answered_and_trained_on(
     assert all(parameter.isfinite().all() for parameter in masked_model.parameters())
 
 
-def test_N05_a_label_without_a_token_before_it_is_refused(tokenizers: Tokenizers) -> None:
+@pytest.mark.property("N05")
+def test_a_label_without_a_token_before_it_is_refused(tokenizers: Tokenizers) -> None:
     """Nothing of the prompt is left: the answer would be scored after nothing at all."""
     tokenizer = tokenizers["lettered"]()
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex("(?m).*Answer:"), "")

@@ -30,8 +30,9 @@ Tokenizers = dict[str, Callable[[], PreTrainedTokenizerFast]]
 Build = Callable[..., PreTrainedModel]
 
 
+@pytest.mark.property("D10")
 @pytest.mark.parametrize("name", ["sentencepiece", "sentencepiece with EOS"])
-def test_D10_a_pad_that_is_the_EOS_changes_nothing(
+def test_a_pad_that_is_the_EOS_changes_nothing(
     tokenizers: Tokenizers, questions: list[Row], build: Build, figure: Callable[..., None], name: str
 ) -> None:
     plain, padded = tokenizers[name](), tokenizers[name]()
@@ -71,8 +72,9 @@ def decoder() -> Decoder:
         return Decoder(LlamaForSequenceClassification(config).double().eval())
 
 
+@pytest.mark.property("D10")
 @pytest.mark.parametrize("pad", [None, "</s>"])
-def test_D10_a_decoder_without_a_pad_of_its_own_is_read_at_the_last_token(
+def test_a_decoder_without_a_pad_of_its_own_is_read_at_the_last_token(
     tokenizers: Tokenizers, decoder: Decoder, figure: Callable[..., None], pad: str | None
 ) -> None:
     """Also where the last token has the id 0."""
@@ -91,7 +93,8 @@ def test_D10_a_decoder_without_a_pad_of_its_own_is_read_at_the_last_token(
     figure("logits of a decoder's head, in a batch", (found - expected).abs().max().item(), at_most=1e-12)
 
 
-def test_D10_no_chat_template_is_needed_or_used(tokenizers: Tokenizers, questions: list[Row]) -> None:
+@pytest.mark.property("D10")
+def test_no_chat_template_is_needed_or_used(tokenizers: Tokenizers, questions: list[Row]) -> None:
     plain, chatty = tokenizers["lettered"](), tokenizers["lettered"]()
     assert plain.chat_template is None
     chatty.chat_template = "{{ raise_exception('used') }}"
@@ -99,7 +102,8 @@ def test_D10_no_chat_template_is_needed_or_used(tokenizers: Tokenizers, question
     assert examples[0] == examples[1]
 
 
-def test_D10_a_BOS_that_comes_twice_is_refused(tokenizers: Tokenizers) -> None:
+@pytest.mark.property("D10")
+def test_a_BOS_that_comes_twice_is_refused(tokenizers: Tokenizers) -> None:
     tokenizer = tokenizers["sentencepiece"]()
     multiple_choice("openbookqa", tokenizer)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -111,7 +115,8 @@ def test_D10_a_BOS_that_comes_twice_is_refused(tokenizers: Tokenizers) -> None:
         multiple_choice("openbookqa", tokenizer)
 
 
-def test_D10_choices_padded_with_another_id_than_the_models_are_refused(
+@pytest.mark.property("D10")
+def test_choices_padded_with_another_id_than_the_models_are_refused(
     tokenizers: Tokenizers, questions: list[Row], build: Build
 ) -> None:
     """RoBERTa counts its positions by the pad of its own."""
@@ -127,8 +132,9 @@ def backbone(tokenizer: PreTrainedTokenizerFast, *, decodes: bool, **settings: A
     return Backbone(source="here", config=config, tokenizer=tokenizer, family=family, positions=None)
 
 
+@pytest.mark.property("D10")
 @pytest.mark.parametrize("decodes", [True, False])
-def test_D10_a_row_with_a_token_beyond_the_embeddings_is_refused_and_others_are_not(
+def test_a_row_with_a_token_beyond_the_embeddings_is_refused_and_others_are_not(
     tokenizers: Tokenizers, decodes: bool
 ) -> None:
     """Published tokenizers have tokens that no text uses, for images, say, beyond the embeddings."""
@@ -151,8 +157,9 @@ def test_D10_a_row_with_a_token_beyond_the_embeddings_is_refused_and_others_are_
         sentences.check([TextRow(id="t", text="a <b> c", label=0)])
 
 
+@pytest.mark.property("D10")
 @pytest.mark.parametrize("architecture", [LLAMA, BERT], ids=lambda architecture: architecture.name)
-def test_D10_training_and_predicting_refuse_a_token_without_an_embedding_by_its_row(
+def test_training_and_predicting_refuse_a_token_without_an_embedding_by_its_row(
     tokenizers: Tokenizers, tmp_path: Path, architecture: Architecture
 ) -> None:
     """With tasks and models put together by hand; a pad without one is refused where rows are padded."""
@@ -185,8 +192,9 @@ def test_D10_training_and_predicting_refuse_a_token_without_an_embedding_by_its_
         predict(model, task, [rows[0], longer], draws=0)
 
 
+@pytest.mark.property("D10")
 @pytest.mark.parametrize("decodes", [True, False])
-def test_D10_a_pad_beyond_the_embeddings_is_refused_before_the_weights_are_read(
+def test_a_pad_beyond_the_embeddings_is_refused_before_the_weights_are_read(
     tokenizers: Tokenizers, decodes: bool
 ) -> None:
     tokenizer = tokenizers["encoder"]()
@@ -197,7 +205,8 @@ def test_D10_a_pad_beyond_the_embeddings_is_refused_before_the_weights_are_read(
         build_task(backbone(tokenizer, decodes=decodes, vocab_size=size), "openbookqa", None, 300)
 
 
-def test_D10_another_pad_than_the_encoders_is_refused_before_the_weights_are_read(tokenizers: Tokenizers) -> None:
+@pytest.mark.property("D10")
+def test_another_pad_than_the_encoders_is_refused_before_the_weights_are_read(tokenizers: Tokenizers) -> None:
     for name in ("openbookqa", "rte"):
         build_task(backbone(tokenizers["encoder"](), decodes=False, pad_token_id=0), name, None, 300)
         with pytest.raises(ConfigError, match="it pads with id 0 and the model with 5, expected the same"):

@@ -17,8 +17,8 @@ from transformers import TrainerCallback
 from bayestune.errors import BayestuneWarning, PosteriorError, TrainingError
 from bayestune.tasks import Row
 from bayestune.training import BayesTrainer, KLSettings
-from bayestune.training.checkpoint_state import load_random_state, save_random_state
 from bayestune.training.checkpoint_files import last_complete, seal
+from bayestune.training.checkpoint_state import load_random_state, save_random_state
 from training.toys import TASK, arguments, double_blob, lora, rows, trained
 
 STEPS = 8  # 10 rows, 2 a micro-batch, 2 micro-batches an update: 3 updates an epoch, the last of one micro-batch
@@ -52,8 +52,9 @@ def losses(trainer: BayesTrainer) -> list[dict[str, Any]]:
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.property("P05")
 @pytest.mark.parametrize("step", [1, 2, 3, 5, 6, STEPS - 1, STEPS])  # 3 and 6 are the ends of epochs
-def test_P05_a_resumed_run_is_the_whole_run(whole: tuple[str, Path, BayesTrainer], tmp_path: Path, step: int) -> None:
+def test_a_resumed_run_is_the_whole_run(whole: tuple[str, Path, BayesTrainer], tmp_path: Path, step: int) -> None:
     method, output, trainer = whole
     torch.manual_seed(step)  # whatever the process did before
     resumed = run(tmp_path, resume=output / f"checkpoint-{step}", method=method, start=1)
@@ -103,6 +104,7 @@ def test_optimiser_state_round_trips_before_its_first_step(
             )
 
 
+@pytest.mark.property("P05")
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -111,7 +113,7 @@ def test_optimiser_state_round_trips_before_its_first_step(
         ({"per_device_train_batch_size": 1}, "batch_size=2"),
     ],
 )
-def test_P05_other_settings_are_refused_by_name(
+def test_other_settings_are_refused_by_name(
     whole: tuple[str, Path, BayesTrainer], tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
     method, output, _ = whole
@@ -119,7 +121,8 @@ def test_P05_other_settings_are_refused_by_name(
         run(tmp_path, resume=output / "checkpoint-2", method=method, **settings)
 
 
-def test_P05_other_rows_and_other_kl_are_refused(whole: tuple[str, Path, BayesTrainer], tmp_path: Path) -> None:
+@pytest.mark.property("P05")
+def test_other_rows_and_other_kl_are_refused(whole: tuple[str, Path, BayesTrainer], tmp_path: Path) -> None:
     method, output, trainer = whole
     args = arguments(tmp_path, max_steps=STEPS, gradient_accumulation_steps=2, warmup_steps=2)
     others = [Row(id=row.id, question=row.question[::-1], choices=row.choices, answer=row.answer) for row in rows(10)]
@@ -132,10 +135,9 @@ def test_P05_other_rows_and_other_kl_are_refused(whole: tuple[str, Path, BayesTr
             other.train(resume_from_checkpoint=str(output / "checkpoint-2"))
 
 
+@pytest.mark.property("P04")
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.safetensors", "training.json", "rng_0.json"])
-def test_P04_an_incomplete_checkpoint_is_refused(
-    whole: tuple[str, Path, BayesTrainer], tmp_path: Path, name: str
-) -> None:
+def test_an_incomplete_checkpoint_is_refused(whole: tuple[str, Path, BayesTrainer], tmp_path: Path, name: str) -> None:
     method, output, _ = whole
     checkpoint = tmp_path / "checkpoint-2"
     shutil.copytree(output / "checkpoint-2", checkpoint)
@@ -207,8 +209,9 @@ def plant(checkpoint: Path) -> None:
         torch.save(Payload(checkpoint / "canary-ran"), checkpoint / name)
 
 
+@pytest.mark.property("P09")
 @pytest.mark.parametrize("method", ["blob", "lora"])
-def test_P09_no_pickle_is_written_or_opened(tmp_path: Path, method: str) -> None:
+def test_no_pickle_is_written_or_opened(tmp_path: Path, method: str) -> None:
     watch = Watch()
     watch.active = True
     model = double_blob() if method == "blob" else lora()
@@ -229,7 +232,8 @@ def test_P09_no_pickle_is_written_or_opened(tmp_path: Path, method: str) -> None
     assert list(tmp_path.rglob("canary-ran")) == []
 
 
-def test_P09_pickled_checkpoint_is_refused_unopened(tmp_path: Path) -> None:
+@pytest.mark.property("P09")
+def test_pickled_checkpoint_is_refused_unopened(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint-2"
     checkpoint.mkdir()
     plant(checkpoint)
@@ -263,7 +267,8 @@ def test_floats_survive_json_exactly(whole: tuple[str, Path, BayesTrainer]) -> N
     ]
 
 
-def test_P04_a_checkpoint_without_the_files_of_every_process_is_not_complete(
+@pytest.mark.property("P04")
+def test_a_checkpoint_without_the_files_of_every_process_is_not_complete(
     whole: tuple[str, Path, BayesTrainer], tmp_path: Path
 ) -> None:
     """Killed while another process was writing: the one before is taken."""

@@ -92,21 +92,24 @@ def cuts_taken(path: Path, lengths: list[int]) -> int:
     return taken
 
 
-def test_P08_no_bit_flip_of_a_checkpoint_is_taken(run: Path, figure: Callable[..., None]) -> None:
+@pytest.mark.property("P08")
+def test_no_bit_flip_of_a_checkpoint_is_taken(run: Path, figure: Callable[..., None]) -> None:
     figure(
         "bit flips of a checkpoint taken, of 300", flips_taken(run / "checkpoint-3", 300, random.Random(1)), at_most=0
     )
 
 
-def test_P08_no_cut_or_longer_file_of_a_checkpoint_is_taken(run: Path) -> None:
+@pytest.mark.property("P08")
+def test_no_cut_or_longer_file_of_a_checkpoint_is_taken(run: Path) -> None:
     for name in FILES:
         path = run / "checkpoint-3" / name
         size = path.stat().st_size
         assert cuts_taken(path, [0, 1, 8, size // 2, size - 1, size + 1]) == 0, name
 
 
+@pytest.mark.property("P08")
 @pytest.mark.nightly
-def test_P08_three_thousand_bit_flips_and_many_cuts(run: Path, nightly_seed: int, figure: Callable[..., None]) -> None:
+def test_three_thousand_bit_flips_and_many_cuts(run: Path, nightly_seed: int, figure: Callable[..., None]) -> None:
     folder = run / "checkpoint-3"
     taken = flips_taken(folder, 3000, random.Random(nightly_seed))
     figure("bit flips of a checkpoint taken, of 3,000", taken, at_most=0)
@@ -116,7 +119,8 @@ def test_P08_three_thousand_bit_flips_and_many_cuts(run: Path, nightly_seed: int
     figure("cuts of a checkpoint taken, of 300 a file", cuts, at_most=0)
 
 
-def test_P08_a_damaged_checkpoint_is_refused_before_a_tensor_is_read(
+@pytest.mark.property("P08")
+def test_a_damaged_checkpoint_is_refused_before_a_tensor_is_read(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[Path] = []
@@ -135,8 +139,9 @@ def test_P08_a_damaged_checkpoint_is_refused_before_a_tensor_is_read(
     assert len(read) == 3 and fresh.state.global_step == 3
 
 
+@pytest.mark.property("P08")
 @pytest.mark.nightly
-def test_P08_no_manifest_makes_another_error(run: Path, nightly_seed: int) -> None:
+def test_no_manifest_makes_another_error(run: Path, nightly_seed: int) -> None:
     """Any bytes for a manifest, and any JSON under a right checksum."""
     folder, text = run / "checkpoint-3", (run / "checkpoint-3" / MANIFEST).read_bytes()
     json_values = st.recursive(
@@ -166,8 +171,9 @@ def test_P08_no_manifest_makes_another_error(run: Path, nightly_seed: int) -> No
 # P10: links and names
 
 
+@pytest.mark.property("P10")
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "training.json", MANIFEST, "another", "folder"])
-def test_P10_a_link_in_a_checkpoint_is_refused(run: Path, name: str) -> None:
+def test_a_link_in_a_checkpoint_is_refused(run: Path, name: str) -> None:
     path, outside = run / "checkpoint-3" / name, run.parent / "outside"
     if path.exists():
         path.rename(outside)
@@ -178,7 +184,8 @@ def test_P10_a_link_in_a_checkpoint_is_refused(run: Path, name: str) -> None:
         check_checkpoint(run / "checkpoint-3")
 
 
-def test_P10_a_manifest_leads_to_no_file_outside(run: Path) -> None:
+@pytest.mark.property("P10")
+def test_a_manifest_leads_to_no_file_outside(run: Path) -> None:
     (run / "outside").write_text("")
     manifest = {"format": 1, "files": {"../outside": {"sha256": "", "bytes": 0}}}
     (run / "checkpoint-3" / MANIFEST).write_bytes(serialised(manifest))
@@ -186,7 +193,8 @@ def test_P10_a_manifest_leads_to_no_file_outside(run: Path) -> None:
         check_checkpoint(run / "checkpoint-3")
 
 
-def test_P10_a_link_in_the_place_of_the_working_folder_is_not_followed(run: Path) -> None:
+@pytest.mark.property("P10")
+def test_a_link_in_the_place_of_the_working_folder_is_not_followed(run: Path) -> None:
     (run.parent / "mine").mkdir()
     (run.parent / "mine" / "thesis.tex").write_text("mine")
     shutil.move(run / "checkpoint-3", run.parent / "mine")
@@ -197,8 +205,9 @@ def test_P10_a_link_in_the_place_of_the_working_folder_is_not_followed(run: Path
     assert sorted(os.listdir(run)) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
 
 
+@pytest.mark.property("P10")
 @pytest.mark.parametrize("name", ["/abs", "a/b", "-x", "_x", "C:\\x", "a\0", "\u202ea", "a" * 300])
-def test_P10_an_adapter_name_unfit_for_a_path_is_refused_before_training(tmp_path: Path, name: str) -> None:
+def test_an_adapter_name_unfit_for_a_path_is_refused_before_training(tmp_path: Path, name: str) -> None:
     model = get_peft_model(GPT2.build(), GPT2.config(), adapter_name=name)
     with pytest.raises(ConfigError, match="adapter name: found"):
         trainer(tmp_path / "run", model)
@@ -208,7 +217,8 @@ def test_P10_an_adapter_name_unfit_for_a_path_is_refused_before_training(tmp_pat
 # P4: discovery and rotation
 
 
-def test_P04_broken_checkpoints_are_passed_over_by_name(run: Path) -> None:
+@pytest.mark.property("P04")
+def test_broken_checkpoints_are_passed_over_by_name(run: Path) -> None:
     for name in ("checkpoint-final", "checkpoint-9.bak"):
         (run / name).mkdir()
     assert last_complete(run) == run / "checkpoint-3"
@@ -246,8 +256,9 @@ WRONG: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
 }
 
 
+@pytest.mark.property("P04")
 @pytest.mark.parametrize("name", [*WRONG, "no JSON", "deep"])
-def test_P04_wrong_training_settings_under_right_sums_are_passed_over_by_name(run: Path, name: str) -> None:
+def test_wrong_training_settings_under_right_sums_are_passed_over_by_name(run: Path, name: str) -> None:
     path = run / "checkpoint-3" / "training.json"
     if name in WRONG:
         says, change = WRONG[name]
@@ -262,7 +273,8 @@ def test_P04_wrong_training_settings_under_right_sums_are_passed_over_by_name(ru
         trainer(run).train(resume_from_checkpoint=str(run / "checkpoint-3"))
 
 
-def test_P04_a_scheduler_that_keeps_infinities_is_resumed(tmp_path: Path) -> None:
+@pytest.mark.property("P04")
+def test_a_scheduler_that_keeps_infinities_is_resumed(tmp_path: Path) -> None:
     plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": "loss", "eval_strategy": "epoch"}
     trainer(tmp_path, **plateau).train()
     assert "Infinity" in (tmp_path / "checkpoint-2" / "training.json").read_text()
@@ -270,7 +282,8 @@ def test_P04_a_scheduler_that_keeps_infinities_is_resumed(tmp_path: Path) -> Non
     assert last_complete(tmp_path) == tmp_path / "checkpoint-3"
 
 
-def test_P04_a_broken_checkpoint_is_replaced_when_its_step_comes_again(run: Path) -> None:
+@pytest.mark.property("P04")
+def test_a_broken_checkpoint_is_replaced_when_its_step_comes_again(run: Path) -> None:
     names = ("adapter_model.safetensors", "optimizer.safetensors", "training.json")
     expected = [(run / "checkpoint-3" / name).read_bytes() for name in names]
     flip(run / "checkpoint-3" / "training.json", 100)
@@ -279,7 +292,8 @@ def test_P04_a_broken_checkpoint_is_replaced_when_its_step_comes_again(run: Path
     assert [(run / "checkpoint-3" / name).read_bytes() for name in names] == expected
 
 
-def test_P04_the_new_one_stands_before_the_old_one_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.property("P04")
+def test_the_new_one_stands_before_the_old_one_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At every rename of a run that keeps one checkpoint there is a whole one to go on from."""
     rename, seen = os.rename, []
 
@@ -294,10 +308,11 @@ def test_P04_the_new_one_stands_before_the_old_one_goes(tmp_path: Path, monkeypa
     assert os.listdir(tmp_path) == ["checkpoint-3"]
 
 
+@pytest.mark.property("P04")
 @pytest.mark.parametrize(
     ("limit", "left"), [(1, ["checkpoint-1", "checkpoint-4"]), (3, [f"checkpoint-{n}" for n in (1, 3, 4)])]
 )
-def test_P04_the_best_one_and_the_last_stay(tmp_path: Path, limit: int, left: list[str]) -> None:
+def test_the_best_one_and_the_last_stay(tmp_path: Path, limit: int, left: list[str]) -> None:
     """A rate of learning that only does harm: the first is the best."""
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "eval_strategy": "steps", "eval_steps": 1}
     run = trainer(
@@ -313,7 +328,8 @@ def test_P04_the_best_one_and_the_last_stay(tmp_path: Path, limit: int, left: li
     check_checkpoint(tmp_path / "checkpoint-1")
 
 
-def test_P04_an_adapter_of_another_name_is_saved_and_resumed(tmp_path: Path) -> None:
+@pytest.mark.property("P04")
+def test_an_adapter_of_another_name_is_saved_and_resumed(tmp_path: Path) -> None:
     def model() -> PeftModel:
         return scatter(get_peft_model(GPT2.build(), GPT2.config(), adapter_name="mine"), adapter="mine").double()
 
@@ -329,8 +345,9 @@ def test_P04_an_adapter_of_another_name_is_saved_and_resumed(tmp_path: Path) -> 
 # What goes wrong while it is written
 
 
+@pytest.mark.property("P02")
 @pytest.mark.parametrize("call", ["save_optimizer", "seal", "publish"])
-def test_P02_a_save_that_fails_leaves_the_one_before_and_no_litter(
+def test_a_save_that_fails_leaves_the_one_before_and_no_litter(
     run: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     def full(*args: Any) -> None:
@@ -345,14 +362,16 @@ def test_P02_a_save_that_fails_leaves_the_one_before_and_no_litter(
     assert sorted(os.listdir(run)) == left and last_complete(run) == run / left[-1]
 
 
-def test_P11_another_process_that_saves_there_is_named(run: Path) -> None:
+@pytest.mark.property("P11")
+def test_another_process_that_saves_there_is_named(run: Path) -> None:
     again = trainer(run)
     with alone(run / UNFINISHED), pytest.raises(ConfigError, match="another process is saving"):
         again.train(resume_from_checkpoint=str(run / "checkpoint-1"))
     assert last_complete(run) == run / "checkpoint-3"
 
 
-def test_P02_what_a_killed_save_left_is_removed_by_the_next(run: Path) -> None:
+@pytest.mark.property("P02")
+def test_what_a_killed_save_left_is_removed_by_the_next(run: Path) -> None:
     (run / UNFINISHED / "checkpoint-3").mkdir(parents=True)
     (run / UNFINISHED / "checkpoint-3" / "training.json").write_text("{")
     (run / UNFINISHED / "removed-checkpoint-0").mkdir()

@@ -85,6 +85,7 @@ def settings(**others: Any) -> dict[str, Any]:
             "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant", **others}  # fmt: skip
 
 
+@pytest.mark.property("R05")
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -97,9 +98,7 @@ def settings(**others: Any) -> dict[str, Any]:
     ],
 )
 @pytest.mark.parametrize("kind", ["lora", "blob"])
-def test_R05_a_row_that_is_not_finite_stops_before_the_update(
-    tmp_path: Path, kind: str, fault: str, message: str
-) -> None:
+def test_a_row_that_is_not_finite_stops_before_the_update(tmp_path: Path, kind: str, fault: str, message: str) -> None:
     """Update 1 has rows 4 to 7; each of its two micro-batches has two."""
     trainer = BayesTrainer(
         lora() if kind == "lora" else double_blob(),
@@ -131,7 +130,8 @@ def without_b() -> PeftModel:
     return model
 
 
-def test_R05_the_largest_entry_tells_whether_all_are_finite() -> None:
+@pytest.mark.property("R05")
+def test_the_largest_entry_tells_whether_all_are_finite() -> None:
     one = torch.ones(2, 3)
     tensors = {"a": one, "b": -2e19 * one, "c": one.half() * 300, "d": one.double() * 1e200, "e": one.bfloat16()}
     assert first_nonfinite(tensors) is None
@@ -144,8 +144,9 @@ def test_R05_the_largest_entry_tells_whether_all_are_finite() -> None:
     assert first_nonfinite({"empty": torch.empty(0, 3)}, squared=True) is None
 
 
+@pytest.mark.property("R05")
 @pytest.mark.parametrize("fault", ["weight", "gradient"])
-def test_R05_a_kl_that_is_not_finite_stops_before_the_update(tmp_path: Path, fault: str) -> None:
+def test_a_kl_that_is_not_finite_stops_before_the_update(tmp_path: Path, fault: str) -> None:
     def schedule(step: int, cycle: int) -> float:
         return float("nan") if step == 1 and fault == "weight" else 0.1
 
@@ -163,7 +164,8 @@ def test_R05_a_kl_that_is_not_finite_stops_before_the_update(tmp_path: Path, fau
     assert_stops(trainer, tmp_path, f"^step 1, kl: {found}")
 
 
-def test_R05_weights_that_an_update_broke_are_not_saved(tmp_path: Path) -> None:
+@pytest.mark.property("R05")
+def test_weights_that_an_update_broke_are_not_saved(tmp_path: Path) -> None:
     args = arguments(tmp_path, **settings(learning_rate=float("inf")))
     trainer = BayesTrainer(lora(), task=TASK, args=args, train_rows=rows(8))
     with pytest.raises(TrainingError, match=r"^step 1, weights: .* the last good checkpoint is none:"):
@@ -171,8 +173,9 @@ def test_R05_weights_that_an_update_broke_are_not_saved(tmp_path: Path) -> None:
     assert list(tmp_path.glob("checkpoint-*")) == []
 
 
+@pytest.mark.property("R05")
 @pytest.mark.nightly  # Python has no compiled files of the libraries for -O: the imports take long
-def test_R05_without_asserts_the_command_line_stops_with_3(tmp_path: Path) -> None:
+def test_without_asserts_the_command_line_stops_with_3(tmp_path: Path) -> None:
     """`python -O` runs no assert; a learning rate of 1e30 makes the logits of the third update infinite or NaN."""
     pretrained_llama(tmp_path / "llama")
     write_data(tmp_path / "data")

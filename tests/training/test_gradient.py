@@ -30,14 +30,16 @@ EVERY_NIGHT = [each for each in product((1, 4), (0.0, 0.5), (1, 3), (False, True
 ERROR = "error of 200 coordinates, of 1e-6 of the gradient and the rounding of the difference"
 
 
+@pytest.mark.property("S03")
 @pytest.mark.parametrize("variant", EVERY_COMMIT)
-def test_S03_gradient_equals_finite_differences(tmp_path: Path, variant: Variant, figure: Callable[..., None]) -> None:
+def test_gradient_equals_finite_differences(tmp_path: Path, variant: Variant, figure: Callable[..., None]) -> None:
     figure(ERROR, gradient_error(tmp_path, *variant), at_most=1.0)
 
 
+@pytest.mark.property("S03")
 @pytest.mark.nightly
 @pytest.mark.parametrize("variant", EVERY_NIGHT)
-def test_S03_gradient_equals_finite_differences_in_every_variant(
+def test_gradient_equals_finite_differences_in_every_variant(
     tmp_path: Path, variant: Variant, figure: Callable[..., None]
 ) -> None:
     figure(ERROR, gradient_error(tmp_path, *variant), at_most=1.0)
@@ -107,7 +109,8 @@ def differences(
         yield name, abs((above - below) / (2 * step) - gradient) / (1e-6 * abs(gradient) + rounding)
 
 
-def test_S05_loss_is_the_mean_of_the_nlls_of_the_draws(tmp_path: Path, figure: Callable[..., None]) -> None:
+@pytest.mark.property("S05")
+def test_loss_is_the_mean_of_the_nlls_of_the_draws(tmp_path: Path, figure: Callable[..., None]) -> None:
     model, draws, data = double_blob(), 4, rows(3)
     trainer = Recorder(model, task=TASK, args=arguments(tmp_path), train_rows=data, train_draws=draws)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
@@ -144,14 +147,16 @@ LARGER_EPOCHS = [
 ]
 
 
+@pytest.mark.property("S17")
 @pytest.mark.parametrize("epoch", EPOCHS)
-def test_S17_updates_add_up_to_the_epoch(tmp_path: Path, epoch: Epoch, figure: Callable[..., None]) -> None:
+def test_updates_add_up_to_the_epoch(tmp_path: Path, epoch: Epoch, figure: Callable[..., None]) -> None:
     figure("sum over updates of rows x loss, less the NLL of all rows", epoch_error(tmp_path, *epoch), at_most=1e-10)
 
 
+@pytest.mark.property("S17")
 @pytest.mark.nightly
 @pytest.mark.parametrize("epoch", LARGER_EPOCHS)
-def test_S17_updates_add_up_to_the_epoch_in_every_variant(
+def test_updates_add_up_to_the_epoch_in_every_variant(
     tmp_path: Path, epoch: Epoch, figure: Callable[..., None]
 ) -> None:
     figure("sum over updates of rows x loss, less the NLL of all rows", epoch_error(tmp_path, *epoch), at_most=1e-10)
@@ -179,13 +184,15 @@ def epoch_error(output: Path, size: int, batch: int, accumulation: int, dropping
     return abs(found - expected)
 
 
-def test_S17_an_epoch_in_which_all_is_dropped_is_refused(tmp_path: Path) -> None:
+@pytest.mark.property("S17")
+def test_an_epoch_in_which_all_is_dropped_is_refused(tmp_path: Path) -> None:
     args = arguments(tmp_path, per_device_train_batch_size=7, dataloader_drop_last=True)
     with pytest.raises(ConfigError, match="drops all training rows: found 6, expected at least one batch of 7"):
         Recorder(lora(), task=TASK, args=args, train_rows=rows(6))
 
 
-def test_S17_accumulated_gradient_is_that_of_one_batch(tmp_path: Path, figure: Callable[..., None]) -> None:
+@pytest.mark.property("S17")
+def test_accumulated_gradient_is_that_of_one_batch(tmp_path: Path, figure: Callable[..., None]) -> None:
     gradients = []
     for batch, accumulation in [(7, 1), (3, 3)]:
         args = arguments(tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
@@ -198,9 +205,10 @@ def test_S17_accumulated_gradient_is_that_of_one_batch(tmp_path: Path, figure: C
     figure("gradient of three micro-batches less that of one batch", error, at_most=1e-14)
 
 
+@pytest.mark.property("S17")
 @pytest.mark.parametrize("cycle", [1, 2, 40, 100_000])
 @pytest.mark.parametrize("schedule", [paper_kl_weight, uniform_kl_weight, linear_kl_weight])
-def test_S17_weights_of_a_cycle_count_the_kl_once(
+def test_weights_of_a_cycle_count_the_kl_once(
     schedule: Callable[[int, int], float], cycle: int, figure: Callable[..., None]
 ) -> None:
     settings = KLSettings(cycle=cycle, schedule=schedule)
@@ -209,10 +217,9 @@ def test_S17_weights_of_a_cycle_count_the_kl_once(
     figure(f"sum of a cycle of {schedule.__name__}, less 1", abs(total + missing - 1), at_most=1e-10)
 
 
+@pytest.mark.property("N08")
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_N08_checkpointing_leaves_the_gradients_alone(
-    tmp_path: Path, dropout: float, figure: Callable[..., None]
-) -> None:
+def test_checkpointing_leaves_the_gradients_alone(tmp_path: Path, dropout: float, figure: Callable[..., None]) -> None:
     """Reentrant or not, the recomputed forward sees the same noise and the same dropout."""
     gradients = []
     for settings in [

@@ -100,7 +100,8 @@ def test_many_layers_move_as_each_does_alone(monkeypatch: pytest.MonkeyPatch) ->
         assert all(torch.equal(trained(expected)[name], value) for name, value in trained(model).items())
 
 
-def test_R05_an_nll_gradient_of_G_alone_is_looked_at() -> None:
+@pytest.mark.property("R05")
+def test_an_nll_gradient_of_G_alone_is_looked_at() -> None:
     callback, model = KLCallback(KLSettings(cycle=2)), double_blob()
     callback._layers = list(gaussian_layers(model).values())
     assert callback._nonfinite_gradient() is None
@@ -108,7 +109,8 @@ def test_R05_an_nll_gradient_of_G_alone_is_looked_at() -> None:
     assert callback._nonfinite_gradient() == (f"G of {callback._layers[0].name} (with its NLL)", 1)
 
 
-def test_N01_an_update_of_1e_5_moves_G(figure: Callable[..., None]) -> None:
+@pytest.mark.property("N01")
+def test_an_update_of_1e_5_moves_G(figure: Callable[..., None]) -> None:
     model = get_peft_model(LLAMA.build().bfloat16(), LLAMA.config())
     layer = next(iter(gaussian_layers(model).values()))
     with torch.no_grad():
@@ -162,7 +164,8 @@ def test_callback_follows_the_schedule_and_the_clock(tmp_path: Path) -> None:
     assert training_noise(model).seed == 5
 
 
-def test_N09_decay_of_G_is_refused(tmp_path: Path) -> None:
+@pytest.mark.property("N09")
+def test_decay_of_G_is_refused(tmp_path: Path) -> None:
     trainer = plain_trainer(double_blob(), tmp_path, [KLCallback(KLSettings(cycle=3))], weight_decay=0.01)
     with pytest.raises(ConfigError, match="weight_decay=0.01"):
         trainer.train()
@@ -215,7 +218,8 @@ def test_callback_without_gaussian_layers_is_refused(tmp_path: Path) -> None:
         trainer.train()
 
 
-def test_N01_callback_restores_float32(tmp_path: Path) -> None:
+@pytest.mark.property("N01")
+def test_callback_restores_float32(tmp_path: Path) -> None:
     model = get_peft_model(LLAMA.build().bfloat16(), LLAMA.config())
     for parameter in model.parameters():
         if parameter.requires_grad:

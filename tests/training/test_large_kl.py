@@ -58,7 +58,8 @@ def error_of_log(output: Path, layers: list[GaussianLinear], count: int, monkeyp
     return abs(trainer.state.log_history[-1]["kl"] / expected - 1)
 
 
-def test_N03_the_kl_of_billions_of_nats_keeps_its_digits(
+@pytest.mark.property("N03")
+def test_the_kl_of_billions_of_nats_keeps_its_digits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: Figure
 ) -> None:
     layers = different_layers(7, 4, 8, prior_std=1e-3)  # 100,000 nats a weight, for want of weights
@@ -66,15 +67,17 @@ def test_N03_the_kl_of_billions_of_nats_keeps_its_digits(
     figure("KL over 3,000 layers, relative error", error, at_most=1e-12)
 
 
+@pytest.mark.property("N03")
 @pytest.mark.nightly
-def test_N03_the_kl_of_a_billion_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: Figure) -> None:
+def test_the_kl_of_a_billion_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: Figure) -> None:
     layers = different_layers(7, WEIGHTS // 8, 8, PRIOR_STD)
     figure(
         "KL of a billion weights, relative error", error_of_log(tmp_path, layers, LAYERS, monkeypatch), at_most=1e-12
     )
 
 
-def test_N04_the_log_has_a_small_nll_and_a_large_kl(
+@pytest.mark.property("N04")
+def test_the_log_has_a_small_nll_and_a_large_kl(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: Figure
 ) -> None:
     layers = different_layers(7, 4, 8, prior_std=1e-5)
@@ -91,7 +94,8 @@ def test_N04_the_log_has_a_small_nll_and_a_large_kl(
     figure("logged KL, relative error", abs(entry["kl"] / reference_kl(layers, 7) - 1), at_most=1e-12)
 
 
-def test_N04_an_update_is_the_sum_of_its_two_parts(tmp_path: Path, figure: Figure) -> None:
+@pytest.mark.property("N04")
+def test_an_update_is_the_sum_of_its_two_parts(tmp_path: Path, figure: Figure) -> None:
     """In float32, with the KL of four rows: G moves by eta (NLL gradient) + eta / 4 (KL gradient), M as stated."""
     rate, weight = 0.01, 0.25
     after, layers = [], {}

@@ -119,6 +119,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Ende
     return functools.cache(lambda kind, size: run(trainer_of(folder, kind, size=size)))
 
 
+@pytest.mark.property("R01")
 @pytest.mark.parametrize("kind", ["lora", "dropout", "blob"])
 @pytest.mark.parametrize(
     ("fails", "backward", "size"),
@@ -129,7 +130,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Ende
     ],
     ids=["first forward", "third backward", "twice"],
 )
-def test_R01_failing_in_the_first_update_is_the_run_that_started_smaller(
+def test_failing_in_the_first_update_is_the_run_that_started_smaller(
     small: Callable[[str, int], Ended], tmp_path: Path, kind: str, fails: Fails, backward: bool, size: int
 ) -> None:
     task = Short(fails, backward=backward)
@@ -152,8 +153,9 @@ class Smaller(TrainerCallback):
             self.trainer._memory.rows_at_once = 2
 
 
+@pytest.mark.property("R01")
 @pytest.mark.parametrize("kind", ["lora", "dropout", "blob"])
-def test_R01_failing_later_is_large_before_and_small_after(
+def test_failing_later_is_large_before_and_small_after(
     small: Callable[[str, int], Ended], figure: Callable[..., None], tmp_path: Path, kind: str
 ) -> None:
     """In the last micro-batch of the second update, the one before it whole."""
@@ -167,8 +169,9 @@ def test_R01_failing_later_is_large_before_and_small_after(
         figure("weights, memory out in update 2, beside the run that started small", difference, at_most=1e-6)
 
 
+@pytest.mark.property("R01")
 @pytest.mark.parametrize("backward", [False, True])
-def test_R01_at_one_row_it_stops_and_nothing_is_updated(tmp_path: Path, backward: bool) -> None:
+def test_at_one_row_it_stops_and_nothing_is_updated(tmp_path: Path, backward: bool) -> None:
     task = Short(lambda call, count: True, backward=backward)
     trainer = trainer_of(tmp_path, "blob", task)
     before = list(trained(trainer.model).values())
@@ -183,7 +186,8 @@ def test_R01_at_one_row_it_stops_and_nothing_is_updated(tmp_path: Path, backward
     assert all(torch.equal(one, two) for one, two in zip(before, trained(trainer.model).values(), strict=True))
 
 
-def test_R01_a_resumed_run_is_right_and_exact_where_memory_runs_out_again(
+@pytest.mark.property("R01")
+def test_a_resumed_run_is_right_and_exact_where_memory_runs_out_again(
     figure: Callable[..., None], tmp_path: Path
 ) -> None:
     """It starts with whole micro-batches: the smaller size is in no checkpoint."""
@@ -202,7 +206,8 @@ def test_R01_a_resumed_run_is_right_and_exact_where_memory_runs_out_again(
             figure("weights of plain LoRA, resumed with enough memory", difference, at_most=1e-6)
 
 
-def test_R01_one_of_several_processes_stops_and_says_which(tmp_path: Path) -> None:
+@pytest.mark.property("R01")
+def test_one_of_several_processes_stops_and_says_which(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, "lora")
     undone: list[int] = []
 
@@ -239,7 +244,8 @@ class Keep(TrainerCallback):
         self.weights.append(list(trained(kwargs["model"]).values()))
 
 
-def test_R01_evaluation_without_memory_changes_no_training(tmp_path: Path, figure: Callable[..., None]) -> None:
+@pytest.mark.property("R01")
+def test_evaluation_without_memory_changes_no_training(tmp_path: Path, figure: Callable[..., None]) -> None:
     kept = Keep()
     quiet = trainer_of(tmp_path, "blob")
     quiet.add_callback(kept)
@@ -258,10 +264,11 @@ def test_R01_evaluation_without_memory_changes_no_training(tmp_path: Path, figur
     assert none.model.training
 
 
+@pytest.mark.property("R01")
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", ["dropout", "blob"])
-def test_R01_on_a_gpu_that_is_really_full(tmp_path: Path, kind: str, figure: Callable[..., None]) -> None:
+def test_on_a_gpu_that_is_really_full(tmp_path: Path, kind: str, figure: Callable[..., None]) -> None:
     """The first forward of the second update asks for more memory than there is."""
     task = Fill()
     on_gpu = {"use_cpu": False}

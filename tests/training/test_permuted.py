@@ -33,8 +33,9 @@ def renamed(some: Sequence[Row]) -> list[AnyRow]:
     return changed
 
 
+@pytest.mark.property("D12")
 @pytest.mark.parametrize("method", ["blob", "mle"])
-def test_D12_training_on_permuted_labels_permutes_the_probabilities(
+def test_training_on_permuted_labels_permutes_the_probabilities(
     tmp_path: Path, figure: Callable[..., None], method: str
 ) -> None:
     """Twelve updates in float64, from the same weights and noise."""
@@ -51,8 +52,9 @@ def test_D12_training_on_permuted_labels_permutes_the_probabilities(
     assert (found[0] - found[1]).abs().max() > 0.05
 
 
+@pytest.mark.property("D12")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_D12_a_loss_follows_the_label_wherever_it_stands(dtype: torch.dtype) -> None:
+def test_a_loss_follows_the_label_wherever_it_stands(dtype: torch.dtype) -> None:
     model = lora().to(dtype).eval()
     batches = [TASK.collate([TASK.example(row) for row in some]) for some in (rows(20), renamed(rows(20)))]
     with torch.no_grad():

@@ -39,8 +39,9 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.property("R06")
 @pytest.mark.parametrize("kind", KINDS)
-def test_R06_two_processes_train_what_one_trains(
+def test_two_processes_train_what_one_trains(
     two: Path, tmp_path: Path, figure: Callable[..., None], kind: str
 ) -> None:
     """To rounding of float64; BLoB too, beside one process whose micro-batches see the noise of two processes."""
@@ -63,10 +64,9 @@ def test_R06_two_processes_train_what_one_trains(
         figure(f"NLL of {kind} on 7 rows in batches of 2 and 2, nats", worst, at_most=1e-12)
 
 
+@pytest.mark.property("R07")
 @pytest.mark.nightly
-def test_R07_a_killed_process_ends_the_run_and_leaves_a_checkpoint(
-    tmp_path: Path, figure: Callable[..., None]
-) -> None:
+def test_a_killed_process_ends_the_run_and_leaves_a_checkpoint(tmp_path: Path, figure: Callable[..., None]) -> None:
     """Killed at update 5: the launcher names the rank and ends, nobody stays, checkpoint 4 is whole."""
     done = launch(tmp_path, "killed")
     ended = time.time()
@@ -80,6 +80,7 @@ def test_R07_a_killed_process_ends_the_run_and_leaves_a_checkpoint(
         assert all(tensor.isfinite().all() for tensor in load_file(file).values())
 
 
+@pytest.mark.property("R07")
 @pytest.mark.nightly
 @pytest.mark.parametrize(
     ("fault", "rank", "message"),
@@ -89,7 +90,7 @@ def test_R07_a_killed_process_ends_the_run_and_leaves_a_checkpoint(
         ("memory", 1, "TrainingError: step 0: memory ran out on cpu:0 in micro-batch 1 of the update, process 1 of 2"),
     ],
 )
-def test_R07_processes_that_cannot_go_on_together_end(
+def test_processes_that_cannot_go_on_together_end(
     faults: Callable[[str], Path], fault: str, rank: int, message: str
 ) -> None:
     assert (faults(fault) / f"{rank}.txt").read_text().startswith(message)
@@ -119,8 +120,9 @@ def assert_gone(folder: Path) -> None:
             os.kill(pid, 0)
 
 
+@pytest.mark.property("R07")
 @pytest.mark.parametrize("name", ["rows", "row_sha256", "seed", "prior_std"])
-def test_R07_processes_with_other_settings_are_refused_by_name(name: str) -> None:
+def test_processes_with_other_settings_are_refused_by_name(name: str) -> None:
     settings = {"seed": 1, "rows": 20, "row_sha256": "ab"}
     check_same_settings([settings, dict(settings)])
     with pytest.raises(ConfigError, match=f"process 2 has {name}=7, process 0 has "):

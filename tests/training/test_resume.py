@@ -14,9 +14,10 @@ import bayestune
 SCRIPT = Path(__file__).parent / "resuming.py"
 
 
+@pytest.mark.property("P05")
 @pytest.mark.nightly
 @pytest.mark.parametrize(("processes", "workers"), [(1, 0), (1, 2), (2, 0)])
-def test_P05_resumed_from_six_points_with_all_that_is_random(
+def test_resumed_from_six_points_with_all_that_is_random(
     tmp_path: Path, processes: int, workers: int, figure: Callable[..., None]
 ) -> None:
     """Dropout, two draws a row with flipout, evaluations, epochs and cycles of the KL that do not end together."""

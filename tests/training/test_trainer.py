@@ -24,7 +24,8 @@ def test_paper_settings_are_the_default(tmp_path: Path) -> None:
     assert trainer.kl == KLSettings(cycle=cycle_steps(9, 6), schedule=paper_kl_weight, learning_rate=0.01)
 
 
-def test_N09_parameter_groups(tmp_path: Path) -> None:
+@pytest.mark.property("N09")
+def test_parameter_groups(tmp_path: Path) -> None:
     """G is in no group, M is never decayed, B and heads are decayed as asked."""
     model = get_peft_model(LLAMA.build(), LLAMA.config(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     trainer = BayesTrainer(model, task=TASK, args=arguments(tmp_path, weight_decay=0.1), train_rows=rows(2))
@@ -75,7 +76,8 @@ class FlatChoices(type(TASK)):
         return super().outputs(model, inputs).unflatten(0, (-1, 3)).mean(1)
 
 
-def test_S11_choices_of_a_row_share_its_draw(tmp_path: Path) -> None:
+@pytest.mark.property("S11")
+def test_choices_of_a_row_share_its_draw(tmp_path: Path) -> None:
     model = double_blob()
     trainer = BayesTrainer(model, task=FlatChoices(), args=arguments(tmp_path), train_rows=rows(2), train_draws=4)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
@@ -99,8 +101,9 @@ def test_plain_lora_is_trained_without_a_posterior(tmp_path: Path) -> None:
     assert "kl" not in trainer.state.log_history[0]
 
 
+@pytest.mark.property("S20")
 @pytest.mark.parametrize("count", [1, 4, 9])
-def test_S20_evaluation_is_the_mean_over_rows_at_the_posterior_mean(tmp_path: Path, count: int) -> None:
+def test_evaluation_is_the_mean_over_rows_at_the_posterior_mean(tmp_path: Path, count: int) -> None:
     model, data = double_blob(), rows(count)
     trainer = BayesTrainer(model, task=TASK, args=arguments(tmp_path), train_rows=rows(2), eval_rows=data)
     found = trainer.predict(trainer.eval_dataset)
@@ -117,7 +120,8 @@ def test_S20_evaluation_is_the_mean_over_rows_at_the_posterior_mean(tmp_path: Pa
     )
 
 
-def test_S18_evaluation_changes_nothing(tmp_path: Path) -> None:
+@pytest.mark.property("S18")
+def test_evaluation_changes_nothing(tmp_path: Path) -> None:
     finals: list[dict[str, Tensor]] = []
     for settings in ({}, {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}):
         args = arguments(tmp_path, max_steps=6, gradient_accumulation_steps=2, **settings)
@@ -129,8 +133,9 @@ def test_S18_evaluation_changes_nothing(tmp_path: Path) -> None:
     assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0])
 
 
+@pytest.mark.property("S18")
 @pytest.mark.parametrize("training", [True, False])
-def test_S18_modes_generators_and_clock_are_as_before(tmp_path: Path, training: bool) -> None:
+def test_modes_generators_and_clock_are_as_before(tmp_path: Path, training: bool) -> None:
     model = double_blob().train(training)
     model.get_base_model().transformer.ln_f.train(not training)
     trainer = BayesTrainer(model, task=TASK, args=arguments(tmp_path), train_rows=rows(2), eval_rows=rows(5))
@@ -149,8 +154,9 @@ def test_S18_modes_generators_and_clock_are_as_before(tmp_path: Path, training: 
     assert state() == before
 
 
+@pytest.mark.property("N01")
 @pytest.mark.parametrize("autocast", [False, True])
-def test_N01_adapters_stay_float32_on_a_half_base(tmp_path: Path, autocast: bool) -> None:
+def test_adapters_stay_float32_on_a_half_base(tmp_path: Path, autocast: bool) -> None:
     base = LLAMA.build() if autocast else LLAMA.build().bfloat16()
     model = get_peft_model(base, LLAMA.config())
     trainer = Recorder(model, task=TASK, args=arguments(tmp_path, bf16=autocast, max_steps=2), train_rows=rows(4))
