@@ -15,20 +15,30 @@ from jaxtyping import Float
 from torch import Tensor
 
 RHO_FLOOR = 1e-4
-"""Smallest |G| that training keeps: std = 1e-8, far below any width that changes an answer."""
+"""Smallest |G| that training keeps: std = 1e-8, far below any value that changes an answer."""
 
 
 def std(rho: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Standard deviation of each weight, ``Omega = G * G`` (BLoB, arXiv 2406.11675); never negative."""
+    """Return the standard deviation of each weight, ``Omega = G * G`` (BLoB, section 3), which is never negative."""
     return rho * rho
 
 
 def gaussian_kl(mean: Float[Tensor, "*shape"], rho: Float[Tensor, "*shape"], prior_std: float) -> Float[Tensor, ""]:
-    r"""KL divergence of the posterior from the prior, in nats, summed over all entries.
+    """Return ``KL(q || p)``, the divergence of the posterior from the prior, in nats, summed over all entries.
 
-    ``KL = sum log(s_p / Omega) + (Omega^2 + M^2) / (2 s_p^2) - 1/2`` with ``Omega = G^2``
-    (BLoB, arXiv 2406.11675). Computed and returned in float64 whatever the dtype of the inputs, since the terms of
-    billions of weights are added up. It is ``inf`` where some G is 0: the prior is not a point.
+    ``KL = sum log(s_p / Omega) + (Omega^2 + M^2) / (2 s_p^2) - 1/2`` with ``Omega = G^2``.
+
+    Args:
+        mean: M.
+        rho: G, of the same shape.
+        prior_std: s_p, the standard deviation of the prior.
+
+    Returns:
+        A float64 scalar for inputs of any dtype, as it sums the terms of up to billions of weights; ``inf`` if some G
+        is 0.
+
+    References:
+        BLoB: Wang et al. 2024, arXiv 2406.11675, section 3.
     """
     m, omega = mean.double(), std(rho.double())
     return (math.log(prior_std) - omega.log() + (omega.square() + m.square()) / (2 * prior_std**2) - 0.5).sum()
@@ -37,10 +47,15 @@ def gaussian_kl(mean: Float[Tensor, "*shape"], rho: Float[Tensor, "*shape"], pri
 def gaussian_kl_gradient(
     mean: Float[Tensor, "*shape"], rho: Float[Tensor, "*shape"], prior_std: float
 ) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
-    """Gradient of :func:`gaussian_kl` in closed form, in the dtype of the inputs.
+    """Return the gradient of :func:`gaussian_kl` by M and by G in closed form, in the dtype of the inputs.
 
-    ``dKL/dM = M / s_p^2`` and ``dKL/dG = 2 G^3 / s_p^2 - 2 / G``. G is held away from 0 by `clamp_rho`,
-    so the result is finite.
+    ``dKL/dM = M / s_p^2`` and ``dKL/dG = 2 G^3 / s_p^2 - 2 / G``. `clamp_rho` keeps G away from 0, so the result is
+    finite.
+
+    Args:
+        mean: M.
+        rho: G, of the same shape.
+        prior_std: s_p, the standard deviation of the prior.
     """
     g = clamp_rho(rho)
     return mean / prior_std**2, 2 * g**3 / prior_std**2 - 2 / g
@@ -55,65 +70,82 @@ def gaussian_penalty(parameters: Iterable[Tensor], prior_std: float) -> Float[Te
 
 
 def clamp_rho(rho: Float[Tensor, "*shape"], floor: float = RHO_FLOOR) -> Float[Tensor, "*shape"]:
-    """`rho` with its magnitude held at or above `floor`, its sign kept (0 counts as positive)."""
+    """Return `rho` with its magnitude at or above `floor` and its sign kept (0 counts as positive)."""
     return torch.where(rho < 0, rho.clamp(max=-floor), rho.clamp(min=floor))
 
 
 def cycle_steps(rows: int, batch_size: int, *, gamma: float = 8.0, processes: int = 1) -> int:
-    """Updates M in one cycle of KL weights: ``M = int(100 rows^(3.14159 / gamma) / processes / batch_size)``.
+    """Return M, the updates in one cycle of KL weights: ``int(100 rows^(3.14159 / gamma) / processes / batch_size)``.
 
-    The paper's rescaling of the data set (its released code): small sets get longer cycles than their number of
-    batches. At least 1. Example: 640 rows in batches of 4 give 316.
+    This is how BLoB's released code rescales the data set: small sets get longer cycles than their number of batches.
+
+    Args:
+        rows: training rows.
+        batch_size: rows per update of one process.
+        gamma: the exponent's divisor.
+        processes: number of processes.
+
+    Returns:
+        At least 1.
+
+    Example:
+        >>> cycle_steps(640, 4)
+        316
     """
     return max(1, int(100 * rows ** (3.14159 / gamma) / processes / batch_size))
 
 
 def paper_kl_weight(step: int, cycle: int) -> float:
-    """Weight pi_i of the KL in update `step` (counted from 0) of cycles of `cycle` updates.
+    """Return BLoB's weight pi_i of the KL in update `step` (from 0) of cycles of M = `cycle` updates.
 
-    ``pi_i = 2^i / (2^(M+1) - 1)``, ``i = step mod M + 1`` (BLoB, released code): 1/2 in the last update
-    of a cycle, 1/4 in the one before. They add up to ``1 - 1/(2^(M+1) - 1)`` over a cycle; written so that no power
-    overflows for any M.
+    ``pi_i = 2^i / (2^(M+1) - 1)`` with ``i = step mod M + 1`` (BLoB's released code): 1/2 in the last update of a
+    cycle, 1/4 in the one before. The weights of a cycle add up to ``1 - 1/(2^(M+1) - 1)``. No power overflows.
     """
     i = step % cycle + 1
     return 2.0 ** (i - cycle - 1) / (1.0 - 2.0 ** -(cycle + 1))
 
 
 def uniform_kl_weight(step: int, cycle: int) -> float:
-    """Weight ``1 / M`` in every update of a cycle of M: the KL counted once a cycle."""
+    """Return the weight ``1 / M`` for every update of a cycle of M, so that a cycle counts the KL once."""
     return 1.0 / cycle
 
 
 def linear_kl_weight(step: int, cycle: int) -> float:
-    """Weight ``2 i / (M (M + 1))``, ``i = step mod M + 1``: rises linearly and adds up to 1 over a cycle."""
+    """Return ``2 i / (M (M + 1))``, ``i = step mod M + 1``: it rises linearly and adds up to 1 over a cycle."""
     return 2.0 * (step % cycle + 1) / (cycle * (cycle + 1))
 
 
 def derive_seed(*key: SupportsIndex | str) -> int:
-    """A 63-bit seed that is a pure function of `key`: the same in every process and on every machine.
+    """Return a 63-bit seed that is a pure function of `key`: the same in every process and on every machine.
 
-    An integer is known by its value, whatever its type (numpy's too); it is never the same key as a string.
+    Integers of any type (numpy's too) count by their value; an integer and a string are always different keys.
     """
     text = "\x1f".join(f"str:{part}" if isinstance(part, str) else f"int:{operator.index(part)}" for part in key)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def prediction_noise(seed: int, index: int, name: str, shape: tuple[int, ...]) -> Float[Tensor, "..."]:
-    """Standard normal noise of draw (`seed`, `index`) in layer `name`: float32, on the CPU.
+    """Return the standard normal noise of draw (`seed`, `index`) in layer `name`: float32, on the CPU.
 
-    A pure function of its arguments. It is made on the CPU on every machine, so that a draw is the same weights
-    wherever it is used, and it does not depend on which other layers exist. Made in float64 and rounded: torch's
-    float32 normals differ in the last bits between CPUs with and without vector instructions.
+    It is a pure function of its arguments and always sampled on the CPU, so a draw has the same weights on every
+    machine and does not depend on other layers. It is sampled in float64 and rounded, because torch's float32 normals
+    differ in their last bits between CPUs with and without vector instructions.
     """
     generator = torch.Generator().manual_seed(derive_seed("draw", seed, index, name))
     return torch.randn(shape, generator=generator, dtype=torch.float64).float()
 
 
 def training_generator(
-    seed: int, step: int, micro: int, rank: int, device: torch.device | str, place: int = 0
+    seed: int, step: int, micro: int, rank: int, device: torch.device | str, device_index: int = 0
 ) -> torch.Generator:
-    """Generator of the training noise of one forward: keyed by (`seed`, `step`, `micro`, `rank`), on `device`.
+    """Return the generator of the training noise of one forward, on `device`.
 
-    `place` counts the devices that the layers of one model lie on: each has a stream of its own.
+    Args:
+        seed: seed of the run.
+        step: index of the update.
+        micro: index of the forward within the update.
+        rank: index of the process.
+        device: where the noise is sampled.
+        device_index: counts the devices that hold layers of the model; each has its own stream.
     """
-    return torch.Generator(device).manual_seed(derive_seed("training", seed, step, micro, rank, place))
+    return torch.Generator(device).manual_seed(derive_seed("training", seed, step, micro, rank, device_index))

@@ -98,8 +98,8 @@ DEFECTS = (
     Defect(
         name="processes share their training noise",
         path="functional.py",
-        before='derive_seed("training", seed, step, micro, rank, place)',
-        after='derive_seed("training", seed, step, micro, place)',
+        before='derive_seed("training", seed, step, micro, rank, device_index)',
+        after='derive_seed("training", seed, step, micro, device_index)',
         tests="adapters/test_gaussian.py S10_noise_of_steps",
     ),
     Defect(

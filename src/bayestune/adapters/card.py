@@ -1,4 +1,4 @@
-"""The paragraph a saved posterior's README.md needs: PEFT alone answers a BAYES_LORA folder with a bare KeyError."""
+"""The note in the model card of a saved posterior: without `import bayestune` PEFT stops with a bare KeyError."""
 
 import os
 from pathlib import Path
@@ -15,13 +15,13 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(base_model, "this/folder")  # or bayestune.load_posterior: it checks the files
 ```
 
-`model` answers with the posterior mean; `bayestune.predict(model, task, rows, draws=10)` averages draws. For a program
-that knows only LoRA, `bayestune.export_lora(model, "folder")` writes the mean and any draws as ordinary LoRA adapters.
+`model` uses the posterior mean; `bayestune.predict(model, task, rows, draws=10)` averages draws. For programs that
+know only LoRA, `bayestune.export_lora(model, "folder")` writes the mean and any draws as ordinary LoRA adapters.
 """
 
 
 def add_notice(folder: str | os.PathLike[str]) -> None:
-    """Append the notice to `folder`/README.md once; the file is made if PEFT has not."""
+    """Append the notice to `folder`/README.md unless it is there already; create the file if PEFT has not."""
     card = Path(folder) / "README.md"
     text = card.read_text(encoding="utf-8") if card.exists() else ""
     if HEADING not in text:

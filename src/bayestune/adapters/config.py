@@ -14,19 +14,19 @@ from bayestune.errors import ConfigError
 Estimator = Literal["independent", "flipout", "flipout_token"]
 Distribution = Literal["gaussian_a", "gaussian_ab", "dropout"]
 
-# What would make another forward than lora_B(lora_A(x)), or change the base weights under the posterior.
+# Options whose forward is not lora_B(lora_A(x)), or that change the base weights.
 _REFUSED = {
     "use_dora": "DoRA reads the A matrix outside its forward, so a draw would not be one set of weights",
     "target_parameters": "PEFT reads the A matrix of target_parameters without calling it, so no noise would reach it",
-    "ensure_weight_tying": "a tied embedding would stay a point while the head is Gaussian",
-    "velora_config": "its forward is not that of LoRA",
-    "alora_invocation_tokens": "its forward is not that of LoRA",
-    "use_qalora": "its forward is not that of LoRA",
-    "monteclora_config": "it is another variational posterior over the same matrix",
+    "ensure_weight_tying": "the tied embedding would stay a point while the head is Gaussian",
+    "velora_config": "its forward is not LoRA's",
+    "alora_invocation_tokens": "its forward is not LoRA's",
+    "use_qalora": "its forward is not LoRA's",
+    "monteclora_config": "it puts another posterior on the same matrix",
     "use_bdlora": "its A matrix is block-diagonal",
-    "arrow_config": "its forward is not that of LoRA",
+    "arrow_config": "its forward is not LoRA's",
     "kasa_config": "it changes the base weights",
-    "megatron_config": "tensor parallel layers would see different noise on each rank",
+    "megatron_config": "tensor-parallel layers would see different noise on each rank",
 }
 _INITS = (True, False, "gaussian", "orthogonal")
 
@@ -52,7 +52,7 @@ class BayesLoraConfig(LoraConfig):
         ConfigError: a value is out of range, or a LoRA option is incompatible with the posterior.
 
     References:
-        BLoB: Wang et al. 2024, arXiv 2406.11675, section 3.1. Bayes by backprop: Blundell et al. 2015,
+        BLoB: Wang et al. 2024, arXiv 2406.11675, section 3. Bayes by backprop: Blundell et al. 2015,
         arXiv 1505.05424. MC dropout: Gal and Ghahramani 2016, arXiv 1506.02142, section 3.
     """
 
@@ -63,16 +63,16 @@ class BayesLoraConfig(LoraConfig):
     estimator: Estimator = field(
         default="independent",
         metadata={
-            "help": "Training noise: 'independent', an own draw per row; 'flipout', one noise matrix with random "
-            "signs per row; 'flipout_token', signs per token as in the paper's released code, where the weights of a "
-            "forward are not one draw."
+            "help": "Training noise: 'independent', one draw per row; 'flipout', one noise matrix per batch with "
+            "random signs per row; 'flipout_token', with signs per token as in BLoB's released code, so that one "
+            "forward does not use one set of weights."
         },
     )
     distribution: Distribution = field(
         default="gaussian_a",
         metadata={
             "help": "What is random: 'gaussian_a', A (BLoB); 'gaussian_ab', A and B (Bayes by backprop); 'dropout', "
-            "the inputs of A that a draw keeps (MC dropout, with probability lora_dropout of losing each)."
+            "the inputs of A that a draw keeps (MC dropout: each is dropped with probability lora_dropout)."
         },
     )
 
@@ -100,7 +100,7 @@ class BayesLoraConfig(LoraConfig):
         if self.init_lora_weights not in _INITS:
             raise ConfigError(
                 f"{self._name} init_lora_weights: found {self.init_lora_weights!r}, expected one of {_INITS}; "
-                "the others change the base weights or replace A after the posterior is made."
+                "other values change the base weights or replace A after the posterior is made."
             )
         # Which layers are adapted is found once, in the caller's own words; a saved posterior lists them.
         named = {
@@ -121,17 +121,22 @@ class BayesLoraConfig(LoraConfig):
             return
         if not 0 < self.lora_dropout < 1:
             raise ConfigError(
-                f"{self._name} lora_dropout: found {self.lora_dropout!r}, expected a probability between 0 and 1, the "
-                "only spread that distribution='dropout' has."
+                f"{self._name} lora_dropout: found {self.lora_dropout!r}, expected a probability between 0 and 1: "
+                "distribution='dropout' has no other randomness."
             )
         if self.estimator != "independent":
             raise ConfigError(
                 f"{self._name} estimator: found {self.estimator!r}, expected 'independent' for "
-                "distribution='dropout': flipping signs needs noise that is symmetric."
+                "distribution='dropout': flipping signs needs symmetric noise."
             )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write adapter_config.json, and a note to the model card that `import bayestune` is needed to load it."""
+        """Write adapter_config.json, and a note in the model card that loading needs `import bayestune`.
+
+        Args:
+            save_directory: folder to write to.
+            **kwargs: as in `peft.LoraConfig.save_pretrained`.
+        """
         super().save_pretrained(str(save_directory), **kwargs)
         add_notice(save_directory)
 

@@ -1,4 +1,4 @@
-"""`DropoutLinear`: the A matrix of a LoRA pair under dropout masks, which are part of a draw."""
+"""`DropoutLinear`: the A matrix of a LoRA pair under dropout masks that belong to a draw."""
 
 from statistics import NormalDist
 
@@ -9,22 +9,30 @@ from bayestune.adapters.random import RandomLinear
 
 
 class DropoutLinear(RandomLinear):
-    """``h = A x`` with ``A = M diag(z) / (1 - p)``, z_j = 1 with probability 1 - p, else 0 (MC dropout).
+    """MC dropout: ``h = A x`` with ``A = M diag(z) / (1 - p)``, where z_j = 1 with probability 1 - p, else 0.
 
-    Dropout of the inputs of A, as LoRA has it, seen as a distribution over its weights (Gal and Ghahramani,
-    arXiv 1506.02142, section 3). A mask belongs to a draw: it is the same for every token of a row, and in a
-    prediction for every row, where dropout as usually written takes another one for every token.
+    LoRA's dropout of the inputs of A is read as a distribution over A. One mask belongs to one draw: it is shared by
+    all tokens of a row and, in a prediction, by all rows. Ordinary dropout samples a new mask for every token.
 
     Attributes:
         weight: the mean M, [r, n].
         p: probability that an input is dropped, between 0 and 1.
+
+    References:
+        Gal and Ghahramani 2016, arXiv 1506.02142, section 3.
     """
 
     p: float
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, name: str, p: float) -> "DropoutLinear":
-        """Take over a LoRA A matrix."""
+        """Make a layer from a LoRA A matrix, whose parameters it keeps.
+
+        Args:
+            linear: the A matrix.
+            name: path of the adapted layer in the base model.
+            p: probability that an input is dropped.
+        """
         layer = cls.taking_over(linear)
         assert isinstance(layer, cls)
         layer.take_name(name)
@@ -32,7 +40,7 @@ class DropoutLinear(RandomLinear):
         return layer
 
     def drawn(self, epsilon: Float[Tensor, "*draws r n"]) -> Float[Tensor, "*draws r n"]:
-        """``M diag(z) / (1 - p)``, with ``z_j = 1`` where the first row of `epsilon` is below the (1 - p) quantile."""
+        """Return ``M diag(z) / (1 - p)``; z_j = 1 where the first row of `epsilon` is below the (1 - p) quantile."""
         kept = epsilon[..., :1, :].to(self.weight) < NormalDist().inv_cdf(1 - self.p)
         return self.weight * kept / (1 - self.p)
 

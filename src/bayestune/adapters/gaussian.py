@@ -1,4 +1,4 @@
-"""`GaussianLinear`: a matrix of a LoRA pair as a Gaussian instead of a point."""
+"""`GaussianLinear`: a Gaussian over one matrix of a LoRA pair."""
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +10,15 @@ from bayestune.functional import derive_seed, gaussian_kl, std
 
 
 class GaussianLinear(RandomLinear):
-    """``h = A x`` with ``A_ij ~ N(M_ij, G_ij^4)``, independent (BLoB, arXiv 2406.11675).
+    """BLoB's layer: ``h = A x`` with independent ``A_ij ~ N(M_ij, G_ij^4)``.
 
     Attributes:
         weight: the mean M, [r, n].
         rho: G, [r, n]; the standard deviation is G * G.
-        prior_std: standard deviation of the prior N(0, prior_std^2) of each weight.
+        prior_std: s_p; the prior of each weight is N(0, s_p^2).
+
+    References:
+        BLoB: Wang et al. 2024, arXiv 2406.11675, section 3.
     """
 
     rho: nn.Parameter
@@ -23,10 +26,16 @@ class GaussianLinear(RandomLinear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, name: str, prior_std: float, rho_init: float) -> "GaussianLinear":
-        """Take over a LoRA A matrix as the mean, with ``G ~ U(rho_init / sqrt 2, rho_init)`` (BLoB, released code).
+        """Make a layer whose mean is a LoRA matrix, with ``G ~ U(rho_init / sqrt 2, rho_init)`` (as BLoB's code).
 
-        G is a fixed function of `name` and the shape: it neither reads nor moves the global random state, so the mean
-        starts exactly where plain LoRA with the same seed starts.
+        G depends only on `name` and the shape. The global random state is neither read nor changed, so the mean starts
+        exactly where plain LoRA with the same seed starts.
+
+        Args:
+            linear: the LoRA matrix, whose parameters the layer keeps.
+            name: path of the adapted layer in the base model.
+            prior_std: s_p, the standard deviation of the prior.
+            rho_init: upper bound of the initial G.
         """
         layer = cls.taking_over(linear)
         assert isinstance(layer, cls)
@@ -41,11 +50,11 @@ class GaussianLinear(RandomLinear):
         return layer
 
     def kl(self) -> Float[Tensor, ""]:
-        """KL of this layer's posterior from its prior, in nats, float64."""
+        """Return ``KL(q || p)`` of this layer in nats, as float64."""
         return gaussian_kl(self.weight, self.rho, self.prior_std)
 
     def drawn(self, epsilon: Float[Tensor, "*draws r n"]) -> Float[Tensor, "*draws r n"]:
-        """``A = M + G^2 * epsilon``, for noise on any device and in any floating dtype."""
+        """Return ``A = M + G^2 * epsilon``, for noise on any device and in any floating dtype."""
         return self.weight + std(self.rho) * epsilon.to(self.weight)
 
     def perturbed(self, x: Tensor, noise: LayerNoise) -> Tensor:
@@ -54,7 +63,7 @@ class GaussianLinear(RandomLinear):
         return super().perturbed(x, noise)
 
     def _token_flipout(self, x: Tensor, epsilon: Tensor, seed: int) -> Tensor:
-        """``M x + t * ((G^2 * E)(u * x))`` with signs u, t drawn for every token (the paper's released code)."""
+        """Return ``M x + t * ((G^2 * E)(u * x))`` with signs u, t per token (BLoB's released code)."""
         generator = torch.Generator(x.device).manual_seed(seed)
         signs = [
             torch.randint(0, 2, (*x.shape[:-1], size), generator=generator, device=x.device).to(x.dtype) * 2 - 1

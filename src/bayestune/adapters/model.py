@@ -10,21 +10,21 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from bayestune.adapters.config import BayesLoraConfig
 from bayestune.adapters.dropout import DropoutLinear
 from bayestune.adapters.gaussian import GaussianLinear
-from bayestune.adapters.noise import TrainingNoise, find_clock
+from bayestune.adapters.noise import TrainingNoise, find_noise
 from bayestune.adapters.random import FullPrecisionLinear, RandomLinear
 from bayestune.errors import ConfigError
 
-# The last is the `out_proj` of nn.MultiheadAttention, which reads its weight and never calls it.
+# The last is the `out_proj` of nn.MultiheadAttention, which reads its weight without calling the layer.
 _NOT_LINEAR = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, NonDynamicallyQuantizableLinear)
 
 
 class BayesLoraModel(LoraModel):
-    """A LoRA model whose ``lora_A[adapter]`` is a `RandomLinear`; B is kept in float32 beside it.
+    """A LoRA model whose ``lora_A[adapter]`` is a `RandomLinear`; B is kept in float32.
 
-    Every PEFT layer type calls ``lora_B(lora_A(dropout(x)))``, so one module serves plain and quantised bases alike.
+    Every PEFT layer type calls ``lora_B(lora_A(dropout(x)))``, so one module serves plain and quantized bases.
 
     Raises:
-        ConfigError: a target is not a linear layer, or its A matrix is not reached through its forward.
+        ConfigError: a target is not a linear layer, or its forward does not call its A matrix.
     """
 
     prefix: str = "lora_"
@@ -32,25 +32,25 @@ class BayesLoraModel(LoraModel):
 
     def _post_injection_hook(self, model: nn.Module, config: BayesLoraConfig, adapter_name: str) -> None:
         super()._post_injection_hook(model, config, adapter_name)
-        if find_clock(model) is None:
+        if find_noise(model) is None:
             model.register_forward_pre_hook(TrainingNoise(config.estimator), with_kwargs=True)
 
     def _check_new_adapter_config(self, config: BayesLoraConfig) -> None:
-        """Refuse before any module is touched, so that a model with other adapters stays as it was."""
+        """Check before any module is changed, so that after an error a model with other adapters is as it was."""
         super()._check_new_adapter_config(config)
         for key, module in self.model.named_modules():
             if config.target_modules is not None and isinstance(module, _NOT_LINEAR):
                 if self._check_target_module_exists(config, key):
                     raise _not_linear(key, module)
-        clock = find_clock(self.model)
-        if clock is None or clock.estimator == config.estimator:
+        noise = find_noise(self.model)
+        if noise is None or noise.estimator == config.estimator:
             return
         if any(isinstance(module, RandomLinear) for module in self.model.modules()):
             raise ConfigError(
                 f"the adapters of one model share their training noise: found estimator={config.estimator!r}, "
-                f"expected {clock.estimator!r} as in the adapter already there."
+                f"expected {noise.estimator!r} as in the adapter already there."
             )
-        clock.estimator = config.estimator
+        noise.estimator = config.estimator
 
     def _create_and_replace(
         self,
@@ -68,22 +68,26 @@ class BayesLoraModel(LoraModel):
         if not isinstance(linear, nn.Linear) or isinstance(layer, MultiheadAttention | ParamWrapper):
             raise _not_linear(current_key, layer.get_base_layer())
         a, b = _matrices(linear, layer.lora_B[adapter_name], lora_config, current_key)
-        # In the mode of the model around it: PEFT makes new layers in training mode, also on a model in evaluation.
+        # PEFT makes new layers in training mode, even in a model that is in evaluation mode.
         layer.lora_A[adapter_name] = a.train(self.model.training)
         layer.lora_B[adapter_name] = b.train(self.model.training)
         if lora_config.distribution == "dropout":
-            layer.lora_dropout[adapter_name] = nn.Identity()  # A itself is under the masks
+            layer.lora_dropout[adapter_name] = nn.Identity()  # the masks are part of A
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: a weighted sum of Gaussians has variances that PEFT would not carry over."""
+        """Raise an error: PEFT would drop the variances of a weighted sum of Gaussians.
+
+        Raises:
+            ConfigError: always.
+        """
         raise ConfigError(
             "add_weighted_adapter would drop the variances of a BAYES_LORA adapter: "
-            "export means or draws with export_lora and combine those."
+            "combine means or draws that export_lora wrote."
         )
 
 
 def _matrices(a: nn.Linear, b: nn.Linear, config: BayesLoraConfig, name: str) -> tuple[nn.Linear, nn.Linear]:
-    """A and B of the adapted layer `name`, random as `config` says."""
+    """Return A and B of the adapted layer `name`, random as `config` says."""
     if config.distribution == "dropout":
         return DropoutLinear.from_linear(a, name=name, p=config.lora_dropout), FullPrecisionLinear.taking_over(b)
     settings = {"prior_std": config.prior_std, "rho_init": config.rho_init}

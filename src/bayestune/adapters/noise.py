@@ -1,4 +1,4 @@
-"""Training noise: made before a forward, for all layers in one call, keyed and never global."""
+"""Training noise: sampled before each forward for all layers together, from keyed generators."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,20 +16,25 @@ from bayestune.functional import derive_seed, training_generator
 
 @dataclass
 class TrainingNoise:
-    """The clock of one model's training noise.
+    """Gives every random layer of one model its noise before a forward in training mode.
 
-    Before every forward in training mode each active random layer receives noise that is a pure function of
-    (`seed`, `step`, `micro`, `rank`, its place among the layers); then `micro` advances by one. A trainer sets `seed`
-    and `rank` once and (`step`, `micro` = 0) at the start of every update, which makes a resumed run exact. A forward
-    with the adapters disabled is that of the base model and counts for nothing.
+    The noise is a pure function of (`seed`, `step`, `micro`, `rank`, position of the layer); each forward then
+    increments `micro`. A trainer sets `seed` and `rank` once, and `step` and ``micro = 0`` at the start of an
+    update, so a resumed run sees the same noise. Forwards with disabled adapters do not count.
 
-    `rows` is the number of independent draws of a forward: examples of the batch. None takes dimension 0 of the first
-    tensor input; set it when that dimension counts more than examples (choices flattened into rows). A layer whose
-    input does not run over rows first (`row_major_sizes`: tokens first, relative positions, packed tokens) uses one
-    draw for all of it, and so does a layer inside an expert.
+    A layer whose input does not run over rows first (see `row_major_sizes`), or that sits in an expert, uses one draw
+    for the whole input.
 
-    One backward must follow each forward when gradient checkpointing is on: a recomputation reads the noise of the
-    latest forward.
+    With gradient checkpointing a backward must follow each forward: recomputation reads the noise of the latest one.
+
+    Attributes:
+        estimator: as in `BayesLoraConfig`.
+        seed: seed of the run.
+        rank: index of the process.
+        step: index of the update.
+        micro: index of the forward within the update.
+        rows: independent draws per forward, one per example; None for the size of dimension 0 of the first tensor
+            input. Set it where that dimension counts more than examples (choices flattened into rows).
     """
 
     estimator: Estimator
@@ -63,20 +68,20 @@ class TrainingNoise:
 
 
 def training_noise(model: nn.Module) -> TrainingNoise:
-    """The clock of `model`'s training noise.
+    """Return the `TrainingNoise` of `model`.
 
     Raises:
-        DrawError: the model has no random layer, so it has no such clock.
+        DrawError: the model has no random layer.
     """
     for module in model.modules():
-        clock = find_clock(module)
-        if clock is not None:
-            return clock
+        noise = find_noise(module)
+        if noise is not None:
+            return noise
     raise DrawError("this model has no random adapter: make it with get_peft_model(base, BayesLoraConfig(...)).")
 
 
-def find_clock(base: nn.Module) -> TrainingNoise | None:
-    """The clock hooked to `base` itself, if there is one."""
+def find_noise(base: nn.Module) -> TrainingNoise | None:
+    """Return the `TrainingNoise` that is hooked to `base` itself, if there is one."""
     return next((hook for hook in base._forward_pre_hooks.values() if isinstance(hook, TrainingNoise)), None)
 
 
@@ -84,27 +89,27 @@ def _input_shape(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int,
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and value.dim() > 0:
             return tuple(value.shape)
-    raise DrawError("the model was called without a tensor, so the number of rows is unknown: pass one.")
+    raise DrawError("the model was called without a tensor, so the number of rows is unknown: pass a tensor.")
 
 
 def _normal(layers: Mapping[str, RandomLinear], rows: int, key: tuple[int, int, int, int]) -> dict[str, Tensor]:
-    """Standard normal noise [rows, r, n] for every layer, from one generator call a device."""
+    """Return standard normal noise [rows, r, n] for every layer, from one generator call per device."""
     noise: dict[str, Tensor] = {}
-    for place, (device, names) in enumerate(_by_device(layers).items()):
+    for index, (device, names) in enumerate(_by_device(layers).items()):
         sizes = [rows * layers[name].weight.numel() for name in names]
-        generator = training_generator(*key, device, place)
+        generator = training_generator(*key, device, index)
         flat = torch.randn(sum(sizes), generator=generator, device=device, dtype=layers[names[0]].weight.dtype)
-        for name, part in zip(names, flat.split(sizes), strict=True):
-            noise[name] = part.view(rows, *layers[name].weight.shape)
+        for name, values in zip(names, flat.split(sizes), strict=True):
+            noise[name] = values.view(rows, *layers[name].weight.shape)
     return noise
 
 
 def _flipout(layers: Mapping[str, RandomLinear], rows: int, key: tuple[int, int, int, int]) -> dict[str, Tensor]:
-    """``t u^T * E``: one normal E a batch, signs u [rows, n] and t [rows, r] a row (Wen et al. 2018, equation 4)."""
+    """Return ``t u^T * E``: one normal E per batch, signs u [rows, n], t [rows, r] (Wen et al. 2018, equation 4)."""
     shared = _normal(layers, 1, key)
     noise: dict[str, Tensor] = {}
-    for place, (device, names) in enumerate(_by_device(layers).items()):
-        generator = torch.Generator(device).manual_seed(derive_seed("signs", *key, place))
+    for index, (device, names) in enumerate(_by_device(layers).items()):
+        generator = torch.Generator(device).manual_seed(derive_seed("signs", *key, index))
         sizes = [rows * size for name in names for size in layers[name].weight.shape]
         flat = torch.randint(0, 2, (sum(sizes),), generator=generator, device=device)
         signs = iter((flat.to(layers[names[0]].weight.dtype) * 2 - 1).split(sizes))

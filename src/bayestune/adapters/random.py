@@ -1,10 +1,10 @@
-"""`RandomLinear`: a linear layer whose weights are a distribution, and the draws that a thread is in.
+"""`RandomLinear`: a linear layer with random weights, and the draws that are active in a thread.
 
-What a forward does is decided before it starts, and the layer only reads it:
+What a forward uses is decided before it starts; the layer only reads it:
 
 =====================================  ==========================================================
 a draw is active in this thread        the drawn weights of that draw (`drawn_weights`)
-training mode                          one noise matrix a row, put there by `TrainingNoise`
+training mode                          one noise matrix per row, set by `TrainingNoise`
 otherwise (evaluation mode)            the mean
 =====================================  ==========================================================
 
@@ -27,7 +27,7 @@ from bayestune.errors import DrawError
 
 
 class _ThreadDraw(threading.local):
-    """The drawn weights this thread sees, by `id` of their layer. Other threads see their own, or none."""
+    """The drawn weights of this thread, by `id` of their layer; other threads see their own, or none."""
 
     def __init__(self) -> None:
         # On the instance, not the class: torch.compile guards only what it finds there.
@@ -40,11 +40,14 @@ _ACTIVE = _ThreadDraw()
 
 @contextmanager
 def drawn_weights(weights: Mapping["RandomLinear", Tensor], *, sizes: frozenset[int] | None = None) -> Iterator[None]:
-    """Inside, each layer of `weights` uses the matrix given: [r, n], or [K, r, n] for K stacked draws.
+    """Context in which each layer of `weights` uses the given matrix.
 
-    With K stacked draws the batch must hold K copies of the rows, the draw being the outermost index; `sizes` are the
-    values that dimension 0 of a layer's input can then have (see `row_major_sizes`), None for any. Only the current
-    thread is affected. Contexts nest; the previous state is restored on exit, also after an exception.
+    With K stacked draws the batch must hold K copies of the rows, the draw being the outermost index. Only the current
+    thread is affected. Contexts nest, and the previous state is restored on exit, also after an exception.
+
+    Args:
+        weights: a matrix [r, n] per layer, or [K, r, n] for K stacked draws.
+        sizes: allowed sizes of dimension 0 of a layer's input of stacked draws (see `row_major_sizes`); None for any.
     """
     before = _ACTIVE.weights, _ACTIVE.sizes
     _ACTIVE.weights = {**(before[0] or {}), **{id(layer): weight for layer, weight in weights.items()}}
@@ -56,10 +59,14 @@ def drawn_weights(weights: Mapping["RandomLinear", Tensor], *, sizes: frozenset[
 
 
 def row_major_sizes(shape: tuple[int, ...], groups: int) -> frozenset[int]:
-    """What dimension 0 of a layer's input can be if it runs over rows first, for a model input of `shape`.
+    """Return the sizes that dimension 0 of a layer's input can have if it runs over rows first.
 
-    Rows, rows x choices, rows x choices x tokens, as far as they split into `groups` equal runs. An input of another
-    size (tokens first, relative positions, tokens packed together) cannot be told apart by rows.
+    These are rows, rows x choices, rows x choices x tokens, if they split into equal groups. An input of another size
+    (tokens first, relative positions, packed tokens) cannot be separated by rows.
+
+    Args:
+        shape: shape of the model's input.
+        groups: number of groups of rows: draws, or rows with separate noise.
     """
     sizes = {math.prod(shape[: i + 1]) for i in range(len(shape))} | {groups}
     return frozenset(size for size in sizes if size % groups == 0)
@@ -67,10 +74,12 @@ def row_major_sizes(shape: tuple[int, ...], groups: int) -> frozenset[int]:
 
 @dataclass(frozen=True)
 class LayerNoise:
-    """Training noise of one layer: `epsilon` [rows, r, n], standard normal, for inputs of one of the `sizes`.
+    """Training noise of one layer.
 
-    With `token_seed` (estimator "flipout_token") `epsilon` is [1, r, n], shared by the batch, and the signs of every
-    token come from a generator seeded with it, so that a recomputed forward sees the same signs.
+    Attributes:
+        epsilon: standard normal, [rows, r, n]; [1, r, n], shared by the batch, for the estimator "flipout_token".
+        sizes: sizes of dimension 0 of an input to which the rows of `epsilon` apply one by one.
+        token_seed: seed of the signs per token of "flipout_token", so that a recomputed forward sees the same signs.
     """
 
     epsilon: Tensor
@@ -79,11 +88,11 @@ class LayerNoise:
 
 
 class FullPrecisionLinear(nn.Linear):
-    """A linear layer whose parameters stay in float32 (or float64) when the model around it is cast to half."""
+    """A linear layer whose parameters stay in float32 (or float64) when the model is cast to half precision."""
 
     @classmethod
     def taking_over(cls, linear: nn.Linear) -> "FullPrecisionLinear":
-        """A layer that owns the parameters of `linear`, in float32 if they were narrower."""
+        """Make a layer that owns the parameters of `linear`, in float32 if they were narrower."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
@@ -104,9 +113,9 @@ class RandomLinear(FullPrecisionLinear):
 
     Attributes:
         weight: the mean of W, [r, n].
-        name: path of the layer in the base model; with (seed, index) it names the noise of a draw.
-        routed: the layer sits in an expert and is fed a choice of tokens; all its inputs of a forward share one draw.
-        noise: what the next training forward adds; written by `TrainingNoise`, only read here.
+        name: path of the layer in the base model; (seed, index, name) is the key of a draw's noise.
+        routed: whether the layer sits in an expert, which sees a selection of tokens; its inputs then share one draw.
+        noise: the noise of the next training forward, set by `TrainingNoise`.
     """
 
     name: str
@@ -114,13 +123,13 @@ class RandomLinear(FullPrecisionLinear):
     noise: LayerNoise | None
 
     def take_name(self, name: str) -> None:
-        """Set what identifies the layer, and that it has no noise yet."""
+        """Set the name of the layer, which has no noise yet."""
         self.name, self.noise = name, None
         self.routed = "experts" in name.split(".")
 
     @abstractmethod
     def drawn(self, epsilon: Float[Tensor, "*draws r n"]) -> Float[Tensor, "*draws r n"]:
-        """W for standard normal noise on any device and in any floating dtype."""
+        """Return W for standard normal noise on any device and in any floating dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
         drawn = _ACTIVE.weights
@@ -136,7 +145,7 @@ class RandomLinear(FullPrecisionLinear):
         return self.perturbed(x, self.noise)
 
     def perturbed(self, x: Tensor, noise: LayerNoise) -> Tensor:
-        """The output in training: one draw a row, or one for all where the input does not run over rows first."""
+        """Return the output in training: one draw per row, or one for all if the input is not ordered by rows."""
         epsilon = noise.epsilon
         if self.routed or x.dim() < 2 or x.shape[0] not in noise.sizes:
             epsilon = epsilon[0]
@@ -144,7 +153,7 @@ class RandomLinear(FullPrecisionLinear):
 
 
 def _drawn_linear(x: Tensor, weight: Tensor, sizes: frozenset[int] | None) -> Tensor:
-    """``x A^T`` with one drawn A [r, n], or with K stacked ones, whose inputs must be K copies of the rows."""
+    """Return ``x A^T`` for one drawn A [r, n], or for K stacked ones, whose inputs must be K copies of the rows."""
     if weight.dim() == 3 and (x.shape[0] % len(weight) if sizes is None else x.shape[0] not in sizes):
         raise DrawError(
             f"a layer got {x.shape[0]} rows for {len(weight)} stacked draws: expected the same rows for each draw."
@@ -153,9 +162,9 @@ def _drawn_linear(x: Tensor, weight: Tensor, sizes: frozenset[int] | None) -> Te
 
 
 def _rowwise_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``x A^T`` for one matrix A [r, n], or for one matrix a group of rows, [groups, r, n].
+    """Return ``x A^T`` for one matrix A [r, n], or for one matrix per group of rows, [groups, r, n].
 
-    With groups, dimension 0 of `x` is split into that many equal runs; the inner ones (choices, tokens) stay together.
+    With groups, dimension 0 of `x` is split into that many equal parts, so choices and tokens of a row stay together.
     """
     if weight.dim() == 2:
         return F.linear(x, weight)

@@ -1,7 +1,7 @@
-"""The PEFT type "BAYES_LORA": the one place that touches PEFT's enumeration of methods.
+"""The PEFT type "BAYES_LORA": the only place that changes PEFT's enumeration of methods.
 
-PEFT has no public way for another package to add a member, and several of its code paths, and transformers', read
-`peft_type.value`, so a plain string will not do.
+PEFT has no public way for another package to add a member. A plain string is not enough, because code in PEFT and
+transformers reads `peft_type.value`.
 """
 
 from peft import PeftType
@@ -30,5 +30,5 @@ BAYES_LORA = _add_member()
 
 
 def register(config_cls: type, model_cls: type) -> None:
-    """Make `get_peft_model`, `PeftConfig.from_pretrained` and the Auto classes know the method."""
+    """Register the method with `get_peft_model`, `PeftConfig.from_pretrained` and the Auto classes."""
     register_peft_method(name="bayes_lora", config_cls=config_cls, model_cls=model_cls, prefix="lora_")
