@@ -13,8 +13,8 @@ from bayestune.inference import predict
 from bayestune.methods import Variational, load, save_posterior
 from bayestune.sampling.jacobian import traced
 from bayestune.sampling.logit_space import difference_covariance, symmetric_root
+from bayestune.sampling.posteriors import PREDICTIVES
 from bayestune.sampling.stacked import StackedDraws
-from bayestune.sampling.variational import PREDICTIVES
 from inference.cases import CLASSES, Letters, rows
 from methods.laplace_cases import jacobians
 from models import GPT2, LLAMA, blob

@@ -1,4 +1,4 @@
-"""`Posterior`: a distribution over the adapters of one model; `Sampler`: its draws, ready to answer batches."""
+"""`Posterior`: a distribution over the adapters of one model; `Sampler`: its draws, which evaluate batches."""
 
 import threading
 from abc import ABC, abstractmethod
@@ -15,17 +15,17 @@ from bayestune.errors import DrawError
 from bayestune.tasks import Task
 
 Settings = dict[str, Any]
-"""Plain JSON values."""
+"""Plain JSON values by name."""
 
 _SUBSTITUTING = threading.RLock()
 
 
 class Sampler(ABC):
-    """The draws of one prediction: made once, then asked batch by batch.
+    """The draws of one prediction: sampled once, then evaluated batch by batch.
 
     Attributes:
-        slices: how many draws there are; 1 for a point.
-        gradients: whether `logits` needs gradients of the model, so that inference mode must be off.
+        slices: number of draws; 1 for a point.
+        gradients: whether `outputs` needs gradients of the model, so that inference mode must be off.
     """
 
     slices: int
@@ -33,22 +33,27 @@ class Sampler(ABC):
 
     @abstractmethod
     def outputs(self, task: Task, batch: dict[str, Tensor], part: range) -> Float[Tensor, "draws rows classes"]:
-        """The logits of draws `part` for a batch on the model's device; draw k is the same function for any batch.
+        """Return the task's outputs of the draws `part`; draw k is the same function for every batch.
+
+        Args:
+            task: the task that reads the outputs from the model.
+            batch: a batch of the task, on the model's device.
+            part: which draws.
 
         Raises:
-            DrawError: the draws of `part` cannot be told apart when they are stacked in one forward.
+            DrawError: the draws of `part` cannot be separated when they are stacked in one forward.
         """
 
     def at_once(self, batch: dict[str, Tensor]) -> int:
-        """How many draws to ask for in one call."""
+        """Return how many draws to ask for in one call."""
         return 1
 
 
 class Posterior(ABC):
-    """What a method leaves: a distribution over the adapters of `model`.
+    """A distribution over the adapters of `model`: the result of a method.
 
     Attributes:
-        kind: what the manifest of its folder calls it.
+        kind: its name in the manifest of a saved posterior.
         model: the model with the adapter at the mean (the mode, or the first member), in evaluation mode.
         default_draws: draws of a prediction when none are asked for.
         temperature: T; every draw answers with ``softmax(logits / T)``. 1 unless `fit_temperature` set it.
@@ -64,22 +69,22 @@ class Posterior(ABC):
 
     @abstractmethod
     def sampler(self, *, draws: int, seed: int) -> Sampler:
-        """Draws 0 to `draws` - 1 of `seed`; the mean alone for ``draws=0``.
+        """Return the sampler of draws 0 to `draws` - 1 of `seed`, or of the mean for ``draws=0``.
 
         Raises:
             DrawError: this posterior has no such draws.
         """
 
     def settings(self) -> Settings:
-        """What belongs to the posterior beside its tensors, for the manifest."""
+        """Return the settings of the posterior, which the manifest stores."""
         return {}
 
     def tensors(self) -> dict[str, Tensor]:
-        """What belongs to the posterior beside the adapter of `model`, for its own safetensors file."""
+        """Return the tensors of the posterior beyond the adapter of `model`; they are stored in a safetensors file."""
         return {}
 
     def more_members(self) -> Sequence[Mapping[str, Tensor]]:
-        """Further adapters of the same settings, each by the keys of a LoRA file."""
+        """Return further adapters with the same settings, each as tensors by the keys of a LoRA file."""
         return ()
 
     @classmethod
@@ -90,20 +95,29 @@ class Posterior(ABC):
         tensors: Mapping[str, Tensor],
         members: Sequence[Mapping[str, Tensor]],
     ) -> "Posterior":
-        """The posterior that `settings`, `tensors` and `more_members` were taken from, on a model with its adapter.
+        """Return the posterior that was saved.
+
+        Args:
+            model: a model with the saved adapter.
+            settings: result of `settings`.
+            tensors: result of `tensors`.
+            members: result of `more_members`.
 
         Raises:
-            PosteriorError: they are not those of this kind.
+            PosteriorError: they do not belong to this kind of posterior.
         """
         return cls(model)
 
 
 class SubstitutedDraws(Sampler):
-    """Draws that are whole sets of weights: one forward each, with those weights in the place of the model's.
+    """Draws that are whole sets of weights: one forward per draw, with its weights in place of the model's.
 
-    `weights` holds one mapping a draw, from parameter names of `model` to tensors. The model is changed only inside
-    a forward (`torch.func.functional_call`). Forwards of several threads take turns; one that goes past this class,
-    such as calling the model itself in another thread meanwhile, would see the substituted weights.
+    The model is changed only inside a forward (`torch.func.functional_call`). Forwards of several threads take turns,
+    but a thread that calls the model directly meanwhile would see the substituted weights.
+
+    Args:
+        model: the model.
+        weights: per draw, tensors by parameter names of `model`.
     """
 
     def __init__(self, model: PeftModel, weights: Sequence[Mapping[str, Tensor]]) -> None:
@@ -114,7 +128,7 @@ class SubstitutedDraws(Sampler):
 
 
 class Substituted:
-    """`model` as a function of its inputs, with some of its parameters replaced."""
+    """`model` with some of its parameters replaced, as a callable with a `config`."""
 
     def __init__(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         self.model, self.weights = model, weights
@@ -126,5 +140,5 @@ class Substituted:
 
 
 def refuse_draws(draws: int, why: str) -> DrawError:
-    """The error for a number of draws that a posterior does not have."""
+    """Return the error for a number of draws that a posterior does not have."""
     return DrawError(f"draws: found {draws}; {why}")

@@ -1,6 +1,6 @@
-"""Gradients of logits with respect to what linear layers put out: one backward pass for a whole batch of rows.
+"""Gradients of logits with respect to the outputs of linear layers: one backward pass for a whole batch of rows.
 
-Shape legend: n inputs and m outputs of a layer, weights [m, n]; positions are the tokens (or rows) a layer sees.
+Shape legend: n inputs and m outputs of a layer, weights [m, n]; positions are the tokens (or rows) that a layer sees.
 """
 
 import threading
@@ -22,58 +22,58 @@ from bayestune.tasks import Task
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a linear layer inside a forward: its input, [..., n], and its output, [..., m], in the graph."""
+    """One call of a linear layer in a forward: its input [..., n] and its output [..., m], which is in the graph."""
 
     layer: str
     inputs: Tensor
     outputs: Tensor
 
     def positions(self, dtype: torch.dtype) -> Float[Tensor, "positions n"]:
-        """The inputs, one position after the other."""
+        """Return the inputs as a list of positions."""
         return self.inputs.reshape(-1, self.inputs.shape[-1]).to(dtype)
 
     def row_jacobian(self, gradient: Tensor, rows: int, dtype: torch.dtype) -> Float[Tensor, "rows m n"]:
-        """``sum_t g_t a_t^T`` for each row, over its positions t, given the gradient by the outputs."""
+        """Return ``sum_t g_t a_t^T`` over the positions t of each row, for the gradient g of the outputs."""
         inputs = self.positions(dtype).unflatten(0, (rows, -1))
         return gradient.reshape(rows, -1, gradient.shape[-1]).to(dtype).transpose(1, 2) @ inputs
 
 
 @dataclass(frozen=True)
 class Traced:
-    """A forward of one batch: its logits, in the graph, and the calls of the layers that were watched."""
+    """A forward of one batch: its logits, in the graph, and the recorded calls of layers."""
 
     logits: Tensor
     calls: list[Call]
 
     @property
     def present(self) -> Tensor:
-        """Which classes a row has, [rows, classes]: absent ones have logits of -inf."""
+        """Return which classes each row has, [rows, classes]; absent ones have logits of -inf."""
         return ~self.logits.detach().isneginf()
 
     @property
     def classes(self) -> Iterator[Float[Tensor, "rows classes"]]:
-        """The unit vector of each class, 0 in rows that do not have it."""
+        """Yield the unit vector of each class, which is 0 in rows that lack it."""
         for c in range(self.logits.shape[1]):
             vector = torch.zeros_like(self.logits, requires_grad=False)
             vector[:, c] = self.present[:, c].to(vector)
             yield vector
 
     def gradients(self, vectors: Iterable[Float[Tensor, "rows classes"]]) -> Iterator[list[tuple[Call, Tensor]]]:
-        """For each v: the gradient of ``sum_rows v . logits`` by the outputs of each call. The graph is kept.
+        """Yield for each v the gradient of ``sum_rows v . logits`` by the outputs of each call; the graph is kept.
 
-        A call that does not reach the logits is left out.
+        Calls that do not reach the logits are left out.
         """
         outputs = [call.outputs for call in self.calls]
         for vector in vectors:
-            found = torch.autograd.grad(self.logits, outputs, vector, retain_graph=True, allow_unused=True)
-            yield [(call, g) for call, g in zip(self.calls, found, strict=True) if g is not None]
+            gradients = torch.autograd.grad(self.logits, outputs, vector, retain_graph=True, allow_unused=True)
+            yield [(call, g) for call, g in zip(self.calls, gradients, strict=True) if g is not None]
 
     def row_jacobians(
         self, vectors: Iterable[Float[Tensor, "rows classes"]], dtypes: Mapping[str, torch.dtype]
     ) -> Iterator[Iterator[tuple[str, Float[Tensor, "rows m n"]]]]:
-        """For each v: the gradient of every row's ``v . logits`` by the weight of each layer that it reaches.
+        """Yield for each v the gradient of every row's ``v . logits`` by the weight of each layer.
 
-        A layer that is called several times has one weight: its gradients are added up.
+        The gradients of a layer that is called several times are added up, as it has one weight.
         """
         for gradients in self.gradients(vectors):
             by_layer: dict[str, list[tuple[Call, Tensor]]] = defaultdict(list)
@@ -90,12 +90,18 @@ class Traced:
 
 
 def traced(model: nn.Module, linears: Mapping[str, nn.Linear], task: Task, batch: dict[str, Tensor]) -> Traced:
-    """The logits of a batch and the calls of `linears`, with gradients whether or not a parameter asks for them.
+    """Run a forward with gradients, even if no parameter requires them, and record the calls of `linears`.
 
-    Calls made by other threads meanwhile are not recorded.
+    Calls of other threads are not recorded.
+
+    Args:
+        model: the model.
+        linears: layers to record, by name.
+        task: the task that reads the logits from the model.
+        batch: a batch of the task, on the model's device.
 
     Raises:
-        ConfigError: the logits do not depend on any of `linears`, or a layer does not see rows first.
+        ConfigError: the logits do not depend on any of `linears`, or a layer's input does not run over rows first.
     """
     calls: list[Call] = []
     handles = [_watch(linear, name, calls) for name, linear in linears.items()]
@@ -119,7 +125,7 @@ def traced(model: nn.Module, linears: Mapping[str, nn.Linear], task: Task, batch
 
 
 def full_precision(tensor: Tensor) -> torch.autocast:
-    """Autocast is for the model's forward: sums and roots of the curvature are not rounded to half precision."""
+    """Context without autocast, so that sums and roots of the curvature are not rounded to half precision."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 

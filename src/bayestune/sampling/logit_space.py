@@ -1,4 +1,4 @@
-"""The predictive of a Gaussian adapter without drawing weights: logits linearised about the mean are Gaussian."""
+"""The predictive of a Gaussian adapter without sampling weights: logits linearized about the mean are Gaussian."""
 
 import torch
 from jaxtyping import Float
@@ -16,9 +16,9 @@ from bayestune.tasks import Task
 class LogitDraws(Sampler):
     r"""Draws of the logits: ``f(x) ~ N(f(x; M), J diag(Omega^2) J^T)``, J the Jacobian of the logits by A at M.
 
-    Exact for a model that is linear in A. Only the differences of the logits to those of the first class matter, so
-    one forward and C - 1 backward passes give all of a batch; draws of C - 1 numbers a row then cost nothing. All
-    rows share the normal numbers of a draw, which are keyed by the seed and the draw.
+    This is exact for a model that is linear in A. Only the differences between the logits and that of the first class
+    matter, so one forward and C - 1 backward passes are enough for a batch; a draw then takes C - 1 numbers per row.
+    All rows share the normal numbers of a draw, which are keyed by the seed and the draw.
     """
 
     gradients = True
@@ -29,11 +29,11 @@ class LogitDraws(Sampler):
         self._noise = torch.empty(0, 0)
 
     def at_once(self, batch: dict[str, Tensor]) -> int:
-        """All: they share the backward passes."""
+        """Return all draws, as they share the backward passes."""
         return self.slices
 
     def outputs(self, task: Task, batch: dict[str, Tensor], part: range) -> Float[Tensor, "draws rows classes"]:
-        """The mean's logits plus normal noise of the covariance of each row."""
+        """Return the logits of the mean plus normal noise with the covariance of each row."""
         forward = traced(self.model, self.layers, task, batch)
         with full_precision(forward.logits):
             mode = forward.logits.detach()
@@ -43,7 +43,7 @@ class LogitDraws(Sampler):
             return mode + torch.cat([torch.zeros_like(spread[..., :1]), spread], -1)
 
     def _numbers(self, size: int) -> Float[Tensor, "slices size"]:
-        """Standard normal numbers, `size` for each draw."""
+        """Return `size` standard normal numbers per draw."""
         if self._noise.shape != (self.slices, size):
             noise = [prediction_noise(self.seed, k, "logits", (size,)) for k in range(self.slices)]
             self._noise = torch.stack(noise)
@@ -53,7 +53,7 @@ class LogitDraws(Sampler):
 def difference_covariance(
     forward: Traced, layers: dict[str, GaussianLinear]
 ) -> Float[Tensor, "rows differences differences"]:
-    """``J diag(Omega^2) J^T`` of the differences ``f_c - f_0``, c = 1, ...; 0 for a class that a row does not have."""
+    """Return ``J diag(Omega^2) J^T`` of the differences ``f_c - f_0``, c = 1, ...; 0 for classes that a row lacks."""
     first, *others = forward.classes
     vectors = (vector - first * vector.sum(1, keepdim=True) for vector in others)
     dtypes = {name: layer.weight.dtype for name, layer in layers.items()}
@@ -67,9 +67,10 @@ def difference_covariance(
 
 
 def symmetric_root(covariance: Float[Tensor, "rows d d"]) -> Float[Tensor, "rows d d"]:
-    """The symmetric R with ``R R = covariance``, which may be singular: a continuous function of it.
+    """Return the symmetric R with ``R R = covariance``, which may be singular.
 
-    So rounding of the covariance stays rounding of R, where signs and bases of its eigenvectors are anyone's guess.
+    R is a continuous function of the covariance, so rounding errors stay small in it. A root made of eigenvectors
+    alone would not be, as their signs and bases are arbitrary.
     """
     values, vectors = torch.linalg.eigh(covariance)
     return (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)) @ vectors.transpose(-1, -2)

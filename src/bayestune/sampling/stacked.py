@@ -1,4 +1,4 @@
-"""Several draws in one forward: rows are repeated, the draw outermost, and the base model's products are shared."""
+"""Several draws in one forward: rows are repeated, the draw outermost, and the base model runs once for all."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,30 +14,34 @@ from bayestune.sampling.base import Sampler
 from bayestune.tasks import Task
 
 CPU_TOKENS = 2048
-"""Tokens of one stacked forward on a CPU: beyond the cache, stacking draws no longer pays."""
+"""Tokens of one stacked forward on a CPU; larger forwards leave the cache and are not faster."""
 
 
 class StackedDraws(Sampler):
-    """`slices` draws given by their matrices, [slices, r, n] for each layer of `weights`; the mean of others."""
+    """Draws given by their matrices, [slices, r, n] for each layer of `weights`; other layers use their mean."""
 
     def __init__(self, model: nn.Module, weights: Mapping[RandomLinear, Tensor], slices: int) -> None:
         self.model, self.weights, self.slices = model, weights, slices
 
     @classmethod
     def of(cls, model: nn.Module, *, draws: int, seed: int, antithetic: bool = False) -> "StackedDraws":
-        """Draws 0 to `draws` - 1 of every random layer of `model`; with ``draws=0`` the mean, of any model.
+        """Return draws 0 to `draws` - 1 of every random layer of `model`.
 
-        With `antithetic`, draw 2j has the noise of draw j and draw 2j + 1 its negative.
+        Args:
+            model: the model; any model for ``draws=0``.
+            draws: number of draws; 0 for the mean.
+            seed: seed of the draws.
+            antithetic: whether draw 2j has the noise of draw j, and draw 2j + 1 its negative.
 
         Raises:
-            DrawError: draws were asked of a model without an (unmerged) Gaussian adapter.
+            DrawError: draws were asked of a model without a random adapter, or with a merged one.
         """
         if not draws:
             return cls(model, {}, 1)
         return cls(model, stacked_weights(model, range(draws), seed, antithetic=antithetic), draws)
 
     def outputs(self, task: Task, batch: dict[str, Tensor], part: range) -> Float[Tensor, "draws rows classes"]:
-        """One forward with the rows repeated for each draw of `part`."""
+        """Run one forward with the rows repeated for each draw of `part`."""
         count, first = len(part), part.start
         repeated = {key: value.repeat(count, *[1] * (value.dim() - 1)) for key, value in batch.items()}
         drawn = {
@@ -52,7 +56,7 @@ class StackedDraws(Sampler):
             return task.outputs(self.model, repeated).unflatten(0, (count, -1))
 
     def at_once(self, batch: dict[str, Tensor]) -> int:
-        """All that fit a quarter of the free memory (CPU: `CPU_TOKENS`); one where experts see a choice of tokens."""
+        """Return how many draws fit a quarter of the free memory (CPU: `CPU_TOKENS`); 1 if a layer is in an expert."""
         if any(layer.routed for layer in self.weights):
             return 1
         tokens = batch["input_ids"].numel()
@@ -62,12 +66,12 @@ class StackedDraws(Sampler):
         free, _ = torch.cuda.mem_get_info(device)
         config: Any = self.model.config
         hidden = config.get_text_config().hidden_size
-        # One layer's activations at a time: about 24 hidden vectors a token (attention, the widest MLP, copies).
+        # Activations of one layer at a time: about 24 hidden vectors per token (attention, the widest MLP, copies).
         return max(1, int(free / 4 / (24 * hidden * 4 * tokens)))
 
 
 def sampled_layers(model: nn.Module) -> dict[str, RandomLinear]:
-    """The active random layers of `model`, by name.
+    """Return the active random layers of `model`, by name.
 
     Raises:
         DrawError: there are none, or the adapter is merged.
@@ -85,7 +89,13 @@ def sampled_layers(model: nn.Module) -> dict[str, RandomLinear]:
 def stacked_weights(
     model: nn.Module, indices: Sequence[int], seed: int, *, antithetic: bool = False
 ) -> dict[RandomLinear, Tensor]:
-    """The matrices of several draws, [len(indices), r, n] a layer, for `drawn_weights`; `antithetic` as in `of`.
+    """Return the matrices of several draws for `drawn_weights`, [len(indices), r, n] per layer.
+
+    Args:
+        model: model with a random adapter.
+        indices: indices of the draws.
+        seed: seed of the draws.
+        antithetic: as in `StackedDraws.of`.
 
     Raises:
         DrawError: as `sampled_layers`.
@@ -103,7 +113,7 @@ def stacked_weights(
 
 
 def single_weights(model: nn.Module, index: int, seed: int) -> dict[RandomLinear, Tensor]:
-    """The matrices of one draw, [r, n] a layer, for `drawn_weights`.
+    """Return the matrices of draw `index` for `drawn_weights`, [r, n] per layer.
 
     Raises:
         DrawError: as `sampled_layers`.
@@ -112,9 +122,9 @@ def single_weights(model: nn.Module, index: int, seed: int) -> dict[RandomLinear
 
 
 def _named(model: nn.Module) -> list[tuple[str, RandomLinear]]:
-    """Every random layer with the name of its noise: the active adapters', and each other's as if it were active.
+    """Return every random layer with the name of its noise, including those of inactive adapters.
 
-    The others are reached by `adapter_names=[...]` or a `set_adapter` inside the draw.
+    An inactive adapter can be used inside a draw by `adapter_names=[...]` or `set_adapter`.
     """
     active = sampled_layers(model)
     seen = {id(layer) for layer in active.values()}

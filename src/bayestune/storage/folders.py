@@ -17,8 +17,7 @@ from bayestune.adapters.card import add_notice
 from bayestune.errors import ConfigError, PosteriorError
 from bayestune.files import existing_folder, new_folder, strict_json
 from bayestune.sampling.base import Posterior
-from bayestune.sampling.point import Point
-from bayestune.sampling.variational import Variational
+from bayestune.sampling.posteriors import Point, Variational
 from bayestune.storage.adapter_files import write_adapter
 from bayestune.storage.fingerprint import fingerprint, settings, settings_difference, weights_difference
 from bayestune.storage.manifest import (

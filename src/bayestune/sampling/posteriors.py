@@ -1,4 +1,4 @@
-"""A posterior that lives in the adapter itself: BLoB, Bayes by backprop, dropout masks, and what TFB leaves."""
+"""The posteriors that one adapter holds: `Point`, plain LoRA, and `Variational`, a Bayesian LoRA adapter."""
 
 from peft import PeftModel
 
@@ -10,19 +10,36 @@ from bayestune.sampling.stacked import StackedDraws
 PREDICTIVES = ("mc", "antithetic", "linearised")
 
 
+class Point(Posterior):
+    """A point estimate, ``q(theta) = delta(theta - theta_hat)``: one plain LoRA adapter, as MLE and MAP training give.
+
+    Only predictions with ``draws=0`` exist.
+    """
+
+    kind = "point"
+    default_draws = 0
+
+    def sampler(self, *, draws: int, seed: int) -> Sampler:
+        if draws:
+            raise refuse_draws(draws, "plain LoRA is a point without a spread, expected 0.")
+        return StackedDraws.of(self.model, draws=0, seed=seed)
+
+
 class Variational(Posterior):
     """The distribution of a Bayesian LoRA adapter: draw k has weights ``layer.drawn(noise(seed, k, layer.name))``.
 
-    For BLoB (arXiv 2406.11675) these are ``A = M + G^2 * noise``.
+    For BLoB these are ``A = M + G^2 * noise``.
 
     Args:
-        predictive: how `predict` averages over it. "mc", independent draws. "antithetic", draws in pairs of opposite
-            noise, whose averages vary less: an even number of them. "linearised", no draws of weights: logits
-            linearised about the mean are Gaussian, so one forward and C - 1 backward passes give any number of
-            draws of the logits; for Gaussian adapters. A choice of the prediction: it is not saved.
+        model: model with the adapter.
+        temperature: T of the predictive, as in `Posterior`.
+        predictive: how `predict` averages over draws; it is not saved. "mc": independent draws. "antithetic": an even
+            number of draws, in pairs of opposite noise, whose averages vary less. "linearised", for Gaussian adapters:
+            logits linearized about the mean are Gaussian, so one forward and C - 1 backward passes give any number of
+            draws of the logits.
 
     Raises:
-        ConfigError: another `predictive`.
+        ConfigError: an unknown `predictive`.
     """
 
     kind = "blob"
