@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bayestune.experiment.methods import autocast
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from bayestune.adapters import RandomLinear, random_layers
 from bayestune.experiment import Run, load_run, write_json, write_text
-from bayestune.experiment.methods import autocast
 from bayestune.experiment.record import hardware, read_json, rows_sha256, versions
 from bayestune.functional import derive_seed
 from bayestune.inference.draws import evaluation_mode

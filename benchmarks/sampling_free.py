@@ -14,12 +14,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bayestune.experiment.methods import autocast
 from pairs import header, new_file, positive
 from pairs import seconds as timed
 
 from bayestune import evaluate, predict
 from bayestune.experiment import Run, load_run, write_json
-from bayestune.experiment.methods import autocast
 from bayestune.experiment.record import rows_sha256
 from bayestune.methods import Variational
 

@@ -12,6 +12,7 @@ from bayestune.errors import ConfigError
 from bayestune.experiment import Experiment, Result, load_run, run, score_table, write_json
 from bayestune.experiment.record import hardware, versions
 from bayestune.inference import Prediction
+from bayestune.methods import Blob, Mle
 from bayestune.tasks import AnyRow, Row
 
 # Chosen on training rows only (100 to fit, 50 to look at), the same for both methods.
@@ -27,9 +28,11 @@ SETTINGS: dict[str, Any] = {
     "kl_learning_rate": 0.03,
     "draws": 10,
 }
-NAMES = {"mle": "MLE", "blob_n0": "BLoB N=0", "blob_n10": "BLoB N=10"}
-FILES = {"mle", "blob", "result.json", "reliability.png", "reliability.svg"}
-LITTER = {f".{method}.{kind}" for method in ("mle", "blob") for kind in ("lock", "before")}
+PLAIN, BAYES = Mle.name, Blob.name
+MEAN, AVERAGED = f"{BAYES}_n0", f"{BAYES}_n{SETTINGS['draws']}"
+NAMES = {PLAIN: Mle.label, MEAN: f"{Blob.label} N=0", AVERAGED: f"{Blob.label} N={SETTINGS['draws']}"}
+FILES = {PLAIN, BAYES, "result.json", "reliability.png", "reliability.svg"}
+LITTER = {f".{method}.{kind}" for method in (PLAIN, BAYES) for kind in ("lock", "before")}
 """What a demo that was killed leaves beside its runs: their locks, and the runs that they replace."""
 SHOWN = 5
 
@@ -50,7 +53,7 @@ def run_demo(output: str | Path, *, seed: int = 0, overwrite: bool = False) -> d
 
     started, output = time.monotonic(), Path(output)
     _check_output(output, overwrite)
-    results = {method: _train(method, seed, output / method, overwrite) for method in ("mle", "blob")}
+    results = {method: _train(method, seed, output / method, overwrite) for method in (PLAIN, BAYES)}
     scores = {key: value for result in results.values() for key, value in result.scores.items()}
     predictions = {key: value for result in results.values() for key, value in result.predictions.items()}
     _section(
@@ -58,8 +61,8 @@ def run_demo(output: str | Path, *, seed: int = 0, overwrite: bool = False) -> d
     )
     print(score_table({NAMES[key]: value for key, value in scores.items()}))
     _section(f"The first {SHOWN} test questions: probability of each choice (* is right), epistemic part in nats")
-    trained = load_run(output / "blob")
-    _show_questions(trained.task.rows("test")[:SHOWN], predictions["mle"], predictions["blob_n10"])
+    trained = load_run(output / BAYES)
+    _show_questions(trained.task.rows("test")[:SHOWN], predictions[PLAIN], predictions[AVERAGED])
     _section("Questions from subjects that were not trained on")
     ood = {key: _out_of_distribution(output / method, predictions[key], seed) for method, key in _BEST.items()}
     _show_ood(ood)
@@ -73,18 +76,18 @@ def run_demo(output: str | Path, *, seed: int = 0, overwrite: bool = False) -> d
         "seed": seed,
         "methods": {key: value.as_dict() for key, value in scores.items()},
         "ood": ood,
-        "settings": results["blob"].experiment.as_dict(),
+        "settings": results[BAYES].experiment.as_dict(),
         "command": ["bayestune", "demo", "--seed", str(seed)],
         "versions": versions(),
         "hardware": hardware(),
         "seconds": round(time.monotonic() - started, 1),
     }
     write_json(output / "result.json", content)
-    print(f"\n{output}: result.json, reliability.png, reliability.svg, mle/, blob/ ({content['seconds']:.0f} s)")
+    print(f"\n{output}: result.json, reliability.png, reliability.svg, {PLAIN}/, {BAYES}/ ({content['seconds']:.0f} s)")
     return content
 
 
-_BEST = {"mle": "mle", "blob": "blob_n10"}
+_BEST = {PLAIN: PLAIN, BAYES: AVERAGED}
 
 
 def _train(method: str, seed: int, output: Path, overwrite: bool) -> Result:

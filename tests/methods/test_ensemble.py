@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bayestune.errors import DrawError, PosteriorError
 from bayestune.inference import predict
-from bayestune.methods import Ensemble, Point, Variational, load, load_posterior, save_posterior
+from bayestune.methods import EnsemblePosterior, Point, Variational, load, load_posterior, save_posterior
 from bayestune.storage.state import adapter_tensors
 from inference.cases import Letters, rows
 from models import BERT, LLAMA, blob, scatter
@@ -30,8 +30,8 @@ def tensors(number: int) -> dict[str, Tensor]:
     return {key: tensor.detach().clone() for key, tensor in adapter_tensors(member(number), "default").items()}
 
 
-def ensemble() -> Ensemble:
-    return Ensemble(member(0), [tensors(number) for number in range(MEMBERS)])
+def ensemble() -> EnsemblePosterior:
+    return EnsemblePosterior(member(0), [tensors(number) for number in range(MEMBERS)])
 
 
 def test_a_prediction_averages_the_probabilities_of_the_members() -> None:
@@ -74,7 +74,7 @@ def test_the_folder_holds_each_member_as_plain_lora(tmp_path: Path) -> None:
     posterior.temperature = 1.7
     save_posterior(posterior, tmp_path / "posterior")
     loaded = load(PLAIN.base(), tmp_path / "posterior")
-    assert isinstance(loaded, Ensemble) and loaded.temperature == 1.7
+    assert isinstance(loaded, EnsemblePosterior) and loaded.temperature == 1.7
     one, other = (predict(p, Letters(), rows(4), draws=MEMBERS) for p in (posterior, loaded))
     assert torch.equal(one.draw_log_probs, other.draw_log_probs)
     for number in range(MEMBERS):
@@ -125,7 +125,7 @@ def test_a_head_of_its_own_belongs_to_a_member() -> None:
     models = [scatter(get_peft_model(case.base(), config), seed=number).eval() for number in range(2)]
     found = [{k: t.detach().clone() for k, t in adapter_tensors(model, "default").items()} for model in models]
     assert any("classifier" in key for key in found[0])
-    posterior = Ensemble(models[0], found)
+    posterior = EnsemblePosterior(models[0], found)
     inputs = BERT.inputs()
 
     class Ask(Letters):
@@ -143,9 +143,9 @@ def test_a_member_of_another_shape_is_refused() -> None:
     key = next(iter(wrong))
     wrong[key] = wrong[key][:1]
     with pytest.raises(PosteriorError, match=f"ensemble member 1: tensor '{key}'"):
-        Ensemble(member(0), [tensors(0), wrong])
+        EnsemblePosterior(member(0), [tensors(0), wrong])
     with pytest.raises(PosteriorError, match="found no member"):
-        Ensemble(member(0), [])
+        EnsemblePosterior(member(0), [])
 
 
 def test_a_temperature_divides_the_logits_of_every_draw(tmp_path: Path) -> None:

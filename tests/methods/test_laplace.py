@@ -10,7 +10,7 @@ from torch import Tensor
 from bayestune.errors import DrawError
 from bayestune.functional import prediction_noise
 from bayestune.inference import predict
-from bayestune.methods import Laplace, Point, fit_laplace
+from bayestune.methods import LaplacePosterior, Point, fit_laplace
 from bayestune.methods.laplace.prior_precision import CANDIDATES
 from bayestune.tasks import Row
 from inference.cases import Letters, Sequences, rows
@@ -19,11 +19,13 @@ from models import BERT, LLAMA, Architecture, scatter
 from probes import z_bound
 
 
-def fitted(task: Letters | None = None, *, dtype: torch.dtype = torch.float64, **settings: Any) -> Laplace:
+def fitted(task: Letters | None = None, *, dtype: torch.dtype = torch.float64, **settings: Any) -> LaplacePosterior:
     return fit_laplace(plain(r=2, dtype=dtype), task or Letters(), rows(7), **settings)
 
 
-def dense(posterior: Laplace, task: Letters, questions: list[Row]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+def dense(
+    posterior: LaplacePosterior, task: Letters, questions: list[Row]
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Logits at the mode, Jacobians by layer, and the logits' covariance ``J Sigma J^T``, [rows, classes, classes]."""
     batch = one_batch(task, questions)
     with torch.no_grad():

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from bayestune.errors import ConfigError, DataError, PosteriorError
 from bayestune.inference import predict
-from bayestune.methods import Laplace, factor_bytes, fit_laplace
+from bayestune.methods import LaplacePosterior, factor_bytes, fit_laplace
 from bayestune.methods import linears as linears_module
 from bayestune.tasks import Row
 from inference.cases import Letters, rows
@@ -132,7 +132,7 @@ def test_settings_and_tensors_give_the_posterior_back(predictive: str) -> None:
     posterior = fit_laplace(plain(r=2, dtype=torch.float32), Letters(), rows(5), layers="last", predictive=predictive)
     settings = json.loads(json.dumps(posterior.settings()))
     tensors = safetensors.torch.load(safetensors.torch.save(posterior.tensors()))
-    loaded = Laplace.from_saved(plain(r=2, dtype=torch.float32), settings, tensors)
+    loaded = LaplacePosterior.from_saved(plain(r=2, dtype=torch.float32), settings, tensors)
     assert loaded.settings() == posterior.settings() == settings
     assert settings["rows"] == 5
     expected, found = (predict(p, Letters(), rows(5), draws=4).draw_log_probs for p in (posterior, loaded))
@@ -162,7 +162,7 @@ def saved() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 def test_altered_settings_are_refused(change: dict[str, Any], message: str) -> None:
     settings, tensors = saved()
     with pytest.raises(PosteriorError, match=re.escape(message)):
-        Laplace.from_saved(plain(r=2), {**settings, **change}, tensors)
+        LaplacePosterior.from_saved(plain(r=2), {**settings, **change}, tensors)
 
 
 @pytest.mark.parametrize(
@@ -181,4 +181,4 @@ def test_altered_tensors_are_refused(change: Callable[[torch.Tensor], Any], mess
     key = "model.layers.1.self_attn.v_proj.lora_A.output_values"
     altered = change(tensors.pop(key))
     with pytest.raises(PosteriorError, match=re.escape(message)):
-        Laplace.from_saved(plain(r=2), settings, tensors if altered is None else {**tensors, key: altered})
+        LaplacePosterior.from_saved(plain(r=2), settings, tensors if altered is None else {**tensors, key: altered})

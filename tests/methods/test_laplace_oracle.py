@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bayestune.inference import predict
-from bayestune.methods import Laplace, fit_laplace
+from bayestune.methods import LaplacePosterior, fit_laplace
 from bayestune.methods.laplace.prior_precision import log_evidence
 from bayestune.tasks import Row
 from inference.cases import Letters
@@ -62,7 +62,7 @@ def head_case() -> tuple[PeftModel, Letters, str]:
     return bert_with_head(), Labels(), "last"
 
 
-Fitted = tuple[Any, Laplace, Tensor, Letters, list[Row]]
+Fitted = tuple[Any, LaplacePosterior, Tensor, Letters, list[Row]]
 
 
 @pytest.fixture(params=[llama_case, bert_case, head_case], ids=["llama", "bert", "head"])

@@ -15,7 +15,7 @@ from bayestune.errors import BayestuneError, BayestuneWarning, ConfigError, Post
 from bayestune.experiment import Experiment, Result, load_run, run
 from bayestune.experiment import backbone as backbones
 from bayestune.experiment.record import file_sha256
-from bayestune.methods import Ensemble, Laplace, Swag, Variational, save_posterior
+from bayestune.methods import EnsemblePosterior, LaplacePosterior, SwagPosterior, Variational, save_posterior
 from models import scatter
 from toys import pretrained_bert, pretrained_llama, write_data
 
@@ -104,7 +104,7 @@ def test_a_method_starts_from_a_finished_run(world: Path, mle: Result, tmp_path:
     for other in found[1:]:
         for key, prediction in found[0].predictions.items():
             assert torch.equal(prediction.draw_log_probs, other.predictions[key].draw_log_probs)
-    kind = {"laplace": Laplace, "tfb": Variational, "swag": Swag}[method]
+    kind = {"laplace": LaplacePosterior, "tfb": Variational, "swag": SwagPosterior}[method]
     assert isinstance(load_run(tmp_path / "0").posterior, kind)
 
 
@@ -134,7 +134,7 @@ def test_the_first_member_of_an_ensemble_is_the_mle_and_the_others_are_not(
     log_probs = result.predictions["ensemble"].draw_log_probs
     assert torch.equal(log_probs[0], mle.predictions["mle"].draw_log_probs[0])
     posterior = load_run(tmp_path / "run").posterior
-    assert isinstance(posterior, Ensemble) and len(posterior.members) == 3
+    assert isinstance(posterior, EnsemblePosterior) and len(posterior.members) == 3
     for key, tensor in posterior.members[0].items():
         assert not torch.equal(tensor, posterior.members[1][key]), key
         assert not torch.equal(posterior.members[1][key], posterior.members[2][key]), key

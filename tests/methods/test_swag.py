@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bayestune.errors import BayestuneError, ConfigError, DrawError, PosteriorError
 from bayestune.functional import prediction_noise
 from bayestune.inference import predict
-from bayestune.methods import Swag, load_posterior, save_posterior
+from bayestune.methods import SwagPosterior, load_posterior, save_posterior
 from bayestune.methods.swag import Moments, trained_weights
 from bayestune.sampling.base import Posterior, SubstitutedDraws
 from bayestune.storage.state import active_adapter, adapter_tensors, parameter_names
@@ -47,11 +47,11 @@ def collected(visited: list[dict[str, Tensor]], *, rank: int = 20) -> Moments:
     return moments
 
 
-def swag(model: PeftModel, count: int = SNAPSHOTS, *, rank: int = 20, spread: float = 0.1) -> Swag:
-    return Swag.from_moments(model, collected(snapshots(model, count, spread=spread), rank=rank))
+def swag(model: PeftModel, count: int = SNAPSHOTS, *, rank: int = 20, spread: float = 0.1) -> SwagPosterior:
+    return SwagPosterior.from_moments(model, collected(snapshots(model, count, spread=spread), rank=rank))
 
 
-def drawn(posterior: Swag, draws: int, seed: int = 0) -> list[dict[str, Tensor]]:
+def drawn(posterior: SwagPosterior, draws: int, seed: int = 0) -> list[dict[str, Tensor]]:
     sampler = posterior.sampler(draws=draws, seed=seed)
     assert isinstance(sampler, SubstitutedDraws)
     return [dict(weights) for weights in sampler.weights]
@@ -93,7 +93,7 @@ def test_a_snapshot_is_a_copy() -> None:
 def test_the_model_holds_the_mean(architecture: Architecture) -> None:
     model = lora(architecture)
     visited = snapshots(model)
-    posterior = Swag.from_moments(model, collected(visited))
+    posterior = SwagPosterior.from_moments(model, collected(visited))
     assert isinstance(posterior, Posterior) and posterior.kind == "swag" and posterior.default_draws == 10
     assert not model.training
     heads = {key for key in trained_weights(model) if "classifier" in key}
@@ -108,7 +108,7 @@ def test_draws_have_the_mean_and_covariance_of_the_closed_form() -> None:
     """Over entries of two tensors: the low-rank part ties them together, the diagonal does not."""
     model = lora(LLAMA, target_modules=["v_proj"])
     visited = snapshots(model, 5)
-    posterior = Swag.from_moments(model, collected(visited, rank=4))
+    posterior = SwagPosterior.from_moments(model, collected(visited, rank=4))
     keys = sorted(trained_weights(model))[:2]
     names = parameter_names(*active_adapter(model)[:2])
     count = 4000
@@ -223,7 +223,7 @@ def test_two_snapshots_have_one_direction() -> None:
     """m_1 = theta_1, so the first column is 0 and the second (theta_2 - theta_1) / 2."""
     model = lora()
     first, second = snapshots(model, 2)
-    tensors = Swag.from_moments(model, collected([first, second])).tensors()
+    tensors = SwagPosterior.from_moments(model, collected([first, second])).tensors()
     for key in first:
         half = (second[key] - first[key]) / 2
         expected = torch.stack([torch.zeros_like(half), half])
@@ -237,7 +237,7 @@ def test_settings_and_tensors_give_the_same_posterior(tmp_path: Any) -> None:
     assert settings == {"snapshots": 5, "columns": 3}
     save_posterior(posterior.model, tmp_path / "mean")
     loaded = load_posterior(BERT.build(), tmp_path / "mean")
-    again = Swag.from_saved(loaded, settings, posterior.tensors())
+    again = SwagPosterior.from_saved(loaded, settings, posterior.tensors())
     assert_same(again.tensors(), posterior.tensors())
     for one, other in zip(drawn(posterior, 3, seed=4), drawn(again, 3, seed=4), strict=True):
         assert_same(one, other)
@@ -279,14 +279,14 @@ def spoilt(how: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def test_spoilt_tensors_are_refused(how: str) -> None:
     settings, tensors = spoilt(how)
     with pytest.raises(PosteriorError, match="SWAG tensor"):
-        Swag.from_saved(lora(), settings, tensors)
+        SwagPosterior.from_saved(lora(), settings, tensors)
 
 
 @pytest.mark.parametrize("how", ["no count", "text", "too many", "none"])
 def test_spoilt_settings_are_refused(how: str) -> None:
     settings, tensors = spoilt(how)
     with pytest.raises(PosteriorError, match="SWAG settings"):
-        Swag.from_saved(lora(), settings, tensors)
+        SwagPosterior.from_saved(lora(), settings, tensors)
 
 
 def merged() -> None:
@@ -296,7 +296,7 @@ def merged() -> None:
 
 
 def other_adapter() -> None:
-    Swag.from_moments(lora(r=3), collected(snapshots(lora())))
+    SwagPosterior.from_moments(lora(r=3), collected(snapshots(lora())))
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,7 @@ def other_adapter() -> None:
         (lambda: Moments(rank=1), ConfigError, "rank"),
         (lambda: collected([{"a": torch.tensor([math.nan])}]), PosteriorError, "NaN"),
         (lambda: collected([{"a": torch.ones(1)}, {"b": torch.ones(1)}]), ConfigError, "other weights"),
-        (lambda: Swag.from_moments(lora(), Moments()), ConfigError, "0 snapshots"),
+        (lambda: SwagPosterior.from_moments(lora(), Moments()), ConfigError, "0 snapshots"),
         (other_adapter, ConfigError, "found shape"),
         (lambda: trained_weights(blob(LLAMA)), ConfigError, "expected plain LoRA"),
         (lambda: swag(lora()).sampler(draws=-1, seed=0), DrawError, "-1"),

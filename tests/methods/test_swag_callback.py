@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from bayestune.errors import ConfigError, TrainingError
 from bayestune.inference import predict
-from bayestune.methods import Swag, SwagCallback
+from bayestune.methods import SwagCallback, SwagPosterior
 from bayestune.methods.swag import trained_weights
 from bayestune.training import BayesTrainer
 from models import assert_same
@@ -58,7 +58,7 @@ def test_collecting_changes_no_update(tmp_path: Path) -> None:
 def test_the_posterior_of_a_run_predicts(tmp_path: Path) -> None:
     model, swag = lora(), SwagCallback(start=3, every=1)
     run(tmp_path, model, swag).train()
-    posterior = Swag.from_moments(model, swag.moments)
+    posterior = SwagPosterior.from_moments(model, swag.moments)
     found = predict(posterior, TASK, rows(4), draws=3)
     assert found.draw_log_probs.shape == (3, 4, 4) and (found.epistemic > 0).all()
 

@@ -18,7 +18,7 @@ from bayestune.adapters import gaussian_layers
 from bayestune.errors import BayestuneWarning, ConfigError, DrawError, PosteriorError
 from bayestune.functional import prediction_noise
 from bayestune.inference.draws import draw, evaluation_mode
-from bayestune.methods import Ensemble, Swag, fit_laplace, load_posterior
+from bayestune.methods import EnsemblePosterior, SwagPosterior, fit_laplace, load_posterior
 from bayestune.methods.swag import Moments, trained_weights
 from bayestune.sampling.base import Substituted, SubstitutedDraws
 from bayestune.serving.lora import export_lora
@@ -285,7 +285,7 @@ def test_the_members_of_an_ensemble_are_exported_as_they_are(tmp_path: Path) -> 
     case = Case(architecture=LLAMA, plain=True)
     models = [scatter(get_peft_model(case.base(), case.config()), seed=number).eval() for number in range(3)]
     members = [{k: t.detach().clone() for k, t in adapter_tensors(model, "default").items()} for model in models]
-    posterior = Ensemble(models[0], members, temperature=2.0)
+    posterior = EnsemblePosterior(models[0], members, temperature=2.0)
     with pytest.warns(BayestuneWarning, match=r"temperature of 2\.0, which LoRA cannot hold"):
         paths = export_lora(posterior, tmp_path / "out", draws=2)
     assert [path.name for path in paths] == ["draw_0", "draw_1"]
@@ -309,7 +309,7 @@ def test_draws_of_swag_are_exported_as_they_predict(tmp_path: Path) -> None:
     for number in range(4):
         scatter(model, seed=number)
         moments.add(trained_weights(model))
-    posterior = Swag.from_moments(model, moments)
+    posterior = SwagPosterior.from_moments(model, moments)
     inputs = BERT.inputs()
     paths = export_lora(posterior, tmp_path / "out", draws=2, seed=5)
     assert [path.name for path in paths] == ["mean", "draw_0", "draw_1"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
 from safetensors import SafetensorError
 from transformers import (
@@ -25,10 +25,10 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bayestune import tasks
-from bayestune.adapters import BayesLoraConfig
 from bayestune.errors import ConfigError
 from bayestune.experiment.record import file_sha256
-from bayestune.experiment.settings import Experiment, Family
+from bayestune.experiment.settings import Experiment
+from bayestune.methods.base import Family
 from bayestune.tasks import Task
 
 MINILM = "minilm"
@@ -221,12 +221,12 @@ def new_head(base: PreTrainedModel, new: list[str], seed: int) -> None:
 
 
 def add_adapter(base: PreTrainedModel, experiment: Experiment, *, new: list[str], task_type: str | None) -> PeftModel:
-    """A plain LoRA adapter or, for "dropout", "bbb" and "blob", a random one on `base`, initialised from `seed`.
+    """The adapter of the experiment's method on `base`, initialized from `seed`.
 
     The layers `new` are trained whole.
 
     Raises:
-        ConfigError: as `BayesLoraConfig`; or no layer of the model is called as in `target_modules`.
+        ConfigError: as the configuration; or no layer of the model is called as in `target_modules`.
     """
     settings: dict[str, Any] = {
         "r": experiment.rank,
@@ -235,17 +235,7 @@ def add_adapter(base: PreTrainedModel, experiment: Experiment, *, new: list[str]
         "modules_to_save": new or None,
         "task_type": task_type,
     }
-    config: LoraConfig
-    gaussian = {name: getattr(experiment, name) for name in ("prior_std", "rho_init", "estimator")}
-    match experiment.method:
-        case "blob":
-            config = BayesLoraConfig(**settings, **gaussian)
-        case "bbb":
-            config = BayesLoraConfig(**settings, **gaussian, distribution="gaussian_ab")
-        case "dropout":
-            config = BayesLoraConfig(**settings, distribution="dropout", lora_dropout=experiment.lora_dropout)
-        case _:
-            config = LoraConfig(**settings)
+    config = experiment.method.adapter_config(**settings)
     _check_targets(base, experiment.target_modules or ())
     with torch.random.fork_rng():
         torch.manual_seed(experiment.seed)

@@ -1,7 +1,6 @@
 """`run`: preflight, train, save, evaluate, record; and `load_run`, its way back from disk."""
 
 import contextlib
-import dataclasses
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from bayestune.experiment.backbone import (
     load_base,
 )
 from bayestune.experiment.disk import writing
+from bayestune.experiment.fitting import autocast, fitting
 from bayestune.experiment.folder import (
     CHECKPOINTS,
     EXPERIMENT,
@@ -32,16 +32,16 @@ from bayestune.experiment.folder import (
     earlier_run,
     run_folder,
 )
-from bayestune.experiment.methods import Start, autocast, begin, evaluations, obtain, tempered
 from bayestune.experiment.overlap import count_repeated
 from bayestune.experiment.processes import is_main
 from bayestune.experiment.provenance import provenance, warn_if_other
 from bayestune.experiment.record import file_sha256, read_json, write_json
 from bayestune.experiment.settings import Experiment
-from bayestune.experiment.train import Training, kl_settings
+from bayestune.experiment.start import Start
+from bayestune.experiment.train import Training
 from bayestune.functional import std
 from bayestune.inference import Prediction, Scores, evaluate, predict
-from bayestune.methods import Ensemble, Posterior, load, save_posterior
+from bayestune.methods import Posterior, Updates, fit_temperature, load, save_posterior
 from bayestune.storage.state import adapter_tensors
 from bayestune.tasks import AnyRow, Task
 
@@ -77,7 +77,12 @@ class Run:
     @property
     def default_draws(self) -> int:
         """The draws that the run was evaluated with: 0 for a point, K for an ensemble."""
-        return max(evaluations(self.experiment, self.posterior).values())
+        return self.experiment.method.draw_counts(self.experiment.draws)[-1]
+
+    def evaluations(self) -> dict[str, int]:
+        """Number of draws of each evaluation, by its key: the method's name, with the draws if there are several."""
+        counts, name = self.experiment.method.draw_counts(self.experiment.draws), self.experiment.method.name
+        return {name: counts[0]} if len(counts) == 1 else {f"{name}_n{draws}": draws for draws in counts}
 
     def predict(
         self, rows: Sequence[AnyRow], *, draws: int, seed: int = 0, task: Task | None = None, progress: bool = False
@@ -124,7 +129,7 @@ def run(
     repeated = _repeated(experiment, rows) if is_main() else {}
     base, new = load_base(backbone, task, experiment)
     start = Start(base=base, new=new, task_type="CAUSAL_LM" if is_generative(backbone, task) else None)
-    model, experiment = begin(start, experiment)
+    model, experiment = start.model(experiment)
     training = Training(
         experiment=experiment,
         task=task,
@@ -133,19 +138,19 @@ def run(
         resume=resume,
         progress=progress,
     )
-    training.check()
+    training.check(model)
     origin = provenance(backbone, rows.by_use(), experiment.adapter) if is_main() else {}
     warn_if_other(record or {}, origin)
     folder = run_folder(output, experiment, overwrite=overwrite, resume=resume)
     with writing(output), folder if is_main() else contextlib.nullcontext():
-        posterior = obtain(model, start, training, rows.fit)
+        posterior = experiment.method.fit(model, fitting(training, start, rows.more))
         if not is_main():
             return Result(experiment=experiment, output=output, scores={}, predictions={}, seconds=0.0)
         _save(posterior, training, rows.temperature, output / POSTERIOR)
         finished = Run(experiment=experiment, task=task, posterior=posterior)
         predictions = {
             key: finished.predict(rows.evaluation, draws=draws, progress=progress)
-            for key, draws in evaluations(experiment, posterior).items()
+            for key, draws in finished.evaluations().items()
         }
         result = Result(
             experiment=experiment,
@@ -158,7 +163,7 @@ def run(
         weights = {"adapter": file_sha256(output / POSTERIOR / "adapter_model.safetensors")}
         origin["sha256"] = {**weights, **origin["sha256"]}
         content = {**_record(result, rows, command), **origin, "repeated_rows": repeated}
-        write_json(output / RESULT, {**content, "kl": _kl(finished, len(rows.train))})
+        write_json(output / RESULT, {**content, "kl": _kl(finished, training.updates)})
     return result
 
 
@@ -167,22 +172,41 @@ def _save(posterior: Posterior, training: Training, temperature_rows: Sequence[A
     if not training.experiment.checkpoint_steps and training.checkpoints.is_dir():
         with contextlib.suppress(OSError):
             training.checkpoints.rmdir()
-    copies = len(posterior.members) if isinstance(posterior, Ensemble) else 1
+    copies = 1 + len(posterior.more_members())
     size = copies * sum(tensor.nbytes for tensor in adapter_tensors(posterior.model, "default").values())
     with writing(folder, needed=size + sum(tensor.nbytes for tensor in posterior.tensors().values())):
         save_posterior(posterior, folder, overwrite=training.resume)
         if temperature_rows:
-            posterior.temperature = tempered(posterior, training.task, temperature_rows, training.experiment)
+            posterior.temperature = _temperature(posterior, training, temperature_rows)
             save_posterior(posterior, folder, overwrite=True)
+
+
+def _temperature(posterior: Posterior, training: Training, rows: Sequence[AnyRow]) -> float:
+    """The temperature on held-out rows, at the number of draws that the posterior is evaluated with."""
+    experiment = training.experiment
+    with autocast(experiment):
+        found = predict(
+            posterior, training.task, rows, draws=experiment.method.draw_counts(experiment.draws)[-1], seed=0
+        )
+    return fit_temperature(found.draw_log_probs, found.labels)
+
+
+def _own_splits(experiment: Experiment) -> dict[str, str]:
+    """The splits that settings of the method name, by setting."""
+    settings = dict(experiment.method)
+    return {name: settings[name] for name in experiment.method.splits if settings[name] is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Rows:
-    """The rows of a run, each of them usable; `fit` and `temperature` are empty where no split is named."""
+    """The rows of a run, each of them usable; `temperature` is empty where no split is named.
+
+    `more` has those of the splits that settings of the method name, by setting.
+    """
 
     train: list[AnyRow]
     evaluation: list[AnyRow]
-    fit: list[AnyRow]
+    more: dict[str, list[AnyRow]]
     temperature: list[AnyRow]
 
     @classmethod
@@ -190,13 +214,14 @@ class _Rows:
         return cls(
             train=_checked(task, experiment.train_split),
             evaluation=_checked(task, experiment.eval_split),
-            fit=_checked(task, experiment.fit_split),
+            more={name: _checked(task, split) for name, split in _own_splits(experiment).items()},
             temperature=_checked(task, experiment.temperature_split),
         )
 
     def by_use(self) -> dict[str, list[AnyRow]]:
         """As `provenance` takes them."""
-        return {"train": self.train, "eval": self.evaluation, "fit": self.fit, "temperature": self.temperature}
+        more = {name.removesuffix("_split"): rows for name, rows in self.more.items()}
+        return {"train": self.train, "eval": self.evaluation, **more, "temperature": self.temperature}
 
 
 def _repeated(experiment: Experiment, rows: _Rows) -> dict[str, dict[str, int]]:
@@ -204,8 +229,8 @@ def _repeated(experiment: Experiment, rows: _Rows) -> dict[str, dict[str, int]]:
     assert experiment.eval_split is not None
     used = {
         experiment.train_split: rows.train,
-        experiment.fit_split: rows.fit,
         experiment.temperature_split: rows.temperature,
+        **{split: rows.more[name] for name, split in _own_splits(experiment).items()},
     }
     named = {name: found for name, found in used.items() if name is not None}
     return count_repeated(rows.evaluation, experiment.eval_split, named)
@@ -218,7 +243,7 @@ def _record(result: Result, rows: _Rows, command: Sequence[str]) -> dict[str, An
         "seed": experiment.seed,
         "task": experiment.task,
         "split": experiment.eval_split,
-        "method": experiment.method,
+        "method": experiment.method.name,
         "methods": {key: value.as_dict() for key, value in result.scores.items()},
         "experiment": experiment.as_dict(),
         "command": list(command),
@@ -229,9 +254,9 @@ def _record(result: Result, rows: _Rows, command: Sequence[str]) -> dict[str, An
     }
 
 
-def _kl(trained: Run, rows: int) -> dict[str, Any] | None:
+def _kl(trained: Run, updates: Updates) -> dict[str, Any] | None:
     """The KL's cycle (updates) and rate, and the mean standard deviation that came of them; None without a KL."""
-    kl = kl_settings(trained.experiment, rows)
+    kl = trained.experiment.method.kl(updates)
     if kl is None:
         return None
     widths = torch.cat([std(layer.rho.detach()).flatten() for layer in gaussian_layers(trained.model).values()])
@@ -253,7 +278,7 @@ def load_run(folder: str | Path, *, data: str | Path | None = None) -> Run:
         raise ConfigError(f"{folder}: found no {RESULT}, expected {what}.{hint}")
     experiment = Experiment.from_dict(read_json(folder / EXPERIMENT, what), where=str(folder / EXPERIMENT))
     if data is not None:
-        experiment = dataclasses.replace(experiment, data=str(data))
+        experiment = experiment.replace(data=str(data))
     backbone = find_backbone(experiment.model)
     experiment, task = _resolve(experiment, backbone)
     base, _ = load_base(backbone, task, experiment)
@@ -289,14 +314,14 @@ def _resolve(experiment: Experiment, backbone: Backbone) -> tuple[Experiment, Ta
     task = build_task(backbone, experiment.task, experiment.data, experiment.max_tokens)
     targets = experiment.target_modules or default_targets(backbone, task)
     split = experiment.eval_split or task.spec.evaluation
-    for name in ("fit_split", "temperature_split"):
-        shared = set((vars(experiment)[name] or "").split("+")) & set(split.split("+"))
+    for name, used in {**_own_splits(experiment), "temperature_split": experiment.temperature_split or ""}.items():
+        shared = set(used.split("+")) & set(split.split("+"))
         if shared:
             raise ConfigError(
                 f"{name}: found {min(shared)!r}, which the run is scored on; choose other rows, or another "
                 "--eval-split."
             )
-    return dataclasses.replace(experiment, target_modules=targets, eval_split=split), task
+    return experiment.replace(target_modules=targets, eval_split=split), task
 
 
 def _checked(task: Task, split: str | None) -> list[AnyRow]:

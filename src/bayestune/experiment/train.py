@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,25 +10,16 @@ import torch
 from peft import PeftModel
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from bayestune.errors import BayestuneWarning, ConfigError
+from bayestune.errors import ConfigError
 from bayestune.experiment.disk import writing
 from bayestune.experiment.processes import is_main, process_count
 from bayestune.experiment.progress import ProgressBar
-from bayestune.experiment.settings import KL_METHODS, Experiment
+from bayestune.experiment.settings import Experiment
 from bayestune.experiment.stopping import StopAtStep
-from bayestune.functional import cycle_steps, linear_kl_weight, paper_kl_weight, uniform_kl_weight
+from bayestune.methods import Updates
 from bayestune.tasks import AnyRow, Task
-from bayestune.training import (
-    BayesTrainer,
-    KLSettings,
-    elbo_kl_weight,
-    initial_std,
-    kl_only_std,
-    kl_rate_for_std,
-    last_complete,
-)
+from bayestune.training import BayesTrainer, last_complete
 from bayestune.training.checks import check_arguments
-from bayestune.training.kl import Schedule
 
 _WARM_UP = 0.06
 
@@ -50,23 +40,58 @@ class Training:
     resume: bool
     progress: bool
 
-    def check(self) -> None:
+    def check(self, model: PeftModel) -> None:
         """Refuse what cannot be trained on this machine, before anything is written.
 
         Raises:
-            ConfigError: as `BayesTrainer`.
+            ConfigError: as `BayesTrainer`, or as the method's own check.
         """
         check_arguments(TrainingArguments(**_arguments(self.experiment, self.checkpoints)))
-        kl = kl_settings(self.experiment, len(self.rows))
-        if kl is not None and self.experiment.posterior_std is not None:
-            _warn_if_too_short(self.experiment, kl)
+        self.experiment.method.check(model, self.updates)
+
+    @property
+    def updates(self) -> Updates:
+        """What the training consists of."""
+        assert self.experiment.batch_size is not None
+        return Updates(
+            steps=self.experiment.steps,
+            rows=len(self.rows),
+            batch_size=self.experiment.batch_size,
+            processes=process_count(),
+            warmup=_WARM_UP,
+        )
 
     def train(
-        self, model: PeftModel, *, label: str, callbacks: Sequence[TrainerCallback] = (), **arguments: Any
+        self,
+        model: PeftModel,
+        *,
+        label: str,
+        seed: int | None = None,
+        folder: Path | None = None,
+        resume: bool | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        **arguments: Any,
     ) -> None:
-        """Train `model` in place; `arguments` replace those of `TrainingArguments` that the experiment gives."""
-        experiment = self.experiment
-        given = TrainingArguments(**{**_arguments(experiment, self.checkpoints), **arguments})
+        """Train `model` in place.
+
+        Args:
+            model: with a trainable adapter.
+            label: shown beside the progress bar.
+            seed: instead of that of the experiment.
+            folder: instead of `checkpoints`.
+            resume: instead of `resume`.
+            callbacks: of the trainer.
+            **arguments: take the place of those of `TrainingArguments` that the experiment gives.
+        """
+        changes = {"checkpoints": folder, "resume": resume}
+        training = dataclasses.replace(self, **{name: value for name, value in changes.items() if value is not None})
+        training._train(model, label, callbacks, {**({} if seed is None else {"seed": seed}), **arguments})
+
+    def _train(
+        self, model: PeftModel, label: str, callbacks: Sequence[TrainerCallback], arguments: dict[str, Any]
+    ) -> None:
+        method = self.experiment.method
+        given = TrainingArguments(**{**_arguments(self.experiment, self.checkpoints), **arguments})
         saves = given.save_strategy != "no"
         size = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
         with (
@@ -80,8 +105,8 @@ class Training:
                 task=self.task,
                 args=given,
                 train_rows=self.rows,
-                kl=kl_settings(experiment, len(self.rows)),
-                prior_std=experiment.map_prior_std if experiment.method == "map" else None,
+                kl=method.kl(self.updates),
+                prior_std=method.weight_prior_std(),
                 callbacks=[*callbacks, bar, stop],
             )
             trainer.remove_callback(PrinterCallback)
@@ -101,57 +126,8 @@ class Training:
         return last
 
 
-def kl_settings(experiment: Experiment, rows: int) -> KLSettings | None:
-    """The KL of "blob" and "bbb"; the other methods have none."""
-    if experiment.method not in KL_METHODS:
-        return None
-    assert experiment.batch_size is not None
-    match experiment.kl_schedule:
-        case "paper":
-            schedule = paper_kl_weight
-        case "uniform":
-            schedule = uniform_kl_weight
-        case "linear":
-            schedule = linear_kl_weight
-        case "elbo":
-            schedule = elbo_kl_weight(rows)
-    cycle = cycle_steps(rows, experiment.batch_size, processes=process_count())
-    rate = experiment.kl_learning_rate
-    if rate is None:
-        assert experiment.posterior_std is not None
-        rate = kl_rate_for_std(experiment.posterior_std, **_course(experiment, cycle, schedule))
-    return KLSettings(cycle=cycle, schedule=schedule, learning_rate=rate)
-
-
-def _course(experiment: Experiment, cycle: int, schedule: Schedule) -> dict[str, Any]:
-    """The arguments of `kl_only_std` and `kl_rate_for_std` beside the rate and the width."""
-    return {
-        "updates": experiment.steps,
-        "cycle": cycle,
-        "schedule": schedule,
-        "start": initial_std(experiment.rho_init),
-        "prior_std": experiment.prior_std,
-        "warmup": _WARM_UP,
-    }
-
-
-def _warn_if_too_short(experiment: Experiment, kl: KLSettings) -> None:
-    """Say so where the largest rate does not take the posterior to `posterior_std` in so few updates."""
-    assert experiment.posterior_std is not None
-    reached = kl_only_std(kl.learning_rate, **_course(experiment, kl.cycle, kl.schedule))
-    if reached < 0.99 * experiment.posterior_std:
-        warnings.warn(
-            f"posterior_std: {experiment.steps} updates are too few for {experiment.posterior_std:g} at the largest "
-            f"KL rate, prior_std^2 = {kl.learning_rate:g}: the standard deviation ends near {reached:.3g}. Give "
-            "more steps, or a smaller posterior_std.",
-            BayestuneWarning,
-            stacklevel=2,
-        )
-
-
 def _arguments(experiment: Experiment, checkpoints: Path) -> dict[str, Any]:
     assert experiment.batch_size is not None and experiment.learning_rate is not None
-    decays = experiment.method == "map" and experiment.map_prior_std is None
     return {
         "output_dir": str(checkpoints),
         "seed": experiment.seed,
@@ -160,7 +136,7 @@ def _arguments(experiment: Experiment, checkpoints: Path) -> dict[str, Any]:
         "train_sampling_strategy": "group_by_length",
         "learning_rate": experiment.learning_rate,
         "warmup_steps": _WARM_UP,
-        "weight_decay": experiment.weight_decay if decays else 0.0,
+        "weight_decay": 0.0,
         "adam_epsilon": 1e-6,
         "max_grad_norm": 0.0,
         "use_cpu": not torch.cuda.is_available(),
@@ -172,4 +148,5 @@ def _arguments(experiment: Experiment, checkpoints: Path) -> dict[str, Any]:
         "disable_tqdm": True,
         "report_to": "none",
         "dataloader_pin_memory": torch.cuda.is_available(),
+        **experiment.method.training_arguments(),
     }

@@ -1,21 +1,36 @@
-"""Methods: how posteriors over adapter weights are obtained."""
+"""Methods: how posteriors over adapter weights are obtained. `METHODS` is the one list of them."""
 
 import os
-from collections.abc import Mapping
 
 from torch import nn
 
 from bayestune import storage
 from bayestune.methods.anchor import anchor_loss as anchor_loss
+from bayestune.methods.base import Fitting as Fitting
+from bayestune.methods.base import Line as Line
+from bayestune.methods.base import Method as Method
+from bayestune.methods.base import PointMethod as PointMethod
+from bayestune.methods.base import PostHocMethod as PostHocMethod
+from bayestune.methods.base import Updates as Updates
+from bayestune.methods.bbb import Bbb as Bbb
+from bayestune.methods.blob import Blob as Blob
+from bayestune.methods.dropout import Dropout as Dropout
 from bayestune.methods.ensemble import Ensemble as Ensemble
+from bayestune.methods.ensemble import EnsemblePosterior as EnsemblePosterior
 from bayestune.methods.laplace import Laplace as Laplace
+from bayestune.methods.laplace import LaplacePosterior as LaplacePosterior
 from bayestune.methods.laplace import factor_bytes as factor_bytes
 from bayestune.methods.laplace import fit_laplace as fit_laplace
 from bayestune.methods.laplace import refuse_if_too_large as refuse_if_too_large
+from bayestune.methods.map import Map as Map
+from bayestune.methods.mle import Mle as Mle
 from bayestune.methods.swag import Swag as Swag
-from bayestune.methods.swag_callback import SwagCallback as SwagCallback
+from bayestune.methods.swag import SwagCallback as SwagCallback
+from bayestune.methods.swag import SwagPosterior as SwagPosterior
+from bayestune.methods.temperature import Temperature as Temperature
 from bayestune.methods.temperature import fit_temperature as fit_temperature
 from bayestune.methods.tfb import SigmaSearch as SigmaSearch
+from bayestune.methods.tfb import Tfb as Tfb
 from bayestune.methods.tfb import search_sigma as search_sigma
 from bayestune.methods.tfb import tfb as tfb
 from bayestune.sampling import Point as Point
@@ -25,16 +40,42 @@ from bayestune.sampling import Variational as Variational
 from bayestune.storage import load_posterior as load_posterior
 from bayestune.storage import save_posterior as save_posterior
 
-KINDS: Mapping[str, type[Posterior]] = {found.kind: found for found in (Point, Variational, Ensemble, Swag, Laplace)}
-"""The posteriors that `load` knows, by the kind in the manifest of their folder."""
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Mle, Map, Dropout, Ensemble, Bbb, Laplace, Swag, Tfb, Temperature, Blob)
+}
+"""Every method by its name, in the order of a table's lines. Add one of your own with `register`."""
+
+DEFAULT: type[Method] = Blob
+
+
+def register(method: type[Method]) -> type[Method]:
+    """Add a method of your own to `METHODS`; usable as a decorator.
+
+    Args:
+        method: the class; a method of the same name is replaced.
+
+    Returns:
+        The class.
+    """
+    METHODS[method.name] = method
+    return method
 
 
 def load(base_model: nn.Module, path: str | os.PathLike[str]) -> Posterior:
-    """Load a posterior of any kind that `save_posterior` wrote, for `predict`; frozen and in evaluation mode.
+    """Load a posterior of any method that `save_posterior` wrote; frozen and in evaluation mode.
 
     Everything is checked as by `load_posterior`, and every other file of the folder in the same way.
 
+    Args:
+        base_model: the pretrained model, without adapters; it is modified in place.
+        path: the folder.
+
+    Returns:
+        The posterior, ready for `predict`.
+
     Raises:
-        ConfigError, PosteriorError: as `load_posterior`.
+        ConfigError: `base_model` already carries an adapter.
+        PosteriorError: the folder is incomplete, altered, of a newer format, or made for another base.
     """
-    return storage.load(base_model, path, kinds=KINDS)
+    kinds = {method.posterior.kind: method.posterior for method in METHODS.values()}
+    return storage.load(base_model, path, kinds=kinds)

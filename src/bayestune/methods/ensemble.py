@@ -1,17 +1,22 @@
 """Deep ensemble: K adapters trained apart from one another on one base; predictions average their probabilities."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from peft import PeftModel
+from pydantic import Field
 from torch import Tensor
 
 from bayestune.errors import PosteriorError
+from bayestune.functional import derive_seed
+from bayestune.methods.base import Fitting, Method
 from bayestune.sampling.base import Posterior, Sampler, SubstitutedDraws, refuse_draws
+from bayestune.settings import LARGEST_WHOLE
 from bayestune.storage.state import active_adapter, adapter_tensors, describe, parameter_names, tensor_fault
 
 
-class Ensemble(Posterior):
+class EnsemblePosterior(Posterior):
     """``p(y|x) = 1/K sum_k softmax(logits(x; theta_k))`` over K members (Lakshminarayanan et al., arXiv 1612.01474).
 
     Draw k is member k whatever the seed; a prediction takes the first `draws` of them. There is no mean: the average
@@ -50,7 +55,7 @@ class Ensemble(Posterior):
         settings: Mapping[str, Any],
         tensors: Mapping[str, Tensor],
         members: Sequence[Mapping[str, Tensor]],
-    ) -> "Ensemble":
+    ) -> "EnsemblePosterior":
         _, adapter, _ = active_adapter(model)
         return cls(model, [adapter_tensors(model, adapter), *members])
 
@@ -63,3 +68,44 @@ class Ensemble(Posterior):
         chosen = self.members[:draws]
         weights = [{name: member[key].to(device) for key, name in names.items()} for member in chosen]
         return SubstitutedDraws(self.model, weights)
+
+
+class Ensemble(Method):
+    """Trains `members` adapters one after another on the one base; they share nothing else.
+
+    Member 0 has the seed of the run, so it is the adapter that plain LoRA trains; the others have seeds, and with
+    them initial weights and row orders, of their own. A finished member is kept beside the checkpoints, for a run
+    that is resumed.
+    """
+
+    name: ClassVar[str] = "ensemble"
+    label: ClassVar[str] = "Ensemble"
+    summary: ClassVar[str] = "deep ensemble of plain LoRA adapters"
+    paper: ClassVar[str] = "Lakshminarayanan et al. 2017, arXiv 1612.01474"
+    posterior: ClassVar[type[Posterior]] = EnsemblePosterior
+
+    members: int = Field(3, ge=2, le=LARGEST_WHOLE, description="Number of adapters.")
+
+    def draw_counts(self, draws: int) -> tuple[int, ...]:
+        return (self.members,)
+
+    def fit(self, model: PeftModel, run: Fitting) -> EnsemblePosterior:
+        members = []
+        for number in range(self.members):
+            seed = run.seed if number == 0 else derive_seed("member", run.seed, number) % 2**31
+            finished = run.folder / f"member_{number}"
+            if number:
+                model = run.renew(model, seed)
+            if run.resume and finished.is_dir():
+                model = run.restore(model, finished)
+            else:
+                label = f"member {number + 1} of {self.members}"
+                run.train(model, label=label, seed=seed, folder=run.folder / f"steps_{number}")
+                if run.checkpoints:
+                    run.keep(model, finished)
+            members.append({key: t.detach().clone() for key, t in adapter_tensors(model, "default").items()})
+        with torch.no_grad():
+            for key, tensor in adapter_tensors(model, "default").items():
+                tensor.copy_(members[0][key])
+        model.requires_grad_(False)
+        return EnsemblePosterior(model.eval(), members)

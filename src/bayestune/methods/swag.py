@@ -15,18 +15,24 @@ whose covariance is ``Sigma_diag / 2 + D D^T / (2 (K - 1))``. z_2 is one vector 
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel
+from pydantic import Field
 from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bayestune.adapters import is_merged
-from bayestune.errors import ConfigError, DrawError, PosteriorError
+from bayestune.errors import ConfigError, DrawError, PosteriorError, TrainingError
 from bayestune.functional import prediction_noise
+from bayestune.methods.base import Fitting, Method, PostHocMethod
+from bayestune.methods.mle import Mle
 from bayestune.sampling.base import Posterior, Sampler, Settings, SubstitutedDraws, refuse_draws
+from bayestune.settings import LARGEST_WHOLE
 from bayestune.storage.state import active_adapter, adapter_tensors, parameter_names
 
+_SNAPSHOTS = 20
 _COLUMNS = "swag columns"  # the name of z_2, which no weight has
 
 
@@ -81,7 +87,7 @@ class Moments:
         return self._squares[name] / self.snapshots
 
 
-class Swag(Posterior):
+class SwagPosterior(Posterior):
     """The Gaussian of the module docstring; the adapter of `model` holds its mean, and every draw is whole weights.
 
     Make one with `from_moments` (as `SwagCallback` collects them) or, of a saved one, `from_saved`. One
@@ -106,7 +112,7 @@ class Swag(Posterior):
 
     @classmethod
     @torch.no_grad()
-    def from_moments(cls, model: PeftModel, moments: Moments) -> "Swag":
+    def from_moments(cls, model: PeftModel, moments: Moments) -> "SwagPosterior":
         """The posterior of the snapshots in `moments`; the active adapter of `model` is set to their mean, in place.
 
         Raises:
@@ -132,7 +138,7 @@ class Swag(Posterior):
         settings: Mapping[str, Any],
         tensors: Mapping[str, Tensor],
         members: Sequence[Mapping[str, Tensor]] = (),
-    ) -> "Swag":
+    ) -> "SwagPosterior":
         """What `settings` and `tensors` gave, on a model that holds the mean.
 
         Raises:
@@ -227,3 +233,93 @@ def _difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str | 
         if expected.get(name) != found.get(name):
             return f"{name!r}: found shape {found.get(name)}, expected {expected.get(name)}"
     return None
+
+
+class SwagCallback(TrainerCallback):
+    """Adds the weights of a plain LoRA adapter to `moments` after updates `start`, ``start + every``, ... of a run.
+
+    Works with `BayesTrainer` and with transformers' Trainer; it reads the weights and changes nothing. SWAG wants a
+    learning rate that is constant and not small over the tail (`lr_scheduler_type="constant_with_warmup"`), so that
+    the snapshots spread as the posterior does (Maddox et al. 2019). Snapshots are not in checkpoints.
+
+        >>> swag = SwagCallback(start=500, every=25)                              # doctest: +SKIP
+        >>> BayesTrainer(model, task=task, args=args, callbacks=[swag]).train()   # doctest: +SKIP
+        >>> posterior = Swag.from_moments(model, swag.moments)                    # doctest: +SKIP
+
+    Attributes:
+        start: the update, counted from 1, of the first snapshot. every: updates between snapshots.
+        moments: what was collected; `rank` of it is K, the number of deviations kept.
+
+    Raises:
+        ConfigError: a setting out of range; when training begins: no plain LoRA adapter, other trained parameters
+            beside it, or a run that ends before its second snapshot.
+        TrainingError: the run is resumed after its first snapshot.
+    """
+
+    def __init__(self, *, start: int, every: int, rank: int = 20) -> None:
+        if start < 1 or every < 1:
+            raise ConfigError(f"SwagCallback: found start={start}, every={every}, expected at least 1.")
+        self.start, self.every, self.moments = start, every, Moments(rank=rank)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = kwargs["model"]
+        trained_weights(model)
+        own = set(parameter_names(*active_adapter(model)[:2]).values())
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and name not in own:
+                raise ConfigError(f"SwagCallback: {name} is trained but no part of the adapter: freeze it.")
+        if self.start + self.every > state.max_steps:
+            raise ConfigError(
+                f"SwagCallback: found start={self.start}, every={self.every} in a run of {state.max_steps} updates, "
+                "expected at least two snapshots: start earlier."
+            )
+        due = max(0, (state.global_step - self.start) // self.every + 1)
+        if due != self.moments.snapshots:
+            raise TrainingError(
+                f"SwagCallback: the run stands at update {state.global_step} with {self.moments.snapshots} snapshots, "
+                f"expected {due}; snapshots are not in a checkpoint: resume before update {self.start}, use a new "
+                "callback for a new run."
+            )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        past = state.global_step - self.start
+        if past >= 0 and past % self.every == 0:
+            self.moments.add(trained_weights(kwargs["model"]))
+
+
+class Swag(PostHocMethod):
+    """Trains a finished plain LoRA adapter `swag_steps` updates more, at a constant rate, and fits their weights."""
+
+    name: ClassVar[str] = "swag"
+    label: ClassVar[str] = "SWAG"
+    summary: ClassVar[str] = "Gaussian of the weights that the tail of a run visits"
+    paper: ClassVar[str] = "Maddox et al. 2019, arXiv 1902.02476"
+    posterior: ClassVar[type[Posterior]] = SwagPosterior
+    start: ClassVar[type[Method] | None] = Mle
+
+    swag_steps: int = Field(100, ge=2, le=LARGEST_WHOLE, description="Updates to collect weights from.")
+    swag_learning_rate: float = Field(1e-4, gt=0, description="Constant learning rate of these updates.")
+
+    def fit_to(self, model: PeftModel, run: Fitting) -> SwagPosterior:
+        every = max(1, self.swag_steps // _SNAPSHOTS)
+        callback = SwagCallback(start=every, every=every, rank=_SNAPSHOTS)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".default" in name)
+        run.train(
+            model,
+            label=self.name,
+            folder=run.folder / "tail",
+            resume=False,
+            callbacks=[callback],
+            max_steps=self.swag_steps,
+            learning_rate=self.swag_learning_rate,
+            lr_scheduler_type="constant",
+            warmup_steps=0,
+            save_strategy="no",
+        )
+        model.requires_grad_(False)
+        return SwagPosterior.from_moments(model.eval(), callback.moments)

@@ -3,14 +3,19 @@ r"""Temperature scaling (Guo et al. 2017, arXiv 1706.04599, section 4.2), of the
 import math
 import warnings
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
+from peft import PeftModel
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from bayestune.errors import BayestuneWarning, DataError
+from bayestune.methods.base import Fitting, Method, PointMethod
+from bayestune.methods.mle import Mle
 from bayestune.metrics import row_nll
+from bayestune.sampling import Posterior
 
 LOWEST, HIGHEST = 0.01, 100.0
 """Bounds of T."""
@@ -74,3 +79,17 @@ def _best(nll: Callable[[float], float]) -> float:
             )
             return value
     return math.exp(best.x)
+
+
+class Temperature(PointMethod):
+    """Plain LoRA whose logits are divided by the temperature that is fitted on the rows of `temperature_split`."""
+
+    name: ClassVar[str] = "temperature"
+    label: ClassVar[str] = "Temperature"
+    summary: ClassVar[str] = "plain LoRA with a temperature fitted on held-out rows"
+    paper: ClassVar[str] = "Guo et al. 2017, arXiv 1706.04599"
+    start: ClassVar[type[Method] | None] = Mle
+    needs: ClassVar[tuple[str, ...]] = ("temperature_split",)
+
+    def fit(self, model: PeftModel, run: Fitting) -> Posterior:
+        return self.posterior(model.eval()) if run.started else super().fit(model, run)

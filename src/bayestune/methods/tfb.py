@@ -15,19 +15,26 @@ import copy
 import dataclasses
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
+from pydantic import Field
 from torch import Tensor
 
 from bayestune.adapters import BayesLoraConfig, gaussian_layers, is_merged
-from bayestune.errors import ConfigError, PosteriorError
+from bayestune.errors import BayestuneWarning, ConfigError, PosteriorError
+from bayestune.methods.anchor import anchor_loss
+from bayestune.methods.base import Fitting, Method, PostHocMethod
+from bayestune.methods.mle import Mle
+from bayestune.sampling import Posterior, Variational
+from bayestune.settings import LARGEST_WHOLE
 from bayestune.storage.state import (
     active_adapter,
     adapted,
@@ -252,3 +259,32 @@ def _set_width(blob: PeftModel, singular: dict[str, Tensor], sigma: float) -> No
         d = singular[name]
         largest = d.max() if d.max() > 0 else torch.ones((), dtype=d.dtype)
         layer.rho.copy_((sigma / torch.where(d > 0, d, largest)).sqrt()[:, None].expand_as(layer.rho))
+
+
+class Tfb(PostHocMethod):
+    """The widest posterior whose NLL on the first `anchor_rows` training rows stays within the tolerance."""
+
+    name: ClassVar[str] = "tfb"
+    label: ClassVar[str] = "TFB"
+    summary: ClassVar[str] = "training-free: the widest Gaussian over A that keeps the NLL of a finished adapter"
+    paper: ClassVar[str] = "Shi et al. 2024, arXiv 2412.05723"
+    posterior: ClassVar[type[Posterior]] = Variational
+    start: ClassVar[type[Method] | None] = Mle
+
+    tolerance: float = Field(0.003, gt=0, description="How much the NLL may change, as a share.")
+    anchor_rows: int = Field(
+        200, ge=1, le=LARGEST_WHOLE, description="Training rows that it is measured on, about ten times."
+    )
+
+    def fit_to(self, model: PeftModel, run: Fitting) -> Variational:
+        loss = anchor_loss(run.task, run.rows[: self.anchor_rows], draws=run.draws, seed=run.seed)
+        with run.precision():
+            fitted, search = tfb(model, loss, tolerance=self.tolerance)
+        if search.at_high:
+            warnings.warn(
+                f"tfb: sigma_q = {search.sigma:g}, the upper end of the search, is within the tolerance: the "
+                "posterior could be wider.",
+                BayestuneWarning,
+                stacklevel=2,
+            )
+        return Variational(fitted)

@@ -18,7 +18,7 @@ from bayestune.adapters import RandomLinear
 from bayestune.errors import BayestuneWarning, ConfigError
 from bayestune.files import new_folder
 from bayestune.functional import prediction_noise
-from bayestune.methods import Ensemble, Posterior
+from bayestune.methods import EnsemblePosterior, Posterior
 from bayestune.sampling.base import SubstitutedDraws
 from bayestune.storage.manifest import CONFIG_FILE, TENSOR_FILE, file_record, versions, write_manifest
 from bayestune.storage.state import (
@@ -81,7 +81,7 @@ def export_lora(
     if fault:
         raise ConfigError(f"the adapter cannot be exported as plain LoRA: {fault}.")
     check_values(adapter_tensors(model, adapter))
-    mean = [] if isinstance(posterior, Ensemble) else [None]
+    mean = [] if isinstance(posterior, EnsemblePosterior) else [None]
     indices: list[int | None] = [*mean, *range(draws)]
     names = ["mean" if index is None else f"draw_{index}" for index in indices]
     config = _plain_config(model, adapter)
@@ -111,7 +111,7 @@ def _whole_draws(
     if (
         posterior is None
         or posterior.kind in ("point", "blob")
-        or (draws == 0 and not isinstance(posterior, Ensemble))
+        or (draws == 0 and not isinstance(posterior, EnsemblePosterior))
     ):
         return None
     sampler = posterior.sampler(draws=draws, seed=seed)

@@ -17,7 +17,7 @@ from torch import Tensor
 from bayestune import metrics
 from bayestune.errors import ConfigError, DataError
 from bayestune.experiment.record import read_json
-from bayestune.experiment.settings import KL_METHODS, KL_SETTINGS
+from bayestune.experiment.settings import methods_with
 from bayestune.inference import Prediction, evaluate
 from bayestune.tables.cell_fields import (
     BINS,
@@ -175,8 +175,8 @@ def _agreements(cell: Cell) -> Iterator[tuple[tuple[str, ...], str, Any]]:
     yield (table, "eval_task", eval_task), "rows", cell["rows"]
     yield (table, "method", task, method), "steps", cell["steps"]
     for name, value in settings.items():
-        if name in KL_SETTINGS and settings.get("method") not in KL_METHODS:
-            continue
+        if methods_with(name) and settings.get("method") not in methods_with(name):
+            continue  # of no effect on this method
         if name in SHARED:
             yield (table, "task", task), f"experiment.{name}", value
         elif name not in OWN:

@@ -9,13 +9,15 @@ from typing import Any
 
 from bayestune.errors import ConfigError, MissingSplitError
 from bayestune.experiment.backbone import Backbone, build_task, find_backbone
-from bayestune.experiment.settings import KL_METHODS, KL_SETTINGS, POST_HOC, Experiment
+from bayestune.experiment.settings import Experiment
 from bayestune.tables.cells import Cell, portable, read_cells
-from bayestune.tables.layouts import LINES, layout
+from bayestune.methods import METHODS, Method
+from bayestune.tables.layouts import layout, lines
 from bayestune.tasks import Task
 
 _FREE = ("data", "adapter", "target_modules", "checkpoint_steps")
 """Settings that say where things are, or that a plan does not know yet."""
+_HELD_OUT = "temperature_split"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +25,7 @@ class Grid:
     """The runs of a table.
 
     Attributes:
-        table: its name. seeds, methods: its lines (names of `LINES`). tasks: training sets; None for all of the table.
+        table: its name. seeds, methods: its lines (names of `lines()`). tasks: training sets; None for all of the table.
         settings: of `Experiment`, model included, the same in every run; `eval_split` is by default "test" where there
             is one, and the usual split elsewhere. A method that fits a temperature does so on "dev".
         results: folder of the cells. runs: folder of the runs: posteriors, which methods that start from a finished
@@ -79,14 +81,15 @@ def plan(grid: Grid) -> Plan:
     runs = []
     for seed in grid.seeds:
         for task, (split, asked) in usable.items():
-            for line in sorted(grid.methods, key=lambda name: LINES[name].method in POST_HOC):
-                if line == "temperature" and split != "test":
-                    left_out.append(f"temperature on {task}: no rows beside those it is scored on")
+            for line in sorted(grid.methods, key=lambda name: _method(name).start is not None):
+                if _HELD_OUT in _method(line).needs and split != "test":
+                    left_out.append(f"{line} on {task}: no rows beside those it is scored on")
                     continue
                 planned = _planned(grid, line, task, seed, split)
                 missing = tuple(name for name in asked if not _is_there(there, planned, name, backbone))
                 if missing:
-                    start = _planned(grid, "mle", task, seed, split) if _starts(planned) else None
+                    first = _method(line).start
+                    start = None if first is None else _planned(grid, first.name, task, seed, split)
                     runs.append(dataclasses.replace(planned, eval_tasks=missing, start=start))
     cells = sum(len(planned.eval_tasks) * len(counts(planned.experiment)) for planned in runs)
     return Plan(runs=tuple(runs), cells=cells, seconds=_expected(there, runs), left_out=tuple(dict.fromkeys(left_out)))
@@ -135,8 +138,8 @@ def _task(grid: Grid, backbone: Backbone, name: str) -> Task:
 def _check_lines(grid: Grid) -> None:
     """Refuse methods and data sets that the table does not have."""
     for method in grid.methods:
-        if method not in LINES:
-            raise ConfigError(f"--methods: found {method!r}, expected some of {', '.join(LINES)}.")
+        if method not in lines():
+            raise ConfigError(f"--methods: found {method!r}, expected some of {', '.join(lines())}.")
     known = dict.fromkeys(column.task for column in layout(grid.table).columns)
     for task in grid.tasks or ():
         if task not in known:
@@ -148,19 +151,18 @@ def _check_lines(grid: Grid) -> None:
 
 def _planned(grid: Grid, line: str, task: str, seed: int, split: str) -> Planned:
     """The run of a line; the cells that it is to make are not looked for yet."""
-    method = LINES[line].method
-    settings = {**grid.settings, "method": method, "task": task, "seed": seed, "eval_split": split}
-    if method in POST_HOC:
-        settings["adapter"] = _folder(grid, "mle", task, seed).as_posix()
-    if method == "temperature":
-        settings["temperature_split"] = "dev"
-    experiment = Experiment.from_dict({**settings, **LINES[line].settings}, where="table")
+    method, found = lines()[line]
+    settings = {**grid.settings, "method": method.name, "task": task, "seed": seed, "eval_split": split}
+    if method.start is not None:
+        settings["adapter"] = _folder(grid, method.start.name, task, seed).as_posix()
+    if _HELD_OUT in method.needs:
+        settings[_HELD_OUT] = "dev"
+    experiment = Experiment.from_dict({**settings, **found.settings}, where="table")
     return Planned(line=line, experiment=experiment, output=_folder(grid, line, task, seed), eval_tasks=())
 
 
-def _starts(planned: Planned) -> bool:
-    """Whether the run starts from the adapter of the MLE."""
-    return planned.experiment.method in POST_HOC
+def _method(line: str) -> type[Method]:
+    return lines()[line][0]
 
 
 def _folder(grid: Grid, line: str, task: str, seed: int) -> Path:
@@ -215,15 +217,8 @@ def _is_there(cells: Sequence[Cell], planned: Planned, eval_task: str, backbone:
 
 def counts(experiment: Experiment) -> set[int]:
     """The numbers of draws of the cells of a run about one data set: mean, half and all, or the only one there is."""
-    match experiment.method:
-        case "mle" | "map" | "temperature":
-            return {0}
-        case "ensemble":
-            return {experiment.members}
-        case "laplace" if experiment.laplace_predictive == "probit":
-            return {1}
-        case _:
-            return {0, (experiment.draws + 1) // 2, experiment.draws}
+    found = experiment.method.draw_counts(experiment.draws)
+    return set(found) if len(found) == 1 else {*found, (found[-1] + 1) // 2}
 
 
 def _expected(there: Sequence[Cell], runs: Sequence[Planned]) -> float | None:
@@ -240,6 +235,6 @@ def _expected(there: Sequence[Cell], runs: Sequence[Planned]) -> float | None:
 
 def counts_for(name: str, wanted: Mapping[str, Any]) -> bool:
     """Whether the setting `name` of what is there must be that of `wanted`."""
-    if name in KL_SETTINGS and wanted["method"] not in KL_METHODS:
+    if name not in wanted:  # of another method
         return False
     return name not in _FREE or (name == "target_modules" and wanted[name] is not None)

@@ -1,12 +1,11 @@
 """The tables of the paper: their data sets, and the names and order of methods."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 from bayestune.errors import ConfigError
-from bayestune.experiment.settings import Method
+from bayestune.methods import METHODS, Line, Method
 from bayestune.report.views import shown
 from bayestune.tables.cell_fields import Cell
 
@@ -70,41 +69,9 @@ TABLES: Mapping[str, Layout] = MappingProxyType(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Line:
-    """A line of a table: what it is called, and what is trained for it.
-
-    Attributes:
-        method: of `Experiment`. settings: of `Experiment`, whatever those of the table say.
-        asked: whether it is made without being named in `--methods`.
-    """
-
-    label: str
-    method: Method
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    asked: bool = True
-
-
-_WIDE: Mapping[str, Any] = MappingProxyType({"kl_learning_rate": None, "posterior_std": 0.06})  # docs/recipe.md
-
-LINES: Mapping[str, Line] = MappingProxyType(
-    {
-        "mle": Line(label="MLE", method="mle"),
-        "map": Line(label="MAP", method="map"),
-        "dropout": Line(label="MC dropout", method="dropout"),
-        "ensemble": Line(label="Ensemble", method="ensemble"),
-        "bbb": Line(label="BBB", method="bbb"),
-        "laplace": Line(label="Laplace", method="laplace"),
-        "swag": Line(label="SWAG", method="swag"),
-        "tfb": Line(label="TFB", method="tfb"),
-        "temperature": Line(label="Temperature", method="temperature"),
-        "blob": Line(label="BLoB", method="blob"),
-        "blob_wide": Line(label="BLoB, std 0.06", method="blob", settings=_WIDE, asked=False),
-    }
-)
-"""Lines in their order, by the name that cells have in `method`; others follow by name."""
-
-_POINTS = ("mle", "map", "temperature")
+def lines() -> dict[str, tuple[type[Method], Line]]:
+    """The lines of a table, in order, by the name that cells have in `method`: the method and its line."""
+    return {name: (method, line) for method in METHODS.values() for name, line in method.lines().items()}
 
 
 def layout(name: str) -> Layout:
@@ -134,12 +101,14 @@ def check_columns(cells: Iterable[Cell], name: str) -> None:
 
 def line_keys(cells: Iterable[Cell]) -> list[tuple[str, int]]:
     """(method, draws) of the cells in the order of the lines of a table."""
-    order = {line: i for i, line in enumerate(LINES)}
+    order = {line: i for i, line in enumerate(lines())}
     keys = {(cell["method"], cell["draws"]) for cell in cells}
     return sorted(keys, key=lambda key: (order.get(key[0], len(order)), *key))
 
 
 def line_label(method: str, draws: int) -> str:
     """What a line is called: the method, and its number of draws."""
-    name = LINES[method].label if method in LINES else method
-    return name if method in _POINTS and draws == 0 else f"{name}, N = {draws}"
+    if method not in lines():
+        return f"{method}, N = {draws}"
+    found, line = lines()[method]
+    return line.label if found.has_no_draws and draws == 0 else f"{line.label}, N = {draws}"

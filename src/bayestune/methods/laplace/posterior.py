@@ -27,7 +27,7 @@ PREDICTIVES = ("mc", "probit")
 _PARTS = tuple(field.name for field in fields(KroneckerFactor))
 
 
-class Laplace(Posterior):
+class LaplacePosterior(Posterior):
     """``q(theta) = N(theta*, (H + tau I)^-1)`` around a plain LoRA adapter theta*, H its K-FAC curvature.
 
     A prediction is linear in the weights: draw k answers with ``f(x; theta*) + J(x) (theta_k - theta*)``, and
@@ -95,7 +95,7 @@ class Laplace(Posterior):
         settings: Mapping[str, Any],
         tensors: Mapping[str, Tensor],
         members: Sequence[Mapping[str, Tensor]] = (),
-    ) -> "Laplace":
+    ) -> "LaplacePosterior":
         """What `settings` and `tensors` of a posterior of the same adapter gave.
 
         Raises:
@@ -126,7 +126,7 @@ def fit_laplace(
     batch_size: int = 8,
     memory_limit: int | None = None,
     progress: bool = False,
-) -> Laplace:
+) -> LaplacePosterior:
     """Fit a Laplace posterior to the finished, plain LoRA adapter of `model`.
 
     The curvature is the generalised Gauss-Newton matrix summed over `rows`, exact over the classes, so that labels are
@@ -162,7 +162,7 @@ def fit_laplace(
         tau = _validated(model, linears, factors, task, batches)
     else:
         tau = float(precision)
-    return Laplace(model, factors, layers=layers, precision=tau, rows=len(rows), predictive=predictive)
+    return LaplacePosterior(model, factors, layers=layers, precision=tau, rows=len(rows), predictive=predictive)
 
 
 def _square_norm(linears: Mapping[str, nn.Linear]) -> float:

@@ -1,0 +1,90 @@
+"""What is made from the declarations of settings: the options of `bayestune train`, and the docs' page of methods.
+
+``python -m bayestune.experiment.declared`` (``make declared``) writes both files; a test compares them.
+"""
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from bayestune.experiment.settings import Experiment, methods_with
+from bayestune.methods import DEFAULT, METHODS
+from bayestune.settings import base_type, expected
+
+SOURCE = Path(__file__).parents[2]
+OPTIONS = SOURCE / "bayestune_cli" / "options.json"
+PAGE = SOURCE.parent / "docs" / "methods.md"
+_TYPES = {int: "int", float: "float", str: "str"}
+
+
+def options() -> list[dict[str, Any]]:
+    """The options of `bayestune train` that are settings: name, type, help, and the methods that use it (or null)."""
+    made = [_option(name, field, None) for name, field in Experiment.model_fields.items()]
+    seen: set[str] = set()
+    for method in METHODS.values():
+        for name, field in method.model_fields.items():
+            if name not in seen:
+                seen.add(name)
+                made.append(_option(name, field, methods_with(name)))
+    return made
+
+
+def _option(name: str, field: FieldInfo, methods: list[str] | None) -> dict[str, Any]:
+    help_text = field.description or ""
+    if name == "method":
+        names = "; ".join(f"{method.name}, {method.summary}" for method in METHODS.values())
+        return {"name": name, "type": "str", "help": f"{names}. Default {DEFAULT.name}.", "methods": None}
+    if methods is not None:
+        help_text = f"{', '.join(methods)}: {help_text}"
+    elif name == "adapter":
+        help_text = f"{', '.join(m.name for m in METHODS.values() if m.start is not None)}: {help_text}"
+    if not field.is_required() and field.default is not None:
+        help_text = f"{help_text.removesuffix('.')}; default {field.default}."
+    return {"name": name, "type": _type(field), "help": help_text, "methods": methods}
+
+
+def _type(field: FieldInfo) -> str:
+    kind = base_type(field)
+    if get_origin(kind) is tuple:
+        return "names"
+    return "str" if get_origin(kind) is Literal else _TYPES[kind]
+
+
+def methods_page() -> str:
+    """The page of methods, in Markdown."""
+    lines = [
+        "# Methods",
+        "",
+        "Each method is one file of `src/bayestune/methods`, from whose declaration this page, the options of",
+        "`bayestune train` and the lines of tables are made (`make declared`).",
+        "",
+        "| method | what it is | starts from | draws | source |",
+        "|---|---|---|---|---|",
+    ]
+    for method in METHODS.values():
+        start = f"a finished `{method.start.name}` adapter" if method.start else "a new adapter"
+        draws = "none" if method.has_no_draws else "yes"
+        lines.append(f"| [`{method.name}`](#{method.name}) | {method.summary} | {start} | {draws} | {method.paper} |")
+    for method in METHODS.values():
+        lines += ["", f"## {method.name}", "", inspect.cleandoc(method.__doc__ or ""), ""]
+        lines += [f"Source: {method.paper}. Code: `{method.__module__.replace('.', '/')}.py`."]
+        if method.model_fields:
+            lines += ["", "| setting | takes | default | |", "|---|---|---|---|"]
+        for name, field in method.model_fields.items():
+            default = "none" if field.default is None else f"`{field.default}`"
+            lines.append(f"| `{name}` | {expected(field)} | {default} | {field.description} |")
+    return "\n".join(lines) + "\n"
+
+
+def written() -> dict[Path, str]:
+    """The content of each file."""
+    return {OPTIONS: json.dumps(options(), indent=1) + "\n", PAGE: methods_page()}
+
+
+if __name__ == "__main__":
+    for path, text in written().items():
+        path.write_text(text, encoding="utf-8")
+        print(path)

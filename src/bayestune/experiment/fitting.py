@@ -1,0 +1,51 @@
+"""What a method sees of the run that it is fitted in."""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from bayestune.experiment.processes import is_main
+from bayestune.experiment.settings import Experiment
+from bayestune.experiment.start import Start
+from bayestune.experiment.train import Training
+from bayestune.methods import Fitting
+from bayestune.storage import load_posterior, save_posterior
+from bayestune.tasks import AnyRow
+
+
+def autocast(experiment: Experiment) -> contextlib.AbstractContextManager[Any]:
+    """The precision of the experiment."""
+    if experiment.precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", dtype=torch.bfloat16)
+
+
+def fitting(training: Training, start: Start, more_rows: Mapping[str, Sequence[AnyRow]]) -> Fitting:
+    """The run of `training` as its method sees it."""
+    experiment = training.experiment
+    return Fitting(
+        task=training.task,
+        rows=training.rows,
+        more_rows=more_rows,
+        seed=experiment.seed,
+        draws=experiment.draws,
+        started=experiment.adapter is not None,
+        folder=training.checkpoints,
+        checkpoints=experiment.checkpoint_steps > 0,
+        resume=training.resume,
+        progress=training.progress,
+        train=training.train,
+        renew=lambda model, seed: start.renew(model, experiment, seed),
+        keep=_keep,
+        restore=lambda model, folder: load_posterior(model.unload(), folder),
+        precision=lambda: autocast(experiment),
+    )
+
+
+def _keep(model: PeftModel, folder: Path) -> None:
+    if is_main():
+        save_posterior(model, folder, overwrite=True)

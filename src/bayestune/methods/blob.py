@@ -1,0 +1,121 @@
+r"""BLoB: Bayesian low-rank adaptation by backpropagation (Wang et al. 2024, arXiv 2406.11675).
+
+The posterior is ``q(A) = N(M, diag(Omega^2))`` with ``Omega = G^2`` (section 3.2); M, G and B are trained together on
+``mean NLL + pi_i KL(q || N(0, s_p^2))`` with the weights pi_i of `kl_schedule` (section 3.3).
+"""
+
+import warnings
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, Self
+
+from peft import LoraConfig, PeftModel
+from pydantic import Field, model_validator
+
+from bayestune.adapters import BayesLoraConfig
+from bayestune.errors import BayestuneWarning, ConfigError
+from bayestune.functional import cycle_steps, linear_kl_weight, paper_kl_weight, uniform_kl_weight
+from bayestune.methods.base import Family, Line, Method, Updates
+from bayestune.sampling import Posterior, Variational
+from bayestune.training import KLSettings, elbo_kl_weight, initial_std, kl_only_std, kl_rate_for_std
+from bayestune.training.kl import Schedule
+from bayestune.training.width import check_std
+
+_SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
+    {"paper": paper_kl_weight, "uniform": uniform_kl_weight, "linear": linear_kl_weight}
+)
+_PAPER_RATES: Mapping[Family, float] = MappingProxyType({"causal": 0.01, "encoder": 0.002})
+
+
+class Blob(Method):
+    """A Gaussian over A whose mean and standard deviation are trained by backpropagation; B is a point."""
+
+    name: ClassVar[str] = "blob"
+    label: ClassVar[str] = "BLoB"
+    summary: ClassVar[str] = "Gaussian posterior over A, mean and variance trained by backpropagation"
+    paper: ClassVar[str] = "Wang et al. 2024, arXiv 2406.11675"
+    posterior: ClassVar[type[Posterior]] = Variational
+    distribution: ClassVar[str] = "gaussian_a"
+    variants: ClassVar[Mapping[str, Line]] = MappingProxyType(
+        {
+            "blob_wide": Line(  # docs/recipe.md
+                label="BLoB, std 0.06",
+                settings=MappingProxyType({"kl_learning_rate": None, "posterior_std": 0.06}),
+                by_default=False,
+            )
+        }
+    )
+
+    prior_std: float = Field(0.2, gt=0, description="Standard deviation of the prior.")
+    rho_init: float = Field(0.05, gt=0, description="Initial G; the standard deviation is G^2.")
+    estimator: Literal["independent", "flipout", "flipout_token"] = Field(
+        "independent", description="Training noise: independent per row, flipout, or flipout_token."
+    )
+    kl_schedule: Literal["paper", "uniform", "linear", "elbo"] = Field(
+        "paper", description="Weights of the KL: paper, uniform, linear, or elbo (1/rows in every update)."
+    )
+    kl_learning_rate: float | None = Field(
+        None, gt=0, description="Learning rate of the SGD step on G and the KL; default: the paper's for this model."
+    )
+    posterior_std: float | None = Field(
+        None,
+        gt=0,
+        description="Target posterior std. Sets the KL learning rate for you; use it instead of --kl-learning-rate.",
+    )
+
+    @model_validator(mode="after")
+    def _check_width(self) -> Self:
+        if self.kl_learning_rate is not None and self.posterior_std is not None:
+            raise ConfigError("posterior_std and kl_learning_rate: found both; each fixes the other, leave one out.")
+        if self.posterior_std is not None:
+            check_std(self.posterior_std, start=initial_std(self.rho_init), prior_std=self.prior_std)
+        return self
+
+    def resolved(self, family: Family) -> Self:
+        if self.kl_learning_rate is None and self.posterior_std is None:
+            return self.replace(kl_learning_rate=_PAPER_RATES[family])
+        return self
+
+    def adapter_config(self, **lora: Any) -> LoraConfig:
+        return BayesLoraConfig(
+            **lora,
+            prior_std=self.prior_std,
+            rho_init=self.rho_init,
+            estimator=self.estimator,
+            distribution=self.distribution,
+        )
+
+    def kl(self, updates: Updates) -> KLSettings:
+        schedule = _SCHEDULES.get(self.kl_schedule) or elbo_kl_weight(updates.rows)
+        cycle = cycle_steps(updates.rows, updates.batch_size, processes=updates.processes)
+        rate = self.kl_learning_rate
+        if rate is None:
+            assert self.posterior_std is not None
+            rate = kl_rate_for_std(self.posterior_std, **self._growth(updates, cycle, schedule))
+        return KLSettings(cycle=cycle, schedule=schedule, learning_rate=rate)
+
+    def _growth(self, updates: Updates, cycle: int, schedule: Schedule) -> dict[str, Any]:
+        """The arguments of `kl_only_std` and `kl_rate_for_std` beside the rate and the std."""
+        return {
+            "updates": updates.steps,
+            "cycle": cycle,
+            "schedule": schedule,
+            "start": initial_std(self.rho_init),
+            "prior_std": self.prior_std,
+            "warmup": updates.warmup,
+        }
+
+    def check(self, model: PeftModel, updates: Updates) -> None:
+        """Warn if the run is too short for `posterior_std` even at the largest KL rate."""
+        if self.posterior_std is None:
+            return
+        kl = self.kl(updates)
+        reached = kl_only_std(kl.learning_rate, **self._growth(updates, kl.cycle, kl.schedule))
+        if reached < 0.99 * self.posterior_std:
+            warnings.warn(
+                f"posterior_std: {updates.steps} updates are too few for {self.posterior_std:g} at the largest "
+                f"KL rate, prior_std^2 = {kl.learning_rate:g}: the standard deviation ends near {reached:.3g}. Give "
+                "more steps, or a smaller posterior_std.",
+                BayestuneWarning,
+                stacklevel=2,
+            )

@@ -1,0 +1,54 @@
+"""Laplace-LoRA as a method: a Gaussian fitted around a finished plain LoRA adapter."""
+
+from typing import ClassVar, Literal
+
+from peft import PeftModel
+from pydantic import Field
+
+from bayestune.methods.base import Fitting, Method, PostHocMethod, Updates
+from bayestune.methods.laplace.linears import refuse_if_too_large
+from bayestune.methods.laplace.posterior import LaplacePosterior, fit_laplace
+from bayestune.methods.mle import Mle
+from bayestune.sampling import Posterior
+
+
+class Laplace(PostHocMethod):
+    """K-FAC curvature of the training rows around the adapter, and predictions that are linear in the weights."""
+
+    name: ClassVar[str] = "laplace"
+    label: ClassVar[str] = "Laplace"
+    summary: ClassVar[str] = "Gaussian around a finished adapter with K-FAC curvature, linearized predictions"
+    paper: ClassVar[str] = "Yang et al. 2024, arXiv 2308.13111"
+    posterior: ClassVar[type[Posterior]] = LaplacePosterior
+    start: ClassVar[type[Method] | None] = Mle
+    splits: ClassVar[tuple[str, ...]] = ("fit_split",)
+
+    laplace_layers: Literal["all", "last"] = Field(
+        "all", description="Layers with curvature: all adapted ones, or the last (the trained head, if there is one)."
+    )
+    laplace_predictive: Literal["mc", "probit"] = Field(
+        "mc", description="mc, draws of the linearized model, or probit, in closed form."
+    )
+    fit_split: str | None = Field(
+        None, min_length=1, description="Rows for the prior precision; default: the marginal likelihood."
+    )
+
+    def check(self, model: PeftModel, updates: Updates) -> None:
+        refuse_if_too_large(model, layers=self.laplace_layers, memory_limit=None)
+
+    def draw_counts(self, draws: int) -> tuple[int, ...]:
+        return (1,) if self.laplace_predictive == "probit" else (0, draws)
+
+    def fit_to(self, model: PeftModel, run: Fitting) -> LaplacePosterior:
+        validation = run.more_rows.get("fit_split") or None
+        with run.precision():
+            return fit_laplace(
+                model,
+                run.task,
+                run.rows,
+                layers=self.laplace_layers,
+                precision="validation" if validation else "marglik",
+                validation_rows=validation,
+                predictive=self.laplace_predictive,
+                progress=run.progress,
+            )

@@ -1,0 +1,87 @@
+"""Settings and records: declared once with pydantic, and refused in one line that says what was found and expected."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self, get_args, get_origin
+
+import annotated_types
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+
+from bayestune.errors import ConfigError
+
+LARGEST_WHOLE = 2**31 - 1
+
+
+class Settings(BaseModel):
+    """Frozen, keyword-only settings; each field has its bounds and a line of help.
+
+    Raises:
+        ConfigError: on a value of the wrong type or out of range, naming the field.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(refusal(type(self), error)) from None
+
+    def replace(self, **changes: Any) -> Self:
+        """The same settings with some of them changed, checked again."""
+        return type(self)(**{**dict(self), **changes})
+
+
+def refusal(model: type[BaseModel], error: ValidationError) -> str:
+    """The first fault that pydantic found in the values of `model`, in one line."""
+    fault = error.errors()[0]
+    path = ".".join(str(part) for part in fault["loc"])
+    name = str(fault["loc"][0]) if fault["loc"] else ""
+    if fault["type"] == "missing":
+        return f"found no setting {path!r}, expected one."
+    if fault["type"] == "extra_forbidden":
+        return f"unknown setting {path!r}; known are {', '.join(model.model_fields)}."
+    if fault["type"] == "value_error":
+        return str(fault["ctx"]["error"])
+    if fault["type"] == "less_than_equal":
+        return f"{path}: found {fault['input']}, expected at most {fault['ctx']['le']}."
+    return f"{path}: found {fault['input']!r}, expected {expected(model.model_fields[name])}."
+
+
+def expected(field: FieldInfo) -> str:
+    """What a field takes, in words: "a whole number, at least 1", "one of all, last", ..."""
+    kind = base_type(field)
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    if get_origin(kind) is tuple:
+        return "a list of module names such as q_proj"
+    if kind is str:
+        return "a text"
+    low = next((part for part in field.metadata if isinstance(part, annotated_types.Ge)), None)
+    above = next((part for part in field.metadata if isinstance(part, annotated_types.Gt)), None)
+    below = next((part for part in field.metadata if isinstance(part, annotated_types.Lt)), None)
+    word = "a whole number" if kind is int else "a number"
+    if above is not None and below is not None:
+        return f"{word} between {above.gt} and {below.lt}"
+    if above is not None:
+        return f"{word} above {above.gt}"
+    return word if low is None else f"{word}, at least {low.ge}"
+
+
+def base_type(field: FieldInfo) -> Any:
+    """The type of a field, without the None that an optional one also takes."""
+    kind: Any = field.annotation
+    inner = [part for part in get_args(kind) if part is not type(None)]
+    return (float if float in inner else inner[0]) if type(None) in get_args(kind) else kind
+
+
+def from_text(fields: Mapping[str, FieldInfo], name: str, value: Any) -> Any:
+    """A value of a file as a field takes it: YAML has no tuple, and reads 1e-4 as a text."""
+    if isinstance(value, list):
+        return tuple(value)
+    if isinstance(value, str) and name in fields and base_type(fields[name]) is float:
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value

@@ -1,0 +1,109 @@
+"""`bayestune train`. Its options are those of `options.json`, which is made from the declarations of settings."""
+
+import inspect
+import json
+import sys
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bayestune_cli.config import read_run_file
+from bayestune_cli.console import FlagError, say
+
+_TYPES = {"int": int, "float": float, "str": str, "names": str}
+_EITHER = ("kl_learning_rate", "posterior_std")
+"""Settings of which one takes the place of the other."""
+
+
+@cache
+def _options() -> tuple[dict[str, Any], ...]:
+    """The settings of a run and of its method, as `bayestune.experiment.declared` writes them."""
+    return tuple(json.loads((Path(__file__).parent / "options.json").read_text(encoding="utf-8")))
+
+
+def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` with an option for each setting in the place of its ``**given``."""
+    own = list(inspect.signature(command).parameters.values())[:-1]
+    made = [
+        inspect.Parameter(
+            option["name"],
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[_TYPES[option["type"]] | None, typer.Option(help=option["help"])],
+        )
+        for option in _options()
+    ]
+    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+    ordered = [*parameters[:2], *made, *parameters[2:]]
+    command.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in ordered}
+    return command
+
+
+def _check_of_method(given: Mapping[str, Any], method: str) -> None:
+    """Refuse a flag that the method has no use for. A file may hold settings of several methods.
+
+    Raises:
+        FlagError: naming the flag, and the methods that have.
+    """
+    for option in _options():
+        name, methods = option["name"], option["methods"]
+        if methods is not None and name in given and method not in methods:
+            flag = "--" + name.replace("_", "-")
+            raise FlagError(f"{flag}: found it with method {method!r}, expected method {' or '.join(methods)}.")
+
+
+@_with_settings
+def train(
+    output: Annotated[Path, typer.Option(help="Folder of the run: posterior/, experiment.json, result.json.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML file with any of the settings below, model and task too; flags win. Or the result.json of a "
+            "run, to make it again: a warning names data, weights, versions that differ from the record."
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the last checkpoint in --output, with its settings.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --output.")] = False,
+    **given: Any,
+) -> None:
+    """Train a posterior (or plain LoRA), evaluate it, and leave both in a run folder."""
+    given = {name: value for name, value in given.items() if value is not None}
+    for option in _options():
+        if option["type"] == "names" and option["name"] in given:
+            given[option["name"]] = [name.strip() for name in given[option["name"]].split(",")]
+    if resume and config is None and not {"model", "task"} & given.keys():
+        config = output / "experiment.json"
+    settings, record = ({}, None) if config is None else read_run_file(config)
+    if set(_EITHER) & given.keys():
+        settings = {name: value for name, value in settings.items() if name not in _EITHER}
+    settings.update(given)
+    if "method" in settings:
+        _check_of_method(given, settings["method"])
+
+    from bayestune.experiment import Experiment, run, score_table
+    from bayestune.methods import DEFAULT
+
+    if "method" not in settings:
+        _check_of_method(given, DEFAULT.name)
+    experiment = Experiment.from_dict(settings, where="train" if config is None else f"--config {config}")
+    result = run(
+        experiment,
+        output,
+        overwrite=overwrite,
+        resume=resume,
+        command=["bayestune", *sys.argv[1:]],
+        record=record,
+        progress=True,
+    )
+    if not result.scores:
+        return  # one of several processes, and not the one that evaluates
+    say(score_table(result.scores))
+    if experiment.temperature_split is not None:
+        say(f"temperature {result.temperature:.4g}, fitted on {experiment.temperature_split}")
+    say(f"{result.output}: posterior/, experiment.json, result.json ({result.seconds:.0f} s)")
