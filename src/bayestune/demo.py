@@ -83,7 +83,9 @@ def run_demo(output: str | Path, *, seed: int = 0, overwrite: bool = False) -> d
         "seconds": round(time.monotonic() - started, 1),
     }
     write_json(output / "result.json", content)
-    print(f"\n{output}: result.json, reliability.png, reliability.svg, {PLAIN}/, {BAYES}/ ({content['seconds']:.0f} s)")
+    print(
+        f"\n{output}: result.json, reliability.png, reliability.svg, {PLAIN}/, {BAYES}/ ({content['seconds']:.0f} s)"
+    )
     return content
 
 

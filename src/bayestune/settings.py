@@ -1,7 +1,7 @@
 """Settings and records: declared once with pydantic, and refused in one line that says what was found and expected."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import annotated_types
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -10,6 +10,8 @@ from pydantic.fields import FieldInfo
 from bayestune.errors import ConfigError
 
 LARGEST_WHOLE = 2**31 - 1
+
+_S = TypeVar("_S", bound="Settings")
 
 
 class Settings(BaseModel):
@@ -27,14 +29,14 @@ class Settings(BaseModel):
         except ValidationError as error:
             raise ConfigError(refusal(type(self), error)) from None
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self: _S, **changes: Any) -> _S:
         """The same settings with some of them changed, checked again."""
         return type(self)(**{**dict(self), **changes})
 
 
 def refusal(model: type[BaseModel], error: ValidationError) -> str:
     """The first fault that pydantic found in the values of `model`, in one line."""
-    fault = error.errors()[0]
+    fault: dict[str, Any] = dict(error.errors()[0])
     path = ".".join(str(part) for part in fault["loc"])
     name = str(fault["loc"][0]) if fault["loc"] else ""
     if fault["type"] == "missing":

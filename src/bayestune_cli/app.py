@@ -30,8 +30,9 @@ from bayestune_cli.streams import (
     open_streams,
     quietly,
 )
+from bayestune_cli.train import train
 from bayestune_cli.trained import evaluate, export, predict
-from bayestune_cli.training import demo, train
+from bayestune_cli.training import demo
 
 _STOPPED: dict[int, tuple[str, int]] = {
     signal.SIGINT: ("interrupted", INTERRUPTED),

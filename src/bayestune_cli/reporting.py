@@ -33,7 +33,7 @@ def table(
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Train nothing: make the table from --results.")] = False,
 ) -> None:
     """Make a table of the paper: every method, data set and seed, then the table as Markdown and HTML."""
-    from bayestune.tables.layouts import LINES, layout
+    from bayestune.tables.layouts import layout, lines
 
     layout(table)
     given = {"data": data, "model": model, "seeds": seeds, "methods": methods, "steps": steps, "tasks": tasks}
@@ -59,7 +59,7 @@ def table(
     grid = Grid(
         table=table,
         seeds=_seeds(seeds or "1,2,3"),
-        methods=methods.split(",") if methods else [name for name, line in LINES.items() if line.asked],
+        methods=methods.split(",") if methods else [name for name, (_, line) in lines().items() if line.by_default],
         tasks=tasks.split(",") if tasks else None,
         settings=settings,
         results=results,

@@ -47,7 +47,7 @@ def _option(name: str, field: FieldInfo, methods: list[str] | None) -> dict[str,
 
 
 def _type(field: FieldInfo) -> str:
-    kind = base_type(field)
+    kind = int if int in get_args(field.annotation) else base_type(field)
     if get_origin(kind) is tuple:
         return "names"
     return "str" if get_origin(kind) is Literal else _TYPES[kind]

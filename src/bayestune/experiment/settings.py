@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 from pydantic.fields import FieldInfo
@@ -92,7 +92,7 @@ class Experiment(Settings):
         return {**shared, "method": found(**own)}
 
     @model_validator(mode="after")
-    def _check_together(self) -> Self:
+    def _check_together(self) -> "Experiment":
         if self.adapter is not None and self.method.start is None:
             able = ", ".join(name for name, method in METHODS.items() if method.start is not None)
             raise ConfigError(f"adapter: found one for method {self.method.name!r}, expected one of {able}.")
@@ -101,7 +101,7 @@ class Experiment(Settings):
                 raise ConfigError(f"{name}: found none, expected one: method {self.method.name!r} is fitted on it.")
         return self
 
-    def resolved(self, family: Family) -> Self:
+    def resolved(self, family: Family) -> "Experiment":
         """The same with what depends on the kind of model filled in; target_modules, eval_split and data stay."""
         missing = {name: value for name, value in _FAMILY_DEFAULTS[family].items() if dict(self)[name] is None}
         return self.replace(**missing, method=self.method.resolved(family))
@@ -112,7 +112,7 @@ class Experiment(Settings):
         return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any], *, where: str) -> Self:
+    def from_dict(cls, fields: Mapping[str, Any], *, where: str) -> "Experiment":
         """An experiment from the flat settings of a file; `where` names the file in errors.
 
         Settings of other methods are allowed, since one file may serve several methods; they have no effect.
@@ -124,8 +124,8 @@ class Experiment(Settings):
         try:
             for name in fields:
                 _check_known(str(name))
-            values = {name: from_text(known, name, value) for name, value in fields.items()}
-            return cls(**{name: value for name, value in values.items() if value is not None or name != "method"})
+            values: dict[str, Any] = {name: from_text(known, name, value) for name, value in fields.items()}
+            return cls(**values)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from error
 

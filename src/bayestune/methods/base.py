@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, TypeVar
 
 from peft import LoraConfig, PeftModel
 
@@ -23,6 +23,7 @@ from bayestune.tasks import AnyRow, Task
 from bayestune.training import KLSettings
 
 Family = Literal["causal", "encoder"]
+_M = TypeVar("_M", bound="Method")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +114,7 @@ class Method(Settings, ABC):
     has_no_draws: ClassVar[bool] = False
     variants: ClassVar[Mapping[str, Line]] = MappingProxyType({})
 
-    def resolved(self, family: Family) -> Self:
+    def resolved(self: _M, family: Family) -> _M:
         """The same with the paper's values for this family of models where a setting is None."""
         return self
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import ClassVar
 
+from bayestune.adapters.config import Distribution
 from bayestune.methods.base import Line
 from bayestune.methods.blob import Blob
 
@@ -15,5 +16,5 @@ class Bbb(Blob):
     label: ClassVar[str] = "BBB"
     summary: ClassVar[str] = "Bayes by backprop: a Gaussian posterior over A and B"
     paper: ClassVar[str] = "Blundell et al. 2015, arXiv 1505.05424"
-    distribution: ClassVar[str] = "gaussian_ab"
+    distribution: ClassVar[Distribution] = "gaussian_ab"
     variants: ClassVar[Mapping[str, Line]] = MappingProxyType({})

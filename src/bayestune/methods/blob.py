@@ -7,12 +7,13 @@ The posterior is ``q(A) = N(M, diag(Omega^2))`` with ``Omega = G^2`` (section 3.
 import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, TypeVar
 
 from peft import LoraConfig, PeftModel
 from pydantic import Field, model_validator
 
 from bayestune.adapters import BayesLoraConfig
+from bayestune.adapters.config import Distribution
 from bayestune.errors import BayestuneWarning, ConfigError
 from bayestune.functional import cycle_steps, linear_kl_weight, paper_kl_weight, uniform_kl_weight
 from bayestune.methods.base import Family, Line, Method, Updates
@@ -26,6 +27,8 @@ _SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
 )
 _PAPER_RATES: Mapping[Family, float] = MappingProxyType({"causal": 0.01, "encoder": 0.002})
 
+_B = TypeVar("_B", bound="Blob")
+
 
 class Blob(Method):
     """A Gaussian over A whose mean and standard deviation are trained by backpropagation; B is a point."""
@@ -35,7 +38,7 @@ class Blob(Method):
     summary: ClassVar[str] = "Gaussian posterior over A, mean and variance trained by backpropagation"
     paper: ClassVar[str] = "Wang et al. 2024, arXiv 2406.11675"
     posterior: ClassVar[type[Posterior]] = Variational
-    distribution: ClassVar[str] = "gaussian_a"
+    distribution: ClassVar[Distribution] = "gaussian_a"
     variants: ClassVar[Mapping[str, Line]] = MappingProxyType(
         {
             "blob_wide": Line(  # docs/recipe.md
@@ -64,14 +67,14 @@ class Blob(Method):
     )
 
     @model_validator(mode="after")
-    def _check_width(self) -> Self:
+    def _check_width(self) -> "Blob":
         if self.kl_learning_rate is not None and self.posterior_std is not None:
             raise ConfigError("posterior_std and kl_learning_rate: found both; each fixes the other, leave one out.")
         if self.posterior_std is not None:
             check_std(self.posterior_std, start=initial_std(self.rho_init), prior_std=self.prior_std)
         return self
 
-    def resolved(self, family: Family) -> Self:
+    def resolved(self: _B, family: Family) -> _B:
         if self.kl_learning_rate is None and self.posterior_std is None:
             return self.replace(kl_learning_rate=_PAPER_RATES[family])
         return self

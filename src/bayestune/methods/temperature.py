@@ -31,8 +31,8 @@ def fit_temperature(log_probs: Float[Tensor, "draws rows classes"], labels: Int[
     from which they differ by a constant a row. They may be -inf. One draw gives Guo et al.'s T and keeps every answer
     as it is; with several the NLL is that of the average, and an answer may change. With one draw the NLL has one
     minimum in log T; with several it may have more, so the best of a grid over [0.01, 100] is refined by
-    Brent's bounded search. 1 where no T is better than that beyond rounding. Warns where the minimum is at a bound, as where every
-    answer is right.
+    Brent's bounded search. 1 where no T is better than that beyond rounding. Warns where the minimum is at a bound, as
+    where every answer is right.
 
     Example:
         >>> fit_temperature(torch.tensor([[[0.9, 0.1]] * 4]).log(), torch.tensor([0, 0, 0, 1]))  # log 9 / log 3

@@ -10,8 +10,8 @@ from typing import Any
 from bayestune.errors import ConfigError, MissingSplitError
 from bayestune.experiment.backbone import Backbone, build_task, find_backbone
 from bayestune.experiment.settings import Experiment
+from bayestune.methods import Method
 from bayestune.tables.cells import Cell, portable, read_cells
-from bayestune.methods import METHODS, Method
 from bayestune.tables.layouts import layout, lines
 from bayestune.tasks import Task
 
@@ -25,7 +25,7 @@ class Grid:
     """The runs of a table.
 
     Attributes:
-        table: its name. seeds, methods: its lines (names of `lines()`). tasks: training sets; None for all of the table.
+        table: its name. seeds, methods: its lines. tasks: training sets; None for all of the table.
         settings: of `Experiment`, model included, the same in every run; `eval_split` is by default "test" where there
             is one, and the usual split elsewhere. A method that fits a temperature does so on "dev".
         results: folder of the cells. runs: folder of the runs: posteriors, which methods that start from a finished
