@@ -154,7 +154,7 @@ def test_the_papers_decay_is_lost_in_float32_at_a_small_learning_rate(world: Pat
     plain, decayed = (
         run(experiment(world, method=method, learning_rate=0.002), tmp_path / method) for method in ("mle", "map")
     )
-    assert decayed.experiment.weight_decay == 1e-5 and 0.002 * 1e-5 < torch.finfo(torch.float32).eps / 4
+    assert decayed.experiment.as_dict()["weight_decay"] == 1e-5 and 0.002 * 1e-5 < torch.finfo(torch.float32).eps / 4
     assert torch.equal(decayed.predictions["map"].log_probs, plain.predictions["mle"].log_probs)
 
 
@@ -298,7 +298,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise PosteriorError("no width")
 
-    monkeypatch.setattr("bayestune.experiment.methods.tfb", refuse)
+    monkeypatch.setattr("bayestune.methods.tfb.fit_tfb", refuse)
 
 
 def test_a_refused_fit_leaves_the_run_that_was_to_be_replaced(
@@ -314,7 +314,7 @@ def test_a_refused_fit_leaves_the_run_that_was_to_be_replaced(
             run(given, output, overwrite=True)
     assert before == {path: path.read_bytes() for path in sorted(output.rglob("*")) if path.is_file()}
     run(given, output, overwrite=True)
-    assert load_run(output).experiment.method == "tfb"
+    assert load_run(output).experiment.method.name == "tfb"
     assert {path.name for path in output.iterdir()} == {"posterior", "experiment.json", "result.json"}
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
@@ -325,7 +325,7 @@ def test_an_adapter_that_was_trained_for_a_refused_fit_can_be_used(
     whole = run(experiment(world, method="tfb"), tmp_path / "whole")
     with monkeypatch.context() as patch:
         narrow(patch)
-        with pytest.raises(PosteriorError, match=r"go on with --adapter") as caught:
+        with pytest.raises(PosteriorError, match=r"fit again with --adapter") as caught:
             run(experiment(world, method="tfb"), tmp_path / "refused")
     kept = tmp_path / "refused" / "adapter"
     assert str(kept) in str(caught.value)

@@ -18,7 +18,7 @@ from bayestune.adapters import gaussian_layers
 from bayestune.errors import BayestuneError, ConfigError, DataError, PosteriorError
 from bayestune.functional import std
 from bayestune.inference import draw, predict
-from bayestune.methods import anchor_loss, load_posterior, save_posterior, search_sigma, tfb
+from bayestune.methods import anchor_loss, fit_tfb, load_posterior, save_posterior, search_sigma
 from bayestune.methods.tfb import rotated
 from bayestune.metrics import nll
 from bayestune.serving.lora import export_lora
@@ -82,7 +82,7 @@ def test_the_mean_is_the_adapter(name: str) -> None:
     inputs = architecture.inputs()
     expected = logits(model.eval(), inputs)
     config = model.peft_config["default"]
-    found, _ = tfb(model, square)
+    found, _ = fit_tfb(model, square)
     after = products(found)
     assert before.keys() == after.keys() and len(after) >= 4
     for key, product in before.items():
@@ -99,7 +99,7 @@ def test_the_mean_is_the_adapter(name: str) -> None:
 def test_the_base_is_bit_equal(name: str) -> None:
     architecture, settings = SETTINGS[name]
     base = state(architecture.build())
-    found, _ = tfb(lora(architecture, **settings), square)
+    found, _ = fit_tfb(lora(architecture, **settings), square)
     for path, module in list(found.get_base_model().named_modules()):
         if isinstance(module, ModulesToSaveWrapper):
             assert not torch.equal(module.modules_to_save["default"].weight, module.original_module.weight)
@@ -113,7 +113,7 @@ def test_a_half_precision_base_and_head_stay_as_they_are(autocast: bool) -> None
     config = LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS")
     model = scatter(get_peft_model(base, config, autocast_adapter_dtype=autocast))
     before, tensors = products(model), {k: t.clone() for k, t in adapter_tensors(model, "default").items()}
-    found, _ = tfb(model, square)
+    found, _ = fit_tfb(model, square)
     after = adapter_tensors(found, "default")
     for key, tensor in tensors.items():
         if "lora" not in key:
@@ -141,7 +141,7 @@ def test_widths_are_sigma_over_the_singular_values() -> None:
         for key, tensor in adapter_tensors(model, "default").items()
         if key.endswith(".lora_B.weight")
     }
-    found, search = tfb(model, square)
+    found, search = fit_tfb(model, square)
     for name, layer in gaussian_layers(found).items():
         expected = search.sigma / singular[f"base_model.model.{name}"]
         assert (std(layer.rho.double()) / expected[:, None] - 1).abs().max() <= 1e-6
@@ -152,7 +152,7 @@ def test_the_covariance_of_sampled_BA() -> None:
     model = lora(LLAMA, target_modules=["v_proj"], layers_to_transform=[0])
     (mean,) = products(model).values()
     b = adapter_tensors(model, "default")["base_model.model.model.layers.0.self_attn.v_proj.lora_B.weight"].double()
-    found, search = tfb(model, square)
+    found, search = fit_tfb(model, square)
     (layer,) = gaussian_layers(found).values()
     (b_new,) = (t.double() for k, t in adapter_tensors(found, "default").items() if k.endswith("lora_B.weight"))
     draws = 4000
@@ -173,7 +173,7 @@ def test_the_covariance_of_sampled_BA() -> None:
 
 
 def test_draws_of_the_model_are_those_of_its_layers() -> None:
-    found, search = tfb(lora(LLAMA), square)
+    found, search = fit_tfb(lora(LLAMA), square)
     inputs = LLAMA.inputs()
     mean = logits(found, inputs)
     with draw(found, index=0, seed=1):
@@ -271,7 +271,7 @@ def test_tfb_searches_on_the_model_and_leaves_it_at_the_width_found(iterations: 
         seen.append(square(model))
         return seen[-1]
 
-    found, search = tfb(lora(GPT2), loss, tolerance=1e-4, low=1e-3, high=1.0, iterations=iterations)
+    found, search = fit_tfb(lora(GPT2), loss, tolerance=1e-4, low=1e-3, high=1.0, iterations=iterations)
     assert seen[0] == 1.0 == search.reference
     # square() reads a width that was rounded to float32 twice, the root and its square.
     assert 1e-2 * 1e3 ** -(2.0**-iterations) * (1 - 1e-4) <= search.sigma <= 1e-2 * (1 + 1e-4)
@@ -289,7 +289,7 @@ def test_directions_that_B_lacks_get_no_noise(rank: int) -> None:
             tensor.copy_(left @ torch.randn(rank, 4, generator=generator))
             bases[key.removeprefix("base_model.model.").removesuffix(".lora_B.weight")] = left.double()
     expected = logits(model.eval(), LLAMA.inputs())
-    found, search = tfb(model, lambda m: 1.0, low=0.1, high=0.5)
+    found, search = fit_tfb(model, lambda m: 1.0, low=0.1, high=0.5)
     assert (logits(found, LLAMA.inputs()) - expected).abs().max() <= 1e-5 * expected.abs().max()
     for name, layer in gaussian_layers(found).items():
         b = found.get_base_model().get_submodule(name).lora_B["default"].weight.double()
@@ -311,7 +311,7 @@ def test_a_tiny_B_gives_finite_widths(scale: float) -> None:
         for key, tensor in adapter_tensors(model, "default").items():
             if key.endswith(".lora_B.weight"):
                 tensor.mul_(scale)
-    found, _ = tfb(model, lambda m: 1.0)
+    found, _ = fit_tfb(model, lambda m: 1.0)
     assert all(torch.isfinite(layer.rho).all() and (layer.rho > 0).all() for layer in gaussian_layers(found).values())
     with draw(found):
         assert torch.isfinite(logits(found, LLAMA.inputs())).all()
@@ -320,7 +320,7 @@ def test_a_tiny_B_gives_finite_widths(scale: float) -> None:
 @pytest.mark.parametrize("name", ["llama", "head", "rslora", "ranks"])
 def test_the_posterior_is_saved_loaded_drawn_and_exported(name: str, tmp_path: Path) -> None:
     architecture, settings = SETTINGS[name]
-    found, _ = tfb(lora(architecture, **settings), square)
+    found, _ = fit_tfb(lora(architecture, **settings), square)
     inputs = architecture.inputs()
     save_posterior(found, tmp_path / "posterior")
     loaded = load_posterior(architecture.build().eval(), tmp_path / "posterior")
@@ -351,7 +351,7 @@ def test_a_quantised_base_keeps_its_packed_weights(
     inputs = LLAMA.inputs()
     expected = logits(model, inputs)
     packed = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" not in name}
-    found, _ = tfb(model, square)
+    found, _ = fit_tfb(model, square)
     # The 4-bit kernel of the CPU rounds its inputs to bfloat16, so a float32 rounding before it can move one by 2^-8.
     bound = {"int8": 1e-5, "nf4": 2**-6}[kind] * expected.abs().max()
     assert (logits(found, inputs) - expected).abs().max() <= bound
@@ -362,7 +362,7 @@ def test_a_quantised_base_keeps_its_packed_weights(
 
 def test_the_anchor_loss_of_predictions() -> None:
     task, anchors = Letters(), rows(6)
-    found, search = tfb(lora(LLAMA), anchor_loss(task, anchors, draws=3, seed=4), tolerance=0.01, high=10.0)
+    found, search = fit_tfb(lora(LLAMA), anchor_loss(task, anchors, draws=3, seed=4), tolerance=0.01, high=10.0)
     prediction = predict(found, task, anchors, draws=3, seed=4)
     assert prediction.labels is not None and not search.at_high
     assert search.loss == nll(prediction.log_probs, prediction.labels) != search.reference
@@ -420,7 +420,7 @@ def test_what_cannot_be_converted_is_refused_and_left_alone(name: str) -> None:
     model = make()
     before, kept = state(model), shape(model)
     with pytest.raises(PosteriorError if name == "nan" else ConfigError) as caught:
-        tfb(model, square)
+        fit_tfb(model, square)
     assert word in str(caught.value) and "\n" not in str(caught.value)
     torch.testing.assert_close(state(model), before, rtol=0, atol=0, equal_nan=True)
     assert shape(model) == kept
@@ -441,11 +441,11 @@ def test_a_search_that_fails_leaves_the_adapter_as_it_was(name: str, adapter: st
 
     for loss, error in ((interrupted, KeyboardInterrupt), (lambda m: math.nan, PosteriorError)):
         with pytest.raises(error):
-            tfb(model, loss)
+            fit_tfb(model, loss)
         assert_same(before, state(model))
         assert shape(model) == kept
         assert model.get_base_model().peft_config is model.peft_config
     assert torch.equal(logits(model.eval(), architecture.inputs()), expected)
     save_posterior(model, tmp_path / "point")
-    found, _ = tfb(model, square)  # and it can be tried again
+    found, _ = fit_tfb(model, square)  # and it can be tried again
     assert (logits(found, architecture.inputs()) - expected).abs().max() <= 1e-5 * expected.abs().max()

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from bayestune.errors import ConfigError
-from bayestune.experiment import pages
 from bayestune.report.html import page_html
 from bayestune.report.views import Chart, Group, Page, Section
+from bayestune.tables import pages
 from bayestune.tables.cells import read_cells
 from bayestune.tables.pages import report_page
 from tabled import answers, record, save

@@ -31,8 +31,8 @@ from bayestune.methods.temperature import Temperature as Temperature
 from bayestune.methods.temperature import fit_temperature as fit_temperature
 from bayestune.methods.tfb import SigmaSearch as SigmaSearch
 from bayestune.methods.tfb import Tfb as Tfb
+from bayestune.methods.tfb import fit_tfb as fit_tfb
 from bayestune.methods.tfb import search_sigma as search_sigma
-from bayestune.methods.tfb import tfb as tfb
 from bayestune.sampling import Point as Point
 from bayestune.sampling import Posterior as Posterior
 from bayestune.sampling import Sampler as Sampler

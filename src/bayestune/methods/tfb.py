@@ -124,7 +124,7 @@ def search_sigma(
     )
 
 
-def tfb(
+def fit_tfb(
     model: PeftModel,
     loss: Callable[[PeftModel], float],
     *,
@@ -279,7 +279,7 @@ class Tfb(PostHocMethod):
     def fit_to(self, model: PeftModel, run: Fitting) -> Variational:
         loss = anchor_loss(run.task, run.rows[: self.anchor_rows], draws=run.draws, seed=run.seed)
         with run.precision():
-            fitted, search = tfb(model, loss, tolerance=self.tolerance)
+            fitted, search = fit_tfb(model, loss, tolerance=self.tolerance)
         if search.at_high:
             warnings.warn(
                 f"tfb: sigma_q = {search.sigma:g}, the upper end of the search, is within the tolerance: the "

@@ -175,7 +175,7 @@ def _agreements(cell: Cell) -> Iterator[tuple[tuple[str, ...], str, Any]]:
     yield (table, "eval_task", eval_task), "rows", cell["rows"]
     yield (table, "method", task, method), "steps", cell["steps"]
     for name, value in settings.items():
-        if methods_with(name) and settings.get("method") not in methods_with(name):
+        if "method" in settings and methods_with(name) and settings["method"] not in methods_with(name):
             continue  # of no effect on this method
         if name in SHARED:
             yield (table, "task", task), f"experiment.{name}", value
