@@ -105,18 +105,9 @@ def test_settings_survive_json() -> None:
 def test_defaults_are_the_papers_for_each_kind_of_model() -> None:
     given = Experiment(model="m", task="t", learning_rate=0.5)
     causal, encoder = given.resolved("causal"), given.resolved("encoder")
-    assert (causal.batch_size, causal.lora_alpha, causal.method.kl_learning_rate, causal.max_tokens) == (
-        4,
-        16,
-        0.01,
-        300,
-    )
-    assert (encoder.batch_size, encoder.lora_alpha, encoder.method.kl_learning_rate, encoder.max_tokens) == (
-        32,
-        8,
-        0.002,
-        256,
-    )
+    names = ("batch_size", "lora_alpha", "kl_learning_rate", "max_tokens")
+    assert [causal.as_dict()[name] for name in names] == [4, 16, 0.01, 300]
+    assert [encoder.as_dict()[name] for name in names] == [32, 8, 0.002, 256]
     assert causal.learning_rate == encoder.learning_rate == 0.5
     assert Experiment(model="m", task="t").resolved("causal").learning_rate == 1e-4
     assert Experiment(model="m", task="t").resolved("encoder").learning_rate == 5e-4

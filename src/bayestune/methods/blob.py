@@ -20,7 +20,7 @@ from bayestune.methods.base import Family, Line, Method, Updates
 from bayestune.sampling import Posterior, Variational
 from bayestune.training import KLSettings, elbo_kl_weight, initial_std, kl_only_std, kl_rate_for_std
 from bayestune.training.kl import Schedule
-from bayestune.training.width import check_std
+from bayestune.training.posterior_std import check_std
 
 _SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
     {"paper": paper_kl_weight, "uniform": uniform_kl_weight, "linear": linear_kl_weight}
