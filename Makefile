@@ -7,7 +7,7 @@ ORACLES := laplace-torch curvlinops-for-pytorch backpack-for-pytorch asdfghjkl e
 RUNS := $(VENV)/.runs
 TESTS := $(VENV)/.tests
 
-.PHONY: venv demo test test-nightly lint mutants properties
+.PHONY: venv demo test test-nightly lint mutants properties declared
 
 venv: $(TESTS)
 
@@ -51,3 +51,7 @@ properties: $(TESTS)
 # Plants small defects one at a time in a copy of the source: the tests must fail on each. ONLY=word takes some of them.
 mutants: $(TESTS)
 	cd tests && ../$(BIN)/python -m mutants $(ONLY)
+
+# Writes what is made from the declarations of settings and methods: options of the command line, docs/methods.md.
+declared: $(TESTS)
+	$(BIN)/python -m bayestune.experiment.declared

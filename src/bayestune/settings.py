@@ -1,10 +1,10 @@
 """Settings and records: declared once with pydantic, and refused in one line that says what was found and expected."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import annotated_types
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from bayestune.errors import ConfigError
@@ -47,7 +47,7 @@ def refusal(model: type[BaseModel], error: ValidationError) -> str:
         return str(fault["ctx"]["error"])
     if fault["type"] == "less_than_equal":
         return f"{path}: found {fault['input']}, expected at most {fault['ctx']['le']}."
-    return f"{path}: found {fault['input']!r}, expected {expected(model.model_fields[name])}."
+    return f"{name}: found {fault['input']!r}, expected {expected(model.model_fields[name])}."
 
 
 def expected(field: FieldInfo) -> str:
@@ -68,6 +68,21 @@ def expected(field: FieldInfo) -> str:
     if above is not None:
         return f"{word} above {above.gt}"
     return word if low is None else f"{word}, at least {low.ge}"
+
+
+def check_value(name: str, field: FieldInfo, value: Any) -> None:
+    """Refuse a value that a field cannot have, apart from the other fields.
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    kind: Any = field.annotation
+    for bound in field.metadata:
+        kind = Annotated[kind, bound]
+    try:
+        TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python(value)
+    except ValidationError:
+        raise ConfigError(f"{name}: found {value!r}, expected {expected(field)}.") from None
 
 
 def base_type(field: FieldInfo) -> Any:

@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 from bayestune.errors import ConfigError
 from bayestune.methods import DEFAULT, METHODS, Method
 from bayestune.methods.base import Family
-from bayestune.settings import LARGEST_WHOLE, Settings, from_text
+from bayestune.settings import LARGEST_WHOLE, Settings, check_value, from_text
 from bayestune.storage.state import MAX_RANK
 
 _FAMILY_DEFAULTS: Mapping[Family, Mapping[str, Any]] = MappingProxyType(
@@ -88,6 +88,7 @@ class Experiment(Settings):
         found = METHODS[method]
         for name in values.keys() - shared.keys():
             _check_known(name)
+            check_value(name, all_fields()[name], values[name])
         own = {name: value for name, value in values.items() if name in found.model_fields}
         return {**shared, "method": found(**own)}
 
