@@ -100,7 +100,7 @@ def rebuild_table(name: str, results: Path, output: Path) -> None:
     from bayestune.experiment import write_text
     from bayestune.tables import read_cells
     from bayestune.tables.published import PUBLISHED
-    from bayestune.tables.view import html_table, markdown_table
+    from bayestune.tables.table import html_table, markdown_table
 
     cells = read_cells(results / name)
     text = markdown_table(cells, name, published=PUBLISHED)
@@ -130,7 +130,7 @@ def report(
     from bayestune.experiment import write_text
     from bayestune.report.html import page_html
     from bayestune.tables import read_cells
-    from bayestune.tables.pages import report_page
+    from bayestune.tables.page import report_page
     from bayestune.tables.published import PUBLISHED
 
     cells = read_cells(*results)

@@ -1,5 +1,6 @@
 """Pages: texts from outside never become elements or attributes, nothing is fetched, the bytes are the same again."""
 
+import base64
 import dataclasses
 import importlib.util
 import re
@@ -11,8 +12,7 @@ from typing import Any
 import pytest
 
 from bayestune.report import html
-from bayestune.report.charts import area_key, histogram_chart, line_key, reliability_chart, risk_chart
-from bayestune.report.views import Block, Chart, Group, Line, Listing, Page, Section, Table, Value
+from bayestune.report.views import Block, Figure, Line, Listing, Page, Section, Table, Value
 
 PAYLOADS = [
     "<script>alert(1)</script>",
@@ -81,14 +81,9 @@ def page(text: str) -> Page:
         lines=(Line(label=text, values=(value,)), Line(label=text, values=(Value(text=text),), published=True)),
     )
     table = Table(title=text, facts=(text,), blocks=(block,), notes=(text,))
-    charts = (
-        reliability_chart(text, text, counts=[1, 3], confidence=[0.4, 0.9], accuracy=[0.0, 0.5]),
-        risk_chart(text, text, [("line0", [0.5, 1.0], [0.1, 0.2])]),
-        histogram_chart(text, text, known=[1, 2], other=[2, 2], end=2.0, x_label=text),
-    )
-    group = Group(heading=text, keys=(line_key("line0", text), area_key("known", text)), charts=charts)
+    figure = Figure(heading=text, alt=text, svg="<svg/>")
     listing = Listing(heading=text, columns=(text,), lines=((text,),))
-    section = Section(heading=text, text=text, tables=(table,), groups=(group,), listings=(listing,))
+    section = Section(heading=text, text=text, tables=(table,), figures=(figure,), listings=(listing,))
     return Page(title=text, facts=(text,), sections=(section,))
 
 
@@ -110,7 +105,7 @@ def test_a_text_from_outside_adds_no_element_and_no_attribute(payload: str) -> N
     assert found.other == plain.other == []
     shown = "".join(found.texts)
     # As often as in the page of a plain word.
-    assert shown.count(payload) == "".join(plain.texts).count("plain") > 20
+    assert shown.count(payload) == "".join(plain.texts).count("plain") > 15
     for (_, before), (_, after) in zip(plain.elements, found.elements, strict=True):
         for (name, old), (_, new) in zip(before, after, strict=True):
             assert new == (old or "").replace("plain", payload), name
@@ -123,17 +118,19 @@ def test_nothing_can_be_fetched_or_run() -> None:
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     assert ("meta", (("http-equiv", "Content-Security-Policy"), ("content", policy))) in found.elements
     names = {tag for tag, _ in found.elements}
-    assert names & {"script", "link", "iframe", "object", "embed", "img", "base", "form", "a", "image", "use"} == set()
+    assert names & {"script", "link", "iframe", "object", "embed", "svg", "base", "form", "a", "image", "use"} == set()
     attributes = {name for _, attrs in found.elements for name, _ in attrs}
     assert not any(name.startswith("on") for name in attributes)
-    assert attributes & {"src", "href", "xlink:href", "style", "srcset", "action"} == set()
+    assert attributes & {"href", "xlink:href", "style", "srcset", "action"} == set()
+    sources = [dict(attrs)["src"] for _, attrs in found.elements if "src" in dict(attrs)]
+    assert sources == ["data:image/svg+xml;base64,PHN2Zy8+"] and base64.b64decode(sources[0][26:]) == b"<svg/>"
     assert not re.search(r"https?:|//|@import|url\(", text)
 
 
 def test_the_page_is_balanced_and_of_one_language() -> None:
     text = html.page_html(page("plain"))
     assert text.startswith('<!DOCTYPE html>\n<html lang="en">') and text.endswith("</html>\n")
-    for tag in ("html", "head", "body", "table", "tr", "td", "figure", "svg", "details", "ul", "li", "div", "span"):
+    for tag in ("html", "head", "body", "table", "tr", "td", "figure", "details", "ul", "li", "div", "span"):
         assert len(re.findall(rf"<{tag}[ >]", text)) == text.count(f"</{tag}>"), tag
 
 
@@ -151,7 +148,8 @@ def test_every_text_of_the_views_is_shown() -> None:
         return value
 
     view = named(page("plain"))
-    text = "".join(Parsed(html.page_html(view)).texts)
+    found = Parsed(html.page_html(view))
+    text = "".join([*found.texts, *(value or "" for _, attrs in found.elements for _, value in attrs)])
     missing = [word for word in texts_of(view) if word.startswith("word") and word not in text]
     assert missing == []
 
@@ -172,7 +170,6 @@ def test_looks_are_known_to_the_style_sheet() -> None:
     sheet = re.search(r"<style>(.*)</style>", text, re.DOTALL)
     assert sheet is not None
     classes = {name for found in re.findall(r'class="([^"]*)"', text) for name in found.split()}
-    classes |= {f"line{k}" for k in range(8)} | {"dashed", "faint", "over", "under", "other"}
     assert {name for name in classes if f".{name}" not in sheet[1]} == set()
 
 
@@ -181,14 +178,8 @@ def test_the_same_view_gives_the_same_bytes() -> None:
 
 
 def test_a_picture_says_what_it_shows() -> None:
-    chart: Chart = page("plain").sections[0].groups[0].charts[0]
-    labels = [
-        dict(attrs)["aria-label"]
-        for tag, attrs in Parsed(html.page_html(page("plain"))).elements
-        if tag == "svg" and "aria-label" in dict(attrs)
-    ]
-    assert labels[0] == f"{chart.y_label} against {chart.x_label} {chart.title}"
-    assert len(labels) == 3
+    images = [dict(attrs) for tag, attrs in Parsed(html.page_html(page("plain"))).elements if tag == "img"]
+    assert [image["alt"] for image in images] == ["plain"]
 
 
 def test_without_jinja2_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,8 +26,7 @@ CURVES = {"MLE": predictions(3.0, 0), "BLoB, N = 0": predictions(0.4, 1), "BLoB,
 
 def panels(figure):
     """The upper and the lower axes of each panel, left to right."""
-    count = len(figure.axes) // 2
-    return list(zip(figure.axes[:count], figure.axes[count:], strict=True))
+    return list(zip(figure.axes[::2], figure.axes[1::2], strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +127,40 @@ def test_what_cannot_be_drawn_is_refused_and_nothing_is_written(tmp_path):
     with pytest.raises(ConfigError, match="bins is 0"):
         plots.reliability_diagram({"good": (log_probs, labels)}, *paths, bins=0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_panels_wrap_after_the_fourth():
+    found = panels(plots.reliability_figure({f"m{i}": predictions(1.0, i, rows=30) for i in range(6)}))
+    places = [above.get_position() for above, _ in found]
+    assert places[4].y1 < places[3].y0 and places[4].x0 == pytest.approx(places[0].x0, abs=0.05)
+
+
+def test_risk_curves_keep_their_look_in_every_panel():
+    labels = [f"m{i}" for i in range(10)]
+    curves = {label: ([0.5, 1.0], [0.1, 0.3]) for label in labels}
+    figure = plots.risk_panels({"A": {"m9": curves["m9"]}, "B": curves}, labels)
+    first, second = figure.axes
+    assert [axes.get_title() for axes in figure.axes] == ["A", "B"]
+    assert second.lines[0].get_xydata().tolist() == [[0.5, 0.1], [1.0, 0.3]]
+    looks = [(line.get_color(), line.get_linestyle()) for line in second.lines]
+    assert len(set(looks)) == 10 and (first.lines[0].get_color(), first.lines[0].get_linestyle()) == looks[9]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == labels
+    assert first.get_ylim()[0] == 0 and first.get_xlim() == (0, 1)
+
+
+def test_a_histogram_shows_shares_of_each_data_set():
+    histogram = plots.Histogram(caption="c", known=[3, 1], other=[0, 10], end=2.0, label="nats")
+    figure = plots.histogram_panels([("t", histogram)], known="a", other="b")
+    [axes] = figure.axes
+    values = [patch.get_data() for patch in axes.patches]
+    assert [found.values.tolist() for found in values] == [[0.75, 0.25]] * 2 + [[0.0, 1.0]] * 2
+    assert all(found.edges.tolist() == [0.0, 1.0, 2.0] for found in values)
+    assert axes.get_title() == "t\nc" and axes.get_xlabel() == "nats" and axes.get_xlim() == (0, 2)
+
+
+def test_an_svg_for_a_page_is_the_same_again_with_its_texts_as_text():
+    first, second = (plots.svg(plots.reliability_figure(CURVES)) for _ in range(2))
+    assert first == second and ">BLoB, N = 10<" in first and "<dc:date>" not in first
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):

@@ -13,7 +13,7 @@ from bayestune.tables.cells import read_cells
 from bayestune.tables.layouts import TABLES
 from bayestune.tables.published import PUBLISHED
 from bayestune.tables.summary import DETECTION, MEASURES, Spread, ranks, spread
-from bayestune.tables.view import Published, html_table, markdown_table, table_view
+from bayestune.tables.table import Published, html_table, markdown_table, table_view
 from tabled import answers, record, save
 
 ACC, ECE, NLL = MEASURES
@@ -141,11 +141,11 @@ def test_table2_has_detection_of_the_other_data_only(plain: dict[str, Any], othe
     assert [found.heading for found in table.blocks[3:9]] == [measure.heading for measure in DETECTION]
     assert block(table, "ACC").columns == ("OBQA", "ARC-E")
     assert line(block(table, "ACC"), "MLE")[0] == "25.00"
-    total = block(table, "AUROC of other data by total")
+    total = block(table, "Out-of-distribution AUROC by total")
     assert total.columns == ("ARC-E",)
     assert line(total, "BLoB, N = 10") == ["81.20"]
     assert looks(total, 0) == {"MLE": "_", "BLoB, N = 10": "*"}
-    epistemic = block(table, "AUPR of other data by epistemic")
+    epistemic = block(table, "Out-of-distribution AUPR by epistemic")
     assert line(epistemic, "MLE") == ["-"] and line(epistemic, "BLoB, N = 10") == ["70.00"]
 
 

@@ -3,7 +3,7 @@ r"""Temperature scaling (Guo et al. 2017, arXiv 1706.04599, section 4.2), of the
 import math
 import warnings
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -25,22 +25,29 @@ _PRECISION = 1e-9  # of log T, where the search ends: rounding of the NLL hides 
 
 
 def fit_temperature(log_probs: Float[Tensor, "draws rows classes"], labels: Int[Tensor, " rows"] | None) -> float:
-    r"""The T > 0 that minimises the mean NLL, in nats, of ``1/K sum_k softmax(logits_k / T)`` on validation rows.
+    r"""Fit the temperature T > 0 that minimizes the mean NLL of ``1/K sum_k softmax(logits_k / T)``, in nats.
 
-    `log_probs` are those of a prediction at temperature 1, `Prediction.draw_log_probs`; they stand for the logits,
-    from which they differ by a constant a row. They may be -inf. One draw gives Guo et al.'s T and keeps every answer
-    as it is; with several the NLL is that of the average, and an answer may change. With one draw the NLL has one
-    minimum in log T; with several it may have more, so the best of a grid over [0.01, 100] is refined by
-    Brent's bounded search. 1 where no T is better than that beyond rounding. Warns where the minimum is at a bound, as
-    where every answer is right.
+    With one draw, T is that of Guo et al. (2017, section 4.2) and every answer stays as it is. With several draws, the
+    NLL is that of the average, so an answer may change; the NLL may then have several minima in log T, so the best
+    point of a grid over [0.01, 100] is refined by Brent's bounded search. Warns if the minimum is at a bound, which
+    happens if every answer is correct.
+
+    Args:
+        log_probs: log-probabilities of a prediction on validation rows at temperature 1
+            (`Prediction.draw_log_probs`). They stand for the logits, from which they differ by a constant per row.
+            They may be -inf.
+        labels: classes of the rows.
+
+    Returns:
+        The temperature; 1 if no other is better beyond rounding.
 
     Example:
         >>> fit_temperature(torch.tensor([[[0.9, 0.1]] * 4]).log(), torch.tensor([0, 0, 0, 1]))  # log 9 / log 3
         2.0000...
 
     Raises:
-        DataError: no draws, rows or labels, log-probabilities that are none, a label that is not a class, or one
-            that has probability 0 in every draw, and so at every T.
+        DataError: there are no draws, rows or labels, the log-probabilities are invalid, a label is not a class, or a
+            label has probability 0 in every draw, and so at every T.
     """
     if labels is None:
         raise DataError("fit_temperature: found rows without a label, expected one of the classes for every row.")
@@ -66,7 +73,7 @@ def _best(nll: Callable[[float], float]) -> float:
     step = (high - low) / (_GRID - 1)
     center = min((low + step * i for i in range(_GRID)), key=nll)
     bracket = (max(low, center - step), min(high, center + step))
-    best = minimize_scalar(nll, bounds=bracket, method="bounded", options={"xatol": _PRECISION})
+    best: Any = minimize_scalar(nll, bounds=bracket, method="bounded", options={"xatol": _PRECISION})
     at_one = nll(0.0)
     if at_one - best.fun <= 8 * torch.finfo(torch.float64).eps * max(1.0, abs(at_one)):
         return 1.0

@@ -1,1 +1,1 @@
-"""Pictures and pages of results; each file needs packages of `bayestune[report]`, so import it by name."""
+"""Pictures and pages of results. Each file needs a package of `bayestune[report]`, so import it by name."""

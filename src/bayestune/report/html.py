@@ -1,9 +1,10 @@
-"""Tables and reports as HTML pages that need nothing else: no script, no network. The only file that imports jinja2.
+"""Tables and reports as self-contained HTML pages: no scripts, no network. The only file that imports jinja2.
 
-Every text from outside is escaped, in elements and attributes alike; a Content-Security-Policy forbids everything but
-the style sheet inside the page. Equal views give equal bytes.
+Every external text is escaped, in elements and attributes. Pictures are embedded as data, and a
+Content-Security-Policy forbids everything but those and the style sheet inside the page. Equal views give equal bytes.
 """
 
+import base64
 from pathlib import Path
 
 from bayestune.report.views import Page, Section, Table
@@ -21,14 +22,15 @@ _TEMPLATES = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
+_TEMPLATES.filters["base64"] = lambda text: base64.b64encode(text.encode()).decode()
 
 
 def page_html(page: Page) -> str:
-    """The page as one HTML file."""
+    """Return the page as one HTML file."""
     return _TEMPLATES.get_template("page.html.jinja").render(page=page)
 
 
 def table_html(table: Table) -> str:
-    """A page of one table."""
+    """Return a page of one table."""
     section = Section(heading="", text="", tables=(table,))
     return page_html(Page(title=table.title, facts=(), sections=(section,)))

@@ -6,9 +6,9 @@ from bayestune.report.views import Block, Table, Value
 
 
 def markdown(table: Table) -> str:
-    """The table as GitHub shows it: a heading, facts, one Markdown table a block, notes. Best bold, second underlined.
+    """Return the table for GitHub: heading, facts, one Markdown table per block, notes; best bold, second underlined.
 
-    Texts are shown as they are: nothing in them becomes Markdown or HTML. Equal tables give equal bytes.
+    Texts are escaped, so nothing in them becomes Markdown or HTML. Equal tables give equal bytes.
     """
     parts = [f"# {escaped(table.title)}", "\n".join(f"- {escaped(fact)}" for fact in table.facts)]
     for block in table.blocks:
@@ -18,7 +18,7 @@ def markdown(table: Table) -> str:
 
 
 def escaped(text: str) -> str:
-    """`text` with a backslash before everything that Markdown, or HTML in it, would read as its own."""
+    """Return `text` with a backslash before every character that Markdown or HTML would interpret."""
     return re.sub(r"([\\`*_\[\]<>|#&~$])", r"\\\1", text)
 
 

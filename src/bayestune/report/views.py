@@ -1,4 +1,4 @@
-"""What tables and pages show, as plain values: made from cells elsewhere, written by `markdown` and `html`."""
+"""What tables and pages show, as plain values: made from cells in `tables`, and written by `markdown` and `html`."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ LONGEST = 120
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
-    """One place of a table: its text, and whether it is the best or the second best of its column."""
+    """One value of a table, and whether it is the best or the second best of its column."""
 
     text: str
     best: bool = False
@@ -16,7 +16,7 @@ class Value:
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One line of a block; `published` where its values were measured by others."""
+    """One line of a block; `published` if its values come from a paper."""
 
     label: str
     values: tuple[Value, ...]
@@ -25,7 +25,7 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """One measure, a line a method and a column a data set; `corner` says what the lines are."""
+    """One measure, with a line per method and a column per data set; `corner` is the heading of the labels."""
 
     heading: str
     corner: str
@@ -35,7 +35,7 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table: what it shows, where it came from, blocks, and notes below them."""
+    """A table: its title, facts about its origin, blocks, and notes below them."""
 
     title: str
     facts: tuple[str, ...]
@@ -44,58 +44,17 @@ class Table:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tick:
-    """A mark of an axis, at `place` pixels."""
-
-    place: float
-    text: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mark:
-    """Something drawn: the outline of a path in pixels, and a look that the style sheet knows."""
-
-    path: str
-    look: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chart:
-    """A picture of `width` x `height` pixels with its axes in the box (left, top, right, bottom)."""
-
-    title: str
-    caption: str
-    width: int
-    height: int
-    box: tuple[float, float, float, float]
-    x_label: str
-    y_label: str
-    x_ticks: tuple[Tick, ...]
-    y_ticks: tuple[Tick, ...]
-    marks: tuple[Mark, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Key:
-    """An entry of a legend: a look, drawn as the path `outline` in 22 x 12 pixels, and what it stands for."""
-
-    look: str
-    outline: str
-    text: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """Charts side by side with one legend."""
+class Figure:
+    """A picture with its heading; `alt` describes it to readers who cannot see it."""
 
     heading: str
-    keys: tuple[Key, ...]
-    charts: tuple[Chart, ...]
+    alt: str
+    svg: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """A plain table of texts, folded away until it is asked for."""
+    """A plain table of texts, folded until the reader opens it."""
 
     heading: str
     columns: tuple[str, ...]
@@ -109,7 +68,7 @@ class Section:
     heading: str
     text: str
     tables: tuple[Table, ...] = ()
-    groups: tuple[Group, ...] = ()
+    figures: tuple[Figure, ...] = ()
     listings: tuple[Listing, ...] = ()
 
 
@@ -123,6 +82,6 @@ class Page:
 
 
 def shown(text: str, longest: int = LONGEST) -> str:
-    """A text from outside as it may be shown: on one line, cut at `longest`, without characters that do not print."""
+    """Return an external text on one line, cut at `longest`, without unprintable characters."""
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[: longest + 1])
     return text if len(text) <= longest else f"{text[: longest - 3]}..."

@@ -1,13 +1,12 @@
-"""Cells: what one trained run scored on one data set, as one JSON file with all that tables and reports need.
+"""Cells: the scores of one trained run on one data set, as one JSON file with everything that tables and reports need.
 
-A cell is named by (table, method, task, eval_task, seed, draws): a run of `method` trained on `task` with `seed`,
-asked about `eval_task` with `draws` draws. `cell_record` makes its JSON, `cell_path` says where it goes, and
-`read_cells` reads a folder of them back. Their fields: `bayestune.tables.cell_fields.CELL`.
+A cell is named by (table, method, task, eval_task, seed, draws): a run of `method` trained on `task` with `seed`, and
+evaluated on `eval_task` with `draws` draws. Its fields are `bayestune.tables.fields.CellFields`.
 """
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +18,13 @@ from bayestune.errors import ConfigError, DataError
 from bayestune.experiment.record import read_json
 from bayestune.experiment.settings import methods_with
 from bayestune.inference import Prediction, evaluate
-from bayestune.tables.cell_fields import (
-    BINS,
-    COVERAGES,
-    HISTOGRAM_BINS,
-    HISTOGRAM_ENDS,
-    KEY,
-    TARGETS,
-    Cell,
-    check_cell,
-)
+from bayestune.tables.fields import BINS, COVERAGES, HISTOGRAM_BINS, HISTOGRAM_ENDS, KEY, TARGETS, Cell, check_cell
 
 SHARED = ("steps", "batch_size", "rank", "lora_alpha", "target_modules", "max_tokens", "precision", "train_split")
-"""Settings that all methods of a table have in common on one training set."""
+"""Settings that must be the same for all methods of a table on one training set."""
 
 OWN = ("seed", "data", "draws", "method", "task", "checkpoint_steps", "eval_split", "model", "adapter")
-"""Settings that may differ between the cells of a method: named elsewhere in the cell, or of no effect on it."""
+"""Settings that may differ between the cells of a method: recorded elsewhere in the cell, or without effect on it."""
 
 
 def cell_record(
@@ -44,63 +34,42 @@ def cell_record(
     method: str,
     task: str,
     seed: int,
-    steps: int,
-    train_rows: int,
-    seconds: float,
-    experiment: Mapping[str, Any],
-    sha256: Mapping[str, Any],
-    versions: Mapping[str, Any],
-    hardware: Mapping[str, Any],
-    command: Sequence[str],
     known: Prediction | None = None,
+    **provenance: Any,
 ) -> Cell:
-    """The cell of `prediction`, answers about `prediction.task` of a run trained on `task` with `seed`.
+    """Make the cell of a prediction.
 
     Args:
-        known: answers of the same run about `task` itself; needed, and only used, where the two tasks differ.
-        experiment: the run's settings. sha256: at least of "train_rows", and of "eval_rows", those predicted.
-        seconds: wall-clock time of the run, without an adapter it started from; of its last part, if it was resumed.
-        command: the command line that made it.
-
-    Folders of the machine (absolute paths) in `experiment` and `command` are cut to their last part.
+        prediction: predictions for `prediction.task`.
+        table: name of the table.
+        method: name of the line.
+        task: the task that the run was trained on.
+        seed: the seed of the run.
+        known: predictions of the same run for `task`, with the same draws. Required if `prediction` is for a
+            different task, and ignored otherwise.
+        provenance: how the run was made, with the names and types of the remaining fields of a cell: `steps`,
+            `train_rows`, `seconds`, `experiment`, `sha256`, `versions`, `hardware` and `command`. Absolute paths in
+            `experiment` and `command` are cut to their last part.
 
     Raises:
-        DataError: a row without a label, or whose label was given probability zero.
-        ConfigError: `known` is missing, or not of the same draws; or a value that no cell may have.
+        DataError: a row has no label, or its label has probability zero.
+        ConfigError: `known` is missing or has different draws, or a value is not allowed in a cell.
     """
     scores = evaluate(prediction, bins=BINS)
     if scores.nll == math.inf:
         rows = metrics.impossible_labels(prediction.log_probs, _labels(prediction))
         raise DataError(f"cell: found {rows} rows whose label has probability 0, expected a finite NLL.")
-    record: Cell = {
-        "table": table,
-        "method": method,
-        "task": task,
-        "eval_task": prediction.task,
-        "seed": seed,
-        "draws": prediction.draws,
-        "accuracy": scores.accuracy,
-        "nll": scores.nll,
-        "ece": scores.ece,
-        "brier": scores.brier,
-        "intervals": {name: list(ends) for name, ends in scores.intervals.items()},
-        "rows": scores.rows,
-        "train_rows": train_rows,
-        **_curves(prediction),
-        "uncertainty": _histograms(prediction),
-        "steps": steps,
-        "seconds": seconds,
-        "command": [portable(part) for part in command],
-        "experiment": {name: portable(value) for name, value in experiment.items()},
-        "sha256": dict(sha256),
-        "versions": dict(versions),
-        "hardware": dict(hardware),
-    }
+    record: Cell = dict(zip(KEY, (table, task, prediction.task, method, prediction.draws, seed), strict=True))
+    record |= {name: getattr(scores, name) for name in ("accuracy", "nll", "ece", "brier", "rows")}
+    record |= {"intervals": {name: list(ends) for name, ends in scores.intervals.items()}}
+    record |= {**_curves(prediction), "uncertainty": _histograms(prediction), **provenance}
+    record["command"] = [portable(part) for part in provenance["command"]]
+    record["experiment"] = {name: portable(value) for name, value in provenance["experiment"].items()}
     if prediction.task != task:
         if known is None or (known.task, known.draws) != (task, prediction.draws):
-            found = "none" if known is None else f"answers about {known.task!r} with {known.draws} draws"
+            found = "none" if known is None else f"predictions for {known.task!r} with {known.draws} draws"
             raise ConfigError(
-                f"cell: known is {found}, expected answers about {task!r} with {prediction.draws} draws."
+                f"cell: known is {found}, expected predictions for {task!r} with {prediction.draws} draws."
             )
         record["detection"] = _detection(prediction, known)
         record["in_distribution"] = {"rows": len(known.ids), "uncertainty": _histograms(known)}
@@ -109,21 +78,21 @@ def cell_record(
 
 
 def cell_path(results: str | Path, record: Cell) -> Path:
-    """Where a cell goes: `results/<table>/<task>/<eval_task>/<method>_n<draws>_seed<seed>.json`."""
+    """Return where a cell goes: `results/<table>/<task>/<eval_task>/<method>_n<draws>_seed<seed>.json`."""
     table, task, eval_task, method, draws, seed = (record[name] for name in KEY)
     return Path(results) / table / task / eval_task / f"{method}_n{draws}_seed{seed}.json"
 
 
 def read_cells(*folders: str | Path) -> list[Cell]:
-    """All cells under `folders` (every .json file in them), checked, sorted by `KEY`.
+    """Read and check all cells (.json files) under `folders`, sorted by `KEY`.
 
-    What makes two cells comparable must be equal: of a table the model, of a (table, task) the training rows and the
-    budget and size of an adapter (`SHARED`), of a (table, eval_task) the rows, of a (table, task, method) all settings
-    but the seed and the places.
+    Cells must be comparable. Within a table, they share the model. Within a (table, task), they share the training
+    rows and the settings in `SHARED`. Within a (table, eval_task), they share the evaluated rows. Within a (table,
+    task, method), they share all settings except `OWN`.
 
     Raises:
-        ConfigError: no such folder, no cells in it; or a file that is no cell, twice the same cell, or a cell of
-            another configuration, naming file and field.
+        ConfigError: a folder is missing or empty, a file is not a cell, or two cells are the same or not comparable;
+            names the file and the field.
     """
     places: dict[tuple[Any, ...], Path] = {}
     cells: dict[tuple[Any, ...], Cell] = {}
@@ -153,18 +122,20 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _check_comparable(cells: Mapping[tuple[Any, ...], Cell], places: Mapping[tuple[Any, ...], Path]) -> None:
-    """Refuse the first cell that differs from an earlier one where both should agree."""
+    """Raise an error for the first cell that differs from an earlier one where both must agree."""
     seen: dict[tuple[Any, ...], tuple[Any, Path]] = {}
     for key, cell in cells.items():
         for group, field, value in _agreements(cell):
             before, place = seen.setdefault((*group, field), (value, places[key]))
             if value != before:
                 found = f"field {field}: found {_short(value)}, expected {_short(before)} as in {place}"
-                raise ConfigError(f"{places[key]}: {found}: cells of another configuration belong in another folder.")
+                raise ConfigError(
+                    f"{places[key]}: {found}: cells with a different configuration belong in a different folder."
+                )
 
 
 def _agreements(cell: Cell) -> Iterator[tuple[tuple[str, ...], str, Any]]:
-    """(group of cells, field, value): the value is the same in all cells of the group."""
+    """Yield (group, field, value): all cells of a group must have the same value."""
     table, task, eval_task, method = (cell[name] for name in ("table", "task", "eval_task", "method"))
     settings, hashes = cell["experiment"], cell["sha256"]
     yield (table,), "experiment.model", settings["model"]
@@ -188,27 +159,23 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def uncertainties(prediction: Prediction) -> dict[str, Tensor]:
-    """The values behind the histograms, one a row: entropies in nats, and the probability of the answer."""
-    return {
-        "total": prediction.total,
-        "epistemic": prediction.epistemic,
-        "max_prob": prediction.probs.amax(-1),
-    }
+def _uncertainties(prediction: Prediction) -> dict[str, Tensor]:
+    """Return, per row, the entropies in nats and the probability of the answer."""
+    return {"total": prediction.total, "epistemic": prediction.epistemic, "max_prob": prediction.probs.amax(-1)}
 
 
 def _labels(prediction: Prediction) -> Tensor:
-    assert prediction.labels is not None  # `evaluate` has looked
+    assert prediction.labels is not None  # checked by `evaluate`
     return prediction.labels
 
 
 def _curves(prediction: Prediction) -> dict[str, Any]:
-    """Reliability, risk-coverage, its area, and the thresholds for the target errors."""
+    """Return reliability, risk-coverage curve, its area, and the thresholds for the target errors."""
     log_probs, labels = prediction.log_probs, _labels(prediction)
     bins = metrics.reliability_bins(log_probs, labels, bins=BINS)
     confidence, correct = prediction.probs.amax(-1), prediction.answer == labels
     coverage, risk = metrics.risk_coverage(confidence, correct)
-    # The point where the coverage first reaches k %, each one once.
+    # The points where the coverage first reaches k %, without repeats.
     grid = torch.arange(1, COVERAGES + 1, dtype=torch.float64) / COVERAGES
     points = torch.searchsorted(coverage, grid).unique()
     thresholds = [metrics.threshold_for_error(confidence, correct, target) for target in TARGETS]
@@ -226,7 +193,7 @@ def _curves(prediction: Prediction) -> dict[str, Any]:
 
 def _histograms(prediction: Prediction) -> dict[str, Any]:
     found = {}
-    for name, values in uncertainties(prediction).items():
+    for name, values in _uncertainties(prediction).items():
         end = HISTOGRAM_ENDS[name]
         where = (values / end * HISTOGRAM_BINS).long().clamp(0, HISTOGRAM_BINS - 1)
         found[name] = {"end": end, "counts": torch.bincount(where, minlength=HISTOGRAM_BINS).tolist()}
@@ -234,25 +201,25 @@ def _histograms(prediction: Prediction) -> dict[str, Any]:
 
 
 def _detection(prediction: Prediction, known: Prediction) -> dict[str, dict[str, float]]:
-    """AUROC and average precision of finding the rows of `prediction` among those of `known`."""
+    """Return AUROC and average precision for separating the rows of `prediction` from those of `known`."""
     positive = torch.tensor([False] * len(known.ids) + [True] * len(prediction.ids))
-    ours, others = uncertainties(known), uncertainties(prediction)
+    ours, others = _uncertainties(known), _uncertainties(prediction)
     found = {}
     for name in HISTOGRAM_ENDS:
         scores = torch.cat([ours[name], others[name]])
-        if name == "max_prob":  # sure of what is known
+        if name == "max_prob":  # high on known rows
             scores = -scores
         found[name] = {"auroc": metrics.auroc(scores, positive), "aupr": metrics.aupr(scores, positive)}
     return found
 
 
 def _rounded(values: Tensor) -> list[float | None]:
-    """Six decimals are more than a picture shows; null for NaN."""
+    """Round to six decimals, more than a picture shows; NaN becomes null."""
     return [None if math.isnan(value) else round(value, 6) for value in values.tolist()]
 
 
 def portable(value: Any) -> Any:
-    """A text without the machine's folders: "/home/me/data" and "--data=/home/me/data" keep only "data"."""
+    """Cut an absolute path in a text to its last part: "/home/me/data" and "--data=/home/me/data" keep only "data"."""
     if not isinstance(value, str):
         return value
     name, equals, path = value.rpartition("=")

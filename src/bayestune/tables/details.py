@@ -1,28 +1,30 @@
-"""Listings of a report: thresholds for a target error, and how each run was made."""
+"""Listings of a report: confidence thresholds for a target error, and the provenance of each run."""
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bayestune.report.views import Listing, shown
-from bayestune.tables.cell_fields import TARGETS, Cell
+from bayestune.tables.fields import TARGETS, Cell
 from bayestune.tables.layouts import line_label
 
 _LONG = 600
 
 
 def threshold_listing(place: str, lines: Iterable[Sequence[Cell]]) -> Listing:
-    """For each cell, the confidence from which answers are wrong at most as often as each target."""
-    columns = ("method", "seed", *(f"error at most {100 * target:g} %" for target in TARGETS))
-    found = [
-        (line_label(cell["method"], cell["draws"]), str(cell["seed"]), *map(_threshold, cell["selective"]))
-        for cells in lines
-        for cell in cells
-    ]
+    """List, per cell, the confidence threshold for each target error."""
     heading = (
-        f"Thresholds for a target error on {place} with 95 % intervals (chosen on these rows; confirm them on others)"
+        f"Thresholds for a target error on {place}, with 95 % intervals (chosen on these rows; confirm on others)"
     )
-    return Listing(heading=heading, columns=columns, lines=tuple(found))
+    return Listing(
+        heading=heading,
+        columns=("method", "seed", *(f"error at most {100 * target:g} %" for target in TARGETS)),
+        lines=tuple(
+            (line_label(cell["method"], cell["draws"]), str(cell["seed"]), *map(_threshold, cell["selective"]))
+            for cells in lines
+            for cell in cells
+        ),
+    )
 
 
 def _threshold(found: Mapping[str, Any]) -> str:
@@ -36,7 +38,7 @@ def _threshold(found: Mapping[str, Any]) -> str:
 
 
 def run_listings(cells: Sequence[Cell]) -> tuple[Listing, ...]:
-    """Runs with their commands, settings, hashes of data and weights, and the versions and machines."""
+    """List the runs with their commands, settings, hashes of data and weights, versions and machines."""
     return (
         Listing(
             heading="Runs and commands",
@@ -50,7 +52,14 @@ def run_listings(cells: Sequence[Cell]) -> tuple[Listing, ...]:
         ),
         Listing(
             heading="Data and weights",
-            columns=("table", "trained on", "training rows sha256", "asked about", "its rows sha256", "base weights"),
+            columns=(
+                "table",
+                "trained on",
+                "training rows sha256",
+                "evaluated on",
+                "evaluated rows sha256",
+                "base weights",
+            ),
             lines=_distinct(map(_data, cells)),
         ),
         Listing(
@@ -87,7 +96,7 @@ def _data(cell: Cell) -> tuple[str, ...]:
 
 
 def _flat(value: Any) -> str:
-    """Free content of a cell as one text: "name: value, ..."; lists one level deep, what is deeper is left out."""
+    """Return free content of a cell as one text, "name: value, ..."; lists one level deep, deeper parts as "..."."""
     if isinstance(value, dict):
         return shown(", ".join(f"{name}: {_leaf(part)}" for name, part in value.items()), _LONG)
     return shown(_leaf(value), _LONG)

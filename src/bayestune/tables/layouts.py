@@ -7,7 +7,7 @@ from types import MappingProxyType
 from bayestune.errors import ConfigError
 from bayestune.methods import METHODS, Line, Method
 from bayestune.report.views import shown
-from bayestune.tables.cell_fields import Cell
+from bayestune.tables.fields import Cell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ TABLES: Mapping[str, Layout] = MappingProxyType(
             ),
         ),
         "table2": Layout(
-            title="Table 2: trained on OBQA, asked about other data",
+            title="Table 2: trained on OBQA, evaluated on other data sets",
             columns=_asked(
                 "openbookqa",
                 openbookqa="OBQA",

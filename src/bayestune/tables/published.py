@@ -1,16 +1,48 @@
-"""Figures printed in BLoB's paper (NeurIPS 2024, arXiv 2406.11675), to be compared with; to be checked.
+"""Figures from Table 1 of the BLoB paper (NeurIPS 2024, arXiv 2406.11675), for comparison.
 
-They were noted from memory and have not been compared with the paper: whatever prints them says so. Columns are WG-S,
-ARC-C, ARC-E, WG-M, OBQA and BoolQ; ACC and ECE in %, NLL in nats.
+They were noted from memory and have not been compared with the paper, so every table that prints them says so. Columns
+are WG-S, ARC-C, ARC-E, WG-M, OBQA and BoolQ; ACC and ECE are in %, NLL is in nats.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
-from bayestune.tables.view import Published
+from bayestune.tables.fields import Cell
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """Figures of a table in a paper: accuracy and ECE in %, NLL in nats.
+
+    Attributes:
+        table: our table that they belong to.
+        source: the name printed with them.
+        caution: a warning printed with them.
+        models: names of the measured model (last part of a path or Hub id, in lower case).
+        rows: by data set, the number of training rows and evaluated rows.
+        values: by score, then by (method, draws), then by data set. Draws are None if the line of the paper is shown
+            beside any number of draws.
+    """
+
+    table: str
+    source: str
+    caution: str
+    models: tuple[str, ...]
+    rows: Mapping[str, tuple[int, int]]
+    values: Mapping[str, Mapping[tuple[str, int | None], Mapping[str, float]]]
+
+    def fits(self, cell: Cell) -> bool:
+        """Return whether the cell has the same model and numbers of rows, so that the figures can stand beside it."""
+        model = str(cell["experiment"]["model"]).replace("\\", "/").rstrip("/").rpartition("/")[-1].lower()
+        rows = (cell["train_rows"], cell["rows"])
+        same_data = cell["task"] == cell["eval_task"] and self.rows.get(cell["task"]) == rows
+        return self.table == cell["table"] and model in self.models and same_data
+
 
 _COLUMNS = ("winogrande_s", "arc_challenge", "arc_easy", "winogrande_m", "openbookqa", "boolq")
 
-# method, draws (None: the paper's row, whatever our number of draws): ACC, ECE, NLL.
+# (method, draws; None: for any number of draws): ACC, ECE, NLL.
 _TABLE_1: dict[tuple[str, int | None], tuple[str, str, str]] = {
     ("mle", None): (
         "68.99 69.10 85.65 74.53 81.52 86.53",
@@ -86,4 +118,4 @@ LLAMA2_7B = Published(
 )
 
 PUBLISHED = (LLAMA2_7B,)
-"""All figures known here."""
+"""All published figures."""

@@ -1,0 +1,240 @@
+"""The fields of a cell's JSON and their bounds, declared once as pydantic models."""
+
+import re
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from bayestune.errors import ConfigError
+
+Cell = dict[str, Any]
+"""A cell as JSON holds it, checked by `check_cell`."""
+
+KEY = ("table", "task", "eval_task", "method", "draws", "seed")
+"""The fields that name a cell, in sorting order."""
+
+BINS = 15
+COVERAGES = 100
+TARGETS = (0.05, 0.1, 0.2)
+HISTOGRAM_BINS = 20
+HISTOGRAM_ENDS = {"total": 2.0, "epistemic": 0.5, "max_prob": 1.0}
+"""Upper ends of the histograms, entropies in nats. The last bin also holds everything above."""
+
+_FREE = ("experiment", "sha256", "versions", "hardware")
+_ROUNDING = 1e-9  # a sum of shares may end this far outside its bounds
+
+
+_Bins = Field(min_length=BINS, max_length=BINS)
+_Pair = Field(min_length=2, max_length=2)
+_Points = Field(min_length=1, max_length=COVERAGES + 1)
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Text = Annotated[str, Field(min_length=1)]
+Whole = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=-_ROUNDING, le=1 + _ROUNDING)]
+Nats = Annotated[float, Field(ge=-_ROUNDING)]
+Brier = Annotated[float, Field(ge=-_ROUNDING, le=2 + _ROUNDING)]
+
+
+class _Fields(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+class _FreeFields(_Fields):
+    """Some required texts, beside anything else that JSON can hold."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, JsonValue] = Field(init=False)
+
+
+class Experiment(_FreeFields):
+    """The settings of the run."""
+
+    model: Text
+
+
+class Hashes(_FreeFields):
+    """SHA-256 of the rows; also of the base weights and the adapter where there are any."""
+
+    train_rows: Text
+    eval_rows: Text
+
+
+class Intervals(_Fields):
+    """95 % bootstrap intervals."""
+
+    accuracy: Annotated[list[Share], _Pair]
+    nll: Annotated[list[Nats], _Pair]
+    ece: Annotated[list[Share], _Pair]
+    brier: Annotated[list[Brier], _Pair]
+
+
+class Reliability(_Fields):
+    """Rows, mean confidence and accuracy of each bin; null in empty bins."""
+
+    counts: Annotated[list[Whole], _Bins]
+    confidence: Annotated[list[Share | None], _Bins]
+    accuracy: Annotated[list[Share | None], _Bins]
+
+
+class RiskCoverage(_Fields):
+    """The points where coverage first reaches 1 %, 2 %, ..., 100 %."""
+
+    coverage: Annotated[list[Share], _Points]
+    risk: Annotated[list[Share], _Points]
+
+    @model_validator(mode="after")
+    def _same_length(self) -> "RiskCoverage":
+        if len(self.risk) != len(self.coverage):
+            raise ValueError(f"found {len(self.risk)} risks, expected {len(self.coverage)}, one per coverage")
+        return self
+
+
+class Selective(_Fields):
+    """The confidence threshold for a target error; `threshold` and `error` are null if no threshold reaches it."""
+
+    target: Share
+    threshold: Share | None
+    coverage: Share
+    rows: Whole
+    error: Share | None
+    interval: Annotated[list[Share], _Pair]
+
+
+class Histogram(_Fields):
+    """Rows in bins of equal width from 0 to `end`."""
+
+    end: float
+    counts: Annotated[list[Whole], Field(min_length=HISTOGRAM_BINS, max_length=HISTOGRAM_BINS)]
+
+
+class Uncertainty(_Fields):
+    """Histograms over the rows, with the ends of `HISTOGRAM_ENDS`."""
+
+    total: Histogram
+    epistemic: Histogram
+    max_prob: Histogram
+
+    @model_validator(mode="after")
+    def _common_ends(self) -> "Uncertainty":
+        for name, histogram in self:
+            if histogram.end != HISTOGRAM_ENDS[name]:
+                raise ValueError(f"found {name}.end = {histogram.end}, expected {HISTOGRAM_ENDS[name]}")
+        return self
+
+
+class Ranking(_Fields):
+    """How well a score separates the rows of `eval_task` (positive) from those of `task`."""
+
+    auroc: Share
+    aupr: Share
+
+
+class Detection(_Fields):
+    """Out-of-distribution detection by each uncertainty."""
+
+    total: Ranking
+    epistemic: Ranking
+    max_prob: Ranking
+
+
+class InDistribution(_Fields):
+    """The histograms of the rows of `task`."""
+
+    rows: Positive
+    uncertainty: Uncertainty
+
+
+class CellFields(_Fields):
+    """A cell: scores over `rows` rows, how confidence and errors go together, and how the run was made.
+
+    Accuracy and ECE are from 0 to 1, the NLL is in nats, and the Brier score is summed over classes. `aurc` is the
+    area under `risk_coverage`.
+    """
+
+    table: Name
+    method: Name
+    task: Name
+    eval_task: Name
+    seed: Whole
+    draws: Whole
+    accuracy: Share
+    nll: Nats
+    ece: Share
+    brier: Brier
+    intervals: Intervals
+    rows: Positive
+    train_rows: Positive
+    reliability: Reliability
+    aurc: Share
+    risk_coverage: RiskCoverage
+    selective: Annotated[list[Selective], Field(min_length=len(TARGETS), max_length=len(TARGETS))]
+    uncertainty: Uncertainty
+    steps: Positive
+    seconds: Annotated[float, Field(ge=0)]
+    command: Annotated[list[str], Field(max_length=10_000)]
+    experiment: Experiment
+    sha256: Hashes
+    versions: dict[str, JsonValue]
+    hardware: dict[str, JsonValue]
+
+    @model_validator(mode="after")
+    def _every_row_counted_once(self) -> "CellFields":
+        counted = {"reliability": self.reliability.counts}
+        counted |= {f"uncertainty.{name}": histogram.counts for name, histogram in self.uncertainty}
+        for field, counts in counted.items():
+            if sum(counts) != self.rows:
+                raise ValueError(f"field {field}.counts: found {sum(counts)} rows in total, expected {self.rows}")
+        return self
+
+
+class TransferFields(CellFields):
+    """A cell whose `eval_task` is not the `task` that the run was trained on."""
+
+    detection: Detection
+    in_distribution: InDistribution
+
+
+def check_cell(record: Cell, *, where: str) -> None:
+    """Raise an error unless `record` is a cell.
+
+    Raises:
+        ConfigError: names `where` and the first field that is missing, unknown or out of bounds.
+    """
+    transfer = isinstance(record.get("task"), str) and record.get("eval_task") != record["task"]
+    try:
+        (TransferFields if transfer else CellFields).model_validate(record)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_one_line(error.errors(include_url=False)[0])}.") from None
+
+
+def _one_line(error: ErrorDetails) -> str:
+    """Say which field is wrong, what was found and what was expected."""
+    place = error["loc"][:2] if error["loc"][:1] and error["loc"][0] in _FREE else error["loc"]
+    names = [
+        f"[{part}]" if isinstance(part, int) else f".{part if part.isidentifier() else _shown(part)}" for part in place
+    ]
+    field = "".join(names).removeprefix(".")
+    match error["type"]:
+        case "missing":
+            return f"found no field {field}, expected one"
+        case "extra_forbidden":
+            return f"unknown field {field}, expected only the fields of a cell"
+        case "value_error":
+            message = error["msg"].removeprefix("Value error, ")
+            return f"field {field}: {message}" if field else message
+    expected = re.sub(r"^\w+ should (be|have|match) ", "", error["msg"]).partition(" after validation")[0]
+    return f"field {field}: found {_shown(error['input'])}, expected {expected}"
+
+
+def _plain(name: str) -> str:
+    return name if name.isidentifier() else _shown(name)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict | list):
+        return f"a {type(value).__name__} of {len(value)}"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,200 @@
+"""The report of some cells: scores, calibration, selective prediction, out-of-distribution detection, and provenance.
+
+Figures pool the seeds: reliability diagrams and histograms hold the rows of all seeds, and a risk-coverage curve is
+the mean over seeds. Each method is drawn with its most draws.
+"""
+
+import bisect
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from bayestune.errors import ConfigError
+from bayestune.metrics import ReliabilityBins
+from bayestune.report.plots import Histogram, histogram_panels, reliability_panels, risk_panels, svg
+from bayestune.report.views import Figure, Page, Section, Table, shown
+from bayestune.tables.details import run_listings, threshold_listing
+from bayestune.tables.fields import BINS, COVERAGES, HISTOGRAM_ENDS, Cell
+from bayestune.tables.layouts import Column, layout, line_keys, line_label
+from bayestune.tables.published import Published
+from bayestune.tables.summary import AURC, DETECTION, MEASURES, Measure, spread
+from bayestune.tables.table import in_column, measure_block, present_columns, table_view
+
+_ECE = MEASURES[1]
+_AUROC = {measure.path[1]: measure for measure in DETECTION if measure.path[-1] == "auroc"}
+
+_SCORES = "One line per method and one column per data set; means over seeds."
+_RELIABILITY = (
+    "Each bar is the accuracy of the answers given with that confidence (largest probability), in "
+    f"{BINS} bins from 0 to 1. The bars of a calibrated model end on the dashed diagonal. ECE is the distance between "
+    "accuracy and mean confidence, averaged over bins weighted by rows. The lower plots show the share of rows per "
+    "bin, with the accuracy (blue) and the mean confidence (black) of all rows."
+)
+_SELECTIVE = (
+    "If only the most confident rows are answered, risk is the share of wrong answers among them, and coverage is the "
+    "share of rows answered. Lower risk is better; AURC is the area under the curve. Curves are means over seeds."
+)
+_OTHER_DATA = (
+    "The model was trained on one data set and evaluated on a different one. If it is less certain on the other data "
+    "(orange, right of blue), the two can be separated: AUROC is the probability that a row of the other data has the "
+    "higher uncertainty, and 50 % is chance. The last bin also holds everything above."
+)
+_PROVENANCE = "What is needed to reproduce the numbers. Absolute paths are cut to their last part."
+
+
+class _Place(NamedTuple):
+    """One column of a table, with its cells by line: one cell per seed."""
+
+    heading: str
+    column: Column
+    lines: Mapping[tuple[str, int], list[Cell]]
+
+    @property
+    def drawn(self) -> dict[str, list[Cell]]:
+        """By label, the line with the most draws of each method."""
+        most = {method: (method, draws) for method, draws in self.lines}
+        return {line_label(*key): self.lines[key] for key in most.values()}
+
+
+def report_page(cells: Sequence[Cell], *, published: Sequence[Published] = ()) -> Page:
+    """Make the report of cells of one or several tables.
+
+    Args:
+        cells: cells from `read_cells`.
+        published: figures to show beside ours where model and rows are the same.
+
+    Raises:
+        ConfigError: there are no cells, or a table does not exist or has no column for a cell.
+    """
+    if not cells:
+        raise ConfigError("report: found no cells, expected some.")
+    by_table = {name: [c for c in cells if c["table"] == name] for name in sorted({c["table"] for c in cells})}
+    tables = {layout(name).title: table_view(own, name, published=published) for name, own in by_table.items()}
+    places = {name: _places(own, name, alone=len(by_table) == 1) for name, own in by_table.items()}
+    every = [place for found in places.values() for place in found]
+    provenance = Section(heading="Provenance", text=_PROVENANCE, listings=run_listings(cells))
+    facts = (
+        f"{len(cells)} {'cell' if len(cells) == 1 else 'cells'}: {', '.join(tables)}",
+        f"Model: {', '.join(sorted({shown(cell['experiment']['model']) for cell in cells}))}",
+        f"Seeds: {', '.join(map(str, sorted({cell['seed'] for cell in cells})))}",
+    )
+    sections = (
+        Section(heading="Scores", text=_SCORES, tables=tuple(tables.values())),
+        Section(heading="Calibration", text=_RELIABILITY, figures=tuple(map(_reliability, every))),
+        _selective(by_table, places),
+        *_other_data([place for place in every if place.column.task != place.column.eval_task]),
+        provenance,
+    )
+    return Page(title="bayestune report", facts=facts, sections=sections)
+
+
+def _places(own: Sequence[Cell], name: str, *, alone: bool) -> list[_Place]:
+    """Return the columns that have cells, with the table in their headings unless it is the only one."""
+    places = []
+    for column in present_columns(own, layout(name)):
+        inside = [cell for cell in own if in_column(cell, column)]
+        lines = {key: [cell for cell in inside if (cell["method"], cell["draws"]) == key] for key in line_keys(inside)}
+        places.append(_Place(column.label if alone else f"{_short(name)}, {column.label}", column, lines))
+    return places
+
+
+def _short(name: str) -> str:
+    return layout(name).title.partition(":")[0]
+
+
+def _reliability(place: _Place) -> Figure:
+    panels = {}
+    for label, cells in place.drawn.items():
+        panels[label] = (f"ECE {_spread_text(_ECE, cells)} %", pooled_bins(cells))
+    heading = f"Reliability on {place.heading}"
+    return Figure(heading=heading, alt=f"{heading}: accuracy by confidence", svg=svg(reliability_panels(panels)))
+
+
+def pooled_bins(cells: Sequence[Cell]) -> ReliabilityBins:
+    """Return the reliability bins of the rows of all cells together."""
+    names = ("counts", "confidence", "accuracy")
+    values = [[[math.nan if v is None else v for v in cell["reliability"][name]] for cell in cells] for name in names]
+    counts, confidence, accuracy = torch.tensor(values, dtype=torch.float64)
+    total = counts.sum(0)
+    return ReliabilityBins(
+        edges=torch.arange(BINS + 1, dtype=torch.float64) / BINS,
+        counts=total.long(),
+        confidence=(counts * confidence).nansum(0) / total,
+        accuracy=(counts * accuracy).nansum(0) / total,
+    )
+
+
+def _selective(by_table: Mapping[str, Sequence[Cell]], places: Mapping[str, Sequence[_Place]]) -> Section:
+    tables, figures = [], []
+    for name, own in by_table.items():
+        block = measure_block(own, present_columns(own, layout(name)), AURC)
+        title = f"Area under the risk-coverage curve: {_short(name)}"
+        tables.append(Table(title=title, facts=(), blocks=(block,), notes=()))
+        panels = {
+            place.column.label: {label: mean_curve(cells) for label, cells in place.drawn.items()}
+            for place in places[name]
+        }
+        labels = [line_label(*key) for key in dict(line_keys(own)).items()]  # the last of a method has the most draws
+        heading = f"Risk against coverage: {_short(name)}"
+        figures.append(Figure(heading=heading, alt=heading, svg=svg(risk_panels(panels, labels))))
+    listings = [threshold_listing(place.heading, place.lines.values()) for found in places.values() for place in found]
+    return Section(
+        heading="Selective prediction",
+        text=_SELECTIVE,
+        tables=tuple(tables),
+        figures=tuple(figures),
+        listings=tuple(listings),
+    )
+
+
+def mean_curve(cells: Sequence[Cell]) -> tuple[list[float], list[float]]:
+    """Return coverages of 1 % to 100 %, and the mean over cells of the risk where a cell first reaches them."""
+    coverages = [k / COVERAGES for k in range(1, COVERAGES + 1)]
+    risks = []
+    for coverage in coverages:
+        values = []
+        for curve in (cell["risk_coverage"] for cell in cells):
+            first = bisect.bisect_left(curve["coverage"], coverage - 1e-6)  # cells hold six decimals
+            values.append(curve["risk"][min(first, len(curve["risk"]) - 1)])
+        risks.append(spread(values).mean)
+    return coverages, risks
+
+
+def _other_data(places: Sequence[_Place]) -> Iterator[Section]:
+    """Yield the histograms of the uncertainty on both data sets; nothing if there is no other data."""
+    figures = []
+    for place in places:
+        panels = [
+            (label, pooled_histogram(cells, score))
+            for score in ("total", "epistemic")
+            for label, cells in place.drawn.items()
+            if score != "epistemic" or cells[0]["draws"] > 1
+        ]
+        names = {"known": f"rows of {place.column.task}", "other": f"rows of {place.column.eval_task}"}
+        picture = svg(histogram_panels(panels, **names))
+        heading = f"Uncertainty on {place.heading}"
+        figures.append(Figure(heading=heading, alt=f"{heading}: histograms of both data sets", svg=picture))
+    if figures:
+        yield Section(heading="Out-of-distribution detection", text=_OTHER_DATA, figures=tuple(figures))
+
+
+def pooled_histogram(cells: Sequence[Cell], score: str) -> Histogram:
+    """Return the histogram of the rows of all cells together, with the AUROC as its caption."""
+    holders = ([cell["in_distribution"]["uncertainty"] for cell in cells], [cell["uncertainty"] for cell in cells])
+    known, other = (
+        [sum(bin) for bin in zip(*(h[score]["counts"] for h in holder), strict=True)] for holder in holders
+    )
+    return Histogram(
+        caption=f"AUROC {_spread_text(_AUROC[score], cells)} %",
+        known=known,
+        other=other,
+        end=HISTOGRAM_ENDS[score],
+        label=f"{score} uncertainty, nats",
+    )
+
+
+def _spread_text(measure: Measure, cells: Sequence[Cell]) -> str:
+    value = spread([measure.of(cell) for cell in cells])
+    return f"{value.mean:.1f}" if value.deviation is None else f"{value.mean:.1f} ± {value.deviation:.1f}"

@@ -1,0 +1,180 @@
+"""Tables made from cells: mean and standard deviation over seeds, the best values marked, published figures added."""
+
+from collections.abc import Iterator, Sequence
+
+from bayestune.errors import ConfigError
+from bayestune.report.markdown import markdown
+from bayestune.report.views import Block, Line, Table, Value, shown
+from bayestune.tables.fields import Cell
+from bayestune.tables.layouts import Column, Layout, check_columns, layout, line_keys, line_label
+from bayestune.tables.published import Published
+from bayestune.tables.summary import DETECTION, EPISTEMIC, MEASURES, Measure, Spread, ranks, spread
+
+MISSING = Value(text="-")
+
+_Key = tuple[str, int]
+
+
+def markdown_table(cells: Sequence[Cell], table: str, *, published: Sequence[Published] = ()) -> str:
+    """Return `table_view` as Markdown; the same cells give the same bytes."""
+    return markdown(table_view(cells, table, published=published))
+
+
+def html_table(cells: Sequence[Cell], table: str, *, published: Sequence[Published] = ()) -> str:
+    """Return `table_view` as an HTML page; the same cells give the same bytes. Requires jinja2."""
+    from bayestune.report.html import table_html
+
+    return table_html(table_view(cells, table, published=published))
+
+
+def table_view(cells: Sequence[Cell], table: str, *, published: Sequence[Published] = ()) -> Table:
+    """Summarize the cells of one table.
+
+    Each value is the mean over seeds with the sample standard deviation, and says how many seeds it has if there are
+    fewer than in the rest of the table. In each column, the best and second best of the values with the most seeds are
+    marked.
+
+    Args:
+        cells: cells from `read_cells`; those of different tables are ignored.
+        table: name of the table.
+        published: figures to show beside ours where model and rows are the same.
+
+    Raises:
+        ConfigError: the table does not exist, has no cells, or has no column for the data set of a cell.
+    """
+    chosen = layout(table)
+    own = [cell for cell in cells if cell["table"] == table]
+    if not own:
+        raise ConfigError(f"{table}: found no cells of this table, expected some.")
+    check_columns(own, table)
+    columns = present_columns(own, chosen)
+    seeds = sorted({cell["seed"] for cell in own})
+    facts = (
+        f"Made by: bayestune table {table} --rebuild, from {len(own)} {'cell' if len(own) == 1 else 'cells'}.",
+        f"Model: {shown(own[0]['experiment']['model'])}.",
+        f"n = {len(seeds)}: mean ± sample standard deviation over seeds {', '.join(map(str, seeds))}."
+        if len(seeds) > 1
+        else f"n = 1: one run, seed {seeds[0]}.",
+    )
+    measures = MEASURES + (DETECTION if chosen.detection else ())
+    blocks = [measure_block(own, columns, measure, published=published) for measure in measures]
+    return Table(
+        title=chosen.title,
+        facts=facts,
+        blocks=(*blocks, _data_block(own, columns)),
+        notes=tuple(_notes(own, chosen, columns, published)),
+    )
+
+
+def present_columns(cells: Sequence[Cell], chosen: Layout) -> list[Column]:
+    """Return the columns that have cells."""
+    return [column for column in chosen.columns if any(in_column(cell, column) for cell in cells)]
+
+
+def in_column(cell: Cell, column: Column) -> bool:
+    """Return whether the cell belongs to the data set of the column."""
+    return (cell["task"], cell["eval_task"]) == (column.task, column.eval_task)
+
+
+def measure_block(
+    cells: Sequence[Cell], columns: Sequence[Column], measure: Measure, *, published: Sequence[Published] = ()
+) -> Block:
+    """Return one measure with a line per method, each followed by the published line if there is one."""
+    if measure in DETECTION:
+        columns = [column for column in columns if column.task != column.eval_task]
+    keys, seeds = line_keys(cells), len({cell["seed"] for cell in cells})
+    spreads = [_spreads(cells, measure, column, keys) for column in columns]
+    ranked = [ranks(measure, by_key) for by_key in spreads]
+    lines: list[Line] = []
+    for i, key in enumerate(keys):
+        values = [
+            Value(text=_text(measure, by_key[key], seeds), best=key in best, second=key in second)
+            if key in by_key
+            else MISSING
+            for by_key, (best, second) in zip(spreads, ranked, strict=True)
+        ]
+        lines.append(Line(label=line_label(*key), values=tuple(values)))
+        last = all(method != key[0] for method, _ in keys[i + 1 :])
+        lines += _published_lines(cells, measure, key, columns, published, last=last)
+    return Block(heading=measure.heading, corner="method", columns=_labels(columns), lines=tuple(lines))
+
+
+def _labels(columns: Sequence[Column]) -> tuple[str, ...]:
+    return tuple(column.label for column in columns)
+
+
+def _spreads(cells: Sequence[Cell], measure: Measure, column: Column, keys: Sequence[_Key]) -> dict[_Key, Spread]:
+    """Return one spread per line with cells in the column. A single draw has no epistemic uncertainty to rank by."""
+    spreads = {}
+    for key in keys:
+        values = [
+            measure.of(cell) for cell in cells if in_column(cell, column) and (cell["method"], cell["draws"]) == key
+        ]
+        if values and not (measure in EPISTEMIC and key[1] < 2):
+            spreads[key] = spread(values)
+    return spreads
+
+
+def _text(measure: Measure, value: Spread, seeds: int) -> str:
+    deviation = "" if value.deviation is None else f" ± {measure.text(value.deviation)}"
+    fewer = f" (n = {value.seeds})" if value.seeds < seeds else ""
+    return f"{measure.text(value.mean)}{deviation}{fewer}"
+
+
+def _published_lines(
+    cells: Sequence[Cell],
+    measure: Measure,
+    key: _Key,
+    columns: Sequence[Column],
+    published: Sequence[Published],
+    *,
+    last: bool,
+) -> Iterator[Line]:
+    """Yield the published line of the same method and draws; after the `last` line of a method, also of any draws."""
+    method, draws = key
+    for figures in published:
+        by_line = figures.values.get(measure.path[-1], {})
+        for name in [(method, draws), *([(method, None)] if last else [])]:
+            if name not in by_line:
+                continue
+            values = []
+            for column in columns:
+                ours = [cell for cell in cells if in_column(cell, column)]
+                fits = bool(ours) and all(figures.fits(cell) for cell in ours) and column.eval_task in by_line[name]
+                values.append(Value(text=f"{by_line[name][column.eval_task]:.2f}") if fits else MISSING)
+            if any(value is not MISSING for value in values):
+                text = line_label(*key) if name[1] is not None else line_label(method, 0).partition(",")[0]
+                yield Line(label=f"{text}: {figures.source} [{figures.caution}]", values=tuple(values), published=True)
+
+
+def _data_block(cells: Sequence[Cell], columns: Sequence[Column]) -> Block:
+    """Return the training rows, evaluated rows and updates behind each column."""
+    lines = []
+    for label, field in (("training rows", "train_rows"), ("evaluated rows", "rows"), ("updates", "steps")):
+        numbers = [sorted({cell[field] for cell in cells if in_column(cell, column)}) for column in columns]
+        lines.append(Line(label=label, values=tuple(Value(text="/".join(map(str, values))) for values in numbers)))
+    return Block(heading="Data", corner="", columns=_labels(columns), lines=tuple(lines))
+
+
+def _notes(
+    cells: Sequence[Cell], chosen: Layout, columns: Sequence[Column], published: Sequence[Published]
+) -> Iterator[str]:
+    absent = [column.label for column in chosen.columns if column not in columns]
+    if absent:
+        yield f"Data sets of the table that were not run: {', '.join(absent)}."
+    yield (
+        "Bold: best of the column. Underlined: second best. Only values with the column's largest number of seeds are "
+        "ranked, and values that print the same are equal. (n = ...): fewer seeds than the table has. -: not run."
+    )
+    yield (
+        "ECE: 15 bins of equal width on the largest probability. N: number of draws averaged; N = 0 is the posterior "
+        "mean."
+    )
+    if chosen.detection:
+        yield (
+            "AUROC, AUPR (average precision): how well each uncertainty separates the rows of the column (positive) "
+            "from the evaluation rows of the training task. With fewer than two draws, epistemic uncertainty is zero."
+        )
+    for figures in published:
+        if any(figures.fits(cell) for cell in cells):
+            yield f"Lines [{figures.caution}]: figures of {figures.source}, not measured here."
