@@ -23,7 +23,7 @@ PLACES = {
     "update": "torch.optim.AdamW.step",
     "checkpoint": "bayestune.training.checkpoint.SafeTrainer._save_rng_state",
     "posterior": "bayestune.storage.folders.write_manifest",
-    "evaluation": "bayestune.experiment.run.predict",
+    "evaluation": "bayestune.experiment.trained.predict",
     "record": "bayestune.experiment.run.write_json",
     "answers": "bayestune.experiment.write_text",
 }

@@ -9,7 +9,7 @@ import pytest
 from filelock import FileLock
 
 from bayestune.errors import ConfigError, DataError
-from bayestune.experiment.run import Run
+from bayestune.experiment import Run
 from bayestune.experiment.train import Training
 from bayestune.tables.cells import read_cells
 from bayestune.tables.fill import run_table

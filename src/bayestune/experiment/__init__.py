@@ -4,9 +4,9 @@ from bayestune.experiment.backbone import embedded_model as embedded_model
 from bayestune.experiment.record import write_json as write_json
 from bayestune.experiment.record import write_text as write_text
 from bayestune.experiment.run import Result as Result
-from bayestune.experiment.run import Run as Run
-from bayestune.experiment.run import load_run as load_run
-from bayestune.experiment.run import other_task as other_task
 from bayestune.experiment.run import run as run
 from bayestune.experiment.score_table import score_table as score_table
 from bayestune.experiment.settings import Experiment as Experiment
+from bayestune.experiment.trained import Run as Run
+from bayestune.experiment.trained import load_run as load_run
+from bayestune.experiment.trained import other_task as other_task

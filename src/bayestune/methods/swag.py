@@ -88,10 +88,10 @@ class Moments:
 
 
 class SwagPosterior(Posterior):
-    """The Gaussian of the module docstring; the adapter of `model` holds its mean, and every draw is whole weights.
+    """The Gaussian of the module docstring, made by `from_moments`; each draw replaces all weights of the adapter.
 
-    Make one with `from_moments` (as `SwagCallback` collects them) or, of a saved one, `from_saved`. One
-    snapshot, or equal ones, make a point.
+    The adapter of `model` holds the mean. `variance` (the diagonal of Sigma_diag) and `deviations` (D, [columns,
+    *shape]) are float32, by the key of each weight in a saved adapter. With one snapshot it is a point.
     """
 
     kind = "swag"
@@ -100,13 +100,6 @@ class SwagPosterior(Posterior):
     def __init__(
         self, model: PeftModel, *, snapshots: int, variance: dict[str, Tensor], deviations: dict[str, Tensor]
     ) -> None:
-        """
-        Args:
-            model: holds the mean in its active adapter.
-            snapshots: T.
-            variance: the diagonal of Sigma_diag by the key of each weight in a saved adapter, float32.
-            deviations: D by the same keys, [columns, *shape], float32.
-        """
         super().__init__(model)
         self.snapshots, self._variance, self._deviations = snapshots, variance, deviations
 
@@ -119,7 +112,8 @@ class SwagPosterior(Posterior):
             ConfigError: no snapshots, or not those of a plain LoRA adapter as `model` has it.
         """
         expected = trained_weights(model)
-        fault = _fault(expected, {name: tuple(mean.shape) for name, mean in moments.mean.items()})
+        shapes = {name: tuple(weight.shape) for name, weight in expected.items()}
+        fault = _difference(shapes, {name: tuple(mean.shape) for name, mean in moments.mean.items()})
         if fault:
             raise ConfigError(f"SWAG: {fault}, in {moments.snapshots} snapshots: collect them from this very adapter.")
         for name, weight in expected.items():
@@ -169,7 +163,6 @@ class SwagPosterior(Posterior):
         )
 
     def settings(self) -> Settings:
-        """T, and the number of columns of D."""
         return {"snapshots": self.snapshots, "columns": self._columns}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -223,10 +216,6 @@ def trained_weights(model: PeftModel) -> dict[str, Tensor]:
     return {key: tensors[key] for key in parameter_names(model, adapter)}
 
 
-def _fault(expected: Mapping[str, Tensor], found: Mapping[str, tuple[int, ...]]) -> str | None:
-    return _difference({name: tuple(tensor.shape) for name, tensor in expected.items()}, found)
-
-
 def _difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
     """The first name whose shapes differ, in words; None where there is none."""
     for name in sorted(expected.keys() | found.keys()):
@@ -238,21 +227,13 @@ def _difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str | 
 class SwagCallback(TrainerCallback):
     """Adds the weights of a plain LoRA adapter to `moments` after updates `start`, ``start + every``, ... of a run.
 
-    Works with `BayesTrainer` and with transformers' Trainer; it reads the weights and changes nothing. SWAG wants a
-    learning rate that is constant and not small over the tail (`lr_scheduler_type="constant_with_warmup"`), so that
-    the snapshots spread as the posterior does (Maddox et al. 2019). Snapshots are not in checkpoints.
-
-        >>> swag = SwagCallback(start=500, every=25)                              # doctest: +SKIP
-        >>> BayesTrainer(model, task=task, args=args, callbacks=[swag]).train()   # doctest: +SKIP
-        >>> posterior = Swag.from_moments(model, swag.moments)                    # doctest: +SKIP
-
-    Attributes:
-        start: the update, counted from 1, of the first snapshot. every: updates between snapshots.
-        moments: what was collected; `rank` of it is K, the number of deviations kept.
+    It works with `BayesTrainer` and with transformers' Trainer, and changes nothing. Use a learning rate that is
+    constant and not small over the tail, so that the snapshots spread as the posterior does (section 3.1).
+    Checkpoints do not hold snapshots.
 
     Raises:
-        ConfigError: a setting out of range; when training begins: no plain LoRA adapter, other trained parameters
-            beside it, or a run that ends before its second snapshot.
+        ConfigError: a setting is out of range; or, when training begins, there is no plain LoRA adapter, something
+            else is trained too, or the run ends before its second snapshot.
         TrainingError: the run is resumed after its first snapshot.
     """
 

@@ -7,10 +7,10 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from bayestune.errors import ConfigError
+from bayestune.experiment import Run, load_run, other_task, run
 from bayestune.experiment.backbone import find_backbone
 from bayestune.experiment.folder import EXPERIMENT, RESULT
 from bayestune.experiment.record import read_json, rows_sha256, write_json
-from bayestune.experiment.run import Run, load_run, other_task, run
 from bayestune.inference import Prediction
 from bayestune.tables.cells import Cell, cell_path, cell_record
 from bayestune.tables.grid import Grid, Planned, counts, counts_for, plan, scored_split

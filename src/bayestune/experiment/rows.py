@@ -1,0 +1,67 @@
+"""The rows of a run: those it trains on, is scored on, and fits something on."""
+
+from dataclasses import dataclass
+
+from bayestune.experiment.overlap import count_repeated
+from bayestune.experiment.settings import Experiment
+from bayestune.tasks import AnyRow, Task
+
+
+def own_splits(experiment: Experiment) -> dict[str, str]:
+    """The splits that settings of the method name, by setting."""
+    settings = dict(experiment.method)
+    return {name: settings[name] for name in experiment.method.splits if settings[name] is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRows:
+    """The rows of a run, each of them usable.
+
+    Attributes:
+        train: rows to train on. evaluation: rows to score. more: rows of the splits that settings of the method name,
+            by setting. temperature: rows to fit a temperature on; empty where no split is named.
+    """
+
+    train: list[AnyRow]
+    evaluation: list[AnyRow]
+    more: dict[str, list[AnyRow]]
+    temperature: list[AnyRow]
+
+    @classmethod
+    def of(cls, experiment: Experiment, task: Task) -> "RunRows":
+        """Read and check the rows.
+
+        Raises:
+            DataError: a split is missing, or a row cannot be used.
+        """
+        return cls(
+            train=_checked(task, experiment.train_split),
+            evaluation=_checked(task, experiment.eval_split),
+            more={name: _checked(task, split) for name, split in own_splits(experiment).items()},
+            temperature=_checked(task, experiment.temperature_split),
+        )
+
+    def by_use(self) -> dict[str, list[AnyRow]]:
+        """Rows by the name of their split setting, such as "train", "eval" and "temperature"."""
+        used = {"train_split": self.train, "eval_split": self.evaluation, **self.more}
+        return {name.removesuffix("_split"): rows for name, rows in {**used, HELD_OUT: self.temperature}.items()}
+
+    def repeated(self, experiment: Experiment) -> dict[str, dict[str, int]]:
+        """How many of the scored rows are also in each split that the run learns from; warns where any are."""
+        assert experiment.eval_split is not None
+        used = {
+            experiment.train_split: self.train,
+            experiment.temperature_split: self.temperature,
+            **{split: self.more[name] for name, split in own_splits(experiment).items()},
+        }
+        named = {name: found for name, found in used.items() if name is not None}
+        return count_repeated(self.evaluation, experiment.eval_split, named)
+
+
+HELD_OUT = "temperature_split"
+
+
+def _checked(task: Task, split: str | None) -> list[AnyRow]:
+    rows = [] if split is None else task.rows(split)
+    task.check(rows)
+    return rows

@@ -1,0 +1,112 @@
+"""`Run`: a trained run, and its way back from disk."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft import PeftModel
+
+from bayestune.errors import BayestuneWarning, ConfigError
+from bayestune.experiment.backbone import Backbone, build_task, default_targets, find_backbone, load_base
+from bayestune.experiment.fitting import autocast
+from bayestune.experiment.folder import EXPERIMENT, POSTERIOR, RESULT, earlier_run
+from bayestune.experiment.record import file_sha256, read_json
+from bayestune.experiment.rows import HELD_OUT, own_splits
+from bayestune.experiment.settings import Experiment
+from bayestune.inference import Prediction, predict
+from bayestune.methods import Posterior, load
+from bayestune.storage.manifest import TENSOR_FILE
+from bayestune.tasks import AnyRow, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A trained run, loaded: its settings, its task and its posterior."""
+
+    experiment: Experiment
+    task: Task
+    posterior: Posterior
+
+    @property
+    def model(self) -> PeftModel:
+        """The model with the posterior's mean, mode or first member."""
+        return self.posterior.model
+
+    @property
+    def default_draws(self) -> int:
+        """The draws that the run was evaluated with: 0 for a point, K for an ensemble."""
+        return self.experiment.method.draw_counts(self.experiment.draws)[-1]
+
+    def evaluations(self) -> dict[str, int]:
+        """Number of draws of each evaluation, by its key: the method's name, with the draws if there are several."""
+        counts, name = self.experiment.method.draw_counts(self.experiment.draws), self.experiment.method.name
+        return {name: counts[0]} if len(counts) == 1 else {f"{name}_n{draws}": draws for draws in counts}
+
+    def predict(
+        self, rows: Sequence[AnyRow], *, draws: int, seed: int = 0, task: Task | None = None, progress: bool = False
+    ) -> Prediction:
+        """`bayestune.predict` in the run's own precision; `task` asks another task of the same model."""
+        with autocast(self.experiment):
+            return predict(self.posterior, task or self.task, rows, draws=draws, seed=seed, progress=progress)
+
+
+def load_run(folder: str | Path, *, data: str | Path | None = None) -> Run:
+    """The trained run in `folder`, in evaluation mode; `data` replaces the data folder it was trained with.
+
+    Raises:
+        ConfigError: not the folder of a finished run. PosteriorError: its posterior is incomplete or altered.
+    """
+    folder = Path(folder)
+    what = "the folder of a finished run, as `bayestune train --output` makes it"
+    if not (folder / RESULT).is_file():
+        waiting = earlier_run(folder)
+        hint = f" The run that was to be replaced there waits in {waiting}." if waiting.is_dir() else ""
+        hint = hint or (" Continue it: train --resume." if (folder / EXPERIMENT).is_file() else "")
+        raise ConfigError(f"{folder}: found no {RESULT}, expected {what}.{hint}")
+    experiment = Experiment.from_dict(read_json(folder / EXPERIMENT, what), where=str(folder / EXPERIMENT))
+    if data is not None:
+        experiment = experiment.replace(data=str(data))
+    backbone = find_backbone(experiment.model)
+    experiment, task = resolve(experiment, backbone)
+    base, _ = load_base(backbone, task, experiment)
+    posterior = load(base, folder / POSTERIOR)
+    recorded = read_json(folder / RESULT, what).get("sha256", {}).get("adapter")
+    if recorded != file_sha256(folder / POSTERIOR / TENSOR_FILE):
+        message = f"{folder}: the posterior is not the one that {RESULT} was made with; its scores are of another."
+        warnings.warn(message, BayestuneWarning, stacklevel=2)
+    return Run(experiment=experiment, task=task, posterior=posterior)
+
+
+def other_task(trained: Run, name: str) -> Task:
+    """Another data set, asked of a trained run in the same way and from the same data folder.
+
+    Raises:
+        ConfigError: it is scored in another way than the run's own task.
+    """
+    experiment, own = trained.experiment, trained.task
+    assert experiment.max_tokens is not None
+    task = build_task(find_backbone(experiment.model), name, experiment.data, experiment.max_tokens)
+    if task.kind != own.kind or (task.kind == "text" and task.columns != own.columns):
+        raise ConfigError(
+            f"data set {name}: found kind {task.kind!r} with {task.columns} classes, expected {own.kind!r} with "
+            f"{own.columns} as in {own.name}, which the run was trained on."
+        )
+    return task
+
+
+def resolve(experiment: Experiment, backbone: Backbone) -> tuple[Experiment, Task]:
+    """The experiment with its defaults filled in, and its task."""
+    experiment = experiment.resolved(backbone.family)
+    assert experiment.max_tokens is not None
+    task = build_task(backbone, experiment.task, experiment.data, experiment.max_tokens)
+    targets = experiment.target_modules or default_targets(backbone, task)
+    split = experiment.eval_split or task.spec.evaluation
+    for name, used in {**own_splits(experiment), HELD_OUT: experiment.temperature_split or ""}.items():
+        shared = set(used.split("+")) & set(split.split("+"))
+        if shared:
+            raise ConfigError(
+                f"{name}: found {min(shared)!r}, which the run is scored on; choose other rows, or another "
+                "--eval-split."
+            )
+    return experiment.replace(target_modules=targets, eval_split=split), task
