@@ -138,7 +138,7 @@ def test_failing_in_the_first_update_is_the_run_that_started_smaller(
         found = run(trainer_of(tmp_path, kind, task))
     told = [str(warning.message) for warning in seen if warning.category is BayestuneWarning]
     assert task.failed == len(told) == (2 if size == 1 else 1)
-    assert f"from this update on {size}," in told[-1]
+    assert f"this and later updates use {size};" in told[-1]
     assert_same_run(found, small(kind, size))
 
 
@@ -177,7 +177,7 @@ def test_at_one_row_it_stops_and_nothing_is_updated(tmp_path: Path, backward: bo
     before = list(trained(trainer.model).values())
     with (
         pytest.warns(BayestuneWarning) as seen,
-        pytest.raises(TrainingError, match=r"step 0: memory ran out on cpu with one row a forward, 'toy-\d+'"),
+        pytest.raises(TrainingError, match=r"step 0: memory ran out on cpu with one row per forward, 'toy-\d+'"),
     ):
         trainer.train()
     assert task.calls == 3

@@ -39,5 +39,5 @@ def test_the_gradient_of_an_update_is_that_of_the_map_objective(accumulation: in
 def test_a_prior_std_that_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="prior_std: found 0"):
         Recorder(lora(), task=TASK, args=arguments(tmp_path), train_rows=rows(3), prior_std=0.0)
-    with pytest.raises(ConfigError, match="prior_std is the MAP's"):
+    with pytest.raises(ConfigError, match="prior_std is for MAP training of plain LoRA"):
         Recorder(double_blob(), task=TASK, args=arguments(tmp_path), train_rows=rows(3), prior_std=1.0)

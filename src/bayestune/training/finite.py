@@ -1,4 +1,4 @@
-"""Numbers that are not finite stop training before the update, and the error says where and what is left."""
+"""Values that are not finite: where they are, and the error that stops training before the update."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,7 +29,7 @@ def stopped(
 
 @torch.no_grad()
 def all_finite(tensors: Iterable[Tensor], *, squared: bool = False) -> bool:
-    """Whether every entry is finite (and its square, in its dtype): the largest magnitudes tell, in few kernels."""
+    """Return whether every entry (with `squared`, its square in its dtype) is finite, in few kernels."""
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for tensor in (tensor for tensor in tensors if tensor.numel()):
         by_dtype.setdefault(tensor.dtype, []).append(tensor)
@@ -38,7 +38,7 @@ def all_finite(tensors: Iterable[Tensor], *, squared: bool = False) -> bool:
 
 
 def first_nonfinite(tensors: Mapping[str, Tensor], *, squared: bool = False) -> tuple[str, int] | None:
-    """The name of the first tensor with an entry that is not finite, and how many such tensors there are."""
+    """Return the name of the first tensor that is not finite and the number of such tensors, or None."""
     if all_finite(tensors.values(), squared=squared):
         return None
     bad = [name for name, tensor in tensors.items() if not all_finite([tensor], squared=squared)]
@@ -46,18 +46,18 @@ def first_nonfinite(tensors: Mapping[str, Tensor], *, squared: bool = False) -> 
 
 
 def nonfinite_rows(nll: Float[Tensor, "draws rows"], ids: Sequence[str]) -> str | None:
-    """What is wrong with the NLLs, naming the rows whose `ids` these are; None if all are finite."""
+    """Return what is wrong with the NLLs, by the `ids` of their rows; None if all are finite."""
     bad = ~nll.detach().isfinite()
     if not bad.any():
         return None
-    draw, place = (int(i) for i in bad.nonzero()[0])
-    others = [ids[int(i)] for i in bad.any(0).nonzero()[:, 0] if int(i) != place]
+    draw, row = (int(i) for i in bad.nonzero()[0])
+    others = [ids[int(i)] for i in bad.any(0).nonzero()[:, 0] if int(i) != row]
     also = f" (and that of {listed(others)} is not finite)" if others else ""
-    return f"the NLL of row {ids[place]!r} is {nll[draw, place].item()}{also}"
+    return f"the NLL of row {ids[row]!r} is {nll[draw, row].item()}{also}"
 
 
 def listed(ids: Sequence[str], at_most: int = 5) -> str:
-    """The rows by their first ids, and how many more there are."""
+    """Return a list of the first ids, and how many more there are."""
     more = len(ids) - at_most
     names = ", ".join(repr(name) for name in ids[:at_most]) + (f" and {more} more" if more > 0 else "")
     return f"row {names}" if len(ids) == 1 else f"rows {names}"

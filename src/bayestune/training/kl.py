@@ -1,21 +1,19 @@
-r"""The KL term of the objective as a decoupled step, in the manner of the weight decay of AdamW.
+r"""The KL term of the objective as a decoupled step, like the weight decay of AdamW.
 
-The released BLoB code has two optimisers: AdamW moves the means M and B along the gradient of the mean negative
-log-likelihood (NLL); plain SGD moves G along NLL + pi KL, and M along pi KL. The gradient of the KL is known in
-closed form, so the second optimiser needs no backward pass and no state: `KLCallback` takes its step right after
-AdamW's,
+BLoB's released code has two optimizers: AdamW moves M and B along the gradient of the mean negative log-likelihood
+(NLL); plain SGD moves G along NLL + pi KL, and M along pi KL. The gradient of the KL has a closed form, so the second
+optimizer needs no backward pass and no state: `KLCallback` takes its step right after AdamW's,
 
     M <- M - eta pi M / s_p^2
     G <- G - eta (dNLL/dG + pi (2 G^3 / s_p^2 - 2 / G)),
 
 with ``eta`` the KL learning rate, following the main schedule, and ``pi`` the KL weight of this update.
 
-How the weights relate to the ELBO. With the mean NLL over rows as the loss, the negative ELBO per row of a training
-set of N rows is ``mean NLL + KL / N``: `elbo_kl_weight(N)`. The paper's weights instead count the whole KL once a
-cycle of M updates (they add up to about 1 over a cycle), on average ``N / M`` times as strong: for N > M the posterior
-is a tempered one, closer to the prior. G's fixed point is that of the weighted objective.
-M's is not, since AdamW rescales the NLL gradient and not the KL's, just as decoupled decay is not an L2 penalty; with
-`optim="sgd"` and equal learning rates both are.
+With the mean NLL over rows as the loss, the negative ELBO per row of a training set of N rows is
+``mean NLL + KL / N``: `elbo_kl_weight(N)`. The paper's weights instead count the whole KL once per cycle of M updates
+(they add up to about 1), on average ``N / M`` times as strong: for N > M the posterior is tempered, closer to the
+prior. The fixed point of G is that of the weighted objective. That of M is not, as AdamW rescales the NLL gradient but
+not the KL's (as with decoupled weight decay and an L2 penalty); with `optim="sgd"` and equal learning rates both are.
 """
 
 import math
@@ -30,17 +28,20 @@ from bayestune.errors import ConfigError
 from bayestune.functional import clamp_rho, gaussian_kl_gradient, paper_kl_weight, std
 
 JOINED = {"cpu": 2**16, "other": 2**21}
-"""Entries of the layers that move together: a few kernels for many small layers, and a CPU's cache not exceeded."""
+"""Most entries that move in one computation: few kernels for many small layers, within the cache of a CPU."""
 
 Schedule = Callable[[int, int], float]
 """KL weight of update `step` (from 0) in cycles of `cycle` updates."""
 
 
 def elbo_kl_weight(rows: int) -> Schedule:
-    """The constant weight ``1 / rows``: mean NLL + weight * KL is then the negative ELBO per row, in nats.
+    """Return the schedule of the constant weight ``1 / rows``; the objective is then the negative ELBO per row.
+
+    Args:
+        rows: number of training rows.
 
     Raises:
-        ConfigError: `rows`, the number of training rows, is not positive.
+        ConfigError: `rows` is not positive.
     """
     if rows < 1:
         raise ConfigError(f"elbo_kl_weight rows: found {rows}, expected the number of training rows, at least 1.")
@@ -52,13 +53,13 @@ class KLSettings:
     """How the KL enters training.
 
     Attributes:
-        cycle: M, updates in one cycle of KL weights; `functional.cycle_steps(rows, batch_size)` is the paper's.
-        schedule: weight of each update; `paper_kl_weight`, `uniform_kl_weight` and `linear_kl_weight` of
-            `bayestune.functional`, `elbo_kl_weight(rows)`, or your own function of (step, cycle).
-        learning_rate: eta of the SGD step, at the peak of the main learning-rate schedule, which it follows.
+        cycle: M, updates in one cycle of KL weights; the paper's is `functional.cycle_steps(rows, batch_size)`.
+        schedule: KL weight of each update: `paper_kl_weight`, `uniform_kl_weight` or `linear_kl_weight` of
+            `bayestune.functional`, `elbo_kl_weight(rows)`, or any function of (step, cycle).
+        learning_rate: eta of the SGD step at the peak of the main learning-rate schedule, which it follows.
 
     Raises:
-        ConfigError: a value out of range.
+        ConfigError: a value is out of range.
     """
 
     cycle: int
@@ -86,16 +87,17 @@ def posterior_summary(layers: Collection[GaussianLinear]) -> dict[str, float]:
 
 @torch.no_grad()
 def kl_step(layers: Iterable[GaussianLinear], *, rate: float, weight: float, along_nll: bool) -> None:
-    """One step of plain SGD on ``weight * KL`` for M and G of `layers`, in place (module docstring).
+    """Take one step of plain SGD on ``weight * KL`` for M and G of `layers`, in place (see the module docstring).
+
+    The KL part of the step stops at the minimum of the KL, ``|G| = sqrt(s_p)``: a G near 0, whose gradient is
+    ``-2 / G``, would jump far past it. ``|G|`` stays at or above `RHO_FLOOR`. Layers with the same prior move in one
+    computation with up to `JOINED` entries.
 
     Args:
+        layers: Gaussian layers.
         rate: learning rate eta of this update.
         weight: KL weight pi of this update.
         along_nll: whether G also moves along its NLL gradient, `layer.rho.grad`; M never does.
-
-    The KL part stops at the minimum of the KL, ``|G| = sqrt(s_p)``, where a G near 0, whose gradient is
-    ``-2 / G``, would jump far past it. ``|G|`` stays at or above `RHO_FLOOR`. Layers of one prior move in one
-    computation, their entries laid end to end: as many layers as have `JOINED` entries, or else one.
     """
     for prior_std, group in layer_groups(layers):
         means, rhos = means_and_rhos(group)
@@ -112,7 +114,7 @@ def kl_step(layers: Iterable[GaussianLinear], *, rate: float, weight: float, alo
 
 
 def layer_groups(layers: Iterable[GaussianLinear]) -> Iterator[tuple[float, list[GaussianLinear]]]:
-    """The layers whose entries one computation moves, of one prior, device and dtype, and that prior."""
+    """Yield the layers that one computation moves, which share prior, device and dtype, with their prior_std."""
     groups: dict[tuple[float, torch.device, torch.dtype], list[GaussianLinear]] = {}
     for layer in layers:
         groups.setdefault((layer.prior_std, layer.rho.device, layer.rho.dtype), []).append(layer)
@@ -128,7 +130,7 @@ def layer_groups(layers: Iterable[GaussianLinear]) -> Iterator[tuple[float, list
 
 
 def means_and_rhos(layers: Sequence[GaussianLinear]) -> tuple[list[Tensor], list[Tensor]]:
-    """M and G of each layer."""
+    """Return M and G of each layer."""
     return [layer.weight for layer in layers], [layer.rho for layer in layers]
 
 

@@ -1,4 +1,4 @@
-"""`KLCallback`: the KL step after every step of the optimizer, in any transformers Trainer."""
+"""`KLCallback`: the KL step after every optimizer step, in any transformers Trainer."""
 
 import math
 from typing import Any
@@ -18,17 +18,18 @@ from bayestune.training.noise_callback import NoiseCallback
 
 
 class KLCallback(NoiseCallback):
-    """Adds the KL term to `transformers.Trainer` or TRL's `SFTTrainer`, after every optimiser step.
+    """Adds the KL term to `transformers.Trainer` or TRL's `SFTTrainer`, after every optimizer step.
 
-    It also keeps the clock of the training noise (seed, step, rank) and M, G and B in float32. Where G is
-    among the optimiser's parameters, as in a plain Trainer, the optimiser has already moved it along the NLL and
-    only the KL part is added here; `BayesTrainer` leaves G to this callback, as the paper does.
+    It also keys the training noise and keeps M, G and B in float32. If the optimizer holds G, as in a plain Trainer,
+    it has already moved G along the NLL, and only the KL part is added here. `BayesTrainer` leaves G to this callback,
+    as BLoB's released code does. Gradient clipping acts on the NLL gradients of M, G and B together, not on the KL.
 
-    Gradient clipping, if it is on, acts on the NLL gradients of M, G and B together, not on the KL.
+    Args:
+        settings: cycle, schedule and learning rate of the KL.
 
     Raises:
         ConfigError: when training begins: no Gaussian layer, fp16, DeepSpeed, or weight decay on G.
-        TrainingError: a step of the KL is not finite; raised before the optimiser's.
+        TrainingError: the KL step is not finite; raised before the optimizer step.
     """
 
     def __init__(self, settings: KLSettings) -> None:
@@ -52,7 +53,7 @@ class KLCallback(NoiseCallback):
         if args.fp16:
             raise ConfigError("fp16=True scales the loss, and the KL step is taken outside the scaler: use bf16=True.")
         if args.deepspeed:
-            raise ConfigError("DeepSpeed owns the optimiser step, so the KL step cannot follow it: train without it.")
+            raise ConfigError("DeepSpeed owns the optimizer step, so the KL step cannot follow it: train without it.")
         _restore_float32(model)
         self._layers = list(gaussian_layers(model).values())
         if not self._layers:
@@ -62,10 +63,10 @@ class KLCallback(NoiseCallback):
             )
         if not _peak_rate(optimizer.param_groups[0], args) > 0:
             raise ConfigError(
-                "learning_rate: found 0, expected more: the KL's learning rate follows the main schedule, as a share "
-                "of its peak. To train G alone, give a very small rate."
+                "learning_rate: found 0, expected more than 0: the KL learning rate follows the main schedule as a "
+                "share of its peak. To train G alone, give a very small rate."
             )
-        self._along_nll = not _optimised(self._layers, optimizer)
+        self._along_nll = not _holds_rho(self._layers, optimizer)
         super().on_train_begin(args, state, control, **kwargs)
 
     def on_pre_optimizer_step(
@@ -74,15 +75,15 @@ class KLCallback(NoiseCallback):
         group = kwargs["optimizer"].param_groups[0]
         self._rate = self.settings.learning_rate * group["lr"] / _peak_rate(group, args)
         self._weight = self.settings.schedule(state.global_step, self.settings.cycle)
-        found = f"the KL weight is {self._weight}, its learning rate {self._rate}"
+        problem = f"the KL weight is {self._weight}, its learning rate {self._rate}"
         if math.isfinite(self._rate * self._weight):
             bad = self._nonfinite_gradient()
             if bad is None:
                 return
-            found = f"the KL gradient of {bad[0]} (of {bad[1]} in all) is not finite"
+            problem = f"the KL gradient of {bad[0]} (of {bad[1]} in all) is not finite"
         raise stopped(
             "kl",
-            found,
+            problem,
             step=state.global_step,
             learning_rate=group["lr"],
             output=args.output_dir,
@@ -96,8 +97,8 @@ class KLCallback(NoiseCallback):
 
     @torch.no_grad()
     def _nonfinite_gradient(self) -> tuple[str, int] | None:
-        """The first layer and part whose gradient is not finite, and how many there are."""
-        largest: list[Tensor] = []  # they grow with |M| and |G|, so those of the largest entries tell
+        """Return the first M or G whose gradient is not finite, and how many there are."""
+        largest: list[Tensor] = []  # gradients grow with |M| and |G|, so those of the largest entries are enough
         for prior_std, group in layer_groups(self._layers):
             mean, rho = (get_total_norm(tensors, math.inf) for tensors in means_and_rhos(group))
             largest += gaussian_kl_gradient(mean, rho, prior_std)
@@ -112,19 +113,23 @@ class KLCallback(NoiseCallback):
         return first_nonfinite(gradients)
 
     def _along(self) -> list[Tensor]:
-        """The NLL gradients that G moves along."""
+        """Return the NLL gradients that G moves along."""
         return [layer.rho.grad for layer in self._layers if self._along_nll and layer.rho.grad is not None]
 
 
 def _peak_rate(group: dict[str, Any], args: TrainingArguments) -> float:
-    """The main learning rate without its schedule; ReduceLROnPlateau does not keep it in the group."""
+    """Return the main learning rate without its schedule; ReduceLROnPlateau does not keep it in the group."""
     return group.get("initial_lr", args.learning_rate)
 
 
-def _optimised(layers: list[GaussianLinear], optimizer: torch.optim.Optimizer) -> bool:
-    """Whether G of all `layers` (True) or of none (False) is among the optimiser's parameters."""
+def _holds_rho(layers: list[GaussianLinear], optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether the optimizer holds G of all `layers` (True) or of none (False).
+
+    Raises:
+        ConfigError: it holds some of them, or decays G.
+    """
     rhos = {id(layer.rho) for layer in layers}
-    found: set[int] = set()
+    held: set[int] = set()
     for index, group in enumerate(optimizer.param_groups):
         here = rhos & {id(parameter) for parameter in group["params"]}
         if here and group.get("weight_decay", 0.0):
@@ -132,23 +137,23 @@ def _optimised(layers: list[GaussianLinear], optimizer: torch.optim.Optimizer) -
                 f"parameter group {index} decays G (rho) with weight_decay={group['weight_decay']}, which pulls the "
                 "posterior to a point: use BayesTrainer, set weight_decay=0, or put rho in a group without decay."
             )
-        found |= here
-    if found and found != rhos:
+        held |= here
+    if held and held != rhos:
         raise ConfigError(
-            f"the optimiser holds G (rho) of {len(found)} of {len(rhos)} Gaussian layers: give it all of them or none."
+            f"the optimizer holds G (rho) of {len(held)} of {len(rhos)} Gaussian layers: give it all of them or none."
         )
-    return bool(found)
+    return bool(held)
 
 
 def _restore_float32(model: nn.Module) -> None:
-    """Widen adapter weights that something cast to half: bf16 loses updates below 1e-4 of a weight near 0.05."""
+    """Cast half-precision adapter weights to float32: bf16 loses updates below 1e-4 of a weight near 0.05."""
     for module in model.modules():
         if not isinstance(module, LoraLayer):
             continue
         for adapter in module.active_adapters:
-            for part in (module.lora_A, module.lora_B):
-                if adapter not in part:
+            for matrices in (module.lora_A, module.lora_B):
+                if adapter not in matrices:
                     continue
-                for parameter in part[adapter].parameters():
+                for parameter in matrices[adapter].parameters():
                     if parameter.dtype in (torch.float16, torch.bfloat16):
                         parameter.data = parameter.data.float()

@@ -1,8 +1,9 @@
-"""When memory runs out in training: the update begins again, in smaller forwards, as if it had not been tried.
+"""Out-of-memory back-off: the update restarts with smaller forwards, as if it had not been tried.
 
-Nothing of the failed try may remain: its gradients are discarded, and torch's generators and the clock of the training
-noise go back to the first micro-batch of the update. The rows of the update, and so its normalisation, the number of
-updates, the learning rate and the KL are those of the run without the failure.
+The gradients of the failed attempt are discarded, and torch's generators and the training noise go back to the first
+micro-batch of the update. The rows of the update, its normalization, the number of updates, the learning rate and the
+KL do not change. For plain LoRA without dropout the result equals, up to rounding, that of a run with the smaller
+micro-batches from the start; noise and masks are drawn per micro-batch.
 """
 
 import warnings
@@ -23,7 +24,7 @@ class BackOff:
     """Runs the micro-batches of an update on as many rows at once as memory allows.
 
     Attributes:
-        rows_at_once: of a forward; starts as the size of a micro-batch and is halved each time memory runs out.
+        rows_at_once: rows per forward: at first the size of a micro-batch, halved each time memory runs out.
     """
 
     def __init__(
@@ -36,12 +37,12 @@ class BackOff:
     def start_update(self) -> None:
         """Start a new update."""
         self._batches: list[dict[str, Any]] = []
-        self._loss: Tensor | float = 0.0  # of those that are done
+        self._loss: Tensor | float = 0.0  # of the batches that are done
         self._generators: list[Tensor] = []
 
     @property
     def rows(self) -> list[int]:
-        """Numbers of the rows of the update, as far as it has come."""
+        """Return the numbers of the rows that the update has run so far."""
         return [int(row) for batch in self._batches for row in batch[ROW]]
 
     def run(
@@ -53,11 +54,13 @@ class BackOff:
         step: int,
         shared: bool,
     ) -> Tensor:
-        """Run the next micro-batch of the update; the loss that it adds to that of the ones before.
+        """Run the next micro-batch of the update, and return its loss.
 
         Args:
-            forward: forward and backward of some rows; their share of the loss.
+            batch: the micro-batch.
+            forward: runs forward and backward of some rows and returns their share of the loss.
             undo: discards the gradients of the update and rewinds its noise.
+            step: index of the update, for messages.
             shared: whether other processes would have to do the same.
 
         Raises:
@@ -68,14 +71,14 @@ class BackOff:
         self._batches.append(batch)
         todo, before = [batch], 0.0
         while True:
-            losses, part = [], batch
+            losses, rows = [], batch
             try:
-                for part in self._parts(todo):
-                    losses.append(forward(part))
+                for rows in self._split(todo):
+                    losses.append(forward(rows))
                 break
             except torch.OutOfMemoryError as error:
-                self._halve(part[ROW], error, step, shared)
-            # Only here are the tensors of the failed forward free: the error held them.
+                self._halve(rows[ROW], error, step, shared)
+            # Here, not above: the error holds the tensors of the failed forward until its handler ends.
             undo()
             self._restore_generators()
             todo, before = self._batches, self._loss
@@ -83,8 +86,8 @@ class BackOff:
         self._loss = self._loss + loss
         return loss
 
-    def _parts(self, batches: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Batches of at most `rows_at_once` rows, padded anew where they are smaller than those given."""
+    def _split(self, batches: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Yield batches of at most `rows_at_once` rows; smaller ones than those given are padded anew."""
         for batch in batches:
             if len(batch[ROW]) <= self.rows_at_once:
                 yield batch
@@ -92,23 +95,23 @@ class BackOff:
                 yield from (self._batch_of(rows.tolist()) for rows in batch[ROW].split(self.rows_at_once))
 
     def _halve(self, index: Tensor, error: torch.OutOfMemoryError, step: int, shared: bool) -> None:
-        """Halve `rows_at_once` after a forward of the rows `index` failed; refuse where that cannot help."""
+        """Halve `rows_at_once` after a forward of the rows `index` failed, or raise an error if that cannot help."""
         where = f"step {step}: memory ran out on {self._args.device}"
         if shared:
             raise TrainingError(
                 f"{where} in micro-batch {len(self._batches)} of the update, process {self._args.process_index} of "
-                f"{self._args.world_size}: it cannot make its own smaller, since the others would wait for it. "
+                f"{self._args.world_size}: it cannot split its batch, as the others would wait for it. "
                 "Nothing was updated; give a smaller batch size, and more processes or accumulation steps."
             ) from error
         if len(index) == 1:
             raise TrainingError(
-                f"{where} with one row a forward, {self._ids[int(index[0])]!r}. Nothing was updated; use shorter "
+                f"{where} with one row per forward, {self._ids[int(index[0])]!r}. Nothing was updated; use shorter "
                 "rows, fewer train_draws, gradient checkpointing, bf16, or a larger device."
             ) from error
         before, self.rows_at_once = self.rows_at_once, self.rows_at_once // 2
         warnings.warn(
-            f"{where} with {before} rows a forward: from this update on {self.rows_at_once}, and as many rows an "
-            "update as before.",
+            f"{where} with {before} rows per forward: this and later updates use {self.rows_at_once}; the rows per "
+            "update do not change.",
             BayestuneWarning,
             stacklevel=3,
         )

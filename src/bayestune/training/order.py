@@ -1,4 +1,4 @@
-"""The order of training rows: rows of similar length together, so that little of a batch is padding."""
+"""The order of training rows: rows of similar length together, for less padding."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,15 +8,20 @@ from torch.utils.data import Sampler
 from bayestune.functional import derive_seed
 
 POOL = 50
-"""Batches that are drawn at random before being sorted by length: fewer would pad more, more would mix less."""
+"""Batches per pool that is sorted by length: fewer would need more padding, more would mix rows less."""
 
 
 class LengthGrouped(Sampler[int]):
-    """A random order of the rows, in batches of similar length.
+    """Samples rows in random order, in batches of similar length.
 
-    Each epoch the rows are permuted, sorted by length within pools of `POOL` batches, cut into batches, and the whole
-    batches shuffled; a last batch that is not full stays last. A pure function of (`seed`, epoch, `lengths`), so that
-    a resumed run sees the same order; it is over places, so a shuffled file gives another one.
+    Each epoch the rows are permuted, sorted by length within pools of `POOL` batches, cut into batches, and the full
+    batches are shuffled; a last batch that is not full stays last. The order is a pure function of (`seed`, epoch,
+    `lengths`), so a resumed run sees the same one.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: rows per update, over all processes.
+        seed: seed of the order.
     """
 
     def __init__(self, lengths: Sequence[int], *, batch_size: int, seed: int) -> None:
@@ -24,7 +29,7 @@ class LengthGrouped(Sampler[int]):
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch (from 0) that the next iteration is of."""
+        """Set the epoch (from 0) of the next iteration."""
         self._epoch = epoch
 
     def __len__(self) -> int:
@@ -38,8 +43,8 @@ class LengthGrouped(Sampler[int]):
         pool = POOL * self._batch_size
         batches = []
         for start in range(0, len(order), pool):
-            part = sorted(order[start : start + pool], key=self._lengths.__getitem__)
-            batches += [part[i : i + self._batch_size] for i in range(0, len(part), self._batch_size)]
+            by_length = sorted(order[start : start + pool], key=self._lengths.__getitem__)
+            batches += [by_length[i : i + self._batch_size] for i in range(0, len(by_length), self._batch_size)]
         for number in torch.randperm(len(batches), generator=generator).tolist():
             yield from batches[number]
         yield from rest

@@ -40,11 +40,8 @@ class BayesTrainer(SafeTrainer):
     Weight decay does not apply to M, which has the prior instead. Evaluation during training uses the posterior mean.
     Checkpoints hold only safetensors and JSON, and resume bit for bit.
 
-    If a GPU runs out of memory, the update restarts with half the rows per forward, and later updates keep that size.
-    The rows of an update, its loss and its learning rate do not change; a `BayestuneWarning` reports the new size. For
-    plain LoRA without dropout the result equals, up to rounding, that of micro-batches of that size from the start
-    (noise and masks are drawn per micro-batch). If the CPU or the optimizer's own step runs out of memory, the run
-    ends.
+    If a GPU runs out of memory, the update restarts with half the rows per forward (see `training.memory`), and later
+    updates keep that size; a `BayestuneWarning` says so. If the CPU or the optimizer step runs out, the run ends.
 
     Args:
         model: PEFT model with a Bayesian or plain LoRA adapter.
@@ -182,21 +179,15 @@ class BayesTrainer(SafeTrainer):
     ) -> Tensor:
         """Like `Trainer.training_step`, but on as many rows at once as memory allows."""
         run = super().training_step
-
-        def undo() -> None:
-            model.zero_grad()
-            if self._noise_callback is not None:
-                self._noise_callback.rewind()
-
         loss = self._memory.run(
             inputs,
             lambda rows: run(model, rows, num_items_in_batch),
-            undo,
+            lambda: self._undo_update(model),
             step=self.state.global_step,
             shared=isinstance(model, DistributedDataParallel),
         )
         if self.accelerator.sync_gradients:
-            self._refuse_nonfinite_gradient(num_items_in_batch)
+            self._check_gradient(num_items_in_batch)
         return loss
 
     def prediction_step(
@@ -279,29 +270,33 @@ class BayesTrainer(SafeTrainer):
             raise self._stopped("weights", problem, advice="lower the learning rate")
         super()._save_checkpoint(model, trial)
 
-    def _refuse_nonfinite_gradient(self, num_items_in_batch: Tensor | int | None) -> None:
+    def _undo_update(self, model: nn.Module) -> None:
+        """Discard the gradients of this update and go back to its first noise."""
+        model.zero_grad()
+        if self._noise_callback is not None:
+            self._noise_callback.rewind()
+
+    def _gradients(self) -> dict[str, Tensor]:
         assert self.model is not None
-        # Squared, as AdamW keeps them: a square that overflows would stop its parameter for good.
-        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-        bad = first_nonfinite(gradients, squared=True)
+        return {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+
+    def _check_gradient(self, num_items_in_batch: Tensor | int | None) -> None:
+        # Squared, as in AdamW's second moment: a square that overflows would freeze its parameter.
+        bad = first_nonfinite(self._gradients(), squared=True)
         if bad is None:
             return
-        problem = f"the NLL gradient of {bad[0]} ({bad[1]} parameters in all) is not finite"
         rows = self._memory.rows
         guilty = [row for row in rows if self._spoils_gradient(row, num_items_in_batch)]
-        of = "from" if guilty else "from one of"
-        ids = [self._train.ids[row] for row in guilty or rows]
-        advice = "look at that row, lower the learning rate, or train in float32"
-        raise self._stopped("gradient", f"{problem}, {of} {listed(ids)}", advice=advice)
+        source = f"{'from' if guilty else 'from one of'} {listed([self._train.ids[row] for row in guilty or rows])}"
+        problem = f"the NLL gradient of {bad[0]} ({bad[1]} parameters in all) is not finite, {source}"
+        raise self._stopped("gradient", problem, advice="look at that row, lower the learning rate, or use float32")
 
     def _spoils_gradient(self, row: int, num_items_in_batch: Tensor | int | None) -> bool:
         """Return whether the gradient of this row alone, in this process, is not finite."""
         assert self.model is not None
-        self.model.zero_grad()
-        if self._noise_callback is not None:
-            self._noise_callback.rewind()
+        self._undo_update(self.model)
         super().training_step(self.model, self._batch_of([row]), num_items_in_batch)
-        return not all(p.grad.square().isfinite().all() for p in self.model.parameters() if p.grad is not None)
+        return not all(gradient.square().isfinite().all() for gradient in self._gradients().values())
 
     def _stopped(self, quantity: Quantity, problem: str, *, advice: str) -> TrainingError:
         rate = self.args.learning_rate if self.lr_scheduler is None else self._get_learning_rate()
