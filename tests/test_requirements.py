@@ -64,7 +64,7 @@ def test_the_floors_are_declared_and_the_metadata_read_is_that_of_the_project() 
         ("torch", "2.10.0a0"),
         ("transformers", "5.22.9"),
         ("transformers", "4.57.0"),
-        ("transformers", "6.0.0"),
+        ("transformers", "5.24.0"),
         ("peft", "0.20.5"),
         ("peft", "0.23.0"),
         ("safetensors", "0.7.0"),
@@ -84,7 +84,7 @@ def test_a_version_out_of_range_is_refused_by_name(monkeypatch: pytest.MonkeyPat
     [
         FLOORS,
         {"torch": "2.10.0+cpu", "peft": "0.22.9"},
-        {"torch": "3.0.dev20270101", "transformers": "5.99.0"},
+        {"torch": "3.0.dev20270101", "transformers": "5.23.9"},
         dict.fromkeys(FLOORS),
     ],
     ids=["floors", "local", "newer", "no metadata"],
