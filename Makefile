@@ -48,7 +48,7 @@ properties: $(TESTS)
 	$(BIN)/python -m pytest -n 2 -m nightly --junitxml $(VENV)/nightly.xml
 	cd tests && ../$(BIN)/python -m promises ../$(VENV)/commit.xml ../$(VENV)/nightly.xml
 
-# Plants small defects one at a time in a copy of the source: the tests must fail on each. ONLY=word takes some of them.
+# Puts wrong behavior in the place of the right one, one defect at a time: the tests must fail on each. ONLY=word takes some.
 mutants: $(TESTS)
 	cd tests && ../$(BIN)/python -m mutants $(ONLY)
 

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-METHODS = ["mle", "map", "dropout", "ensemble", "bbb", "laplace", "blob", "tfb", "swag", "temperature"]
+from bayestune.methods import METHODS
 
 SOURCE = Path(__file__).parent.parent / "src"
 CLI = "bayestune_cli"

@@ -1,20 +1,11 @@
-"""All planted defects. `make mutants` plants them one by one; the tests named with each must then fail."""
+"""All planted defects: importing their modules lists them."""
 
-from mutants import data, draws, files, kl, maths, objective, persist, prediction, runs, runtime, secure, train, width
-from mutants.defect import Defect
-
-DEFECTS: tuple[Defect, ...] = (
-    *kl.DEFECTS,
-    *draws.DEFECTS,
-    *objective.DEFECTS,
-    *prediction.DEFECTS,
-    *files.DEFECTS,
-    *runs.DEFECTS,
-    *train.DEFECTS,
-    *secure.DEFECTS,
-    *runtime.DEFECTS,
-    *width.DEFECTS,
-    *maths.DEFECTS,
-    *data.DEFECTS,
-    *persist.DEFECTS,
-)
+from mutants import draws as draws
+from mutants import mathematics as mathematics
+from mutants import methods as methods
+from mutants import rows as rows
+from mutants import runs as runs
+from mutants import saved as saved
+from mutants import scores as scores
+from mutants import training as training
+from mutants.defect import DEFECTS as DEFECTS

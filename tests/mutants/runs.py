@@ -1,125 +1,124 @@
-"""Defects of data, reports and runs."""
+"""Defects of runs, tables, exports, reports and the command line."""
 
-from mutants.defect import Defect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
-DEFECTS = (
-    Defect(
-        name="a field given twice in a row",
-        path="tasks/data.py",
-        before="object_pairs_hook=_unique, parse_constant=_refuse_constant",
-        after="parse_constant=_refuse_constant",
-        tests="tasks/test_data.py D01",
-    ),
-    Defect(
-        name="a negative label counts from the end",
-        path="tasks/data.py",
-        before="if not 0 <= self.answer < len(self.choices):",
-        after="if not self.answer < len(self.choices):",
-        tests="tasks/test_data.py D03",
-    ),
-    Defect(
-        name="a row that is too long is taken",
-        path="tasks/base.py",
-        before="        if tokens > self.max_tokens:",
-        after="        if False:",
-        tests="tasks/test_multiple_choice.py D06",
-    ),
-    Defect(
-        name="texts of a report are not escaped",
-        path="report/html.py",
-        before="autoescape=True",
-        after="autoescape=False",
-        tests="report/test_html.py X05",
-    ),
-    Defect(
-        name="every process writes",
-        path="experiment/processes.py",
-        before='return int(os.environ.get("RANK", "0")) == 0',
-        after="return True",
-        tests="test_launch.py torchrun",
-    ),
-    Defect(
-        name="all members of an ensemble have one seed",
-        path="experiment/methods.py",
-        before='derive_seed("member", experiment.seed, number) % 2**31',
-        after="experiment.seed",
-        tests="methods/test_methods.py first_member",
-    ),
-    Defect(
-        name="a table takes part of a run for the whole",
-        path="tables/grid.py",
-        before='return {cell["draws"] for cell in found} >= counts(experiment)',
-        after="return bool(found)",
-        tests="tables/test_grid.py killed",
-    ),
-    Defect(
-        name="the widest trial instead of the widest accepted",
-        path="methods/tfb.py",
-        before="(trial for trial in trace if trial.accepted)",
-        after="trace",
-        tests="methods/test_tfb.py what_is_returned",
-    ),
-    Defect(
-        name="a fit on the rows that are scored",
-        path="experiment/run.py",
-        before="        if shared:\n",
-        after="        if False:\n",
-        tests="methods/test_methods.py refused_and_nothing",
-    ),
-    Defect(
-        name="a folder that filled while weights were loaded is written to",
-        path="experiment/folder.py",
-        before="        _check_content(output, experiment, overwrite=overwrite, resume=resume)\n        with _in",
-        after="        with _in",
-        tests="cli/test_contract.py P11",
-    ),
-    Defect(
-        name="a run is made without its lock",
-        path="experiment/folder.py",
-        before="    return alone(output if os.access(output.parent, os.W_OK | os.X_OK) else output / _INSIDE)",
-        after='    return __import__("contextlib").nullcontext()',
-        tests="experiment/test_folder.py P11",
-    ),
-    Defect(
-        name="an output that is not UTF-8 is found out at the end",
-        path="experiment/folder.py",
-        before="        str(output.absolute()).encode()\n",
-        after="        pass\n",
-        tests="cli/test_contract.py R08_an_output_that_is_not",
-    ),
-    Defect(
-        name="a full disk at an export is an internal error",
-        path="bayestune_cli/trained.py",
-        before="    with writing(output):\n        folders",
-        after="    if True:\n        folders",
-        tests="cli/test_disk.py export",
-    ),
-    Defect(
-        name="a record without the tokenizer and the configuration of the base",
-        path="experiment/provenance.py",
-        before='        "base_settings": _hashes(backbone, *_SETTINGS),\n',
-        after="",
-        tests="cli/test_contract.py R10_rows_of",
-    ),
-    Defect(
-        name="a record without the rows that a temperature is fitted on",
-        path="experiment/run.py",
-        before=', "temperature": self.temperature}',
-        after="}",
-        tests="cli/test_contract.py R10_rows_of",
-    ),
-    Defect(
-        name="a record of any length is read",
-        path="experiment/record.py",
-        before="file.read(_LIMIT + 1)",
-        after="file.read()",
-        tests="experiment/test_folder.py X07",
-    ),
-    Defect(
-        name="a record may give a key twice",
-        path="experiment/record.py",
-        before="strict_json(file.read(_LIMIT + 1), limit=_LIMIT, finite=False)",
-        after="json.loads(file.read())",
-        tests="experiment/test_folder.py twice",
-    ),
-)
+from mutants.defect import defect, replace, wrap
+
+SUMMARY = "bayestune.tables.summary"
+CLI = "bayestune_cli"
+
+
+@defect("tables/test_tables.py", "best_and_second")
+def the_best_is_the_largest_of_any_measure() -> None:
+    def make(right: Any) -> Any:
+        def wrong(measure: Any, spreads: Any) -> Any:
+            best, second = right(measure, spreads)
+            return (best, second) if measure.higher_is_better else (second, best)
+
+        return wrong
+
+    wrap(f"{SUMMARY}.ranks", make)
+
+
+@defect("tables/test_tables.py", "fewer_seeds")
+def values_of_fewer_seeds_are_ranked() -> None:
+    def make(right: Any) -> Any:
+        def wrong(measure: Any, spreads: Any) -> Any:
+            return right(measure, {key: _of_one_seed(value) for key, value in spreads.items()})
+
+        return wrong
+
+    wrap(f"{SUMMARY}.ranks", make)
+
+
+def _of_one_seed(value: Any) -> Any:
+    import dataclasses
+
+    return dataclasses.replace(value, seeds=1)
+
+
+@defect("tables/test_tables.py", "sample_deviation or spread")
+def the_deviation_of_a_whole_population() -> None:
+    import dataclasses
+    import statistics
+
+    def make(right: Any) -> Any:
+        def wrong(values: Any) -> Any:
+            found = right(values)
+            return (
+                found if found.deviation is None else dataclasses.replace(found, deviation=statistics.pstdev(values))
+            )
+
+        return wrong
+
+    wrap(f"{SUMMARY}.spread", make)
+
+
+@defect("cli/test_contract.py", "exit_code")
+def every_failure_has_the_exit_code_1() -> None:
+    name = f"{CLI}.streams.fail"
+    wrap(name, lambda right: lambda message, error, code, *, as_json: right(message, error, 1, as_json=as_json))
+
+
+@defect("cli/test_contract.py", "exit_code")
+def a_failure_has_no_json() -> None:
+    name = f"{CLI}.streams.fail"
+    wrap(name, lambda right: lambda message, error, code, *, as_json: right(message, error, code, as_json=False))
+
+
+@defect("cli/test_contract.py", "cannot_be_written")
+def an_output_that_cannot_be_written_is_found_when_all_is_done() -> None:
+    replace("bayestune.experiment.disk.check_writable", lambda folder, what: None)
+
+
+@defect("cli/test_contract.py", "named_before")
+def a_record_made_with_other_rows_passes_for_the_same() -> None:
+    replace("bayestune.experiment.provenance.warn_if_other", lambda record, found: None)
+
+
+@defect("cli/test_console.py", "X05")
+def escapes_reach_the_terminal() -> None:
+    replace(f"{CLI}.console.plain", lambda text: text)
+
+
+@defect("cli/test_disk.py", "export")
+def a_full_disk_is_an_internal_error() -> None:
+    @contextmanager
+    def wrong(path: Any, *, needed: int | None = None) -> Iterator[None]:
+        yield
+
+    replace("bayestune.experiment.disk.writing", wrong)
+
+
+@defect("test_requirements.py", "X02")
+def a_package_of_another_version_is_taken() -> None:
+    replace("bayestune.requirements.check_versions", lambda: None)
+
+
+@defect("report/test_markdown.py", "markdown")
+def texts_of_a_table_are_markdown() -> None:
+    replace("bayestune.report.markdown.escaped", lambda text: text)
+
+
+@defect("serving/test_lora.py", "plain_peft")
+def every_exported_draw_is_the_first() -> None:
+    wrap("bayestune.sampling.stacked.single_weights", lambda right: lambda model, index, seed: right(model, 0, seed))
+
+
+@defect("serving/test_lora.py", "warns")
+def an_export_says_nothing_of_what_servers_refuse() -> None:
+    replace("bayestune.serving.lora._notes", lambda model, adapter: [])
+
+
+@defect("experiment/test_folder.py", "P11")
+def a_run_is_made_without_its_lock() -> None:
+    import contextlib
+
+    replace("bayestune.experiment.folder._alone", lambda output: contextlib.nullcontext())
+
+
+@defect("test_launch.py", "torchrun")
+def every_process_writes() -> None:
+    replace("bayestune.experiment.processes.is_main", lambda: True)

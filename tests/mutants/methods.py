@@ -1,0 +1,156 @@
+"""Defects of the methods."""
+
+from typing import Any
+
+import torch
+
+from mutants.defect import defect, replace, wrap
+
+METHODS = "bayestune.methods"
+
+
+@defect("methods/test_temperature.py", "recovered")
+def the_inverse_of_the_temperature() -> None:
+    wrap(f"{METHODS}.temperature.fit_temperature", lambda right: lambda *args: 1 / right(*args))
+
+
+@defect("methods/test_temperature.py", "average")
+def the_temperature_of_every_draw_by_itself() -> None:
+    def make(right: Any) -> Any:
+        def wrong(log_probs: Any, labels: Any) -> float:
+            return sum(right(one[None], labels) for one in log_probs) / len(log_probs)
+
+        return wrong
+
+    wrap(f"{METHODS}.temperature.fit_temperature", make)
+
+
+@defect("methods/test_laplace_curvature.py", "dense")
+def evidence_without_the_norm_of_the_weights() -> None:
+    name = f"{METHODS}.laplace.prior_precision.log_evidence"
+    wrap(name, lambda right: lambda curvatures, square_norm, precision: right(curvatures, 0.0, precision))
+
+
+@defect("methods/test_laplace_curvature.py", "most_evident")
+def the_precision_of_twice_the_norm() -> None:
+    name = f"{METHODS}.laplace.prior_precision.most_evident"
+    wrap(name, lambda right: lambda curvatures, square_norm: right(curvatures, 2 * square_norm))
+
+
+@defect("methods/test_laplace_curvature.py", "candidate")
+def the_candidate_with_the_largest_nll() -> None:
+    from bayestune.metrics import nll
+
+    def wrong(log_probs: Any, labels: Any) -> int:
+        return max(range(len(log_probs)), key=lambda k: nll(log_probs[k], labels))
+
+    replace(f"{METHODS}.laplace.prior_precision.best_candidate", wrong)
+
+
+@defect("methods/test_laplace_curvature.py", "roots")
+def roots_of_the_loss_that_are_not_centred() -> None:
+    def wrong(logits: Any) -> Any:
+        root = logits.softmax(-1).sqrt()
+        for c in range(logits.shape[1]):
+            vector = torch.zeros_like(root)
+            vector[:, c] = root[:, c]
+            yield vector
+
+    replace(f"{METHODS}.laplace.kfac.loss_roots", wrong)
+
+
+@defect("methods/test_laplace.py", "probit")
+def a_probit_answer_without_its_variance() -> None:
+    wrap(f"{METHODS}.laplace.linearised.probit_logits", lambda right: lambda mode, *more: mode)
+
+
+@defect("methods/test_laplace_curvature.py", "averaged")
+def curvature_of_inputs_added_up() -> None:
+    name = f"{METHODS}.laplace.kfac.FactorSums.add_inputs"
+    wrap(name, lambda right: lambda self, inputs: right(self, 2 * inputs))
+
+
+@defect("methods/test_swag.py", "moments")
+def snapshots_without_the_running_mean() -> None:
+    name = f"{METHODS}.swag.Moments.variance"
+    wrap(name, lambda right: lambda self, name: 2 * right(self, name))
+
+
+@defect("methods/test_swag.py", "snapshot")
+def snapshots_that_are_no_copies() -> None:
+    def make(right: Any) -> Any:
+        def wrong(self: Any, weights: Any) -> None:
+            right(self, {name: weight + 1e-3 for name, weight in weights.items()})
+
+        return wrong
+
+    wrap(f"{METHODS}.swag.Moments.add", make)
+
+
+@defect("methods/test_tfb.py", "what_is_returned")
+def the_widest_trial_instead_of_the_widest_accepted() -> None:
+    def make(right: Any) -> Any:
+        def wrong(*args: Any, **settings: Any) -> Any:
+            found = right(*args, **settings)
+            sigma, trace = found
+            return max(trial.sigma for trial in trace), trace
+
+        return wrong
+
+    wrap(f"{METHODS}.tfb.search_sigma", make)
+
+
+@defect("methods/test_tfb.py", "mean")
+def a_rotation_that_changes_the_adapter() -> None:
+    def make(right: Any) -> Any:
+        def wrong(*args: Any, **settings: Any) -> Any:
+            first, *others = right(*args, **settings)
+            return (1.01 * first, *others)
+
+        return wrong
+
+    wrap(f"{METHODS}.tfb.rotated", make)
+
+
+@defect("methods/test_tfb.py", "anchor")
+def an_anchor_loss_of_half_its_size() -> None:
+    def make(right: Any) -> Any:
+        def wrong(*args: Any, **settings: Any) -> Any:
+            loss = right(*args, **settings)
+            return lambda model: loss(model) / 2
+
+        return wrong
+
+    wrap(f"{METHODS}.anchor.anchor_loss", make)
+
+
+@defect("methods/test_methods.py", "first_member")
+def all_members_of_an_ensemble_have_one_seed() -> None:
+    from bayestune.functional import derive_seed as right
+
+    def wrong(*key: Any) -> int:
+        return 0 if key[0] == "member" else right(*key)
+
+    replace("bayestune.functional.derive_seed", wrong)
+
+
+@defect("methods/test_ensemble.py", "averages")
+def the_average_of_log_probabilities() -> None:
+    replace(
+        "bayestune.inference.predict.Prediction.log_probs", lambda self: self.draw_log_probs.mean(0).log_softmax(-1)
+    )
+
+
+@defect("inference/test_predict.py", "more_draws")
+def the_last_draws_instead_of_the_first() -> None:
+    import dataclasses
+
+    def wrong(self: Any, draws: int) -> Any:
+        return dataclasses.replace(self, draw_log_probs=self.draw_log_probs[-draws:], draws=draws)
+
+    replace("bayestune.inference.predict.Prediction.first", wrong)
+
+
+@defect("inference/test_unusual_models.py", "N02")
+def logits_that_are_no_numbers_are_averaged() -> None:
+    replace("bayestune.inference.predict._finite", lambda logits, ids: logits)

@@ -1,0 +1,142 @@
+"""Defects of rows, prompts, labels, masks and tokenizers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mutants.defect import defect, replace, wrap
+
+DATA = "bayestune.tasks.data"
+BASE = "bayestune.tasks.base"
+CHOICES = "bayestune.tasks.multiple_choice"
+
+
+@defect("training/test_permuted.py", "D12")
+def the_label_is_off_by_one() -> None:
+    def make(right: Any) -> Any:
+        def wrong(examples: Any) -> dict[str, Tensor]:
+            return {name: (labels + 1) % 2 for name, labels in right(examples).items()}
+
+        return wrong
+
+    wrap(f"{BASE}.labels_of", make)
+
+
+@defect("tasks/test_multiple_choice.py", "D09")
+def the_label_loses_its_blank() -> None:
+    name = f"{CHOICES}.CausalMultipleChoice.labels"
+    wrap(name, lambda right: lambda self, row: [label.strip() for label in right(self, row)])
+
+
+@defect("tasks/test_multiple_choice.py", "D09 or prompt")
+def a_prompt_without_its_last_word() -> None:
+    name = f"{CHOICES}.CausalMultipleChoice.prompt"
+    wrap(name, lambda right: lambda self, row: right(self, row).removesuffix("Answer:"))
+
+
+@defect("tasks/test_multiple_choice.py")
+def labels_scored_one_token_too_early() -> None:
+    def make(right: Any) -> Any:
+        def wrong(sequences: Any) -> tuple[list[int], list[list[int]]]:
+            context, after = right(sequences)
+            return context[:-1], after
+
+        return wrong
+
+    wrap(f"{CHOICES}.beyond_common_prefix", make)
+
+
+@defect("tasks/test_multiple_choice.py")
+def absent_choices_get_probability() -> None:
+    wrap(f"{CHOICES}._choice_mask", lambda right: lambda counts: torch.ones_like(right(counts)))
+
+
+@defect("tasks/test_multiple_choice.py", "N07")
+def sequences_padded_on_the_wrong_side() -> None:
+    wrap(f"{BASE}.pad", lambda right: lambda sequences, value, left: right(sequences, value, left=not left))
+
+
+@defect("tasks/test_multiple_choice.py", "D06")
+def a_row_that_is_too_long_is_taken() -> None:
+    replace(f"{BASE}.Task.refuse_if_too_long", lambda self, row, tokens: None)
+
+
+@defect("tasks/test_rows_without_tokens.py", "refused")
+def a_text_without_a_token_is_scored() -> None:
+    replace(f"{BASE}.Task.refuse_if_empty", lambda self, row: None)
+
+
+@defect("tasks/test_tokenizers.py", "D10")
+def the_padding_of_the_model_is_not_checked() -> None:
+    replace(f"{BASE}.check_padding", lambda model, attention_mask, pad_id: None)
+
+
+@defect("tasks/test_tokenizers.py", "predicting")
+def tokens_beyond_the_embeddings_are_let_in() -> None:
+    replace(f"{BASE}.embeddings_of", lambda model: None)
+
+
+@defect("tasks/test_classification.py", "N02")
+def half_precision_logits_stay_as_they_are() -> None:
+    replace(f"{BASE}.widen", lambda logits: logits)
+
+
+@defect("tasks/test_rows_without_tokens.py", "same_to")
+def choices_that_are_the_same_to_the_tokenizer_pass_in_silence() -> None:
+    replace(f"{CHOICES}._alike", lambda row, example: False)
+
+
+@defect("tasks/test_data.py", "D01")
+def the_last_of_two_fields_of_one_name_is_taken() -> None:
+    replace(f"{DATA}._unique", dict)
+
+
+@defect("tasks/test_data.py", "D02")
+def a_bool_is_a_label() -> None:
+    wrap(
+        f"{DATA}._label",
+        lambda right: lambda fields, name, *more: right({**fields, name: int(fields[name])}, name, *more),
+    )
+
+
+@defect("tasks/test_data.py", "D03 or label or answer")
+def an_answer_may_be_out_of_range() -> None:
+    replace(f"{DATA}.Row.__post_init__", lambda self: None)
+
+
+@defect("cli/test_bad_rows.py", "blank")
+def texts_are_not_checked() -> None:
+    replace(f"{DATA}._check_text", lambda row, name, text: None)
+
+
+@defect("cli/test_bad_rows.py", "twice")
+def ids_may_be_repeated() -> None:
+    def wrong(path: Any, *, labelled: bool = True) -> list[Any]:
+        from bayestune.tasks import data
+
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        return [data.parse_row(json.loads(line), where=f"{path}", labelled=labelled) for line in lines]
+
+    replace(f"{DATA}.read_rows", wrong)
+
+
+@defect("experiment/test_overlap.py", "hide")
+def only_rows_repeated_letter_for_letter_are_counted() -> None:
+    from bayestune.experiment.overlap import _texts
+
+    replace("bayestune.experiment.overlap._folded", _texts)
+
+
+@defect("experiment/test_rows.py", "D11")
+def a_last_batch_that_is_not_full_is_left_out() -> None:
+    def make(right: Any) -> Any:
+        def wrong(self: Any) -> Any:
+            whole = len(self) - len(self) % self._batch_size
+            return iter(list(right(self))[:whole])
+
+        return wrong
+
+    wrap("bayestune.training.order.LengthGrouped.__iter__", make)
