@@ -27,7 +27,7 @@ FORKS = multiprocessing.get_context("forkserver")
 def main() -> int:
     word = sys.argv[1] if len(sys.argv) > 1 else ""
     chosen = [defect for defect in DEFECTS.values() if word in defect.name]
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     FORKS.set_forkserver_preload(["torch", "transformers", "peft"])  # imported once, and never by a defect
     with ThreadPoolExecutor(JOBS) as pool:
         survived = 0
