@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Promise:
     """A property under its id; its tests are marked ``@pytest.mark.property("<id>")``.
 
@@ -11,11 +11,9 @@ class Promise:
         id: letter (S statistical, N numerical, P persistence, D data, R runtime, X security, K soak and concurrency)
             and two digits.
         says: what holds.
-        bound: how exactly, where the tests measure no figure.
-        note: where it does not hold as one would wish: why, and what holds instead.
+        note: where it does not hold as one would wish.
     """
 
     id: str
     says: str
-    bound: str = "exact"
     note: str = ""

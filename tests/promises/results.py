@@ -41,11 +41,11 @@ def _count(test: dict[str, Any], case: ElementTree.Element) -> None:
         test["passed"] += 1
     figures = {figure["what"]: figure for figure in test["figures"]}
     for figure in map(json.loads, _values(case, "figure")):
-        figures[figure["what"]] = max(figure, figures.get(figure["what"], figure), key=_strain)
+        figures[figure["what"]] = max(figure, figures.get(figure["what"], figure), key=strain)
     test["figures"] = [figures[what] for what in sorted(figures)]
 
 
-def _strain(figure: dict[str, Any]) -> float:
+def strain(figure: dict[str, Any]) -> float:
     """How near to its bound a figure came; 1 is on it."""
     value, most, least = (figure[name] for name in ("value", "at_most", "at_least"))
     if most is not None:
