@@ -13,7 +13,7 @@ for each number of updates; `kl_rate_for_std` fixes the posterior instead.
 import math
 import sys
 
-from scipy.optimize import brentq
+from scipy.optimize import root_scalar
 
 from bayestune.errors import ConfigError
 from bayestune.functional import paper_kl_weight
@@ -97,8 +97,14 @@ def kl_rate_for_std(
     highest = prior_std**2
     if _grow(highest, weights, start, prior_std) <= std:
         return highest
-    precise = {"xtol": sys.float_info.min, "rtol": 4 * sys.float_info.epsilon}
-    return brentq(lambda rate: _grow(rate, weights, start, prior_std) - std, 0.0, highest, **precise)
+    solution = root_scalar(
+        lambda rate: _grow(rate, weights, start, prior_std) - std,
+        method="brentq",
+        bracket=(0.0, highest),
+        xtol=sys.float_info.min,
+        rtol=4 * sys.float_info.epsilon,
+    )
+    return float(solution.root)
 
 
 def _weights(updates: int, cycle: int, schedule: Schedule, warmup: float) -> list[float]:
