@@ -1,6 +1,5 @@
 """The command line, end to end on a tiny Llama with a byte-level tokenizer, and what it refuses."""
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -22,7 +21,8 @@ from transformers import AutoModelForCausalLM
 from bayestune import demo
 from bayestune.adapters import gaussian_layers
 from bayestune.errors import BayestuneWarning
-from bayestune.experiment import Experiment, load_run
+from bayestune.experiment import load_run
+from bayestune.experiment.settings import all_fields
 from bayestune.inference import evaluate, predict
 from bayestune.methods import Variational
 from bayestune_cli.app import app, invoke
@@ -515,7 +515,7 @@ def test_the_flags_are_these() -> None:
     flags = {name: {option.name for option in command.params} for name, command in commands.items()}
     run_flags = {"output", "config", "resume", "overwrite"}
     assert flags == {
-        "train": {field.name for field in dataclasses.fields(Experiment)} | run_flags,
+        "train": all_fields().keys() | run_flags,
         "evaluate": {"run", "data", "split", "draws", "predictive", "seed", "ood", "as_json"},
         "predict": {"run", "input", "output", "data", "draws", "predictive", "seed", "overwrite"},
         "export": {"run", "output", "data", "draws", "seed", "overwrite"},

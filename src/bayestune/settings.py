@@ -45,9 +45,13 @@ def refusal(model: type[BaseModel], error: ValidationError) -> str:
         return f"unknown setting {path!r}; known are {', '.join(model.model_fields)}."
     if fault["type"] == "value_error":
         return str(fault["ctx"]["error"])
+    return _out_of_range(name, model.model_fields[name], fault)
+
+
+def _out_of_range(name: str, field: FieldInfo, fault: Mapping[str, Any]) -> str:
     if fault["type"] == "less_than_equal":
-        return f"{path}: found {fault['input']}, expected at most {fault['ctx']['le']}."
-    return f"{name}: found {fault['input']!r}, expected {expected(model.model_fields[name])}."
+        return f"{name}: found {fault['input']}, expected at most {fault['ctx']['le']}."
+    return f"{name}: found {fault['input']!r}, expected {expected(field)}."
 
 
 def expected(field: FieldInfo) -> str:
@@ -81,8 +85,8 @@ def check_value(name: str, field: FieldInfo, value: Any) -> None:
         kind = Annotated[kind, bound]
     try:
         TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python(value)
-    except ValidationError:
-        raise ConfigError(f"{name}: found {value!r}, expected {expected(field)}.") from None
+    except ValidationError as error:
+        raise ConfigError(_out_of_range(name, field, dict(error.errors()[0]))) from None
 
 
 def base_type(field: FieldInfo) -> Any:

@@ -61,9 +61,9 @@ def evaluate(
         answer = {**scores.as_dict(), "task": loaded.task.name, "split": chosen, "seed": seed}
         answer["temperature"] = loaded.posterior.temperature
         answer["predictive"] = predictive or "mc"
-        say(json.dumps({**answer, "method": loaded.experiment.method, **({"ood": others} if others else {})}))
+        say(json.dumps({**answer, "method": loaded.experiment.method.name, **({"ood": others} if others else {})}))
         return
-    say(score_table({f"{loaded.experiment.method} N={count}{f' {predictive}' if predictive else ''}": scores}))
+    say(score_table({f"{loaded.experiment.method.name} N={count}{f' {predictive}' if predictive else ''}": scores}))
     if loaded.posterior.temperature != 1:
         say(f"temperature {loaded.posterior.temperature:.4g}")
     for name, other in others.items():
@@ -151,7 +151,7 @@ def _load(run: Path, data: str | None, predictive: str | None) -> "Run":
     if predictive is None:
         return loaded
     if not isinstance(loaded.posterior, Variational):
-        method = loaded.experiment.method
+        method = loaded.experiment.method.name
         raise FlagError(f"--predictive: found it for a run of method {method!r}, expected blob, bbb, dropout or tfb.")
     posterior = Variational(loaded.model, temperature=loaded.posterior.temperature, predictive=predictive)
     return dataclasses.replace(loaded, posterior=posterior)

@@ -58,7 +58,7 @@ def test_a_file_that_is_not_plain_is_refused(tmp_path: Path, text: str, words: s
         ("prior_std: .nan", "prior_std: found nan, expected a number above 0"),
         ("weight_decay: .inf", "weight_decay: found inf, expected a number"),
         ("learning_rate: 1e999", "learning_rate: found inf, expected a number above 0"),
-        ("lora_dropout: .nan", "lora_dropout: found nan, expected a probability"),
+        ("lora_dropout: .nan", "lora_dropout: found nan, expected a number between 0 and 1"),
         ("target_modules: [[q_proj]]", "expected a list of module names"),
         ("data: [[[[]]]]", "data: found .*, expected a text"),
     ],

@@ -47,7 +47,9 @@ class Experiment(Settings):
         None, gt=0, description=f"Learning rate of AdamW (6 % warm-up, then linear to 0); {_PAPER}."
     )
     rank: int = Field(8, ge=1, le=MAX_RANK, description="Rank of the adapter.")
-    lora_alpha: int | float | None = Field(None, gt=0, description=f"Scale alpha / rank of the adapter; {_PAPER}.")
+    lora_alpha: int | float | None = Field(
+        None, gt=0, le=LARGEST_WHOLE, description=f"Scale alpha / rank of the adapter; {_PAPER}."
+    )
     target_modules: tuple[str, ...] | None = Field(
         None, min_length=1, description="Layers to adapt, with commas; default: query, value, and an untied lm_head."
     )
