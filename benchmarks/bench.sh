@@ -22,7 +22,6 @@ for shape in llama-1x100 llama-4x100 minilm-1x4x40 minilm-8x4x64; do
     "$PYTHON" benchmarks/predict.py --device cpu --shape $shape --json $out/predict_$shape.json
 done
 "$PYTHON" benchmarks/chunks.py --json $out/chunks.json
-"$PYTHON" benchmarks/sharing.py --json $out/sharing.json
 "$PYTHON" benchmarks/scaling.py --json $out/scaling.json
 "$PYTHON" benchmarks/start.py --json $out/start.json
 if [ -n "${RUNS:-}" ]; then

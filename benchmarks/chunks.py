@@ -6,17 +6,15 @@ For each shape ten draws are made 1, 2, 3, ... at once, in turn. "ratios" are th
 "chosen" is what `StackedDraws.at_once` takes, and "regret" what that costs more than the best.
 """
 
-import argparse
-import json
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from looped_reference import looped
-from pairs import header, new_file, positive, ratio, seconds
+from options import parser, publish
+from pairs import ratio, seconds
 from shapes import Answers, Shape
 
-from bayestune.experiment import write_json
 from bayestune.sampling.stacked import CPU_TOKENS, StackedDraws
 
 DRAWS = 10
@@ -36,15 +34,10 @@ SHAPES = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=positive, default=8)
-    parser.add_argument("--json", type=new_file, help="write the object to this file too")
-    options = parser.parse_args()
+    options = parser(__doc__, pairs=8).parse_args()
     shapes = {name: measured(Shape.of(name), options.pairs) for name in SHAPES}
-    record = {"cpu_tokens": CPU_TOKENS, "pairs": options.pairs, "draws": DRAWS, "shapes": shapes, **header("cpu")}
-    print(json.dumps(record))
-    if options.json:
-        write_json(options.json, record)
+    record = {"cpu_tokens": CPU_TOKENS, "pairs": options.pairs, "draws": DRAWS, "shapes": shapes}
+    publish(record, options)
 
 
 def measured(shape: Shape, pairs: int) -> dict[str, Any]:

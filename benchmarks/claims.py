@@ -80,11 +80,6 @@ def _ten_draws() -> list[list[str]]:
         found.append(_paired(f"Ten draws / ten forwards, {shape}", limit, one))
     one = record("predict_llama7b-1x100")
     found.append(_claim("Ten draws / one forward, llama7b-1x100", 3.5, one and one["per_forward"], missing=NONE))
-    shared = record("sharing")
-    for shape, blocks in (shared["shapes"] if shared else {}).items():
-        one = blocks["1"]
-        claim = f"Ten draws, adapters in 1 of {max(blocks, key=int)} blocks / in all, {shape}"
-        found.append(_claim(f"{claim} (at best the share of operations)", round(one["operations"], 3), one["ratio"]))
     return found
 
 

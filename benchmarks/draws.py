@@ -12,7 +12,6 @@ antithetic    N/2 matrices and their negatives
 hypercube     every weight has one value in each of N equal parts of its distribution, in an order of its own
 """
 
-import argparse
 import statistics
 import sys
 from collections.abc import Callable
@@ -20,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bayestune.experiment.methods import autocast
+from options import parser
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from bayestune.adapters import RandomLinear, random_layers
 from bayestune.experiment import Run, load_run, write_json, write_text
+from bayestune.experiment.fitting import autocast
 from bayestune.experiment.record import hardware, read_json, rows_sha256, versions
 from bayestune.functional import derive_seed
 from bayestune.inference.draws import evaluation_mode
@@ -41,17 +41,17 @@ BATCH = 8
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", help="folders of BLoB runs")
-    parser.add_argument("--data", help="folder of data sets")
-    parser.add_argument("--rows", type=int, default=250)
-    parser.add_argument("--page", action="store_true")
-    options = parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("runs", nargs="*", help="folders of BLoB runs")
+    made.add_argument("--data", help="folder of data sets")
+    made.add_argument("--rows", type=int, default=250)
+    made.add_argument("--page", action="store_true")
+    options = made.parse_args()
     if options.page:
         write_text(ROOT / "docs" / "draws.md", page(read_json(RECORD, "the record of this script")))
         return
     if not options.runs:
-        parser.error("expected runs, or --page")
+        made.error("expected runs, or --page")
     found = []
     for folder in options.runs:
         run = load_run(folder, data=options.data)

@@ -1,6 +1,5 @@
 """Timing several ways of doing the same in turn, so that a machine's moods fall on all of them alike."""
 
-import argparse
 import statistics
 import sys
 import time
@@ -59,32 +58,6 @@ def header(device: str) -> dict[str, Any]:
     """What made a result, and when: the command, the day (UTC), versions and hardware."""
     command, today = ["python", *sys.argv], datetime.now(UTC).date().isoformat()
     return {"command": command, "date": today, "device": device, "versions": versions(), "hardware": hardware()}
-
-
-def positive(text: str) -> int:
-    """An option that counts something."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number, at least 1")
-    return int(text)
-
-
-def new_file(text: str) -> Path:
-    """The option --json: a file that can be written when all is measured."""
-    path = Path(text)
-    if path.is_dir() or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected a file in a folder that exists")
-    return path
-
-
-def usable_device(text: str) -> str:
-    """The option --device."""
-    if text != "cpu" and not (text.startswith("cuda") and torch.cuda.is_available()):
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected cpu, or cuda where there is a GPU")
-    return text
-
-
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _wait(device: str) -> None:

@@ -6,13 +6,13 @@
 The records are made by `benchmarks/bench.sh`; `claims.py` says what was to be reached.
 """
 
-import argparse
 import statistics
 import sys
 from typing import Any
 
 import matplotlib.pyplot as plt
 from claims import NONE, ROOT, claims, exponent, record
+from options import parser
 from pairs import ratio
 
 from bayestune.experiment import write_text
@@ -24,10 +24,10 @@ PREDICT = ("llama-1x100", "llama-4x100", "minilm-1x4x40", "minilm-8x4x64", "llam
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
+    made = parser(__doc__)
+    made.add_argument("--check", action="store_true")
     text = page()
-    if parser.parse_args().check:
+    if made.parse_args().check:
         sys.exit(0 if PAGE.read_text(encoding="utf-8") == text else f"{PAGE}: differs from results/bench")
     write_text(PAGE, text)
     plot(record("scaling"))
@@ -56,8 +56,6 @@ def page() -> str:
         _prediction(),
         "### How many at once",
         _chunks(),
-        "### With adapters in the last blocks only",
-        _upper(),
         "## Without draws of weights",
         _sampling_free(),
         "How the NLL falls with independent, antithetic and Latin-hypercube draws is in [draws.md](draws.md).",
@@ -69,9 +67,6 @@ def page() -> str:
         "- GPU figures: none of the machines that made these records had one. The scripts take `--device cuda`.\n"
         "- A Triton kernel for the product of the stacked [mean | noise] projection: what it would gain can only be "
         "seen on a GPU, so there is none; the products are torch's batched ones.\n"
-        "- Blocks below the first random layer are shared by the draws of one forward; where a prediction takes "
-        "several forwards, each runs them again. With adapters in every block, the default, there are none.\n"
-        "- Models that are not of transformers itself, or compiled, share no blocks.\n"
         "- The head is computed at one position a row, but for the whole vocabulary, of which the labels are taken.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -147,28 +142,6 @@ def _chunks() -> str:
     return (
         "Ten draws by the loop of ten plain forwards, for each number of draws in one forward. A CPU takes as many as "
         f"keep a forward within {found['cpu_tokens']} tokens.\n\n{_table(heads, rows)}"
-    )
-
-
-def _upper() -> str:
-    found = record("sharing")
-    if found is None:
-        return "Not measured."
-    rows = [
-        [
-            shape,
-            f"{count} of {max(blocks, key=int)}",
-            *(f"{one[name]:.2f}" for name in ("ratio", "operations", "unshared")),
-        ]
-        for shape, blocks in found["shapes"].items()
-        for count, one in blocks.items()
-    ]
-    return (
-        "Blocks below the first random layer see each row once, whatever the number of draws "
-        "(`posteriors/sharing.py`). Time of ten draws by that with adapters in all blocks, the ratio of operations, "
-        "and the time where every block sees every draw. One copy of a row is a small product, which a CPU does less "
-        "well than a large one: so the time is above the share of operations.\n\n"
-        + _table(["shape", "blocks with adapters", "time", "operations", "time, unshared"], rows)
     )
 
 

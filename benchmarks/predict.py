@@ -11,30 +11,24 @@ the operations of matrix products and attention counted. The matrices of the dra
 `predict`, whatever its rows; "draw_ms" is what that takes.
 """
 
-import argparse
-import json
 from collections.abc import Callable
 
 import torch
 from looped_reference import looped, take_over
-from pairs import default_device, header, new_file, positive, ratio, seconds, spread, usable_device
+from options import add_machine, parser, publish
+from pairs import ratio, seconds, spread
 from shapes import Answers, Shape
 from torch.utils.flop_counter import FlopCounterMode
 
-from bayestune.experiment import write_json
 from bayestune.sampling.stacked import StackedDraws
 
 DRAWS = 10
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", type=usable_device, default=default_device())
-    parser.add_argument("--shape", help="default: llama-1x100, on a GPU llama7b-1x100")
-    parser.add_argument("--pairs", type=positive, default=20)
-    parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--json", type=new_file, help="write the object to this file too")
-    options = parser.parse_args()
+    made = parser(__doc__, pairs=20)
+    add_machine(made, shape="llama-1x100", gpu_shape="llama7b-1x100", warmup=3)
+    options = made.parse_args()
     gpu = options.device.startswith("cuda")
     shape = Shape.of(options.shape or ("llama7b-1x100" if gpu else "llama-1x100"))
     task, batch = Answers(shape), shape.batch(options.device)
@@ -75,11 +69,8 @@ def main() -> None:
         "compute_limit": operations(ways["stacked"]) / operations(ways["plain"]),
         "draw_ms": 1000 * torch.tensor(times["draw"]).median().item(),
         "milliseconds": {way: 1000 * torch.tensor(t).median().item() for way, t in times.items()},
-        **header(options.device),
     }
-    print(json.dumps(found))
-    if options.json:
-        write_json(options.json, found)
+    publish(found, options, device=options.device)
 
 
 def operations(way: Callable[[], object]) -> int:

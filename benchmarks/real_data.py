@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 
 import transformers
+from options import parser
 
 from bayestune.experiment import Experiment, run
 
@@ -34,14 +35,14 @@ HELD_OUT = 400
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="folder with openbookqa/ and arc_easy/")
-    parser.add_argument("--runs", default="runs/real", help="folder for the trained posteriors")
-    parser.add_argument("--tasks", default=",".join(STEPS))
-    parser.add_argument("--methods", default="mle,blob")
-    parser.add_argument("--seeds", default="1,2,3")
-    parser.add_argument("--tune", action="store_true", help="compare settings on rows cut from train, seed 0")
-    options = parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("--data", required=True, help="folder with openbookqa/ and arc_easy/")
+    made.add_argument("--runs", default="runs/real", help="folder for the trained posteriors")
+    made.add_argument("--tasks", default=",".join(STEPS))
+    made.add_argument("--methods", default="mle,blob")
+    made.add_argument("--seeds", default="1,2,3")
+    made.add_argument("--tune", action="store_true", help="compare settings on rows cut from train, seed 0")
+    options = made.parse_args()
     transformers.logging.set_verbosity_error()
     for seed in [0] if options.tune else [int(seed) for seed in options.seeds.split(",")]:
         for task in options.tasks.split(","):

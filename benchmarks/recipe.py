@@ -10,7 +10,6 @@ overconfident there. Every run has the same rows, order, updates and starting we
 other numbers of updates and other data among them. A killed call goes on with the records that are missing.
 """
 
-import argparse
 import math
 import statistics
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 import transformers
+from options import parser
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments
 
@@ -135,23 +135,23 @@ class AdaptiveTrainer(BayesTrainer):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="folder with openbookqa/")
-    parser.add_argument("--variants", default=",".join(VARIANTS))
-    parser.add_argument("--seeds", default="1")
-    parser.add_argument("--results", default=ROOT / "results" / "recipe", type=Path)
-    parser.add_argument("--runs", default=Path("runs/recipe"), type=Path, help="folder for the posteriors")
-    parser.add_argument("--page", action="store_true", help="write docs/recipe.md from the records")
-    options = parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("--data", help="folder with openbookqa/")
+    made.add_argument("--variants", default=",".join(VARIANTS))
+    made.add_argument("--seeds", default="1")
+    made.add_argument("--results", default=ROOT / "results" / "recipe", type=Path)
+    made.add_argument("--runs", default=Path("runs/recipe"), type=Path, help="folder for the posteriors")
+    made.add_argument("--page", action="store_true", help="write docs/recipe.md from the records")
+    options = made.parse_args()
     if options.page:
         write_text(ROOT / "docs" / "recipe.md", page([read_json(p, "a record") for p in files(options.results)]))
         return
     if options.data is None:
-        parser.error("expected --data DIR or --page")
+        made.error("expected --data DIR or --page")
     transformers.logging.set_verbosity_error()
     names = options.variants.split(",")
     if set(names) - set(VARIANTS):
-        parser.error(f"--variants: found {min(set(names) - set(VARIANTS))}, expected some of {', '.join(VARIANTS)}")
+        made.error(f"--variants: found {min(set(names) - set(VARIANTS))}, expected some of {', '.join(VARIANTS)}")
     todo = [(name, int(seed)) for seed in options.seeds.split(",") for name in names]
     missing = [cell for cell in todo if not record_path(options.results, *cell).exists()]
     options.results.mkdir(parents=True, exist_ok=True)

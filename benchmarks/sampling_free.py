@@ -9,19 +9,18 @@ through torch's attention in bf16 is slow on a CPU.
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
 
-from bayestune.experiment.methods import autocast
-from pairs import header, new_file, positive
+from options import add_json, parser, positive, publish
 from pairs import seconds as timed
 
 from bayestune import evaluate, predict
-from bayestune.experiment import Run, load_run, write_json
+from bayestune.experiment import Run, load_run
+from bayestune.experiment.fitting import autocast
 from bayestune.experiment.record import rows_sha256
-from bayestune.methods import Variational
+from bayestune.sampling import Variational
 
 WAYS: dict[str, tuple[Any, int]] = {
     "mean": ("mc", 0),
@@ -37,18 +36,16 @@ REFERENCE = "mc 100"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", help="folders of BLoB runs")
-    parser.add_argument("--data", help="folder of data sets")
-    parser.add_argument("--rows", type=positive, default=100)
-    parser.add_argument("--repeats", type=positive, default=2)
-    parser.add_argument("--json", type=new_file, help="write the object to this file too")
-    options = parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("runs", nargs="+", help="folders of BLoB runs")
+    made.add_argument("--data", help="folder of data sets")
+    made.add_argument("--rows", type=positive, default=100)
+    made.add_argument("--repeats", type=positive, default=2)
+    add_json(made)
+    options = made.parse_args()
     found = [measured(load_run(folder, data=options.data), Path(folder).name, options) for folder in options.runs]
-    record = {"rows": options.rows, "repeats": options.repeats, "runs": found, **header("cpu")}
-    print(json.dumps(record))
-    if options.json:
-        write_json(options.json, record)
+    record = {"rows": options.rows, "repeats": options.repeats, "runs": found}
+    publish(record, options)
 
 
 def measured(run: Run, name: str, options: argparse.Namespace) -> dict[str, Any]:

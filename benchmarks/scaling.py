@@ -8,7 +8,6 @@ each of several passes over all points, so that a machine's moods fall on all. "
 log(seconds) over log(size), by least squares; a slope up to 1 is linear or better.
 """
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -20,14 +19,14 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from pairs import header, new_file, peak_memory
+from options import add_json, parser, publish
+from pairs import peak_memory
 from peft import PeftModel, get_peft_model
 from shapes import ALPHA, Answers, Shape
 from tqdm.auto import tqdm
 from train_step import bayestune_step
 
 from bayestune import BlobConfig
-from bayestune.experiment import write_json
 from bayestune.sampling.stacked import StackedDraws
 
 SIZES: dict[str, tuple[int, ...]] = {
@@ -42,10 +41,10 @@ REPEATS, PASSES = 9, 3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=new_file, help="write the object to this file too")
-    parser.add_argument("--point", help="print one measurement, no more: its sizes as JSON")
-    options = parser.parse_args()
+    made = parser(__doc__)
+    add_json(made)
+    made.add_argument("--point", help="print one measurement, no more: its sizes as JSON")
+    options = made.parse_args()
     if options.point:
         print(json.dumps(point(**json.loads(options.point))))
         return
@@ -63,10 +62,8 @@ def main() -> None:
         memory = statistics.median(one["bytes"] for one in passes)
         curves[what].setdefault(name, {})[str(size)] = {"seconds": seconds, "bytes": memory}
     exponents = {what: {name: exponent(curve) for name, curve in one.items()} for what, one in curves.items()}
-    record = {"base": BASE, "curves": curves, "exponents": exponents, **header("cpu")}
-    print(json.dumps(record))
-    if options.json:
-        write_json(options.json, record)
+    record = {"base": BASE, "curves": curves, "exponents": exponents}
+    publish(record, options)
 
 
 def point(*, what: str, tokens: int, rows: int, rank: int, layers: int, draws: int) -> dict[str, Any]:

@@ -6,8 +6,6 @@
 a new process; the figures are medians. Files are in the page cache in both.
 """
 
-import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -16,18 +14,16 @@ import tempfile
 import time
 from pathlib import Path
 
-from pairs import header, new_file
-
-from bayestune.experiment import write_json
+from options import add_json, parser, publish
 
 RUNS, COLD = 15, 5
 COMMANDS = {"help": ["-m", "bayestune", "--help"], "python": ["-c", "pass"]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=new_file, help="write the object to this file too")
-    options = parser.parse_args()
+    made = parser(__doc__)
+    add_json(made)
+    options = made.parse_args()
     entry = Path(sys.executable).parent / "bayestune"
     commands = {name: [sys.executable, *command] for name, command in COMMANDS.items()}
     if entry.is_file():
@@ -43,11 +39,8 @@ def main() -> None:
         "python_seconds": statistics.median(warm["python"]),
         "runs": RUNS,
         "cold_runs": COLD,
-        **header("cpu"),
     }
-    print(json.dumps(found))
-    if options.json:
-        write_json(options.json, found)
+    publish(found, options)
 
 
 def seconds(command: list[str], environment: os._Environ[str] | dict[str, str]) -> float:

@@ -4,7 +4,6 @@ python benchmarks/tables.py            # rewrite the parts of README.md between 
 python benchmarks/tables.py --check    # exit 1 if they differ from what results/ gives
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import claims
+from options import parser
 
 from bayestune.tables import read_cells
 from bayestune.tables.layouts import layout, line_keys, line_label
@@ -23,9 +23,9 @@ NAMES = {"mle": "plain LoRA (MLE)", "blob_n0": "BLoB, mean (N=0)", "blob_n10": "
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
-    options = parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("--check", action="store_true")
+    options = made.parse_args()
     readme = ROOT / "README.md"
     before = readme.read_text(encoding="utf-8")
     after = before

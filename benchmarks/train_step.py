@@ -10,7 +10,6 @@ and "memory_ratio" the median of BLoB's, less G and its gradient, by that of pla
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -19,12 +18,12 @@ from collections.abc import Callable
 
 import torch
 from looped_reference import ReferenceTraining
-from pairs import default_device, header, new_file, peak_memory, positive, ratio, seconds, spread, usable_device
+from options import add_machine, parser, publish
+from pairs import peak_memory, ratio, seconds, spread
 from peft import PeftModel
 from shapes import Answers, Shape
 
 from bayestune.adapters import gaussian_layers, training_noise
-from bayestune.experiment import write_json
 from bayestune.functional import paper_kl_weight
 from bayestune.training.kl import kl_step
 
@@ -35,15 +34,11 @@ WAYS, CONTROL = ("lora", "blob", "reference"), "lora_again"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", type=usable_device, default=default_device())
-    parser.add_argument("--shape", help="default: llama-4x128, on a GPU llama7b-4x300")
-    parser.add_argument("--pairs", type=positive, default=40)
-    parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
-    parser.add_argument("--json", type=new_file, help="write the object to this file too")
-    parser.add_argument("--memory-of", choices=WAYS, help="print the peak memory, in bytes, of a few steps, no more")
-    options = parser.parse_args()
+    made = parser(__doc__, pairs=40)
+    add_machine(made, shape="llama-4x128", gpu_shape="llama7b-4x300", warmup=5)
+    made.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    made.add_argument("--memory-of", choices=WAYS, help="print the peak memory, in bytes, of a few steps, no more")
+    options = made.parse_args()
     shape = Shape.of(options.shape or ("llama7b-4x300" if options.device.startswith("cuda") else "llama-4x128"))
     if options.memory_of:
         print(peak(step_of(options.memory_of, shape, options), options.device))
@@ -65,11 +60,8 @@ def main() -> None:
         "memory": peaks,
         "memory_ratio": (memory["blob"] - extra) / memory["lora"],
         "extra_bytes": extra,
-        **header(options.device),
     }
-    print(json.dumps(found))
-    if options.json:
-        write_json(options.json, found)
+    publish(found, options, device=options.device)
 
 
 def step_of(way: str, shape: Shape, options: argparse.Namespace) -> Callable[[], None]:

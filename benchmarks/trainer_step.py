@@ -11,7 +11,6 @@ measures the same without a trainer.
 """
 
 import argparse
-import json
 import tempfile
 import threading
 import time
@@ -20,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pairs import default_device, header, new_file, positive, ratio, spread, usable_device
+from options import add_machine, parser, publish
+from pairs import ratio, spread
 from shapes import Answers, Shape
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
-from bayestune.experiment import write_json
 from bayestune.training import BayesTrainer
 
 WAYS = ("lora", "bayes_lora", "blob", "lora_again")
@@ -88,13 +87,9 @@ class InTurn(TrainerCallback):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", type=usable_device, default=default_device())
-    parser.add_argument("--shape", help="default: llama-4x128, on a GPU llama7b-4x300")
-    parser.add_argument("--pairs", type=positive, default=40)
-    parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("--json", type=new_file, help="write the object to this file too")
-    options = parser.parse_args()
+    made = parser(__doc__, pairs=40)
+    add_machine(made, shape="llama-4x128", gpu_shape="llama7b-4x300", warmup=5)
+    options = made.parse_args()
     shape = Shape.of(options.shape or ("llama7b-4x300" if options.device.startswith("cuda") else "llama-4x128"))
     logging.set_verbosity_error()
     turns = Turns(WAYS)
@@ -113,11 +108,8 @@ def main() -> None:
         "shape": shape.name,
         "quartiles": spread(times["blob"], times["lora"]),
         "milliseconds": {way: 1000 * torch.tensor(t).median().item() for way, t in times.items()},
-        **header(options.device),
     }
-    print(json.dumps(found))
-    if options.json:
-        write_json(options.json, found)
+    publish(found, options, device=options.device)
 
 
 def trainer_of(way: str, shape: Shape, turns: Turns, output: Path, options: argparse.Namespace) -> Trainer:
