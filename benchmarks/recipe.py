@@ -31,8 +31,8 @@ from bayestune.adapters import gaussian_layers
 from bayestune.experiment import Experiment, write_json, write_text
 from bayestune.experiment.backbone import add_adapter, build_task, find_backbone, load_base
 from bayestune.experiment.record import hardware, read_json, rows_sha256, versions
-from bayestune.experiment.train import kl_settings
 from bayestune.functional import std
+from bayestune.methods import Blob, Updates
 from bayestune.training import initial_std, kl_only_std
 
 ROOT = Path(__file__).parent.parent
@@ -188,7 +188,7 @@ def measure(name: str, seed: int, data: str, runs: Path) -> dict[str, Any]:
             task=task,
             args=arguments(experiment, folder),
             train_rows=train,
-            kl=kl_settings(experiment, len(train)),
+            kl=experiment.method.kl(updates(experiment, len(train))),
             train_draws=variant.train_draws,
             callbacks=[EmpiricalPrior()] if variant.empirical else [],
         )
@@ -196,7 +196,7 @@ def measure(name: str, seed: int, data: str, runs: Path) -> dict[str, Any]:
     seconds = time.monotonic() - started
     model.eval()
     save_posterior(model, runs / f"{name}-seed{seed}", overwrite=True)
-    counts = {"mle": 0} if experiment.method == "mle" else {"n0": 0, "n10": 10}
+    counts = {"mle": 0} if experiment.method.name == "mle" else {"n0": 0, "n10": 10}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         scores = {key: evaluate(predict(model, task, held_out, draws=n, seed=seed)) for key, n in counts.items()}
     layers = gaussian_layers(model).values()
@@ -270,20 +270,26 @@ def page(records: Sequence[dict[str, Any]]) -> str:
     return INTRODUCTION + "\n" + "\n".join(lines) + "\n"
 
 
+def updates(experiment: Experiment, rows: int) -> Updates:
+    assert experiment.batch_size is not None
+    return Updates(steps=experiment.steps, rows=rows, batch_size=experiment.batch_size, processes=1, warmup=WARM_UP)
+
+
 def std_without_data(record: dict[str, Any]) -> float:
     """Where the KL alone takes the standard deviation of a weight that starts at the mean of all starts."""
     experiment = Experiment.from_dict(
         {name: value for name, value in record["experiment"].items() if name != "train_draws"}, where="record"
     )
-    kl = kl_settings(experiment, TRAIN_ROWS)
-    assert kl is not None
+    method = experiment.method
+    assert isinstance(method, Blob)
+    kl = method.kl(updates(experiment, TRAIN_ROWS))
     return kl_only_std(
         kl.learning_rate,
         updates=experiment.steps,
         cycle=kl.cycle,
         schedule=kl.schedule,
-        start=initial_std(experiment.rho_init),
-        prior_std=experiment.prior_std,
+        start=initial_std(method.rho_init),
+        prior_std=method.prior_std,
         warmup=WARM_UP,
     )
 
