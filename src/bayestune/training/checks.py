@@ -1,5 +1,6 @@
 """The checks that `BayesTrainer` makes before it starts; each error names the setting and what to do."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,6 +54,19 @@ def check_arguments(args: TrainingArguments) -> None:
         raise ConfigError(
             f"found {args.n_gpu} GPUs in one process: launch with torchrun, or show the process one GPU."
         )
+
+
+def checked_arguments(args: TrainingArguments) -> TrainingArguments:
+    """Return a copy of `args` as `BayesTrainer` uses it: all columns are kept, and the order of rows has a seed.
+
+    Raises:
+        ConfigError: as `check_arguments`.
+    """
+    check_arguments(args)
+    args = copy.copy(args)
+    args.remove_unused_columns = False
+    args.data_seed = args.seed if args.data_seed is None else args.data_seed
+    return args
 
 
 def check_model(

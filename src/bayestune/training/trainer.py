@@ -1,6 +1,5 @@
 """`BayesTrainer`: transformers' Trainer for a posterior over adapter weights, or for plain LoRA."""
 
-import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from bayestune.metrics import accuracy, nll
 from bayestune.tasks import AnyRow, Task
 from bayestune.training.batches import ROW, Collator, Examples
 from bayestune.training.checkpoint import SafeTrainer
-from bayestune.training.checks import check_arguments, check_model, check_rows, check_same_settings
+from bayestune.training.checks import check_model, check_rows, check_same_settings, checked_arguments
 from bayestune.training.finite import Quantity, first_nonfinite, listed, nonfinite_rows, stopped
 from bayestune.training.kl import KLSettings, posterior_summary
 from bayestune.training.kl_callback import KLCallback
@@ -36,9 +35,9 @@ class BayesTrainer(SafeTrainer):
 
     The NLL, in nats, is averaged over all rows of an update (all micro-batches and processes) and, with
     `train_draws` = K, over K independent draws of the weights per row: the mean of the K NLLs, not the NLL of
-    averaged logits. AdamW moves M, B and `modules_to_save`; `KLCallback` moves G and adds the KL (see `training.kl`).
-    Weight decay does not apply to M, which has the prior instead. Evaluation during training uses the posterior mean.
-    Checkpoints hold only safetensors and JSON, and resume bit for bit.
+    averaged logits. AdamW moves M, B and `modules_to_save`; `KLCallback` moves G and adds the KL (see `training.kl`;
+    BLoB, arXiv 2406.11675, and its released code). Weight decay does not apply to M, which has the prior instead.
+    Evaluation during training uses the posterior mean. Checkpoints are safetensors and JSON, and resume bit for bit.
 
     If a GPU runs out of memory, the update restarts with half the rows per forward (see `training.memory`), and later
     updates keep that size; a `BayestuneWarning` says so. If the CPU or the optimizer step runs out, the run ends.
@@ -60,9 +59,6 @@ class BayesTrainer(SafeTrainer):
         DataError: a row has no label, cannot be scored, or has a token without an embedding.
         TrainingError: the loss, a gradient or the KL is not finite, or memory ran out with one row per forward or in
             one of several processes; raised before the update.
-
-    References:
-        BLoB: Wang et al. 2024, arXiv 2406.11675, and its released code.
     """
 
     loss_is_scaled_for_ga = True
@@ -80,10 +76,7 @@ class BayesTrainer(SafeTrainer):
         train_draws: int = 1,
         callbacks: Sequence[TrainerCallback] | None = None,
     ) -> None:
-        check_arguments(args)
-        args = copy.copy(args)
-        args.remove_unused_columns = False
-        args.data_seed = args.seed if args.data_seed is None else args.data_seed
+        args = checked_arguments(args)
         self.task, self.train_draws, self.prior_std = task, train_draws, prior_std
         self._gaussian, random = gaussian_layers(model), random_layers(model)
         self._noise = training_noise(model) if random else None
@@ -227,10 +220,7 @@ class BayesTrainer(SafeTrainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Like `Trainer.log`, with `nll` (mean, nats), `kl` (nats, whole posterior) and `std` (mean) in training logs.
-
-        With `prior_std` the logged `nll` is the MAP objective, which includes the penalty.
-        """
+        """Like `Trainer.log`, with `nll` (the MAP objective with `prior_std`), `kl`, both in nats, and mean `std`."""
         if "loss" in logs:
             logs = {**logs, "nll": logs["loss"], **posterior_summary(self._gaussian.values())}
         super().log(logs, start_time)
@@ -242,9 +232,8 @@ class BayesTrainer(SafeTrainer):
             "train_draws": self.train_draws,
             "rows": len(self._train.ids),
             "row_sha256": self._train.sha256,
+            "prior_std": self.prior_std,
         }
-        if self.prior_std is not None:
-            settings["prior_std"] = self.prior_std
         if self.kl is not None:
             settings["kl_cycle"], settings["kl_learning_rate"] = self.kl.cycle, self.kl.learning_rate
             settings["kl_weight"] = self.kl.schedule(self.state.global_step, self.kl.cycle)
