@@ -1,5 +1,6 @@
-"""Scores of predictions: of probabilities (`scores`), of rankings (`ranking`) and of answering only when sure
-(`selective`). Tensors in, numbers out; all raise DataError, a ValueError, on rows that cannot be scored.
+"""Scores of predictions: probabilities (`scores`), rankings (`ranking`) and selective prediction (`selective`).
+
+Functions take tensors and return numbers. They raise DataError, a ValueError, if a row cannot be scored.
 """
 
 from bayestune.metrics.ranking import aupr as aupr

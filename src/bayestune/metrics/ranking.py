@@ -15,7 +15,7 @@ from bayestune.errors import DataError
 
 
 def auroc(scores: Float[Tensor, " rows"], positives: Bool[Tensor, " rows"] | Int[Tensor, " rows"]) -> float:
-    """Area under the ROC curve: P(positive above negative) + P(equal) / 2, from mid-ranks (Mann-Whitney)."""
+    """Return the area under the ROC curve, P(positive above negative) + P(equal) / 2, from mid-ranks."""
     values, marks = _checked("auroc", scores, positives)
     from scipy.stats import rankdata  # takes half a second to import
 
@@ -26,7 +26,7 @@ def auroc(scores: Float[Tensor, " rows"], positives: Bool[Tensor, " rows"] | Int
 
 
 def aupr(scores: Float[Tensor, " rows"], positives: Bool[Tensor, " rows"] | Int[Tensor, " rows"]) -> float:
-    """Area under the precision-recall curve as average precision, sum_t (recall_t - recall_{t-1}) precision_t.
+    """Return the average precision, sum_t (recall_t - recall_{t-1}) precision_t: the area under precision and recall.
 
     t runs over the distinct scores from high to low, so rows with equal scores enter together and their order does not
     matter. Nothing is interpolated. An uninformative score gives the share of positives, not one half.
@@ -39,7 +39,7 @@ def aupr(scores: Float[Tensor, " rows"], positives: Bool[Tensor, " rows"] | Int[
 
 
 def _checked(name: str, scores: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
-    """Both on the CPU in float64 and bool, or DataError."""
+    """Return both on the CPU in float64 and bool, or raise DataError."""
     if scores.shape != positives.shape or scores.ndim != 1:
         found = f"scores {tuple(scores.shape)} and positives {tuple(positives.shape)}"
         raise DataError(f"{name}: {found}, expected both [rows]")

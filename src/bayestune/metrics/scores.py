@@ -1,12 +1,12 @@
 """Scores of predicted class probabilities, each averaged over rows and never over batches.
 
-Every function reads `log_probs`, the natural logarithm of the predicted probabilities [rows, classes], and `labels`
-[rows]. The numbers are widened to float64 on the CPU first. -inf is a probability of zero (a choice that the row does
-not have). The answer of a row is its most probable class, the first one on a tie; its confidence is that
-probability.
+Every function takes `log_probs`, the natural logarithms of the predicted probabilities [rows, classes], and `labels`
+[rows]. Numbers are first converted to float64 on the CPU. -inf is a probability of zero, such as that of a choice that
+the row does not have. The answer of a row is its most probable class (the first one on a tie), and its confidence is
+that probability.
 
-All raise DataError, a ValueError, naming the first bad row: no rows, NaN, +inf, probabilities that do not sum to 1
-within 1e-3, or a label that is not a class.
+Every function raises DataError, a ValueError, if there are no rows. It names the first bad row if a value is NaN or
++inf, if the probabilities do not sum to 1 within 1e-3, or if a label is not a class.
 
 >>> log_probs = torch.tensor([[0.8, 0.2], [0.6, 0.4]]).log()
 >>> round(nll(log_probs, torch.tensor([0, 1])), 4)
@@ -31,9 +31,13 @@ _COUNTS_HELD = 2**22
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ReliabilityBins:
-    """What `reliability_bins` found: bin b holds edges[b] <= confidence < edges[b + 1], the last one also 1.0.
+    """Rows by confidence: bin b holds edges[b] <= confidence < edges[b + 1], and the last bin also 1.0.
 
-    `counts` are rows; `confidence` and `accuracy` are means over the rows of the bin, NaN where it is empty.
+    Attributes:
+        edges: edges of the bins.
+        counts: number of rows in each bin.
+        confidence: mean confidence of each bin; NaN if it is empty.
+        accuracy: accuracy of each bin; NaN if it is empty.
     """
 
     edges: Float[Tensor, " edges"]
@@ -43,66 +47,73 @@ class ReliabilityBins:
 
 
 def accuracy(log_probs: Float[Tensor, "rows classes"], labels: Int[Tensor, " rows"]) -> float:
-    """Share of rows whose most probable class is the label, 0 to 1."""
+    """Return the share of rows whose most probable class is the label, from 0 to 1."""
     return row_accuracy(log_probs, labels).mean().item()
 
 
 def nll(log_probs: Float[Tensor, "rows classes"], labels: Int[Tensor, " rows"]) -> float:
-    """Mean over rows of -log p(label), in nats.
+    """Return the mean over rows of -log p(label), in nats.
 
-    It is `inf` as soon as one label has probability zero: nothing is clipped. `impossible_labels` counts those rows.
+    Nothing is clipped, so it is `inf` if a label has probability zero. `impossible_labels` counts those rows.
     """
     return row_nll(log_probs, labels).mean().item()
 
 
 def brier(log_probs: Float[Tensor, "rows classes"], labels: Int[Tensor, " rows"]) -> float:
-    """Mean over rows of sum_c (p_c - 1[c = label])^2, summed over the classes and not halved: 0 to 2 (Brier, 1950)."""
+    """Return the mean over rows of sum_c (p_c - 1[c = label])^2, from 0 to 2 (Brier 1950)."""
     return row_brier(log_probs, labels).mean().item()
 
 
 def ece(log_probs: Float[Tensor, "rows classes"], labels: Int[Tensor, " rows"], *, bins: int = 15) -> float:
-    """Expected calibration error, sum_b n_b / n |accuracy_b - confidence_b|, 0 to 1 (Guo et al. 2017, equation 3).
+    """Return the expected calibration error, sum_b n_b / n |accuracy_b - confidence_b| (Guo et al. 2017, equation 3).
 
-    Bins as in `reliability_bins`.
+    Args:
+        log_probs: log-probabilities.
+        labels: classes.
+        bins: number of bins, as in `reliability_bins`.
     """
     return _column_distance(_calibration_terms(*_checked(log_probs, labels), bins).mean(0)).item()
 
 
 def row_accuracy(log_probs: Float[Tensor, "rows classes"], labels: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
-    """1 where the most probable class is the label, else 0. `accuracy` is the mean."""
+    """Return, per row, 1 if the most probable class is the label and 0 otherwise. `accuracy` is the mean."""
     log_probs, labels = _checked(log_probs, labels)
     return (log_probs.argmax(1) == labels).double()
 
 
 def row_nll(log_probs: Float[Tensor, "rows classes"], labels: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
-    """-log p(label) in nats, `inf` where that probability is zero. `nll` is the mean."""
+    """Return, per row, -log p(label) in nats; `inf` if that probability is zero. `nll` is the mean."""
     log_probs, labels = _checked(log_probs, labels)
     return -log_probs.gather(1, labels[:, None])[:, 0]
 
 
 def row_brier(log_probs: Float[Tensor, "rows classes"], labels: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
-    """sum_c (p_c - 1[c = label])^2, 0 to 2. `brier` is the mean."""
+    """Return, per row, sum_c (p_c - 1[c = label])^2, from 0 to 2. `brier` is the mean."""
     log_probs, labels = _checked(log_probs, labels)
     truth = torch.nn.functional.one_hot(labels, log_probs.shape[1])
     return (log_probs.exp() - truth).square().sum(1)
 
 
 def impossible_labels(log_probs: Float[Tensor, "rows classes"], labels: Int[Tensor, " rows"]) -> int:
-    """Number of rows whose label was given probability zero: the rows that make `nll` infinite."""
+    """Return the number of rows whose label has probability zero; they make `nll` infinite."""
     return int(row_nll(log_probs, labels).isposinf().sum())
 
 
 def reliability_bins(
     log_probs: Float[Tensor, "rows classes"], labels: Int[Tensor, " rows"], *, bins: int = 15
 ) -> ReliabilityBins:
-    """Rows, mean confidence and accuracy in `bins` bins of equal width on the confidence.
+    """Return the number of rows, the mean confidence and the accuracy in bins of equal width on the confidence.
 
-    Bin b is [b / bins, (b + 1) / bins); the last is closed, so that a confidence of exactly 1 shares it with 0.99.
-    Confidence is exp(max log p) in float64, and it counts as on an edge from a relative 1e-12 below it, more than
-    logarithm and exponential can round: log(k / bins) falls in bin k. float32 input is read as the numbers that it
-    holds.
+    Bin b is [b / bins, (b + 1) / bins), and the last bin is closed. A confidence up to a relative 1e-12 below an edge
+    counts as on the edge. This is more than the rounding of logarithm and exponential, so log(k / bins) is in bin k.
 
-    Raises ConfigError on bins < 1, and DataError as every function here.
+    Args:
+        log_probs: log-probabilities.
+        labels: classes.
+        bins: number of bins.
+
+    Raises:
+        ConfigError: `bins` is less than 1.
     """
     log_probs, labels = _checked(log_probs, labels)
     confidence, where = _confidence_bins(log_probs, bins)
@@ -119,14 +130,21 @@ def reliability_bins(
 def bootstrap_interval(
     values: Float[Tensor, " rows"], *, level: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of one value a row (Efron and Tibshirani 1993, chapter 13).
+    """Return the percentile bootstrap interval of the mean of `values` (Efron and Tibshirani 1993, chapter 13).
 
-    Rows are drawn with replacement `resamples` times; the ends are the (1 - level) / 2 and (1 + level) / 2 quantiles
-    of the means, rounded outwards to means that occurred, so that an infinite value can give an infinite end. `values`
-    may be signed: the difference of `row_nll` of two methods on the same rows gives a paired interval. Keyed by
-    `seed`: the same rows give the same interval.
+    Rows are drawn with replacement `resamples` times. The ends are the (1 - level) / 2 and (1 + level) / 2 quantiles
+    of the means, rounded outwards to means that occurred, so an infinite value can give an infinite end. The same rows
+    and seed give the same interval.
 
-    Raises DataError on no rows, NaN or -inf, ConfigError on a level outside (0, 1), resamples < 1 or seed < 0.
+    Args:
+        values: one value per row. The difference of `row_nll` of two methods on the same rows gives a paired interval.
+        level: coverage probability.
+        resamples: number of resamples.
+        seed: key of the resamples.
+
+    Raises:
+        DataError: there are no rows, or a value is NaN or -inf.
+        ConfigError: `level` is outside (0, 1), `resamples` < 1 or `seed` < 0.
     """
     values = values.detach().to("cpu", torch.float64)
     if values.ndim != 1 or len(values) == 0:
@@ -147,11 +165,19 @@ def intervals(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, tuple[float, float]]:
-    """Percentile bootstrap intervals of accuracy, nll, ece and brier, all from the same resamples of the rows.
+    """Return percentile bootstrap intervals of accuracy, nll, ece and brier from the same resamples of the rows.
 
-    As `bootstrap_interval`. ECE is a sum of absolute values, so sampling adds to it, and resampling once more. Where
-    every bin is clearly off, its interval covers as the others do; near perfect calibration it lies above the true
-    value: over simulated sets of 200 calibrated two-class rows (true ECE 0) the lower end averages 0.05.
+    ECE is a sum of absolute values, so sampling noise increases it, and resampling increases it again. If every bin is
+    clearly miscalibrated, its interval covers like the others. Near perfect calibration, it lies above the true value:
+    over simulated sets of 200 calibrated two-class rows (true ECE 0), the lower end averages 0.05.
+
+    Args:
+        log_probs: log-probabilities.
+        labels: classes.
+        bins: number of bins of the ECE.
+        level: coverage probability.
+        resamples: number of resamples.
+        seed: key of the resamples.
     """
     log_probs, labels = _checked(log_probs, labels)
     means = [row_accuracy(log_probs, labels), row_nll(log_probs, labels), row_brier(log_probs, labels)]
@@ -166,7 +192,7 @@ def intervals(
 
 
 def _checked(log_probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Both on the CPU in float64 and int64, or DataError."""
+    """Return both on the CPU in float64 and int64, or raise DataError."""
     if log_probs.ndim != 2 or 0 in log_probs.shape or labels.shape != log_probs.shape[:1]:
         found = f"log_probs {tuple(log_probs.shape)} and labels {tuple(labels.shape)}"
         raise DataError(f"metrics: {found}, expected [rows, classes] and [rows] with at least one row and one class")
@@ -198,13 +224,13 @@ def _edges(bins: int) -> Tensor:
 
 
 def _confidence_bins(log_probs: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    """Confidence [rows] and its bin [rows]: the number of inner edges at or below it, so 1.0 joins the last bin."""
+    """Return confidence [rows] and bin [rows], the number of inner edges at or below it, so 1.0 is in the last bin."""
     confidence = log_probs.amax(1).exp()
     return confidence, torch.bucketize(confidence * (1 + EDGE_TOLERANCE), _edges(bins)[1:-1], right=True)
 
 
 def _calibration_terms(log_probs: Tensor, labels: Tensor, bins: int) -> Tensor:
-    """[rows, bins]: correct - confidence in the column of the row's bin, 0 elsewhere; ECE = sum_b |mean over rows|."""
+    """Return correct - confidence in the column of the row's bin, 0 elsewhere [rows, bins]; ECE = sum_b |mean|."""
     confidence, where = _confidence_bins(log_probs, bins)
     gap = (log_probs.argmax(1) == labels).double() - confidence
     return torch.zeros(len(gap), bins, dtype=torch.float64).scatter_(1, where[:, None], gap[:, None])
@@ -215,7 +241,7 @@ def _column_distance(means: Tensor) -> Tensor:
 
 
 def _resampled_means(terms: Tensor, resamples: int, seed: int) -> Tensor:
-    """[resamples, columns]: means of terms [rows, columns] over rows drawn with replacement. +inf stays +inf."""
+    """Return means of terms [rows, columns] over rows drawn with replacement [resamples, columns]; inf stays inf."""
     if resamples < 1 or seed < 0:
         raise ConfigError(f"resamples is {resamples} and seed is {seed}, expected at least 1 and at least 0")
     generator = np.random.Generator(np.random.PCG64(seed))
