@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from bayestune.errors import ConfigError, DataError, PosteriorError
 from bayestune.inference import predict
 from bayestune.methods import LaplacePosterior, factor_bytes, fit_laplace
-from bayestune.methods import linears as linears_module
+from bayestune.methods.laplace import linears as linears_module
 from bayestune.tasks import Row
 from inference.cases import Letters, rows
 from methods.laplace_cases import bert_with_head, covered, plain

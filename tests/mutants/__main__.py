@@ -1,7 +1,7 @@
 """Plant each defect in a process of its own, run the tests that must fail on it, and say whether they did.
 
     make mutants                     # all of them, two at a time
-    make mutants ONLY=draw           # those whose name has the word
+    make mutants ONLY="draw noise"   # those whose name has one of the words
 
 Exits with 1 if a defect survives: if its tests pass, do not run, or take too long. Last line:
 `mutants: N killed, M survived`.
@@ -25,8 +25,8 @@ FORKS = multiprocessing.get_context("forkserver")
 
 
 def main() -> int:
-    word = sys.argv[1] if len(sys.argv) > 1 else ""
-    chosen = [defect for defect in DEFECTS.values() if word in defect.name]
+    words = sys.argv[1:] or [""]
+    chosen = [defect for defect in DEFECTS.values() if any(word in defect.name for word in words)]
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     FORKS.set_forkserver_preload(["torch", "transformers", "peft"])  # imported once, and never by a defect
     with ThreadPoolExecutor(JOBS) as pool:

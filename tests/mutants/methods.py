@@ -1,5 +1,6 @@
-"""Defects of the methods."""
+"""Defects of the methods and of what averages their draws."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -61,10 +62,13 @@ def roots_of_the_loss_that_are_not_centred() -> None:
 
 @defect("methods/test_laplace.py", "probit")
 def a_probit_answer_without_its_variance() -> None:
-    wrap(f"{METHODS}.laplace.linearised.probit_logits", lambda right: lambda mode, *more: mode)
+    def wrong(forward: Any, factors: Any, precisions: Any) -> Any:
+        return forward.logits.detach().expand(len(precisions), *forward.logits.shape)
+
+    replace(f"{METHODS}.laplace.linearised.probit_logits", wrong)
 
 
-@defect("methods/test_laplace_curvature.py", "averaged")
+@defect("methods/test_laplace_curvature.py", "factors_are")
 def curvature_of_inputs_added_up() -> None:
     name = f"{METHODS}.laplace.kfac.FactorSums.add_inputs"
     wrap(name, lambda right: lambda self, inputs: right(self, 2 * inputs))
@@ -92,8 +96,7 @@ def the_widest_trial_instead_of_the_widest_accepted() -> None:
     def make(right: Any) -> Any:
         def wrong(*args: Any, **settings: Any) -> Any:
             found = right(*args, **settings)
-            sigma, trace = found
-            return max(trial.sigma for trial in trace), trace
+            return dataclasses.replace(found, sigma=max(trial.sigma for trial in found.trace))
 
         return wrong
 
@@ -139,16 +142,6 @@ def the_average_of_log_probabilities() -> None:
     replace(
         "bayestune.inference.predict.Prediction.log_probs", lambda self: self.draw_log_probs.mean(0).log_softmax(-1)
     )
-
-
-@defect("inference/test_predict.py", "more_draws")
-def the_last_draws_instead_of_the_first() -> None:
-    import dataclasses
-
-    def wrong(self: Any, draws: int) -> Any:
-        return dataclasses.replace(self, draw_log_probs=self.draw_log_probs[-draws:], draws=draws)
-
-    replace("bayestune.inference.predict.Prediction.first", wrong)
 
 
 @defect("inference/test_unusual_models.py", "N02")

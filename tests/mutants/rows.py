@@ -1,7 +1,5 @@
 """Defects of rows, prompts, labels, masks and tokenizers."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,7 +77,7 @@ def tokens_beyond_the_embeddings_are_let_in() -> None:
     replace(f"{BASE}.embeddings_of", lambda model: None)
 
 
-@defect("tasks/test_classification.py", "N02")
+@defect("tasks/test_multiple_choice.py", "widened")
 def half_precision_logits_stay_as_they_are() -> None:
     replace(f"{BASE}.widen", lambda logits: logits)
 
@@ -96,10 +94,14 @@ def the_last_of_two_fields_of_one_name_is_taken() -> None:
 
 @defect("tasks/test_data.py", "D02")
 def a_bool_is_a_label() -> None:
-    wrap(
-        f"{DATA}._label",
-        lambda right: lambda fields, name, *more: right({**fields, name: int(fields[name])}, name, *more),
-    )
+    def make(right: Any) -> Any:
+        def wrong(fields: Any, name: str, *more: Any) -> Any:
+            value = fields.get(name)
+            return right({**fields, name: int(value)} if isinstance(value, bool) else fields, name, *more)
+
+        return wrong
+
+    wrap(f"{DATA}._label", make)
 
 
 @defect("tasks/test_data.py", "D03 or label or answer")
@@ -114,13 +116,7 @@ def texts_are_not_checked() -> None:
 
 @defect("cli/test_bad_rows.py", "twice")
 def ids_may_be_repeated() -> None:
-    def wrong(path: Any, *, labelled: bool = True) -> list[Any]:
-        from bayestune.tasks import data
-
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        return [data.parse_row(json.loads(line), where=f"{path}", labelled=labelled) for line in lines]
-
-    replace(f"{DATA}.read_rows", wrong)
+    replace(f"{DATA}.check_together", lambda rows: None)
 
 
 @defect("experiment/test_overlap.py", "hide")

@@ -114,10 +114,9 @@ def the_sums_of_a_checkpoint_are_not_compared() -> None:
 
 @defect(FAULTS, "P04 and passed_over")
 def the_first_checkpoint_instead_of_the_last() -> None:
-    def wrong(folder: Any) -> Any:
-        return min(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    from bayestune.training.checkpoint_files import _checkpoints, _step
 
-    replace(f"{CHECKPOINTS}.last_complete", wrong)
+    replace(f"{CHECKPOINTS}.last_complete", lambda folder: min(_checkpoints(folder), key=_step, default=None))
 
 
 @defect(FAULTS, "seal")

@@ -113,8 +113,8 @@ PROMISES = (
     Promise(
         "D08",
         "Repeated ids are refused; training rows that are also scored are reported.",
-        "Repeated rows are a warning, since published splits have them. `bayestune evaluate` on another split does not "
-        "look at the training rows, and a run with `--adapter` does not know the adapter's training rows.",
+        "Repeated rows are a warning, since published splits have them. `bayestune evaluate` on another split does "
+        "not see training rows, and a run with `--adapter` does not know the adapter's training rows.",
     ),
     Promise("D09", "The scored tokens are those of the prompt with its label, for every tokenizer."),
     Promise(
@@ -153,7 +153,7 @@ PROMISES = (
     Promise(
         "R04",
         "SIGINT and SIGTERM in any phase: exit code 130 or 143, resumable.",
-        "With checkpoints, a signal waits for the update and its checkpoint. A second signal ends the process at once.",
+        "With checkpoints, a signal waits for the update and its checkpoint. A second signal ends the process.",
     ),
     Promise(
         "R05",

@@ -16,10 +16,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from bayestune import files as folder_module
 from bayestune.adapters import BlobConfig, gaussian_layers, random_layers
 from bayestune.errors import ConfigError, PosteriorError
 from bayestune.inference.draws import draw
-from bayestune.methods import folder as folder_module
 from bayestune.methods import load_posterior, save_posterior
 from bayestune.storage.state import check_name
 from models import BERT, LLAMA, blob, scatter
