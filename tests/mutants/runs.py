@@ -117,8 +117,3 @@ def a_run_is_made_without_its_lock() -> None:
     import contextlib
 
     replace("bayestune.experiment.folder._alone", lambda output: contextlib.nullcontext())
-
-
-@defect("test_launch.py", "torchrun")
-def every_process_writes() -> None:
-    replace("bayestune.experiment.processes.is_main", lambda: True)

@@ -123,18 +123,6 @@ def evaluation_leaves_the_model_in_evaluation_mode() -> None:
     wrap(f"{TRAINER}.evaluation_loop", make)
 
 
-@defect("training/test_processes.py", "R06")
-def processes_share_their_training_noise() -> None:
-    def make(right: Any) -> Any:
-        def wrong(self: Any, *args: Any, **settings: Any) -> None:
-            right(self, *args, **settings)
-            self._noise.rank = 0
-
-        return wrong
-
-    wrap("bayestune.training.noise_callback.NoiseCallback.on_train_begin", make)
-
-
 @defect("training/test_memory.py", "first_update")
 def a_failed_try_advances_the_noise() -> None:
     replace("bayestune.training.noise_callback.NoiseCallback.rewind", lambda self: None)
