@@ -88,10 +88,10 @@ def test_the_folder_holds_each_member_as_plain_lora(tmp_path: Path) -> None:
 @pytest.mark.property("P07")
 def test_members_and_temperature_are_not_lost_silently(tmp_path: Path) -> None:
     save_posterior(ensemble(), tmp_path / "ensemble")
-    with pytest.raises(PosteriorError, match="kind 'ensemble'.*posteriors.load"):
+    with pytest.raises(PosteriorError, match="kind 'ensemble'.*methods.load"):
         load_posterior(PLAIN.base(), tmp_path / "ensemble")
     save_posterior(Variational(blob(LLAMA).eval(), temperature=2.0), tmp_path / "blob")
-    with pytest.raises(PosteriorError, match="'temperature': 2.0.*posteriors.load"):
+    with pytest.raises(PosteriorError, match="'temperature': 2.0.*methods.load"):
         load_posterior(LLAMA.build(), tmp_path / "blob")
     loaded = load(LLAMA.build(), tmp_path / "blob")
     assert isinstance(loaded, Variational) and loaded.temperature == 2.0

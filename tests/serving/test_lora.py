@@ -203,7 +203,7 @@ def test_seed_and_index_are_in_the_header_and_the_manifest(exported: Path) -> No
         with safe_open(root / name / "adapter_model.safetensors", framework="pt") as file:
             assert file.metadata() == {"format": "pt", **expected}
     manifest = json.loads((root / "bayestune_manifest.json").read_text())
-    assert manifest["exported"] == {"kind": "blob", "draws": 3, "seed": 11}
+    assert manifest["exported"] == {"kind": "variational", "draws": 3, "seed": 11}
     assert len(manifest["files"]) == 8 and manifest["notes"] == []
 
 

@@ -56,7 +56,7 @@ def replayed(saved: Path) -> dict[str, dict[str, bool]]:
     """Which answers a fresh process gives again, by case and loader."""
     path = os.pathsep.join([str(TESTS), str(TESTS.parent / "src")])
     subprocess.run(
-        [sys.executable, str(TESTS / "posteriors" / "cases.py"), str(saved)],
+        [sys.executable, str(TESTS / "storage" / "cases.py"), str(saved)],
         env={**os.environ, "PYTHONPATH": path},
         check=True,
     )

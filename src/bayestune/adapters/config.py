@@ -7,7 +7,6 @@ from typing import Any, Literal, get_args
 from peft import LoraConfig
 
 from bayestune.adapters.card import add_notice
-from bayestune.adapters.patterns import pattern_fault
 from bayestune.adapters.registration import BAYES_LORA
 from bayestune.errors import ConfigError
 
@@ -102,13 +101,6 @@ class BayesLoraConfig(LoraConfig):
                 f"{self._name} init_lora_weights: found {self.init_lora_weights!r}, expected one of {_INITS}; "
                 "other values change the base weights or replace A after the posterior is made."
             )
-        # Which layers are adapted is found once, in the caller's own words; a saved posterior lists them.
-        named = {
-            name: value for name, value in vars(self).items() if name not in ("target_modules", "exclude_modules")
-        }
-        fault = pattern_fault(named)
-        if fault:
-            raise ConfigError(f"{self._name} {fault}.")
 
     @property
     def _name(self) -> str:

@@ -31,6 +31,7 @@ class EnsemblePosterior(Posterior):
     """
 
     kind = "ensemble"
+    has_mean = False
 
     def __init__(self, model: PeftModel, members: Sequence[Mapping[str, Tensor]], *, temperature: float = 1.0) -> None:
         super().__init__(model, temperature=temperature)

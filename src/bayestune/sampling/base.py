@@ -54,12 +54,16 @@ class Posterior(ABC):
 
     Attributes:
         kind: its name in the manifest of a saved posterior.
+        adapter: kind of adapter that it lives on: "point" (plain LoRA) or "variational" (`BayesLoraConfig`).
+        has_mean: whether ``draws=0`` answers with one set of weights.
         model: the model with the adapter at the mean (the mode, or the first member), in evaluation mode.
         default_draws: draws of a prediction when none are asked for.
         temperature: T; every draw answers with ``softmax(logits / T)``. 1 unless `fit_temperature` set it.
     """
 
     kind: ClassVar[str]
+    adapter: ClassVar[str] = "point"
+    has_mean: ClassVar[bool] = True
     default_draws: int
     model: PeftModel
     temperature: float

@@ -42,7 +42,8 @@ class Variational(Posterior):
         ConfigError: an unknown `predictive`.
     """
 
-    kind = "blob"
+    kind = "variational"
+    adapter = "variational"
     default_draws = 10
 
     def __init__(self, model: PeftModel, *, temperature: float = 1.0, predictive: str = "mc") -> None:

@@ -18,7 +18,7 @@ from bayestune.adapters import RandomLinear
 from bayestune.errors import BayestuneWarning, ConfigError
 from bayestune.files import new_folder
 from bayestune.functional import prediction_noise
-from bayestune.methods import EnsemblePosterior, Posterior
+from bayestune.sampling import Point, Posterior, Variational
 from bayestune.sampling.base import SubstitutedDraws
 from bayestune.storage.manifest import CONFIG_FILE, TENSOR_FILE, file_record, versions, write_manifest
 from bayestune.storage.state import (
@@ -43,15 +43,13 @@ def export_lora(
 ) -> list[Path]:
     """Write the mean and `draws` draws of a posterior, or of a model's active adapter, as LoRA folders under `path`.
 
-    Draw k is ``A = M + G^2 * noise(seed, k, layer)``, the very weights of ``draw(model, index=k, seed=seed)``; B,
-    unless it is random too, is that of the posterior. The rank-stabilised scale alpha/sqrt(r) is folded into B (times
-    sqrt(r)), so that programs that know only alpha/r agree. The seed and the index are in the header of each
-    safetensors file, the hashes in the manifest beside the folders. The whole of `path` appears at once or not at all.
+    Draw k is ``A = M + G^2 * noise(seed, k, layer)``, the weights of ``draw(model, index=k, seed=seed)``. The
+    rank-stabilized scale alpha/sqrt(r) is folded into B, so that programs that know only alpha/r agree. `path` appears
+    whole or not at all, with a manifest that holds the sha256 of every file.
 
     Args:
-        model: a PeftModel with one active adapter, or a `Posterior`; of plain LoRA only the mean (``draws=0``) can be
-            exported; the draws of an ensemble are its members, and it has no mean. A temperature is not exported: the
-            manifest notes it.
+        model: a PeftModel with one active adapter, or a `Posterior`. Plain LoRA has a mean only (``draws=0``); the
+            draws of an ensemble are its members, and it has no mean.
         path: the folder to make.
         draws: number of draws; 0 writes the mean alone.
         seed: seed of the draws.
@@ -60,7 +58,8 @@ def export_lora(
     Returns:
         The folders written: ``path/mean``, ``path/draw_0``, ``path/draw_1``, ...
 
-    Warns (`BayestuneWarning`) of a temperature, which no LoRA adapter can hold.
+    Warns:
+        BayestuneWarning: the posterior has a temperature, which no LoRA adapter can hold.
 
     Raises:
         ConfigError: `path` exists, `draws` is not a count, the adapter has nothing to draw from, or has settings that
@@ -70,18 +69,9 @@ def export_lora(
     """
     posterior = model if isinstance(model, Posterior) else None
     model, adapter, kind = active_adapter(model.model if isinstance(model, Posterior) else model)
-    if draws < 0:
-        raise ConfigError(f"draws: found {draws}, expected 0 (the mean alone) or more.")
     weights = _whole_draws(posterior, adapter, draws, seed)
-    if draws and kind == "point" and weights is None:
-        raise ConfigError(
-            f"draws: found {draws}, but adapter {adapter!r} is plain LoRA, a point without a posterior: pass draws=0."
-        )
-    fault = settings_fault(json.loads(json.dumps(adapter_config(model, adapter).to_dict(), default=sorted)), kind)
-    if fault:
-        raise ConfigError(f"the adapter cannot be exported as plain LoRA: {fault}.")
-    check_values(adapter_tensors(model, adapter))
-    mean = [] if isinstance(posterior, EnsemblePosterior) else [None]
+    _check_exportable(model, adapter, kind, draws, weights)
+    mean = [None] if posterior is None or posterior.has_mean else []
     indices: list[int | None] = [*mean, *range(draws)]
     names = ["mean" if index is None else f"draw_{index}" for index in indices]
     config = _plain_config(model, adapter)
@@ -104,15 +94,27 @@ def export_lora(
     return [Path(path) / name for name in names]
 
 
+def _check_exportable(
+    model: PeftModel, adapter: str, kind: str, draws: int, weights: dict[int, dict[str, Tensor]] | None
+) -> None:
+    """Refuse what plain LoRA adapters cannot express."""
+    if draws and kind == Point.adapter and weights is None:
+        raise ConfigError(
+            f"draws: found {draws}, but adapter {adapter!r} is plain LoRA, a point without a posterior: pass draws=0."
+        )
+    fault = settings_fault(json.loads(json.dumps(adapter_config(model, adapter).to_dict(), default=sorted)), kind)
+    if fault:
+        raise ConfigError(f"the adapter cannot be exported as plain LoRA: {fault}.")
+    check_values(adapter_tensors(model, adapter))
+
+
 def _whole_draws(
     posterior: Posterior | None, adapter: str, draws: int, seed: int
 ) -> dict[int, dict[str, Tensor]] | None:
-    """For a posterior whose draws are whole sets of weights: those weights by index and key; None for the others."""
-    if (
-        posterior is None
-        or posterior.kind in ("point", "blob")
-        or (draws == 0 and not isinstance(posterior, EnsemblePosterior))
-    ):
+    """The weights of each draw, by index and key, of a posterior whose draws replace whole adapters; else None."""
+    if draws < 0:
+        raise ConfigError(f"draws: found {draws}, expected 0 (the mean alone) or more.")
+    if posterior is None or isinstance(posterior, Point | Variational) or (draws == 0 and posterior.has_mean):
         return None
     sampler = posterior.sampler(draws=draws, seed=seed)
     if not isinstance(sampler, SubstitutedDraws):

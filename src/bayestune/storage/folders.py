@@ -35,7 +35,7 @@ from bayestune.storage.manifest import (
 )
 from bayestune.storage.parts import assemble, write_parts
 from bayestune.storage.state import (
-    KINDS,
+    ADAPTERS,
     active_adapter,
     adapted,
     adapter_config,
@@ -71,21 +71,21 @@ def save_posterior(model: nn.Module | Posterior, path: str | os.PathLike[str], *
     posterior = model if isinstance(model, Posterior) else _of_adapter(model)
     model, adapter, adapter_kind = active_adapter(posterior.model)
     kind = posterior.kind
-    if KINDS[kind] is not KINDS[adapter_kind]:
-        raise ConfigError(f"a {kind!r} posterior on a {adapter_kind!r} adapter: found another adapter than its own.")
+    if posterior.adapter != adapter_kind:
+        raise ConfigError(f"a {kind!r} posterior: found a {adapter_kind!r} adapter, expected {posterior.adapter!r}.")
     tensors = adapter_tensors(model, adapter)
     _check_savable(model, tensors)
     with new_folder(path, overwrite=overwrite) as folder:
         write_adapter(model, adapter, folder)
-        if kind == "blob":
+        if adapter_kind == "variational":
             add_notice(folder)
-        _check_written(folder, kind, tensors)
+        _check_written(folder, adapter_kind, tensors)
         parts = write_parts(posterior, folder)
         base = {"name": adapter_config(model, adapter).base_model_name_or_path, **fingerprint(model)}
         content = {
             **versions(),
             "posterior": kind,
-            "std": STD if kind == "blob" else None,
+            "std": STD if adapter_kind == "variational" else None,
             "base": base,
             "files": {name: file_record(folder / name) for name in sorted(_files(folder))},
             "tensors": describe(tensors),
@@ -96,7 +96,7 @@ def save_posterior(model: nn.Module | Posterior, path: str | os.PathLike[str], *
 
 def _of_adapter(model: nn.Module) -> Posterior:
     found, _, kind = active_adapter(model)
-    return Variational(found) if kind == "blob" else Point(found)
+    return Variational(found) if kind == Variational.adapter else Point(found)
 
 
 def _files(folder: Path) -> list[str]:
@@ -130,12 +130,14 @@ def load_posterior(base_model: nn.Module, path: str | os.PathLike[str], *, train
     folder = existing_folder(path)
     manifest, contents = _read(base_model, folder)
     settings, kind = manifest["settings"], manifest["posterior"]
-    if kind not in ("blob", "point") or settings.get("temperature", 1.0) != 1.0:
+    alone = {found.kind: found for found in (Point, Variational)}
+    if kind not in alone or settings.get("temperature", 1.0) != 1.0:
         found = f"a posterior of kind {kind!r}" + (f" with settings {settings}" if settings else "")
         raise PosteriorError(
             f"{folder}: found {found}, expected an adapter and no more: its model alone would answer otherwise. "
             "Load it with bayestune.methods.load."
         )
+    _check_adapter(folder, manifest, alone[kind])
     return _onto(base_model, folder, manifest, contents, trainable=trainable)
 
 
@@ -153,6 +155,7 @@ def load(base_model: nn.Module, path: str | os.PathLike[str], *, kinds: Mapping[
         raise PosteriorError(
             f"{folder}: found a posterior of kind {manifest['posterior']!r}, expected one of {sorted(kinds)}."
         )
+    _check_adapter(folder, manifest, kinds[manifest["posterior"]])
     parts = _tensors(folder / PART_FILE, contents[PART_FILE], manifest["parts"]) if PART_FILE in contents else {}
     members = []
     for number in range(1, 1 + sum(name.endswith(f"/{TENSOR_FILE}") for name in contents)):
@@ -167,6 +170,16 @@ def load(base_model: nn.Module, path: str | os.PathLike[str], *, kinds: Mapping[
     except PosteriorError as error:
         model.unload()
         raise PosteriorError(f"{folder}: {error}") from error
+
+
+def _check_adapter(folder: Path, manifest: dict[str, Any], posterior: type[Posterior]) -> None:
+    """Refuse a kind of posterior that does not live on the kind of adapter in the folder."""
+    if manifest["std"] not in (STD, None) or (manifest["std"] is None) != (posterior.adapter == Point.adapter):
+        expected = None if posterior.adapter == Point.adapter else STD
+        raise PosteriorError(
+            f"{folder}: found the parameterisation std = {manifest['std']}, expected std = {expected} for a posterior "
+            f"of kind {posterior.kind!r}."
+        )
 
 
 def _read(base_model: nn.Module, folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -222,18 +235,14 @@ def _check_written(folder: Path, kind: str, tensors: dict[str, Tensor]) -> None:
 
 
 def _config(folder: Path, text: bytes, manifest: dict[str, Any]) -> LoraConfig:
-    kind = manifest["posterior"]
-    if kind not in KINDS:
-        raise PosteriorError(f"{folder}: found a posterior of kind {kind!r}, expected one of {sorted(KINDS)}.")
-    if manifest["std"] != (STD if kind == "blob" else None):
-        raise PosteriorError(f"{folder}: found the parameterisation std = {manifest['std']}, expected std = {STD}.")
+    kind = "point" if manifest["std"] is None else "variational"
     try:
         values = strict_json(text, limit=CONFIG_LIMIT)
         fault = settings_fault(values, kind)
         if fault:
             raise PosteriorError(f"{folder / CONFIG_FILE}: {fault}.")
         # The base is the one given: where the file says it came from is not followed.
-        return KINDS[kind](**{**values, "auto_mapping": None, "base_model_name_or_path": None, "revision": None})
+        return ADAPTERS[kind](**{**values, "auto_mapping": None, "base_model_name_or_path": None, "revision": None})
     except PosteriorError:
         raise
     except (ValueError, TypeError) as error:

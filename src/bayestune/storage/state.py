@@ -14,66 +14,26 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from bayestune.adapters import BayesLoraConfig
-from bayestune.adapters.patterns import pattern_fault
 from bayestune.errors import ConfigError, PosteriorError
 
-KINDS: dict[str, type[LoraConfig]] = {
-    "blob": BayesLoraConfig,
-    "point": LoraConfig,
-    "ensemble": LoraConfig,
-    "swag": LoraConfig,
-    "laplace": LoraConfig,
-}
-"""The configuration of the adapter in the folder of each kind of posterior."""
+ADAPTERS: dict[str, type[LoraConfig]] = {"point": LoraConfig, "variational": BayesLoraConfig}
+"""The configuration of each kind of adapter: plain LoRA, and a distribution over LoRA's matrices."""
 MAX_RANK = 1 << 16
-MAX_NAMES = 1 << 14
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_NUMBER = (int, float)
-_TEXT = (str, type(None))
-# Settings that may have any value of these types. Every other one must be as the configuration class has it by
-# default: some change the base weights, some make another forward, one names a module for PEFT to import.
-_FREE: dict[str, tuple[type, ...]] = {
-    "peft_type": (str,),
-    "peft_version": _TEXT,
-    "task_type": _TEXT,
-    "base_model_name_or_path": _TEXT,
-    "revision": _TEXT,
-    "auto_mapping": (dict, type(None)),
-    "inference_mode": (bool,),
-    "r": (int,),
-    "lora_alpha": _NUMBER,
-    "lora_dropout": _NUMBER,
-    "target_modules": (list, str),
-    "exclude_modules": (list, *_TEXT),
-    "layers_to_transform": (list, int, type(None)),
-    "layers_pattern": (list, *_TEXT),
-    "rank_pattern": (dict,),
-    "alpha_pattern": (dict,),
-    "modules_to_save": (list, type(None)),
-    "fan_in_fan_out": (bool,),
-    "use_rslora": (bool,),
-    "init_lora_weights": (bool, str),
-    "prior_std": _NUMBER,
-    "rho_init": _NUMBER,
-    "estimator": (str,),
-    "distribution": (str,),
-}
+# Settings that may have any value. Every other one must be as the configuration class has it by default: some change
+# the base weights, some make another forward, one names a module for PEFT to import.
+_FREE = frozenset(
+    ("peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode")
+    + ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    + ("rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "use_rslora", "init_lora_weights")
+    + ("prior_std", "rho_init", "estimator", "distribution")
+)
 _INITS = (True, False, "gaussian", "orthogonal")  # the others change the base weights
-# What the lists and mappings of these settings may hold.
-_CONTENTS: dict[str, Any] = {
-    "target_modules": str,
-    "exclude_modules": str,
-    "layers_to_transform": int,
-    "layers_pattern": str,
-    "rank_pattern": int,
-    "alpha_pattern": int | float,
-    "modules_to_save": str,
-}
 
 
 def active_adapter(model: nn.Module) -> tuple[PeftModel, str, str]:
-    """`model` itself, the name of its active adapter, and its kind: "blob" or "point" (plain LoRA).
+    """`model` itself, the name of its active adapter, and its kind, a key of `ADAPTERS`.
 
     Raises:
         ConfigError: not a PeftModel, not exactly one active adapter, a name unfit for a path, or another PEFT method.
@@ -86,7 +46,7 @@ def active_adapter(model: nn.Module) -> tuple[PeftModel, str, str]:
     check_name(name)
     config = model.peft_config[name]
     if isinstance(config, BayesLoraConfig):
-        return model, name, "blob"
+        return model, name, "variational"
     if type(config) is LoraConfig:
         return model, name, "point"
     raise ConfigError(f"adapter {name!r}: found a {type(config).__name__}, expected a BayesLoraConfig or LoraConfig.")
@@ -194,37 +154,20 @@ def settings_fault(values: Any, kind: str) -> str | None:
     """The first setting of an adapter_config.json that is not supported, in words; None where there is none."""
     if not isinstance(values, dict):
         return f"found a {type(values).__name__}, expected a JSON object"
-    peft_type = "BAYES_LORA" if kind == "blob" else "LORA"
+    peft_type = "BAYES_LORA" if kind == "variational" else "LORA"
     if values.get("peft_type") != peft_type:
-        return f"peft_type: found {values.get('peft_type')!r}, expected {peft_type!r} for a {kind!r} posterior"
-    defaults = json.loads(json.dumps(KINDS[kind]().to_dict()))
+        return f"peft_type: found {values.get('peft_type')!r}, expected {peft_type!r} for a {kind!r} adapter"
+    defaults = json.loads(json.dumps(ADAPTERS[kind]().to_dict()))
     for name, value in {**defaults, **values}.items():
         if name not in defaults:
-            return f"{name}: not a setting of {KINDS[kind].__name__} here; if a newer peft wrote it, upgrade peft"
-        if name in _FREE:
-            if type(value) not in _FREE[name]:
-                return f"{name}: found {value!r}, expected {' or '.join(t.__name__ for t in _FREE[name])}"
-        elif value != defaults[name]:
+            return f"{name}: not a setting of {ADAPTERS[kind].__name__} here; if a newer peft wrote it, upgrade peft"
+        if name not in _FREE and value != defaults[name]:
             return f"{name}: found {value!r}, expected {defaults[name]!r}, the only value a saved posterior may have"
-    for rank in (values.get("r", 1), *values.get("rank_pattern", {}).values()):
+    for rank in (values.get("r", 1), *(values.get("rank_pattern") or {}).values()):
         if type(rank) is not int or not 1 <= rank <= MAX_RANK:
             return f"rank: found {rank!r}, expected 1 to {MAX_RANK}"
     if values.get("init_lora_weights", True) not in _INITS:
         return f"init_lora_weights: found {values['init_lora_weights']!r}, expected one of {_INITS}"
-    return _content_fault(values) or pattern_fault(values)
-
-
-def _content_fault(values: Mapping[str, Any]) -> str | None:
-    """The first list or mapping that is longer, or holds other things, than names, numbers of layers and factors."""
-    for name, kind in _CONTENTS.items():
-        found = values.get(name)
-        if not isinstance(found, list | dict):
-            continue
-        if len(found) > MAX_NAMES:
-            return f"{name}: found {len(found)} entries, expected at most {MAX_NAMES}"
-        for entry in found.values() if isinstance(found, dict) else found:
-            if isinstance(entry, bool) or not isinstance(entry, kind):
-                return f"{name}: found a {type(entry).__name__} in it, expected nothing but {kind}"
     return None
 
 
