@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from bayestune.methods import Bbb, Blob, Dropout, Ensemble, Laplace, Map, Mle
 from bayestune.tables.fields import Cell
 
 
@@ -44,47 +45,47 @@ _COLUMNS = ("winogrande_s", "arc_challenge", "arc_easy", "winogrande_m", "openbo
 
 # (method, draws; None: for any number of draws): ACC, ECE, NLL.
 _TABLE_1: dict[tuple[str, int | None], tuple[str, str, str]] = {
-    ("mle", None): (
+    (Mle.name, None): (
         "68.99 69.10 85.65 74.53 81.52 86.53",
         "29.83 29.00 13.12 20.62 12.55 3.18",
         "3.17 2.85 1.17 0.95 0.73 0.32",
     ),
-    ("map", None): (
+    (Map.name, None): (
         "68.62 67.59 86.55 75.61 81.38 86.50",
         "29.76 29.42 12.07 23.07 13.26 3.16",
         "2.46 2.66 0.90 1.62 0.75 0.33",
     ),
-    ("dropout", None): (
+    (Dropout.name, None): (
         "69.46 68.69 86.21 76.45 81.72 87.29",
         "27.98 27.53 12.20 19.55 13.10 3.46",
         "2.79 2.67 1.00 1.02 0.77 0.31",
     ),
-    ("ensemble", None): (
+    (Ensemble.name, None): (
         "69.57 66.20 84.40 75.32 81.38 87.09",
         "28.52 29.16 12.57 20.86 15.34 9.61",
         "2.71 2.46 0.82 1.25 1.06 0.57",
     ),
-    ("bbb", None): (
+    (Bbb.name, None): (
         "56.54 68.13 85.86 73.63 82.06 87.21",
         "21.81 26.23 12.28 15.76 11.38 3.74",
         "1.40 2.23 0.91 0.84 0.66 0.31",
     ),
-    ("laplace", None): (
+    (Laplace.name, None): (
         "69.20 66.78 80.05 75.55 82.12 86.95",
         "4.15 16.25 33.29 7.40 8.70 1.30",
         "0.60 1.03 0.88 0.57 0.52 0.31",
     ),
-    ("blob", 0): (
+    (Blob.name, 0): (
         "70.89 70.83 86.68 74.55 82.73 86.80",
         "20.62 20.61 9.43 11.23 8.36 2.46",
         "0.91 1.19 0.56 0.60 0.56 0.32",
     ),
-    ("blob", 5): (
+    (Blob.name, 5): (
         "66.30 67.34 84.74 72.89 81.79 86.47",
         "10.89 11.22 6.16 4.51 3.40 1.63",
         "0.68 0.90 0.46 0.56 0.53 0.32",
     ),
-    ("blob", 10): (
+    (Blob.name, 10): (
         "69.07 68.81 85.56 73.69 81.52 86.99",
         "9.35 9.59 3.64 3.01 3.77 1.41",
         "0.63 0.78 0.40 0.54 0.50 0.31",
