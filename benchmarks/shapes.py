@@ -26,8 +26,8 @@ from transformers import (
 from bayestune import BlobConfig
 from bayestune.experiment.backbone import embedded_model
 from bayestune.functional import derive_seed
-from bayestune.tasks import AnyRow, Task, TextRow
-from bayestune.tasks.base import labels_of, widen
+from bayestune.tasks import AnyRow, ClassTask, TextRow
+from bayestune.tasks.tensors import labels_of, widen
 
 CLASSES = 4
 RANK, ALPHA = 8, 16
@@ -112,10 +112,10 @@ class Shape:
         return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-class Answers(Task):
+class Answers(ClassTask):
     """The logits of `CLASSES` tokens at the last position (causal), or of the head: as the library's tasks ask."""
 
-    kind, name = "choice", "benchmark"
+    name = "benchmark"
 
     def __init__(self, shape: Shape) -> None:
         self.shape, self.columns = shape, shape.choices or CLASSES

@@ -13,7 +13,7 @@ from bayestune.experiment import Experiment, Result, load_run, run, score_table,
 from bayestune.experiment.record import hardware, versions
 from bayestune.inference import Prediction
 from bayestune.methods import Blob, Mle
-from bayestune.tasks import AnyRow, Row
+from bayestune.tasks import AnyRow
 
 # Chosen on training rows only (100 to fit, 50 to look at), the same for both methods.
 SETTINGS: dict[str, Any] = {
@@ -117,10 +117,10 @@ def _section(title: str) -> None:
 
 def _show_questions(rows: Sequence[AnyRow], mle: Prediction, blob: Prediction) -> None:
     for i, row in enumerate(rows):
-        assert isinstance(row, Row) and row.id == mle.ids[i] == blob.ids[i]
-        print(row.question)
-        for choice, text in enumerate(row.choices):
-            mark = "*" if choice == row.answer else " "
+        assert row.id == mle.ids[i] == blob.ids[i]
+        print(row.texts[0][1])
+        for choice, text in enumerate(text for field, text in row.texts if field == "choices"):
+            mark = "*" if choice == row.target else " "
             print(f"  {mark} {text:<40} MLE {mle.probs[i, choice]:.2f}   BLoB {blob.probs[i, choice]:.2f}")
         print(f"    epistemic {blob.epistemic[i]:.3f} of total {blob.total[i]:.3f} nats\n")
 

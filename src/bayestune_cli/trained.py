@@ -12,7 +12,7 @@ from bayestune_cli.console import FlagError, say
 if TYPE_CHECKING:
     from bayestune.experiment import Run
     from bayestune.inference import Prediction
-    from bayestune.tasks import AnyRow, Task
+    from bayestune.tasks import AnyRow, TokenizedTask
 
 LINEARISED_DRAWS = 1000
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that `bayestune train` made.")]
@@ -92,25 +92,14 @@ def predict(
 
     from bayestune.experiment import write_text
     from bayestune.experiment.disk import check_writable
-    from bayestune.tasks import Row, read_rows
+    from bayestune.tasks import read_rows
 
     check_writable(output.parent, f"--output {output}")
     rows = read_rows(input, labelled=False)
     loaded = _load(run, data, predictive)
     loaded.task.check(rows)
     prediction = loaded.predict(rows, draws=_draws(loaded, draws, predictive), seed=seed, progress=True)
-    probs = prediction.probs.tolist()
-    lines = []
-    for i, row in enumerate(rows):
-        answer: dict[str, Any] = {
-            "id": row.id,
-            "probs": probs[i][: len(row.choices)] if isinstance(row, Row) else probs[i],
-            "answer": int(prediction.answer[i]),
-            "total": float(prediction.total[i]),
-            "aleatoric": float(prediction.aleatoric[i]),
-            "epistemic": float(prediction.epistemic[i]),
-        }
-        lines.append(json.dumps(answer, ensure_ascii=False) + "\n")
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in prediction.records(rows)]
     write_text(output, "".join(lines))
     say(f"{output}: {len(lines)} rows")
 
@@ -166,7 +155,7 @@ def _draws(loaded: "Run", draws: int | None, predictive: str | None = None) -> i
     return LINEARISED_DRAWS if predictive == "linearised" else loaded.default_draws
 
 
-def _unknown(loaded: "Run", name: str) -> tuple["Task", list["AnyRow"]]:
+def _unknown(loaded: "Run", name: str) -> tuple["TokenizedTask", list["AnyRow"]]:
     """The task and the rows of another data set, `name` or `name:split`, checked."""
     from bayestune.experiment import other_task
 
@@ -177,7 +166,9 @@ def _unknown(loaded: "Run", name: str) -> tuple["Task", list["AnyRow"]]:
     return task, rows
 
 
-def _compared(loaded: "Run", task: "Task", rows: list["AnyRow"], known: "Prediction", seed: int) -> dict[str, Any]:
+def _compared(
+    loaded: "Run", task: "TokenizedTask", rows: list["AnyRow"], known: "Prediction", seed: int
+) -> dict[str, Any]:
     """Scores on other rows, and the AUROC of telling them (positive) from `known` by their uncertainty."""
     import torch
 

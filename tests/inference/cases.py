@@ -6,15 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayestune.tasks import AnyRow, Row, Task
+from bayestune.tasks import AnyRow, ClassTask, Row
 
 CLASSES = 4
 
 
-class Letters(Task):
+class Letters(ClassTask):
     """The letters of a question are its tokens; the answer is one of four tokens. A row may have fewer choices."""
 
-    kind = "choice"
     name = "letters"
     columns = CLASSES
 

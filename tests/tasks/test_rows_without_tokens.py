@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from bayestune.errors import BayestuneWarning, DataError, TaskError
 from bayestune.inference import predict
 from bayestune.tasks import Row, TextRow, classification, encoder_multiple_choice, multiple_choice
-from bayestune.tasks.base import widen
+from bayestune.tasks.tensors import widen
 from bayestune.training import BayesTrainer
 from models import BERT, GPT2, LLAMA, Architecture, blob
 from training.toys import ToyTask, arguments

@@ -10,16 +10,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import TrainingArguments
 
-from bayestune.tasks import AnyRow, Row, Task
-from bayestune.tasks.base import labels_of, pad, widen
+from bayestune.tasks import AnyRow, ClassTask, Row
+from bayestune.tasks.tensors import labels_of, pad, widen
 from bayestune.training import BayesTrainer
 from models import GPT2, scatter
 
 
-class ToyTask(Task):
+class ToyTask(ClassTask):
     """The characters of a question are its tokens; the answer is one of four tokens."""
 
-    kind = "choice"
     name = "toy"
     columns = 4
 

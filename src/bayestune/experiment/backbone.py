@@ -13,9 +13,6 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMultipleChoice,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
@@ -24,12 +21,11 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from bayestune import tasks
 from bayestune.errors import ConfigError
 from bayestune.experiment.record import file_sha256
 from bayestune.experiment.settings import Experiment
 from bayestune.methods.base import Family
-from bayestune.tasks import Task
+from bayestune.tasks import TASKS, TokenizedTask, dataset
 
 MINILM = "minilm"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -99,8 +95,8 @@ def _family(model: str, config: PreTrainedConfig) -> Family:
     return "causal" if causal else "encoder"
 
 
-def build_task(backbone: Backbone, name: str, data: str | Path | None, max_tokens: int) -> Task:
-    """The task `name` in the form that fits the model.
+def build_task(backbone: Backbone, name: str, data: str | Path | None, max_tokens: int) -> TokenizedTask:
+    """Return the first of `TASKS` that reads the data set `name` and fits the model.
 
     Raises:
         DataError, TaskError: as the functions of `bayestune.tasks`.
@@ -112,16 +108,14 @@ def build_task(backbone: Backbone, name: str, data: str | Path | None, max_token
         raise ConfigError(f"max_tokens: found {max_tokens}, expected at most {limit}, the positions of the model.")
     if name in PACKAGED_TASKS and (data is None or not (Path(data) / name).is_dir()):
         data = PACKAGED_DATA
-    if tasks.dataset(name, data).kind == "text":
-        make = tasks.classification
-    else:
-        make = tasks.multiple_choice if backbone.family == "causal" else tasks.encoder_multiple_choice
-    task = make(name, backbone.tokenizer, data=data, max_tokens=max_tokens)
+    spec = dataset(name, data)
+    make = next(each for each in TASKS if each.kind == spec.kind and backbone.family in each.families)
+    task = make(spec, backbone.tokenizer, data=data, max_tokens=max_tokens)
     _fit_tokenizer(backbone, task)
     return task
 
 
-def _fit_tokenizer(backbone: Backbone, task: Task) -> None:
+def _fit_tokenizer(backbone: Backbone, task: TokenizedTask) -> None:
     """Tell the task which tokens have embeddings; refuse a pad without, or by which a head would miscount."""
     config = backbone.config.get_text_config().to_dict()
     size, theirs = config.get("vocab_size"), config.get("pad_token_id")
@@ -132,14 +126,14 @@ def _fit_tokenizer(backbone: Backbone, task: Task) -> None:
             "embeddings of the model; save it with more of them, or choose another pad_token."
         )
     own = backbone.tokenizer.pad_token_id
-    if not is_generative(backbone, task) and None not in (own, theirs) and own != theirs:
+    if not task.generates and None not in (own, theirs) and own != theirs:
         raise ConfigError(
             f"tokenizer of {backbone.source}: it pads with id {own} and the model with {theirs}, expected the same; "
             "correct pad_token_id in the model's config.json, or pad_token of the tokenizer."
         )
 
 
-def default_targets(backbone: Backbone, task: Task) -> tuple[str, ...]:
+def default_targets(backbone: Backbone, task: TokenizedTask) -> tuple[str, ...]:
     """Query and value projections as PEFT knows them, and the head that answers `task`, if it is not new and not tied.
 
     Raises:
@@ -152,38 +146,25 @@ def default_targets(backbone: Backbone, task: Task) -> tuple[str, ...]:
             f"target_modules: there is no default for model type {config.model_type!r}; name the layers, "
             "such as --target-modules q_proj,v_proj."
         )
-    head = is_generative(backbone, task) and not config.tie_word_embeddings
+    head = task.generates and not config.tie_word_embeddings
     return (*known, *(["lm_head"] if head else []))
 
 
-def is_generative(backbone: Backbone, task: Task) -> bool:
-    """Whether the answers are the model's own next tokens, so that it has no new head."""
-    return backbone.family == "causal" and task.kind == "choice"
-
-
-def load_base(backbone: Backbone, task: Task, experiment: Experiment) -> tuple[PreTrainedModel, list[str]]:
+def load_base(backbone: Backbone, task: TokenizedTask, experiment: Experiment) -> tuple[PreTrainedModel, list[str]]:
     """The pretrained model on the training device, and the names of its new layers (a head, with weights from `seed`).
 
     Raises:
         ConfigError: the checkpoint lacks weights of a causal model.
     """
-    generates = is_generative(backbone, task)
     # A new head is trained whole and its updates need float32; a language model is only read.
-    dtype = torch.bfloat16 if generates and experiment.precision == "bf16" else torch.float32
-    kwargs: dict[str, Any] = {}
-    if generates:
-        auto = AutoModelForCausalLM
-    elif task.kind == "choice":
-        auto = AutoModelForMultipleChoice
-    else:
-        auto, kwargs = AutoModelForSequenceClassification, {"num_labels": task.columns}
-    device = _device()
+    dtype = torch.bfloat16 if task.generates and experiment.precision == "bf16" else torch.float32
+    device, kwargs = _device(), task.head
     if experiment.quantization != "none":
         kwargs |= {"quantization_config": _quantized(experiment), "device_map": {"": device}}
     with torch.random.fork_rng():
         torch.manual_seed(experiment.seed)
         try:
-            loaded: Any = auto.from_pretrained(
+            loaded: Any = task.auto_model.from_pretrained(
                 backbone.source, dtype=dtype, trust_remote_code=False, output_loading_info=True, **kwargs
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -192,7 +173,7 @@ def load_base(backbone: Backbone, task: Task, experiment: Experiment) -> tuple[P
     # What PEFT records as the base: the name that was given, not the place of a package in someone's home.
     model.name_or_path = model.config._name_or_path = experiment.model
     new = sorted({key.rpartition(".")[0] for key in loading["missing_keys"]})
-    if new and generates:
+    if new and task.generates:
         raise ConfigError(f"model {experiment.model!r}: its checkpoint has no weights for {', '.join(new)}.")
     if model.config.pad_token_id is None or backbone.tokenizer.pad_token_id is None:
         model.config.pad_token_id = task.pad_id

@@ -1,28 +1,37 @@
-"""Rows that a run is scored on and that it has also learnt from: scores on them say nothing about new rows."""
+"""Detect rows in the evaluation split that also occur in a split that the run learns from."""
 
 import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
 
 from bayestune.errors import BayestuneWarning
-from bayestune.tasks import AnyRow, Row
-from bayestune.tasks.data import shown
+from bayestune.tasks import AnyRow
+from bayestune.tasks.rows import shown
 
 
 def count_repeated(
     rows: Sequence[AnyRow], split: str, used: Mapping[str, Sequence[AnyRow]]
 ) -> dict[str, dict[str, int]]:
-    """How many of `rows`, of `split`, are among the rows of each split in `used`; a BayestuneWarning where any are.
+    """Count the rows of `split` that also occur in each split in `used`, and warn if there are any.
 
-    Two rows are the same when their texts are, whatever their ids and answers: `exact`, letter for letter; `rows`,
-    those included, up to letter case, blanks, Unicode's compatible forms (NFKC) and the order of the choices.
+    Rows are compared by their texts; ids and answers do not count.
+
+    Args:
+        rows: the rows of `split`, which the run is scored on.
+        split: its name.
+        used: the rows that the run learns from, by split.
+
+    Returns:
+        For each split in `used` the number of `exact` repetitions (letter for letter) and of `rows`, which
+        also counts those that differ only in letter case, spaces, Unicode compatibility forms (NFKC) and the order of
+        their choices.
     """
     counts = {}
     for name, others in used.items():
         places = {_folded(other): other for other in reversed(others)}
         repeated = [(row, places[key]) for row in rows if (key := _folded(row)) in places]
-        exactly = {_texts(other) for other in others}
-        counts[name] = {"rows": len(repeated), "exact": sum(_texts(row) in exactly for row, _ in repeated)}
+        exactly = {tuple(other.texts) for other in others}
+        counts[name] = {"rows": len(repeated), "exact": sum(tuple(row.texts) in exactly for row, _ in repeated)}
         if repeated:
             warnings.warn(_message(repeated, counts[name]["exact"], len(rows), split, name), BayestuneWarning, 2)
     return counts
@@ -37,10 +46,8 @@ def _message(repeated: Sequence[tuple[AnyRow, AnyRow]], exact: int, scored: int,
     )
 
 
-def _texts(row: AnyRow) -> tuple[str | None, ...]:
-    return (row.question, row.passage, *row.choices) if isinstance(row, Row) else (row.text, row.text_pair)
-
-
-def _folded(row: AnyRow) -> tuple[str, ...]:
-    texts = [" ".join(unicodedata.normalize("NFKC", text or "").casefold().split()) for text in _texts(row)]
-    return (*texts[:2], *sorted(texts[2:]))
+def _folded(row: AnyRow) -> tuple[tuple[str, str], ...]:
+    """The texts, sorted by field: those of the choices have one field, so their order does not count."""
+    return tuple(
+        sorted((name, " ".join(unicodedata.normalize("NFKC", text).casefold().split())) for name, text in row.texts)
+    )

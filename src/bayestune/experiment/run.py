@@ -12,7 +12,6 @@ import torch
 from bayestune.adapters import gaussian_layers
 from bayestune.experiment.backbone import (
     find_backbone,
-    is_generative,
     load_base,
 )
 from bayestune.experiment.disk import writing
@@ -99,7 +98,7 @@ def run(
         check_output(output, experiment, overwrite=overwrite, resume=resume)
     repeated = rows.repeated(experiment) if is_main() else {}
     base, new = load_base(backbone, task, experiment)
-    start = Start(base=base, new=new, task_type="CAUSAL_LM" if is_generative(backbone, task) else None)
+    start = Start(base=base, new=new, task_type="CAUSAL_LM" if task.generates else None)
     model, experiment = start.model(experiment)
     folder = output / CHECKPOINTS
     training = Training(

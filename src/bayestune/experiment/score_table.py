@@ -2,17 +2,16 @@
 
 from collections.abc import Mapping
 
-from bayestune.inference import Scores
-
-_COLUMNS = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE", "brier": "Brier"}
+from bayestune.tasks import AnyScores
 
 
-def score_table(scores: Mapping[str, Scores]) -> str:
-    """One line a method: accuracy, NLL (nats), ECE and Brier, each with its 95 % bootstrap interval."""
-    lines = [["", *_COLUMNS.values()]]
+def score_table(scores: Mapping[str, AnyScores]) -> str:
+    """Return a table with one line per method: each of its task's scores with its 95 % bootstrap interval."""
+    headings = next(iter(scores.values())).headings
+    lines = [["", *headings.values()]]
     for name, found in scores.items():
-        cells = found.as_dict()
-        lines.append([name, *(_cell(cells[key], found.intervals[key]) for key in _COLUMNS)])
+        values = found.as_dict()
+        lines.append([name, *(_cell(values[key], found.intervals[key]) for key in headings)])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     rows = {found.rows for found in scores.values()}

@@ -17,7 +17,7 @@ from bayestune.experiment.settings import Experiment
 from bayestune.inference import Prediction, predict
 from bayestune.methods import Posterior, load
 from bayestune.storage.manifest import TENSOR_FILE
-from bayestune.tasks import AnyRow, Task
+from bayestune.tasks import AnyRow, Task, TokenizedTask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Run:
     """A trained run, loaded: its settings, its task and its posterior."""
 
     experiment: Experiment
-    task: Task
+    task: TokenizedTask
     posterior: Posterior
 
     @property
@@ -78,7 +78,7 @@ def load_run(folder: str | Path, *, data: str | Path | None = None) -> Run:
     return Run(experiment=experiment, task=task, posterior=posterior)
 
 
-def other_task(trained: Run, name: str) -> Task:
+def other_task(trained: Run, name: str) -> TokenizedTask:
     """Another data set, asked of a trained run in the same way and from the same data folder.
 
     Raises:
@@ -87,7 +87,7 @@ def other_task(trained: Run, name: str) -> Task:
     experiment, own = trained.experiment, trained.task
     assert experiment.max_tokens is not None
     task = build_task(find_backbone(experiment.model), name, experiment.data, experiment.max_tokens)
-    if task.kind != own.kind or (task.kind == "text" and task.columns != own.columns):
+    if (type(task), task.head) != (type(own), own.head):
         raise ConfigError(
             f"data set {name}: found kind {task.kind!r} with {task.columns} classes, expected {own.kind!r} with "
             f"{own.columns} as in {own.name}, which the run was trained on."
@@ -95,7 +95,7 @@ def other_task(trained: Run, name: str) -> Task:
     return task
 
 
-def resolve(experiment: Experiment, backbone: Backbone) -> tuple[Experiment, Task]:
+def resolve(experiment: Experiment, backbone: Backbone) -> tuple[Experiment, TokenizedTask]:
     """The experiment with its defaults filled in, and its task."""
     experiment = experiment.resolved(backbone.family)
     assert experiment.max_tokens is not None

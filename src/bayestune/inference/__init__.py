@@ -1,7 +1,7 @@
-"""Draws and predictions."""
+"""Draws, predictions and their scores."""
 
 from bayestune.inference.draws import draw as draw
-from bayestune.inference.evaluate import Scores as Scores
 from bayestune.inference.evaluate import evaluate as evaluate
-from bayestune.inference.predict import Prediction as Prediction
 from bayestune.inference.predict import predict as predict
+from bayestune.tasks import Prediction as Prediction
+from bayestune.tasks import Scores as Scores

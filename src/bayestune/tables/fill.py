@@ -14,7 +14,7 @@ from bayestune.experiment.record import read_json, rows_sha256, write_json
 from bayestune.inference import Prediction
 from bayestune.tables.cells import Cell, cell_path, cell_record
 from bayestune.tables.grid import Grid, Planned, counts, counts_for, plan, scored_split
-from bayestune.tasks import AnyRow, Task
+from bayestune.tasks import AnyRow, TokenizedTask
 
 
 def run_table(grid: Grid, *, progress: bool = False) -> int:
@@ -100,7 +100,7 @@ def _trained(
     return trained, result, made
 
 
-def _rows(grid: Grid, trained: Run, name: str) -> tuple[Task, list[AnyRow]]:
+def _rows(grid: Grid, trained: Run, name: str) -> tuple[TokenizedTask, list[AnyRow]]:
     """The task `name` as asked of `trained`, and the rows it is scored on, checked."""
     experiment = trained.experiment
     if name == experiment.task:
@@ -113,7 +113,7 @@ def _rows(grid: Grid, trained: Run, name: str) -> tuple[Task, list[AnyRow]]:
 
 
 def _predictions(
-    trained: Run, task: Task, rows: list[AnyRow], made: Mapping[int, Prediction], progress: bool
+    trained: Run, task: TokenizedTask, rows: list[AnyRow], made: Mapping[int, Prediction], progress: bool
 ) -> Iterator[Prediction]:
     """One for each of `counts`, from those `made` where they are; fewer draws are the first of the most."""
     numbers = sorted(counts(trained.experiment))

@@ -13,7 +13,7 @@ from bayestune.experiment.settings import Experiment
 from bayestune.methods import Method
 from bayestune.tables.cells import Cell, portable, read_cells
 from bayestune.tables.layouts import layout, lines
-from bayestune.tasks import Task
+from bayestune.tasks import TokenizedTask
 
 _FREE = ("data", "adapter", "target_modules", "checkpoint_steps")
 """Settings that say where things are, or that a plan does not know yet."""
@@ -129,7 +129,7 @@ def _usable(grid: Grid, backbone: Backbone) -> tuple[dict[str, tuple[str, list[s
     return usable, left_out
 
 
-def _task(grid: Grid, backbone: Backbone, name: str) -> Task:
+def _task(grid: Grid, backbone: Backbone, name: str) -> TokenizedTask:
     experiment = Experiment.from_dict({"task": name, **grid.settings}, where="table").resolved(backbone.family)
     assert experiment.max_tokens is not None
     return build_task(backbone, name, experiment.data, experiment.max_tokens)
@@ -183,7 +183,7 @@ def _check_settings(grid: Grid) -> None:
         raise ConfigError(f"--data {data}: no such folder, expected one with the data sets of {grid.table}.")
 
 
-def scored_split(grid: Grid, task: Task) -> str:
+def scored_split(grid: Grid, task: TokenizedTask) -> str:
     """`eval_split` where it is set, the test split where there is one, or the usual split."""
     if grid.settings.get("eval_split"):
         return str(grid.settings["eval_split"])

@@ -1,13 +1,25 @@
-"""Tasks: multiple choice for causal models and encoders, classification; rows and known data sets."""
+"""Tasks: multiple choice for causal models and encoders, classification; their rows, data sets and predictions."""
 
+from bayestune.tasks.base import AnyPrediction as AnyPrediction
+from bayestune.tasks.base import AnyScores as AnyScores
 from bayestune.tasks.base import Task as Task
+from bayestune.tasks.classes import ClassTask as ClassTask
+from bayestune.tasks.classes import Prediction as Prediction
+from bayestune.tasks.classes import Scores as Scores
+from bayestune.tasks.classification import Classification
 from bayestune.tasks.classification import classification as classification
-from bayestune.tasks.data import AnyRow as AnyRow
-from bayestune.tasks.data import Row as Row
-from bayestune.tasks.data import TextRow as TextRow
 from bayestune.tasks.data import read_rows as read_rows
 from bayestune.tasks.datasets import DatasetSpec as DatasetSpec
 from bayestune.tasks.datasets import dataset as dataset
 from bayestune.tasks.datasets import load_rows as load_rows
-from bayestune.tasks.multiple_choice import encoder_multiple_choice as encoder_multiple_choice
+from bayestune.tasks.encoder_multiple_choice import EncoderMultipleChoice
+from bayestune.tasks.encoder_multiple_choice import encoder_multiple_choice as encoder_multiple_choice
+from bayestune.tasks.multiple_choice import CausalMultipleChoice
 from bayestune.tasks.multiple_choice import multiple_choice as multiple_choice
+from bayestune.tasks.rows import AnyRow as AnyRow
+from bayestune.tasks.rows import Row as Row
+from bayestune.tasks.rows import TextRow as TextRow
+from bayestune.tasks.tokenized import TokenizedTask as TokenizedTask
+
+TASKS: tuple[type[TokenizedTask], ...] = (CausalMultipleChoice, EncoderMultipleChoice, Classification)
+"""The tasks of the command line: the first one for the kind of data set and the family of the model is used."""

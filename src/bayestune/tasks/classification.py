@@ -6,12 +6,14 @@ from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from bayestune.errors import TaskError
-from bayestune.tasks.base import Task, check_padding, labels_of, pad_encodings, widen
-from bayestune.tasks.data import AnyRow, Row
+from bayestune.tasks.classes import ClassTask, Prediction
 from bayestune.tasks.datasets import DatasetSpec, dataset
+from bayestune.tasks.rows import AnyRow, Row, TextRow
+from bayestune.tasks.tensors import labels_of, pad_encodings, widen
+from bayestune.tasks.tokenized import Text, TokenizedTask, check_padding
 
 
 def classification(
@@ -21,25 +23,32 @@ def classification(
     data: str | Path | None = None,
     max_tokens: int = 256,
     classes: int | None = None,
-) -> Task:
-    """Classification for AutoModelForSequenceClassification (the RoBERTa runs of BLoB, arXiv 2406.11675).
+) -> "Classification":
+    """Return a classification task for AutoModelForSequenceClassification (BLoB, section 4.2 and appendix B).
 
     Args:
-        name: a known data set (rte, mrpc, cola, wic, boolq), or a folder of yours in `data`.
+        name: a known data set (rte, mrpc, cola, wic, boolq), or the name of a folder in `data`.
+        tokenizer: of the model.
         data: the data folder; None for the Hugging Face Hub.
         max_tokens: longest sequence; longer rows are refused.
-        classes: of a data set of yours; by default counted over the labels of its files.
+        classes: number of classes of your own data set; by default counted from the labels in its files.
+
+    Returns:
+        The task.
 
     Raises:
-        DataError: unknown data set. TaskError: its choices differ from row to row, so that they are no classes.
+        DataError: unknown data set.
+        TaskError: the choices differ from row to row, so they are not classes.
     """
     return Classification(dataset(name, data, classes=classes), tokenizer, data=data, max_tokens=max_tokens)
 
 
-class Classification(Task):
+class Classification(TokenizedTask[Prediction], ClassTask):
     """Sequences tokenizer(text, text_pair); for fixed choices (BoolQ), tokenizer(question, passage)."""
 
     kind = "text"
+    families = ("causal", "encoder")
+    auto_model = AutoModelForSequenceClassification
 
     def __init__(
         self, spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, *, data: str | Path | None, max_tokens: int
@@ -48,23 +57,28 @@ class Classification(Task):
             raise TaskError(f"data set {spec.name}: choices differ by row, expected classes; use multiple choice")
         super().__init__(spec, tokenizer, data=data, max_tokens=max_tokens)
 
-    def example(self, row: AnyRow) -> dict[str, Any]:
-        self.spec.check(row)
-        self.refuse_if_empty(row)
-        first, second = (row.question, row.passage) if isinstance(row, Row) else (row.text, row.text_pair)
-        encoded = self.tokenizer(first, second, padding=False, truncation=False, verbose=False)
-        example = {"id": row.id, "encoding": dict(encoded), "label": row.target}
-        self.refuse_if_too_long(row, self.tokens(example))
-        return example
+    @property
+    def head(self) -> dict[str, Any]:
+        """The number of classes."""
+        return {"num_labels": self.columns}
+
+    def sequences(self, row: AnyRow) -> list[Text]:
+        if isinstance(row, Row):
+            return [(row.question, row.passage)]
+        assert isinstance(row, TextRow)
+        return [(row.text, row.text_pair)]
+
+    def encoded(self, row: AnyRow, encodings: list[dict[str, list[int]]]) -> dict[str, Any]:
+        return {"encoding": encodings[0]}
 
     def tokens(self, example: dict[str, Any]) -> int:
         return len(example["encoding"]["input_ids"])
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """What the tokenizer gives, [rows, tokens], padded on the right."""
+        """Return the tokenizer's outputs, [rows, tokens], padded on the right."""
         return {**pad_encodings([example["encoding"] for example in examples], self.pad_id), **labels_of(examples)}
 
-    def outputs(self, model: Any, batch: dict[str, Tensor]) -> Float[Tensor, "rows classes"]:
+    def outputs(self, model: Any, batch: dict[str, Tensor]) -> Float[Tensor, "rows columns"]:
         check_padding(model, batch["attention_mask"], self.pad_id)
         inputs = {key: tensor for key, tensor in batch.items() if key in self.tokenizer.model_input_names}
         logits = widen(model(**inputs).logits)

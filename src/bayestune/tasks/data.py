@@ -1,4 +1,4 @@
-"""Rows and the strict reader of JSON Lines: what is not exactly a row is refused, with file, line, id and field.
+"""The strict reader of rows in JSON Lines: what is not exactly a row is refused, with file, line, id and field.
 
 One row is one JSON object on one line, UTF-8, ended by a newline. Multiple choice:
 `{"id", "question", "choices": [str, ...], "answer": int, "passage"?: str}`; sentences:
@@ -12,129 +12,17 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bayestune.errors import DataError
+from bayestune.tasks.rows import AnyDataRow, Row, TextRow, fault, shown
 
 LINE_LIMIT = 10_000_000
 """Bytes a line may have; longer ones are a broken file rather than a row."""
-MAX_CHOICES = 26
-"""One for each of the letters A to Z."""
 
 
-def shown(value: object) -> str:
-    """A value as an error message shows it: ASCII only (safe on any console), at most 60 characters."""
-    text = ascii(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def fault(where: str, row_id: object, name: str, found: str, expected: str) -> DataError:
-    """The error of one field of one row: `where` is `file:line`, or empty for a row made in code."""
-    place = f"{where or 'row'} (id {shown(row_id).strip(chr(39))})"
-    return DataError(f"{place}: field '{name}': found {found}, expected {expected}; fix or remove the row")
-
-
-def _check_text(row: "AnyRow", name: str, text: str) -> None:
-    if not text.strip():
-        raise fault(row.where, row.id, name, "empty text" if not text else "only blanks", "some text")
-    if "\0" in text:
-        raise fault(row.where, row.id, name, "a NUL character", "text without NUL")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise fault(row.where, row.id, name, f"a lone surrogate at character {error.start}", "Unicode") from error
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One multiple-choice question.
-
-    `answer` indexes `choices` from 0; None means unlabelled. `where` says where the row was read (`file:line`) and
-    takes no part in comparison. Raises DataError for an empty or invalid text, fewer than 2 or more than 26 choices,
-    an answer out of range, or an answer whose text is also another choice's. (Published data repeat *wrong* choices
-    here and there: these rows are accepted as they are.)
-    """
-
-    id: str
-    question: str
-    choices: tuple[str, ...]
-    answer: int | None
-    passage: str | None = None
-    where: str = field(default="", compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        _check_text(self, "id", self.id)
-        _check_text(self, "question", self.question)
-        if self.passage is not None:
-            _check_text(self, "passage", self.passage)
-        if not 2 <= len(self.choices) <= MAX_CHOICES:
-            raise self.fault("choices", f"{len(self.choices)} choices", f"2 to {MAX_CHOICES}")
-        for choice in self.choices:
-            _check_text(self, "choices", choice)
-        if self.answer is None:
-            return
-        if not 0 <= self.answer < len(self.choices):
-            raise self.fault("answer", str(self.answer), f"0..{len(self.choices) - 1} ({len(self.choices)} choices)")
-        if self.choices.count(self.choices[self.answer]) > 1:
-            raise self.fault(
-                "choices", f"the answer {shown(self.choices[self.answer])} twice", "an answer unlike the other choices"
-            )
-
-    @property
-    def target(self) -> int | None:
-        """The class index, or None when unlabelled."""
-        return self.answer
-
-    @property
-    def texts(self) -> list[tuple[str, str]]:
-        """Every text that is put to a model, each after the name of its field."""
-        passage = [] if self.passage is None else [("passage", self.passage)]
-        return [("question", self.question), *passage, *(("choices", choice) for choice in self.choices)]
-
-    def fault(self, name: str, found: str, expected: str) -> DataError:
-        """The error that names this row and one of its fields."""
-        return fault(self.where, self.id, name, found, expected)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextRow:
-    """One sentence, or pair of sentences, with a class from 0, or None when unlabelled. Raises DataError as `Row`."""
-
-    id: str
-    text: str
-    text_pair: str | None = None
-    label: int | None = None
-    where: str = field(default="", compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        _check_text(self, "id", self.id)
-        _check_text(self, "text", self.text)
-        if self.text_pair is not None:
-            _check_text(self, "text_pair", self.text_pair)
-        if self.label is not None and self.label < 0:
-            raise self.fault("label", str(self.label), "0 or more")
-
-    @property
-    def target(self) -> int | None:
-        """The class index, or None when unlabelled."""
-        return self.label
-
-    @property
-    def texts(self) -> list[tuple[str, str]]:
-        """Every text that is put to a model, each after the name of its field."""
-        return [("text", self.text), *([] if self.text_pair is None else [("text_pair", self.text_pair)])]
-
-    def fault(self, name: str, found: str, expected: str) -> DataError:
-        """The error that names this row and one of its fields."""
-        return fault(self.where, self.id, name, found, expected)
-
-
-AnyRow = Row | TextRow
-
-
-def read_rows(path: str | Path, *, labelled: bool = True) -> list[AnyRow]:
+def read_rows(path: str | Path, *, labelled: bool = True) -> list[AnyDataRow]:
     """Read one `.jsonl` or `.jsonl.gz` file.
 
     Args:
@@ -155,9 +43,9 @@ def read_rows(path: str | Path, *, labelled: bool = True) -> list[AnyRow]:
     return rows
 
 
-def check_together(rows: Sequence[AnyRow]) -> None:
+def check_together(rows: Sequence[AnyDataRow]) -> None:
     """Refuse rows that share an id, or are not all of one kind, with the places of both."""
-    seen: dict[str, AnyRow] = {}
+    seen: dict[str, AnyDataRow] = {}
     for row in rows:
         if row.id in seen:
             raise row.fault("id", f"the id of {seen[row.id].where or 'an earlier row'} again", "ids that differ")
@@ -170,7 +58,7 @@ def check_together(rows: Sequence[AnyRow]) -> None:
         seen[row.id] = row
 
 
-def _kind(row: AnyRow) -> str:
+def _kind(row: AnyDataRow) -> str:
     return "multiple-choice" if isinstance(row, Row) else "sentence"
 
 
@@ -225,7 +113,7 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def parse_row(fields: dict[str, Any], *, where: str, labelled: bool = True) -> AnyRow:
+def parse_row(fields: dict[str, Any], *, where: str, labelled: bool = True) -> AnyDataRow:
     """A row from the fields of one JSON object; types are checked here, values by the row itself.
 
     Raises:

@@ -8,8 +8,11 @@ from typing import Literal
 
 from bayestune.errors import DataError, MissingSplitError
 from bayestune.tasks import hub
-from bayestune.tasks.data import AnyRow, Row, TextRow, check_together, parse_row, read_rows, shown
+from bayestune.tasks.data import check_together, parse_row, read_rows
+from bayestune.tasks.rows import AnyDataRow, AnyRow, Row, TextRow, shown
 
+Kind = Literal["choice", "text"]
+"""The kind of its rows: questions with choices, or sentences with a label."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """What a data set or a split may be called: it becomes part of a path."""
 
@@ -27,7 +30,7 @@ class DatasetSpec:
 
     name: str
     folder: str
-    kind: Literal["choice", "text"]
+    kind: Kind
     classes: int
     splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     evaluation: str = "dev"
@@ -171,7 +174,7 @@ def _files(folder: Path) -> list[Path]:
     return sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")])
 
 
-def load_rows(name: str, split: str, data: str | Path | None = None) -> list[AnyRow]:
+def load_rows(name: str, split: str, data: str | Path | None = None) -> list[AnyDataRow]:
     """The labelled rows of a split; `"dev+test"` is both, one after the other.
 
     From `data/<folder>/<split>.jsonl[.gz]`, or, without `data`, from the Hugging Face Hub (package `datasets`). Both
@@ -184,9 +187,9 @@ def load_rows(name: str, split: str, data: str | Path | None = None) -> list[Any
     return rows_of(dataset(name, data), split, data)
 
 
-def rows_of(spec: DatasetSpec, split: str, data: str | Path | None = None) -> list[AnyRow]:
+def rows_of(spec: DatasetSpec, split: str, data: str | Path | None = None) -> list[AnyDataRow]:
     """As `load_rows`, for a data set that has been looked up."""
-    rows: list[AnyRow] = []
+    rows: list[AnyDataRow] = []
     for part in split.split("+"):
         if data is not None:
             rows += read_rows(_split_file(spec, part, Path(data)))

@@ -1,4 +1,4 @@
-"""Rows of a task as a data set, and batches that know which rows they hold."""
+"""A task's rows as a torch data set, and batches that record which rows they hold."""
 
 import hashlib
 import json
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from bayestune.tasks import AnyRow, Row, Task
+from bayestune.tasks import AnyRow, Task
 
 ROW = "bayestune_row"
-"""Key of a batch: the numbers of its rows in the data set, so that an error can name them."""
+"""Key in a batch for the indices of its rows in the data set, so that errors can name the rows."""
 
 
 class Examples(Dataset[tuple[int, dict[str, Any]]]):
-    """Tokenised rows of a task, each with its number; `sha256` is that of their ids, tokens and labels.
+    """Tokenized rows of a task, each with its index. `sha256` is the hash of their ids, tokens and labels.
 
     Raises:
         DataError: a row has no label, or the task cannot score it with `model`.
@@ -26,9 +26,7 @@ class Examples(Dataset[tuple[int, dict[str, Any]]]):
     def __init__(self, task: Task, rows: Sequence[AnyRow], model: nn.Module) -> None:
         for row in rows:
             if row.target is None:
-                raise row.fault(
-                    "answer" if isinstance(row, Row) else "label", "nothing", "a label to train or evaluate on"
-                )
+                raise row.fault(row.target_field, "nothing", "a label to train or evaluate on")
         self.ids = [row.id for row in rows]
         self._examples = task.examples(rows, model)
         content = json.dumps(self._examples, sort_keys=True)
@@ -43,7 +41,7 @@ class Examples(Dataset[tuple[int, dict[str, Any]]]):
 
 
 class Collator:
-    """`task.collate`, with the row numbers under the key `ROW`."""
+    """`task.collate`, plus the row indices under the key `ROW`."""
 
     def __init__(self, task: Task) -> None:
         self._task = task

@@ -19,7 +19,7 @@ from typing import Any
 from bayestune.errors import BayestuneWarning, TrainingError
 from bayestune.files import alone, flush, flush_entry, strict_json
 from bayestune.storage.manifest import file_record, serialised
-from bayestune.tasks.data import shown
+from bayestune.tasks.rows import shown
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"

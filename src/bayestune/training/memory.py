@@ -126,8 +126,8 @@ class BackOff:
             torch.cuda.set_rng_state(state, self._args.device)
 
 
-def logits_in_parts(task: Task, model: Any, batch: dict[str, Tensor]) -> Float[Tensor, "rows classes"]:
-    """`task.outputs`, in halves where memory runs out: rows do not depend on each other.
+def outputs_in_parts(task: Task, model: Any, batch: dict[str, Tensor]) -> Float[Tensor, "rows columns"]:
+    """Return `task.outputs`, computed in halves where memory runs out: rows do not depend on each other.
 
     Raises:
         TrainingError: one row alone does not fit.
@@ -142,7 +142,7 @@ def logits_in_parts(task: Task, model: Any, batch: dict[str, Tensor]) -> Float[T
                 "last update left it; use shorter evaluation rows, bf16, or a larger device."
             ) from error
     halves = [{name: tensor[half] for name, tensor in batch.items()} for half in _halves(rows)]
-    return torch.cat([logits_in_parts(task, model, half) for half in halves])
+    return torch.cat([outputs_in_parts(task, model, half) for half in halves])
 
 
 def _halves(rows: int) -> tuple[slice, slice]:

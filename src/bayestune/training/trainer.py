@@ -4,19 +4,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+from transformers.trainer_utils import EvalLoopOutput
 
 from bayestune.adapters import gaussian_layers, random_layers, training_noise
 from bayestune.errors import ConfigError, TrainingError
 from bayestune.functional import cycle_steps, gaussian_penalty
-from bayestune.metrics import accuracy, nll
 from bayestune.tasks import AnyRow, Task
 from bayestune.training.batches import ROW, Collator, Examples
 from bayestune.training.checkpoint import SafeTrainer
@@ -24,7 +22,7 @@ from bayestune.training.checks import check_model, check_rows, check_same_settin
 from bayestune.training.finite import Quantity, first_nonfinite, listed, nonfinite_rows, stopped
 from bayestune.training.kl import KLSettings, posterior_summary
 from bayestune.training.kl_callback import KLCallback
-from bayestune.training.memory import BackOff, logits_in_parts
+from bayestune.training.memory import BackOff, outputs_in_parts
 from bayestune.training.noise_callback import NoiseCallback
 from bayestune.training.optimizer import parameter_groups
 from bayestune.training.order import LengthGrouped
@@ -96,7 +94,7 @@ class BayesTrainer(SafeTrainer):
             data_collator=self._collator,
             train_dataset=train,
             eval_dataset=None if eval_rows is None else Examples(task, eval_rows, model),
-            compute_metrics=_scores,
+            compute_metrics=lambda found: task.metrics(*map(torch.as_tensor, (found.predictions, found.label_ids))),
             callbacks=[*([self._noise_callback] if self._noise_callback else []), *(callbacks or [])],
         )
         self._memory = BackOff(self.args, self._train.ids, self._batch_of)
@@ -190,19 +188,15 @@ class BayesTrainer(SafeTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Mean NLL, task logits [rows, classes] and labels [rows] of a batch, at the posterior mean."""
+        """Return the mean NLL, the task's outputs [rows, columns] and the labels [rows] of a batch, at the mean."""
         batch = self._prepare_inputs(inputs)
-        labels = batch["labels"]
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = logits_in_parts(self.task, model, {k: value for k, value in batch.items() if k != ROW})
-        loss = F.cross_entropy(logits.double(), labels)
-        return (loss, None, None) if prediction_loss_only else (loss, logits.detach(), labels)
+            outputs = outputs_in_parts(self.task, model, {k: value for k, value in batch.items() if k != ROW})
+        loss = self.task.row_loss(outputs.double(), batch).mean()
+        return (loss, None, None) if prediction_loss_only else (loss, outputs.detach(), batch["labels"])
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Trainer's, leaving no trace: modes and the global generator are as before, also after an exception.
-
-        The metrics `accuracy` and `nll` are means over rows, and `loss` is that NLL, also over several processes.
-        """
+        """Like `Trainer.evaluation_loop`, but with `task.metrics`, their NLL as `loss`; restores all modes."""
         assert self.model is not None
         modes = [(module, module.training) for module in self.model.modules()]
         devices = [self.args.device] if self.args.device.type == "cuda" else []
@@ -291,9 +285,3 @@ class BayesTrainer(SafeTrainer):
         rate = self.args.learning_rate if self.lr_scheduler is None else self._get_learning_rate()
         step, output = self.state.global_step, self.args.output_dir
         return stopped(quantity, problem, step=step, learning_rate=rate, output=output, advice=advice)
-
-
-def _scores(evaluated: EvalPrediction) -> dict[str, float]:
-    logits, labels = (torch.as_tensor(values) for values in (evaluated.predictions, evaluated.label_ids))
-    log_probs = logits.double().log_softmax(-1)
-    return {"accuracy": accuracy(log_probs, labels), "nll": nll(log_probs, labels)}

@@ -1,0 +1,36 @@
+"""Rows with different numbers of choices in one batch: filled up, and masked where a row lacks a choice."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from bayestune.errors import TaskError
+from bayestune.tasks.datasets import DatasetSpec
+
+
+def choice_mask(counts: Sequence[int]) -> Bool[Tensor, "rows choices"]:
+    """Return which choices each row has."""
+    return torch.arange(max(counts)) < torch.tensor(counts).unsqueeze(1)
+
+
+def with_filler(choices: list[Any], count: int) -> list[Any]:
+    """Pad choices to `count` with copies of the first, which keep absent choices free of NaN until they are masked."""
+    return choices + choices[:1] * (count - len(choices))
+
+
+def mask_absent(
+    logits: Float[Tensor, "rows choices"], present: Bool[Tensor, "rows choices"], columns: int
+) -> Float[Tensor, "rows columns"]:
+    """Return the logits with -inf for absent choices, up to `columns`."""
+    masked = logits.masked_fill(~present, float("-inf"))
+    return F.pad(masked, (0, columns - logits.shape[1]), value=float("-inf"))
+
+
+def refuse_sentences(spec: DatasetSpec) -> None:
+    """Raise a TaskError for a data set without choices."""
+    if spec.kind != "choice":
+        raise TaskError(f"data set {spec.name}: found sentences, expected choices; use tasks.classification")

@@ -1,0 +1,256 @@
+"""`TokenizedTask`: a data set and a tokenizer. Rows are tokenized in large batches, and each row only once."""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+from bayestune.errors import ConfigError, DataError, TaskError
+from bayestune.tasks.base import P, Task
+from bayestune.tasks.datasets import DatasetSpec, Kind, rows_of
+from bayestune.tasks.rows import AnyRow, shown
+
+_ROWS_AT_ONCE = 512  # per call of the tokenizer: enough to keep its threads busy, few enough to bound the memory
+
+Text = tuple[str, str | None]
+"""A text, and the second text of a pair."""
+
+
+class TokenizedTask(Task[P]):
+    """A data set, a tokenizer, and the way from rows to outputs.
+
+    Nothing is ever truncated: a row longer than `max_tokens` (or than the tokenizer's own limit) is refused.
+
+    Attributes:
+        spec: what is known about the data set.
+        max_tokens: limit of a sequence.
+        pad_id: the id under attention mask 0: the tokenizer's pad, or else its EOS (heads that look for the last
+            token skip it, and no text ends with it), or 0 if it has neither.
+        embeddings: number of tokens that the model has embeddings for, where it is known: `check` refuses rows with
+            other tokens.
+    """
+
+    kind: ClassVar[Kind]
+    """The kind of data set that the task reads."""
+    families: ClassVar[tuple[str, ...]]
+    """The families of models that can answer it."""
+    auto_model: ClassVar[type[_BaseAutoModelClass]]
+    """The class of transformers that loads a model with the right head."""
+    encoding: ClassVar[Mapping[str, Any]] = {}
+    """Options of the tokenizer's call."""
+
+    def __init__(
+        self, spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, *, data: str | Path | None, max_tokens: int
+    ) -> None:
+        if max_tokens < 1:
+            raise ConfigError(f"max_tokens: found {max_tokens}, expected 1 or more")
+        self.spec = spec
+        self.name = spec.name
+        self.columns = spec.classes
+        self.tokenizer = tokenizer
+        self.data = None if data is None else Path(data)
+        self.max_tokens = min(max_tokens, tokenizer.model_max_length)
+        self.embeddings: int | None = None
+        named = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+        self.pad_id = next((token for token in named if isinstance(token, int)), 0)
+        self._checked: dict[int, tuple[AnyRow, dict[str, Any]]] = {}  # by the row's identity
+
+    @property
+    def generates(self) -> bool:
+        """Whether the answers are the model's own next tokens, so that it needs no new head."""
+        return self.auto_model is AutoModelForCausalLM
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """The settings of the model's head, for `auto_model.from_pretrained`."""
+        return {}
+
+    def rows(self, split: str) -> list[AnyRow]:
+        """Return the labeled rows of a split, such as "train" or "dev+test".
+
+        Raises:
+            DataError: as `load_rows`.
+        """
+        return list(rows_of(self.spec, split, self.data))
+
+    @abstractmethod
+    def sequences(self, row: AnyRow) -> list[Text]:
+        """Return the texts of the row that are put to the model, as they go to the tokenizer."""
+
+    @abstractmethod
+    def encoded(self, row: AnyRow, encodings: list[dict[str, list[int]]]) -> dict[str, Any]:
+        """Return the example of a row, given the tokenizer's output for each of its `sequences`.
+
+        Raises:
+            DataError: the row cannot be scored.
+        """
+
+    def example(self, row: AnyRow) -> dict[str, Any]:
+        """Check and tokenize a row; return `id`, `label` (None when unlabeled) and what `collate` needs.
+
+        Raises:
+            DataError: the row does not belong to the data set, cannot be scored, or is too long; names the row.
+        """
+        return _sound(self._tokenize([row]))[0]
+
+    def check(self, rows: Sequence[AnyRow]) -> None:
+        """Tokenize every row, and keep the examples for `examples`.
+
+        Raises:
+            DataError: the first row that cannot be used, with the number of such rows.
+        """
+        found = self._tokenize(rows)
+        if self.embeddings is not None:
+            found = self._without_embedding(rows, found, self.embeddings)
+        faults = [each for each in found if isinstance(each, DataError)]
+        if faults:
+            raise DataError(f"{faults[0]} ({len(faults)} of {len(rows)} rows cannot be used)") from faults[0]
+        self._checked |= {id(row): (row, each) for row, each in zip(rows, _sound(found), strict=True)}
+
+    def examples(self, rows: Sequence[AnyRow], model: nn.Module) -> list[dict[str, Any]]:
+        """Return the `example` of each row, if `model` has an embedding for each of its tokens and for the padding.
+
+        Raises:
+            DataError: as `example`; or a token has no embedding.
+            TaskError: the padding has no embedding, and the rows differ in length.
+        """
+        new = [row for row in rows if id(row) not in self._checked]
+        tokenized = dict(zip(map(id, new), _sound(self._tokenize(new)), strict=True))
+        examples = [tokenized[id(row)] if id(row) in tokenized else self._checked[id(row)][1] for row in rows]
+        known = embeddings_of(model)
+        if known is None or not examples:
+            return examples
+        _sound(self._without_embedding(rows, examples, known))
+        ends = [choose(examples, key=self.tokens) for choose in (min, max)]
+        pad_id = int(self.collate(ends)["input_ids"].max())
+        if pad_id >= known:
+            raise TaskError(
+                f"the tokenizer pads with id {pad_id}, expected one below {known}, the embeddings of the model; "
+                "choose another pad_token, or call model.resize_token_embeddings before the adapter is added"
+            )
+        return examples
+
+    def _tokenize(self, rows: Sequence[AnyRow]) -> list[dict[str, Any] | DataError]:
+        """The example of each row, or what is wrong with it."""
+        found: list[dict[str, Any] | DataError] = []
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            part = rows[start : start + _ROWS_AT_ONCE]
+            faults = [_fault_of(self.spec.check, row) for row in part]
+            good = [row for row, fault in zip(part, faults, strict=True) if fault is None]
+            empty = self._empty_texts(good)
+            texts = [self.sequences(row) for row in good]
+            encodings = iter(self.encode([text for several in texts for text in several]))
+            done = [
+                self._example(row, [next(encodings) for _ in several], empty)
+                for row, several in zip(good, texts, strict=True)
+            ]
+            results = iter(done)
+            found += [next(results) if fault is None else fault for fault in faults]
+        return found
+
+    def _example(
+        self, row: AnyRow, encodings: list[dict[str, list[int]]], empty: set[str]
+    ) -> dict[str, Any] | DataError:
+        for name, text in row.texts:
+            if text in empty:
+                expected = "text that the tokenizer knows at least one token of"
+                return row.fault(name, f"text without a token ({shown(text)})", expected)
+        try:
+            example = {"id": row.id, **self.encoded(row, encodings), "label": row.target}
+        except DataError as error:
+            return error
+        tokens = self.tokens(example)
+        if tokens > self.max_tokens:
+            expected = f"at most {self.max_tokens} (max_tokens, or the tokenizer's own limit; nothing is ever cut)"
+            return row.fault(row.texts[0][0], f"{tokens} tokens with its prompt and answer", expected)
+        return example
+
+    def encode(self, texts: Sequence[Text]) -> list[dict[str, list[int]]]:
+        """Return the tokenizer's output for each text or pair of texts."""
+        found: list[dict[str, list[int]]] = [{} for _ in texts]
+        for paired in (False, True):
+            places = [i for i, (_, second) in enumerate(texts) if (second is not None) is paired]
+            if places:
+                columns: list[Any] = [[texts[i][column] for i in places] for column in range(1 + paired)]
+                options: dict[str, Any] = {"padding": False, "truncation": False, "verbose": False, **self.encoding}
+                encodings: Any = self.tokenizer(*columns, **options)
+                for number, i in enumerate(places):
+                    found[i] = {key: encodings[key][number] for key in encodings}
+        return found
+
+    def _empty_texts(self, rows: Sequence[AnyRow]) -> set[str]:
+        """The texts of the rows that the tokenizer by itself turns into no token at all."""
+        texts = list(dict.fromkeys(text for row in rows for _, text in row.texts))
+        if not texts:
+            return set()
+        encoded = self.tokenizer(texts, add_special_tokens=False, padding=False, truncation=False, verbose=False)
+        return {text for text, ids in zip(texts, encoded["input_ids"], strict=True) if not ids}
+
+    def _without_embedding(
+        self, rows: Sequence[AnyRow], found: Sequence[dict[str, Any] | DataError], known: int
+    ) -> list[dict[str, Any] | DataError]:
+        """The same, with a fault in place of each example that has a token without an embedding."""
+        checked = list(found)
+        sound = [example for example in found if not isinstance(example, DataError)]
+        parts = [sound[start : start + _ROWS_AT_ONCE] for start in range(0, len(sound), _ROWS_AT_ONCE)]
+        if all(int(self.collate(part)["input_ids"].max()) < known for part in parts):
+            return checked
+        for i, (row, example) in enumerate(zip(rows, found, strict=True)):
+            if isinstance(example, DataError):
+                continue
+            largest = int(self.collate([example])["input_ids"].max())
+            if largest >= known:
+                token = f"token {shown(self.tokenizer.convert_ids_to_tokens(largest))} with id {largest}"
+                checked[i] = row.fault(row.texts[0][0], token, f"ids below {known}, the embeddings of the model")
+        return checked
+
+
+def _fault_of(check: Any, row: AnyRow) -> DataError | None:
+    try:
+        check(row)
+    except DataError as error:
+        return error
+    return None
+
+
+def _sound(found: Sequence[dict[str, Any] | DataError]) -> list[dict[str, Any]]:
+    """The examples; raises the first fault among them."""
+    examples = []
+    for each in found:
+        if isinstance(each, DataError):
+            raise each
+        examples.append(each)
+    return examples
+
+
+def embeddings_of(model: nn.Module) -> int | None:
+    """Return the number of tokens that a model has embeddings for; None if it does not look them up in one table."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(base, PreTrainedModel):
+        return None
+    try:
+        table = base.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return table.num_embeddings if isinstance(table, nn.Embedding) else None
+
+
+def check_padding(model: Any, attention_mask: Tensor, pad_id: int) -> None:
+    """Refuse to pad with another id than the model's, by which some models find the last token or count positions.
+
+    Raises:
+        TaskError: names both ids.
+    """
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    theirs = inner.config.pad_token_id
+    if theirs is not None and theirs != pad_id and not bool(attention_mask.all()):
+        raise TaskError(
+            f"the model pads with id {theirs} and the tokenizer with {pad_id}, expected the same; "
+            f"set model.config.pad_token_id = {pad_id}"
+        )
