@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from bayestune.recipes.paper import llama2_7b, roberta
 from safetensors.torch import load_file
 from transformers import RobertaConfig, RobertaModel
 
@@ -25,21 +24,6 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 def settings(name: str) -> Experiment:
     content = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text(encoding="utf-8"))
     return Experiment.from_dict(content, where=name)
-
-
-@pytest.mark.parametrize("name", ["llama2_7b", "roberta"])
-def test_the_files_have_the_settings_of_the_recipes(name: str) -> None:
-    recipe = llama2_7b(1000) if name == "llama2_7b" else roberta(1000, max_steps=2000)
-    found = settings(name)
-    for field in ("prior_std", "rho_init", "estimator", "lora_alpha"):
-        assert getattr(found, field) == recipe.adapter[field]
-    assert found.rank == recipe.adapter["r"] and list(found.target_modules or ()) == recipe.adapter["target_modules"]
-    assert (found.steps, found.batch_size) == tuple(
-        recipe.arguments[key] for key in ("max_steps", "per_device_train_batch_size")
-    )
-    assert found.learning_rate == recipe.arguments["learning_rate"]
-    assert (found.kl_learning_rate, found.kl_schedule) == (recipe.kl.learning_rate, "paper")
-    assert (found.max_tokens, found.quantization) == (recipe.max_tokens, "int8" if recipe.load_in_8bit else "none")
 
 
 def pretrained_roberta(folder: Path) -> Path:
