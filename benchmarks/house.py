@@ -22,7 +22,7 @@ from bayestune.methods import METHODS
 SOURCE = Path(__file__).parent.parent / "src"
 CLI = "bayestune_cli"
 HOME = "methods"
-OTHER_MEANINGS = {"dropout": ("adapters",), "temperature": ("bayestune_cli", "storage", "tasks")}
+OTHER_MEANINGS = {"dropout": ("adapters",), "temperature": ("bayestune_cli", "experiment", "storage", "tasks")}
 """Rooms in which a word is not the method: a distribution of the adapter's weights, and a number in records."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -111,7 +111,8 @@ def test_a_new_method_needs_no_other_file(world: Path, tmp_path: Path) -> None:
     here = trained.predictions["two_scales"]
     assert not torch.equal(*here.draw_log_probs)
     code = (
-        "import json, sys; sys.path[:0] = sys.argv[1:2]; from pathlib import Path; import torch; torch.set_num_threads(1)\n"
+        "import json, sys; sys.path[:0] = sys.argv[1:2]; from pathlib import Path\n"
+        "import torch; torch.set_num_threads(1)\n"
         "from methods.test_new_method import TwoScales\nimport bayestune.methods as m; m.register(TwoScales)\n"
         "from bayestune.experiment import load_run\n"
         "found = load_run(Path(sys.argv[2])); rows = found.task.rows(found.experiment.eval_split)\n"

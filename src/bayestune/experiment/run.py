@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 
 from bayestune.adapters import gaussian_layers
 from bayestune.experiment.backbone import (
@@ -91,6 +92,38 @@ def run(
         DiskError: a file cannot be written; the last checkpoint is whole.
     """
     started, output = time.monotonic(), Path(output)
+    ready = _prepared(experiment, output, overwrite, resume, progress)
+    training, rows = ready.training, ready.rows
+    experiment, method = training.experiment, training.experiment.method
+    warn_if_other(record or {}, ready.origin)
+    if not is_main():
+        method.fit(ready.model, fitting(training, ready.start, rows.more))
+        return Result(experiment=experiment, output=output, scores={}, predictions={}, seconds=0.0)
+    with writing(output), run_folder(output, experiment, overwrite=overwrite, resume=resume):
+        posterior = method.fit(ready.model, fitting(training, ready.start, rows.more))
+        _save(posterior, training, rows.temperature, output / POSTERIOR)
+        finished = Run(experiment=experiment, task=training.task, posterior=posterior)
+        result = _scored(finished, output, rows, started, progress)
+        hashes = {"adapter": file_sha256(output / POSTERIOR / TENSOR_FILE), **ready.origin["sha256"]}
+        content = {**_record(result, rows, command), **ready.origin, "sha256": hashes}
+        kl = _kl(finished, training.updates)
+        write_json(output / RESULT, {**content, "repeated_rows": ready.repeated, "kl": kl})
+    return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prepared:
+    """A run whose settings and rows are checked, with its model; nothing is trained or written yet."""
+
+    training: Training
+    start: Start
+    model: PeftModel
+    rows: RunRows
+    origin: dict[str, Any]
+    repeated: dict[str, dict[str, int]]
+
+
+def _prepared(experiment: Experiment, output: Path, overwrite: bool, resume: bool, progress: bool) -> _Prepared:
     backbone = find_backbone(experiment.model)
     experiment, task = resolve(experiment, backbone)
     rows = RunRows.of(experiment, task)
@@ -100,26 +133,17 @@ def run(
     base, new = load_base(backbone, task, experiment)
     start = Start(base=base, new=new, task_type="CAUSAL_LM" if task.generates else None)
     model, experiment = start.model(experiment)
-    folder = output / CHECKPOINTS
     training = Training(
-        experiment=experiment, task=task, rows=rows.train, checkpoints=folder, resume=resume, progress=progress
+        experiment=experiment,
+        task=task,
+        rows=rows.train,
+        checkpoints=output / CHECKPOINTS,
+        resume=resume,
+        progress=progress,
     )
     training.check(model)
     origin = provenance(backbone, rows.by_use(), experiment.adapter) if is_main() else {}
-    warn_if_other(record or {}, origin)
-    if not is_main():
-        experiment.method.fit(model, fitting(training, start, rows.more))
-        return Result(experiment=experiment, output=output, scores={}, predictions={}, seconds=0.0)
-    with writing(output), run_folder(output, experiment, overwrite=overwrite, resume=resume):
-        posterior = experiment.method.fit(model, fitting(training, start, rows.more))
-        _save(posterior, training, rows.temperature, output / POSTERIOR)
-        finished = Run(experiment=experiment, task=task, posterior=posterior)
-        result = _scored(finished, output, rows, started, progress)
-        weights = {"adapter": file_sha256(output / POSTERIOR / TENSOR_FILE)}
-        origin["sha256"] = {**weights, **origin["sha256"]}
-        content = {**_record(result, rows, command), **origin, "repeated_rows": repeated}
-        write_json(output / RESULT, {**content, "kl": _kl(finished, training.updates)})
-    return result
+    return _Prepared(training=training, start=start, model=model, rows=rows, origin=origin, repeated=repeated)
 
 
 def _scored(finished: Run, output: Path, rows: RunRows, started: float, progress: bool) -> Result:

@@ -39,8 +39,7 @@ _COLUMNS = "swag columns"  # the name of z_2, which no weight has
 class Moments:
     """Running mean and variance of named tensors, and their last K deviations, all on the CPU.
 
-    Mean and squared deviations are kept in float64 and updated by Welford's recursion, which loses nothing where the
-    spread is small beside the mean; deviations are rounded to float32.
+    Welford's recursion in float64 loses nothing where the spread is small beside the mean.
 
     Attributes:
         rank: K, the most columns kept. snapshots: T, how many were added.
@@ -166,16 +165,11 @@ class SwagPosterior(Posterior):
         return {"snapshots": self.snapshots, "columns": self._columns}
 
     def tensors(self) -> dict[str, Tensor]:
-        """``variance.<key>`` and ``deviations.<key>`` for the key of each weight in a saved adapter; float32."""
         variance = {f"variance.{name}": tensor for name, tensor in self._variance.items()}
         return variance | {f"deviations.{name}": tensor for name, tensor in self._deviations.items()}
 
     def sampler(self, *, draws: int, seed: int) -> Sampler:
-        """Draws as sets of all adapter weights; ``draws=0`` is the mean, that of stochastic weight averaging (SWA).
-
-        Raises:
-            DrawError: `draws` is negative, or the adapter is merged.
-        """
+        """Draws of all adapter weights; ``draws=0`` is the mean, that of stochastic weight averaging (SWA)."""
         if draws < 0:
             raise refuse_draws(draws, "expected 0 (the mean) or more.")
         if draws and is_merged(self.model):

@@ -53,11 +53,9 @@ from bayestune.storage.state import (
 def save_posterior(model: nn.Module | Posterior, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Save a posterior, or the active adapter of a model, to the folder `path`, whole or not at all.
 
-    The folder is what PEFT itself writes (``PeftModel.from_pretrained`` loads it, after ``import bayestune``) plus a
-    manifest with the sha256 of each file and a fingerprint of the base model, which `load_posterior` checks. A random
-    adapter keeps M, G and B of every layer; a plain LoRA adapter is saved as a "point". What a posterior has beside
-    one adapter stands in files and folders of its own; for plain PEFT the folder then is its mean, or its first
-    member. Other adapters of the model are not saved. Nothing is pickled.
+    The folder holds what PEFT writes (``PeftModel.from_pretrained`` loads it, after ``import bayestune``), files of the
+    posterior's own, and a manifest with the sha256 of each file and a fingerprint of the base model. Nothing is
+    pickled. Other adapters of the model are not saved.
 
     Args:
         model: a `Posterior`, or a PeftModel with one active BAYES_LORA or LORA adapter; not merged.
