@@ -158,7 +158,10 @@ def test_a_way_of_averaging_that_does_not_fit_is_refused(world: Path, tmp_path: 
     assert "expected one of mc, antithetic, linearised" in capsys.readouterr().err
     assert invoke([*train_arguments(world, method="mle"), "--output", str(tmp_path / "mle")]) == 0
     assert invoke(["evaluate", str(tmp_path / "mle"), "--predictive", "mc"]) == 2
-    assert "--predictive: found it for a run of method 'mle'" in capsys.readouterr().err
+    assert (
+        "--predictive: found 'mc', expected a posterior with Gaussian or dropout adapters. The run's method is 'mle'."
+        in capsys.readouterr().err
+    )
 
 
 def test_evaluate_takes_split_draws_and_other_data(world: Path, capsys: pytest.CaptureFixture[str]) -> None:

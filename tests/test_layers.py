@@ -15,7 +15,6 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 LEVELS = {
     "errors": -1,
-    "requirements": 0,
     "functional": 0,
     "files": 0,
     "settings": 0,

@@ -3,10 +3,6 @@
 Importing this package registers the PEFT type "BAYES_LORA".
 """
 
-from bayestune.requirements import check_versions
-
-check_versions()  # before anything that an older version would break
-
 from bayestune import methods as methods
 from bayestune import metrics as metrics
 from bayestune import tasks as tasks

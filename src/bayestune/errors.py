@@ -33,10 +33,6 @@ class TrainingError(BayestuneError, RuntimeError):
     """Training was stopped before it could do harm."""
 
 
-class VersionError(BayestuneError, ImportError):
-    """An installed package of a version that bayestune does not work with."""
-
-
 class DiskError(BayestuneError, OSError):
     """A file that could not be written."""
 

@@ -1,9 +1,10 @@
-"""The program `bayestune`: its commands, and what becomes of errors and signals.
+"""The program `bayestune`: its commands, and the handling of errors and signals.
 
-It is a package beside `bayestune`, whose import takes seconds, since it registers a PEFT type: nothing of that
-is imported before a command runs, so `bayestune --help` answers at once.
+It is a package beside `bayestune`, whose import takes seconds. Nothing of that package is imported before a command
+runs, so `bayestune --help` is instant.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -13,26 +14,16 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from bayestune_cli.console import tell
-from bayestune_cli.reporting import report, table
+from bayestune_cli.demo import demo
+from bayestune_cli.errors import INTERNAL, INTERRUPTED, OK, STOPPED, TERMINATED, USER, fail
+from bayestune_cli.evaluate import evaluate
+from bayestune_cli.export import export
+from bayestune_cli.predict import predict
+from bayestune_cli.report import report
 from bayestune_cli.signals import Stopped, stoppable
-from bayestune_cli.streams import (
-    INTERNAL,
-    INTERRUPTED,
-    LOUD,
-    OK,
-    STOPPED,
-    TERMINATED,
-    USER,
-    fail,
-    flush_output,
-    lasting_stderr,
-    open_streams,
-    quietly,
-)
+from bayestune_cli.streams import LOUD, LastingStream, flush_output, quietly
+from bayestune_cli.table import table
 from bayestune_cli.train import train
-from bayestune_cli.trained import evaluate, export, predict
-from bayestune_cli.training import demo
 
 _STOPPED: dict[int, tuple[str, int]] = {
     signal.SIGINT: ("interrupted", INTERRUPTED),
@@ -43,21 +34,21 @@ app = typer.Typer(
     rich_markup_mode=None,
     add_completion=False,
     no_args_is_help=True,
-    help="Train a posterior over LoRA weights, get calibrated answers from it, serve it anywhere a LoRA runs.",
-    epilog="Exit codes: 0 done; 1 internal error; 2 wrong flag, file, row or setting (nothing was trained or "
-    "overwritten), or a file that cannot be written (the last checkpoint stays whole); 3 training stopped: "
-    "a loss, gradient or the KL was not finite, or memory ran out at one row; 130 interrupted (Ctrl-C); "
-    "143 terminated. With --checkpoint-steps "
-    "both finish the update and save a checkpoint first; a second one ends at once. Errors go to stderr, one line "
-    'each; with --json also to stdout, as {"error": {"type", "message", "exit_code"}}.',
+    help="Bayesian LoRA: train a posterior over LoRA weights, get calibrated answers, serve draws as plain LoRA.",
+    epilog="Exit codes: 0 success; 1 internal error; 2 wrong flag, file, row or setting (nothing is trained or "
+    "overwritten), or a file that cannot be written (the last checkpoint is kept); 3 training stopped: a loss, "
+    "gradient or KL is not finite, or memory ran out at batch size 1; 130 interrupted (Ctrl-C); 143 terminated. With "
+    "--checkpoint-steps, the first signal finishes the update and saves a checkpoint; a second one ends the process "
+    "at once. Errors go to stderr, one line each; with --json also to stdout, as "
+    '{"error": {"type", "message", "exit_code"}}.',
 )
 
 
 @app.callback()
 def program(
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks, and every library's warnings.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the warnings of libraries.")] = False,
 ) -> None:
-    """`main` takes --debug out of the arguments, wherever it stands; here it is declared for the help."""
+    """Declare --debug for the help; `invoke` accepts it anywhere among the arguments."""
 
 
 for command in (train, evaluate, predict, export, demo, table, report):
@@ -65,8 +56,7 @@ for command in (train, evaluate, predict, export, demo, table, report):
 
 
 def main() -> NoReturn:
-    """Entry point of the program."""
-    open_streams()
+    """Run the program."""
     code = invoke(sys.argv[1:])
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -77,11 +67,11 @@ def main() -> NoReturn:
 
 
 def invoke(arguments: Sequence[str]) -> int:
-    """Run one command line; the exit code. What goes wrong is told in one line on stderr, with --json also on stdout.
+    """Run one command line and return its exit code.
 
     In the main thread SIGINT and SIGTERM end the command; a second one ends the process.
     """
-    with lasting_stderr():
+    with contextlib.redirect_stderr(LastingStream(sys.stderr)):
         given = [argument for argument in arguments if argument != "--debug"]
         return flush_output(_invoke(given, debug="--debug" in arguments))
 
@@ -101,13 +91,13 @@ def _invoke(arguments: list[str], *, debug: bool) -> int:
         from bayestune.errors import BayestuneError, TrainingError
 
         if debug:
-            tell(traceback.format_exc())
+            traceback.print_exc()
         if isinstance(error, TrainingError):
             message, code = f"training stopped: {error}", STOPPED
         elif isinstance(error, BayestuneError | OSError | ImportError):
             message, code = f"error: {error}", USER
         else:
-            message, code = f"internal error: {type(error).__name__}: {error} (--debug shows where)", INTERNAL
+            message, code = f"internal error: {type(error).__name__}: {error} (--debug shows the traceback)", INTERNAL
         return fail(message, error, code, as_json=as_json)
     finally:
         LOUD.reset(loud)

@@ -1,8 +1,7 @@
-"""What a command writes to its terminal or log: its errors, one line each, and little of other libraries."""
+"""Keep libraries quiet, and survive a stdout or a stderr that cannot be written."""
 
 import contextlib
 import functools
-import json
 import logging
 import os
 import sys
@@ -13,48 +12,24 @@ from typing import Any, TextIO
 
 from tqdm.utils import ObjectWrapper
 
-from bayestune_cli.console import say, tell
+from bayestune_cli.errors import USER, fail
 
-OK, INTERNAL, USER, STOPPED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
-
-
-def fail(message: str, error: BaseException, code: int, *, as_json: bool) -> int:
-    """Say in one line on stderr, and as a JSON object on stdout if that was asked for, what went wrong; `code`."""
-    line = " ".join(message.split())
-    tell(line)
-    if as_json:
-        with contextlib.suppress(OSError):  # stdout itself may be what failed
-            say(json.dumps({"error": {"type": type(error).__name__, "message": line, "exit_code": code}}))
-    return code
-
-
-def open_streams() -> None:
-    """Send a stream that the process was started without nowhere."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+LOUD: ContextVar[bool] = ContextVar("LOUD", default=False)
+"""Whether libraries may print warnings and logs (--debug)."""
 
 
 def flush_output(code: int) -> int:
-    """Write out what was printed; `code`, or that of an error if stdout takes no more: it is then dropped."""
+    """Flush stdout and return `code`, or the code of an error if stdout cannot be written."""
     try:
-        sys.stdout.flush()
+        print(end="", flush=True)
     except OSError as error:
-        _drop(sys.stdout)
-        line = f"error: stdout: cannot be written: {error.strerror}."
-        return code or fail(line, error, USER, as_json=False)
+        _discard(sys.stdout)
+        return code or fail(f"error: stdout: cannot be written: {error.strerror}.", error, USER, as_json=False)
     return code
 
 
-@contextlib.contextmanager
-def lasting_stderr() -> Iterator[None]:
-    """Inside, a stderr that takes no more, such as a log on a full disk, is no error: what is written is dropped."""
-    with contextlib.redirect_stderr(_Lasting(sys.stderr)):
-        yield
-
-
-class _Lasting(ObjectWrapper):
-    """A stream that goes on when it takes no more."""
+class LastingStream(ObjectWrapper):
+    """A stream whose output is discarded once it cannot be written, as a log on a full disk."""
 
     _wrapped: TextIO
 
@@ -62,29 +37,25 @@ class _Lasting(ObjectWrapper):
         try:
             return self._wrapped.write(text)
         except OSError:
-            _drop(self._wrapped)
+            _discard(self._wrapped)
             return len(text)
 
     def flush(self) -> None:
         try:
             self._wrapped.flush()
         except OSError:
-            _drop(self._wrapped)
+            _discard(self._wrapped)
 
 
-def _drop(stream: TextIO) -> None:
-    """Send a stream nowhere from now on, with what it still holds: the interpreter writes that out at its end."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
-
-
-LOUD: ContextVar[bool] = ContextVar("LOUD", default=False)
-"""Whether libraries may say what they like: --debug."""
+def _discard(stream: TextIO) -> None:
+    """Redirect a stream to the null device, so that Python can flush its buffer at exit."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
 
 
 def quietly(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`command`, with libraries kept quiet while it runs, and not before its flags are known to be right."""
+    """Return `command` with libraries kept quiet while it runs. Its flags are parsed before libraries are imported."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -96,9 +67,9 @@ def quietly(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep libraries' advice and load reports off the console; their errors still show."""
+    """Hide the warnings, logs and loading bars of libraries; show our own warnings in one line each."""
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # before any import: packages tell at once what they lack
+    logging.disable(logging.WARNING)  # before the imports below, which already log
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         with warnings.catch_warnings():
@@ -108,8 +79,8 @@ def quiet() -> Iterator[None]:
             from bayestune.errors import BayestuneWarning
 
             def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-                if issubclass(category, BayestuneWarning):  # a library may switch its own on again
-                    tell(f"warning: {message}")
+                if issubclass(category, BayestuneWarning):  # a library may turn its own warnings on again
+                    print(f"warning: {message}", file=sys.stderr)
 
             warnings.simplefilter("always", BayestuneWarning)
             warnings.showwarning = show

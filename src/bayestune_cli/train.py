@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from bayestune_cli.config import read_run_file
-from bayestune_cli.console import FlagError, say
+from bayestune_cli.errors import FlagError
 
 _TYPES = {"int": int, "float": float, "str": str, "names": str}
 _EITHER = ("kl_learning_rate", "posterior_std")
@@ -103,7 +103,7 @@ def train(
     )
     if not result.scores:
         return  # one of several processes, and not the one that evaluates
-    say(score_table(result.scores))
+    print(score_table(result.scores))
     if experiment.temperature_split is not None:
-        say(f"temperature {result.temperature:.4g}, fitted on {experiment.temperature_split}")
-    say(f"{result.output}: posterior/, experiment.json, result.json ({result.seconds:.0f} s)")
+        print(f"temperature {result.temperature:.4g}, fitted on {experiment.temperature_split}")
+    print(f"{result.output}: posterior/, experiment.json, result.json ({result.seconds:.0f} s)")

@@ -58,13 +58,13 @@ def the_deviation_of_a_whole_population() -> None:
 
 @defect("cli/test_contract.py", "exit_code")
 def every_failure_has_the_exit_code_1() -> None:
-    name = f"{CLI}.streams.fail"
+    name = f"{CLI}.errors.fail"
     wrap(name, lambda right: lambda message, error, code, *, as_json: right(message, error, 1, as_json=as_json))
 
 
 @defect("cli/test_contract.py", "exit_code")
 def a_failure_has_no_json() -> None:
-    name = f"{CLI}.streams.fail"
+    name = f"{CLI}.errors.fail"
     wrap(name, lambda right: lambda message, error, code, *, as_json: right(message, error, code, as_json=False))
 
 
@@ -78,11 +78,6 @@ def a_record_made_with_other_rows_passes_for_the_same() -> None:
     replace("bayestune.experiment.provenance.warn_if_other", lambda record, found: None)
 
 
-@defect("cli/test_console.py", "X05")
-def escapes_reach_the_terminal() -> None:
-    replace(f"{CLI}.console.plain", lambda text: text)
-
-
 @defect("cli/test_disk.py", "export")
 def a_full_disk_is_an_internal_error() -> None:
     @contextmanager
@@ -90,11 +85,6 @@ def a_full_disk_is_an_internal_error() -> None:
         yield
 
     replace("bayestune.experiment.disk.writing", wrong)
-
-
-@defect("test_requirements.py", "X02")
-def a_package_of_another_version_is_taken() -> None:
-    replace("bayestune.requirements.check_versions", lambda: None)
 
 
 @defect("report/test_markdown.py", "markdown")

@@ -179,18 +179,13 @@ PROMISES = (
     ),
     Promise("X01", "Code beside a model or a posterior is never run."),
     Promise(
-        "X02",
-        "Dependencies outside the supported versions are refused with a clear error.",
-        "A source tree that is not installed is not checked. There is no audit of known vulnerabilities.",
-    ),
-    Promise(
         "X03",
         "The whole command line works without a network and does not try to use one.",
         "If bitsandbytes and the package kernels are both installed, bitsandbytes asks the Hub for a kernel when it "
         "is imported; HF_HUB_OFFLINE=1 prevents it.",
     ),
     Promise("X04", "No telemetry: no tracker is imported, nothing is sent."),
-    Promise("X05", "Texts from outside stay texts in pages, tables and terminals."),
+    Promise("X05", "Texts from outside stay texts in pages and tables."),
     Promise(
         "X06",
         "No secret, prompt or home path is in what is written; file modes follow umask.",

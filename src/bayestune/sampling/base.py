@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from bayestune.errors import DrawError
+from bayestune.errors import ConfigError, DrawError
 from bayestune.tasks import Task
 
 Settings = dict[str, Any]
@@ -78,6 +78,17 @@ class Posterior(ABC):
         Raises:
             DrawError: this posterior has no such draws.
         """
+
+    def with_predictive(self, name: str) -> "Posterior":
+        """Return this posterior with another way to average draws.
+
+        Args:
+            name: "mc", "antithetic" or "linearised", as in `Variational`.
+
+        Raises:
+            ConfigError: the name is unknown, or this posterior has only one way.
+        """
+        raise ConfigError(f"predictive: found {name!r}, expected a posterior with Gaussian or dropout adapters.")
 
     def settings(self) -> Settings:
         """Return the settings of the posterior, which the manifest stores."""

@@ -52,6 +52,9 @@ class Variational(Posterior):
             raise ConfigError(f"predictive: found {predictive!r}, expected one of {', '.join(PREDICTIVES)}.")
         self.predictive = predictive
 
+    def with_predictive(self, name: str) -> "Variational":
+        return Variational(self.model, temperature=self.temperature, predictive=name)
+
     def sampler(self, *, draws: int, seed: int) -> Sampler:
         if self.predictive == "linearised" and draws:
             return LogitDraws(self.model, draws=draws, seed=seed)

