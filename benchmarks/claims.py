@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from pairs import ratio, uncertainty
 
-from bayestune.experiment.record import read_json
+from bayestune.files import read_json
 
 ROOT = Path(__file__).parent.parent
 BENCH = ROOT / "results" / "bench"

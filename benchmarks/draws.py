@@ -24,9 +24,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bayestune.adapters import RandomLinear, random_layers
-from bayestune.experiment import Run, load_run, write_json, write_text
+from bayestune.experiment import Run, load_run
 from bayestune.experiment.fitting import autocast
-from bayestune.experiment.record import hardware, read_json, rows_sha256, versions
+from bayestune.experiment.record import hardware, rows_sha256, versions
+from bayestune.files import read_json, write_json, write_text
 from bayestune.functional import derive_seed
 from bayestune.inference.draws import evaluation_mode
 from bayestune.sampling.stacked import StackedDraws

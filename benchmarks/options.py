@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from pairs import header
 
-from bayestune.experiment import write_json
+from bayestune.files import write_json
 
 
 def parser(doc: str | None, *, pairs: int | None = None) -> argparse.ArgumentParser:

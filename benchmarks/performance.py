@@ -15,7 +15,7 @@ from claims import NONE, ROOT, claims, exponent, record
 from options import parser
 from pairs import ratio
 
-from bayestune.experiment import write_text
+from bayestune.files import write_text
 
 PAGE, PLOT = ROOT / "docs" / "performance.md", ROOT / "docs" / "images"
 TRAIN = ("llama-4x128", "minilm-8x128", "llama7b-4x300", "llama7b-4x300-checkpointing")

@@ -28,9 +28,10 @@ from transformers import TrainerCallback, TrainingArguments
 
 from bayestune import BayesTrainer, evaluate, predict, save_posterior
 from bayestune.adapters import gaussian_layers
-from bayestune.experiment import Experiment, write_json, write_text
+from bayestune.experiment import Experiment
 from bayestune.experiment.backbone import add_adapter, build_task, find_backbone, load_base
-from bayestune.experiment.record import hardware, read_json, rows_sha256, versions
+from bayestune.experiment.record import hardware, rows_sha256, versions
+from bayestune.files import read_json, write_json, write_text
 from bayestune.functional import std
 from bayestune.methods import Blob, Updates
 from bayestune.training import initial_std, kl_only_std

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from bayestune.experiment import write_json
+from bayestune.files import write_json
 from bayestune.inference import Prediction
 from bayestune.tables.cells import cell_path, cell_record
 

@@ -17,8 +17,9 @@ import torch
 
 from bayestune import demo
 from bayestune.errors import ConfigError
-from bayestune.experiment import Experiment, backbone, embedded_model, load_run, run, score_table, write_json
+from bayestune.experiment import Experiment, backbone, embedded_model, load_run, run, score_table
 from bayestune.experiment.record import rows_sha256
+from bayestune.files import write_json
 from bayestune.inference import Scores
 from bayestune.methods import Updates
 from bayestune.tasks import read_rows

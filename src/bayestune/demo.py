@@ -9,8 +9,9 @@ import torch
 
 from bayestune import metrics
 from bayestune.errors import ConfigError
-from bayestune.experiment import Experiment, Result, load_run, run, score_table, write_json
+from bayestune.experiment import Experiment, Result, load_run, run, score_table
 from bayestune.experiment.record import hardware, versions
+from bayestune.files import write_json
 from bayestune.inference import Prediction
 from bayestune.methods import Blob, Mle
 from bayestune.tasks import AnyRow

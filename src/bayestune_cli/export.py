@@ -24,7 +24,7 @@ def export(
     if output.exists() and not overwrite:
         raise FlagError(f"--output {output}: it exists; choose another, or pass --overwrite.")
 
-    from bayestune.experiment.disk import check_writable, writing
+    from bayestune.files import check_writable, writing
     from bayestune.serving.lora import export_lora
 
     check_writable(output.parent, f"--output {output}")

@@ -35,8 +35,7 @@ def predict(
     if output.resolve() == input.resolve():
         raise FlagError(f"--output {output}: found the file of --input, expected another file.")
 
-    from bayestune.experiment import write_text
-    from bayestune.experiment.disk import check_writable
+    from bayestune.files import check_writable, write_text
     from bayestune.tasks import read_rows
 
     check_writable(output.parent, f"--output {output}")

@@ -18,7 +18,7 @@ def report(
     """Write an HTML report of table records: scores, reliability, risk-coverage, OOD detection, provenance."""
     check_output_file(output, overwrite=overwrite)
 
-    from bayestune.experiment import write_text
+    from bayestune.files import write_text
     from bayestune.report.html import page_html
     from bayestune.tables import read_cells
     from bayestune.tables.page import report_page

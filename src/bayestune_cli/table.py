@@ -115,7 +115,7 @@ def _seeds(text: str) -> list[int]:
 
 def _build(name: str, results: Path, output: Path) -> None:
     """Print the table made from the records under `results`, and write it to `output`."""
-    from bayestune.experiment import write_text
+    from bayestune.files import write_text
     from bayestune.tables import read_cells
     from bayestune.tables.published import PUBLISHED
     from bayestune.tables.table import html_table, markdown_table

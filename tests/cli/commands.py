@@ -25,7 +25,7 @@ PLACES = {
     "posterior": "bayestune.storage.folders.write_manifest",
     "evaluation": "bayestune.experiment.trained.predict",
     "record": "bayestune.experiment.run.write_json",
-    "answers": "bayestune.experiment.write_text",
+    "answers": "bayestune.files.write_text",
 }
 """Functions that a command calls where it can be made to wait."""
 

@@ -137,7 +137,7 @@ def test_answers_that_do_not_fit_leave_the_earlier_ones(
 ) -> None:
     output = tmp_path / "answers.jsonl"
     output.write_text("mine")
-    fails_within(monkeypatch, "bayestune.experiment", "write_text", "fsync", errno.ENOSPC)
+    fails_within(monkeypatch, "bayestune.files", "write_text", "fsync", errno.ENOSPC)
     assert invoke(predicting(world, output, "--overwrite")) == 2
     line = only_line(capsys)
     assert line.startswith(f"error: {output}: cannot be written: No space left on device (")

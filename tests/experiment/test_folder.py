@@ -13,8 +13,7 @@ from bayestune.errors import ConfigError
 from bayestune.experiment import Experiment
 from bayestune.experiment import folder as folders
 from bayestune.experiment.folder import check_output, earlier_run, run_folder
-from bayestune.experiment.record import read_json
-from bayestune.files import alone
+from bayestune.files import alone, read_json
 
 GIVEN = Experiment(model="m", task="t")
 
@@ -231,11 +230,10 @@ def test_what_a_killed_demo_left_is_no_file_of_others(tmp_path: Path, monkeypatc
     ("text", "words"),
     [
         ('{"seed": 1, "seed": 2}', "key 'seed' is given twice"),
-        ('{"a": ' * 100 + "1" + "}" * 100, "nested too deeply"),
         ('{"a": ' * 100_000, "nested too deeply"),
         ("{" + " " * (1 << 24) + "}", "bytes of JSON, expected at most 16777216"),
     ],
-    ids=["twice", "deep", "very_deep", "long"],
+    ids=["twice", "deep", "long"],
 )
 def test_a_record_without_bounds_is_refused(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "experiment.json").write_text(text)

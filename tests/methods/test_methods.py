@@ -14,7 +14,7 @@ from transformers import BertForMultipleChoice
 from bayestune.errors import BayestuneError, BayestuneWarning, ConfigError, PosteriorError
 from bayestune.experiment import Experiment, Result, load_run, run
 from bayestune.experiment import backbone as backbones
-from bayestune.experiment.record import file_sha256
+from bayestune.files import file_sha256
 from bayestune.methods import EnsemblePosterior, LaplacePosterior, SwagPosterior, Variational, save_posterior
 from models import scatter
 from toys import pretrained_bert, pretrained_llama, write_data

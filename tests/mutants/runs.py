@@ -70,7 +70,7 @@ def a_failure_has_no_json() -> None:
 
 @defect("cli/test_contract.py", "cannot_be_written")
 def an_output_that_cannot_be_written_is_found_when_all_is_done() -> None:
-    replace("bayestune.experiment.disk.check_writable", lambda folder, what: None)
+    replace("bayestune.files.disk.check_writable", lambda folder, what: None)
 
 
 @defect("cli/test_contract.py", "named_before")
@@ -84,7 +84,7 @@ def a_full_disk_is_an_internal_error() -> None:
     def wrong(path: Any, *, needed: int | None = None) -> Iterator[None]:
         yield
 
-    replace("bayestune.experiment.disk.writing", wrong)
+    replace("bayestune.files.disk.writing", wrong)
 
 
 @defect("report/test_markdown.py", "markdown")

@@ -7,7 +7,7 @@ from typing import Any
 
 from mutants.defect import defect, replace, wrap
 
-FILES = "bayestune.files"
+FILES = "bayestune.files.folders"
 STATE = "bayestune.storage.state"
 MANIFEST = "bayestune.storage.manifest"
 FOLDERS = "bayestune.storage.folders"
@@ -19,7 +19,7 @@ STORAGE = "storage/test_storage.py"
 @defect(STORAGE, "P11")
 def two_processes_save_to_one_folder() -> None:
     @contextlib.contextmanager
-    def wrong(target: Any) -> Iterator[None]:
+    def wrong(target: Any, **settings: Any) -> Iterator[None]:
         yield
 
     replace(f"{FILES}.alone", wrong)
@@ -27,7 +27,7 @@ def two_processes_save_to_one_folder() -> None:
 
 @defect(STORAGE, "on_disk")
 def nothing_is_flushed_to_the_disk() -> None:
-    replace(f"{FILES}.flush", lambda folder: None)
+    replace("bayestune.files.disk.flush", lambda folder: None)
 
 
 @defect(STORAGE, "P02 and left")
@@ -53,7 +53,7 @@ def the_old_posterior_goes_before_the_new_one_stands() -> None:
 
 @defect("storage/test_faults.py", "P06 and twice")
 def json_that_is_not_strict() -> None:
-    replace(f"{FILES}.strict_json", lambda text, *, limit, finite=True: json.loads(text))
+    replace("bayestune.files.json_files.strict_json", lambda text, *, limit, finite=True: json.loads(text))
 
 
 @defect("storage/test_faults.py", "P08 and not nightly")

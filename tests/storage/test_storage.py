@@ -16,9 +16,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bayestune import files as folder_module
 from bayestune.adapters import BlobConfig, gaussian_layers, random_layers
 from bayestune.errors import ConfigError, PosteriorError
+from bayestune.files import disk
+from bayestune.files import folders as folder_module
 from bayestune.inference.draws import draw
 from bayestune.methods import load_posterior, save_posterior
 from bayestune.storage.state import check_name
@@ -353,8 +354,9 @@ def test_a_save_killed_at_any_call_leaves_the_old_posterior_or_the_new(tmp_path:
 
 def test_everything_is_on_disk_before_the_folder_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events = []
-    flush, rename = folder_module.flush_entry, os.rename
-    monkeypatch.setattr(folder_module, "flush_entry", lambda path: (events.append(path.name), flush(path)))
+    flush, rename = disk.flush_entry, os.rename
+    for module in (disk, folder_module):
+        monkeypatch.setattr(module, "flush_entry", lambda path: (events.append(path.name), flush(path)))
     monkeypatch.setattr(os, "rename", lambda *args: (events.append("rename"), rename(*args)))
     save_posterior(blob(), tmp_path / "p")
     assert FILES < set(events[: events.index("rename")]) and events[-1] == tmp_path.name

@@ -243,8 +243,12 @@ def test_a_run_that_another_process_makes_is_not_made_twice(grid: Grid) -> None:
     grid = make_like(grid, methods=("mle",), seeds=(1,))
     output = grid.runs / "openbookqa" / "mle-seed1"
     output.parent.mkdir(parents=True)
-    for name, words in ((".mle-seed1.table.lock", "is making this run"), (".mle-seed1.lock", "is saving to it")):
-        with FileLock(output.with_name(name)), pytest.raises(ConfigError, match=f"another process {words}"):
+    for name, advice in (
+        (".mle-seed1.table.lock", "wait for it, or .*--seeds"),
+        (".mle-seed1.lock", "wait for that one"),
+    ):
+        words = f"mle-seed1: another process is saving to it: {advice}"
+        with FileLock(output.with_name(name)), pytest.raises(ConfigError, match=words):
             run_table(grid)
     assert run_table(grid) == 5
 

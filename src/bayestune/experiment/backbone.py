@@ -22,8 +22,8 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bayestune.errors import ConfigError
-from bayestune.experiment.record import file_sha256
 from bayestune.experiment.settings import Experiment
+from bayestune.files import file_sha256
 from bayestune.methods.base import Family
 from bayestune.tasks import TASKS, TokenizedTask, dataset
 

@@ -6,17 +6,13 @@ While a run is being made, its lock `.NAME.lock` lies there too, or in the folde
 """
 
 import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from bayestune.errors import ConfigError
-from bayestune.experiment.disk import check_writable
-from bayestune.experiment.record import read_json, write_json
 from bayestune.experiment.settings import Experiment
-from bayestune.files import alone
+from bayestune.files import alone, check_writable, read_json, remove, write_json
 
 POSTERIOR, CHECKPOINTS, RESULT, EXPERIMENT = "posterior", "checkpoints", "result.json", "experiment.json"
 ADAPTER = "adapter"
@@ -164,7 +160,7 @@ def _has_something(output: Path) -> bool:
 def _put_back(before: Path, output: Path) -> None:
     """The earlier run in the place of the new one, of which nothing is worth keeping."""
     if output.exists():
-        _remove(output)
+        remove(output)
     os.rename(before, output)
 
 
@@ -173,11 +169,4 @@ def _drop(before: Path, output: Path) -> None:
     for path in list(before.iterdir()):
         if path.name not in _OWN and not (output / path.name).exists():
             os.rename(path, output / path.name)
-    _remove(before)
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder under another name, so that a crash on the way leaves no half of it in its place."""
-    removed = folder.with_name(f"{folder.name}.{secrets.token_hex(8)}.removed")
-    os.rename(folder, removed)
-    shutil.rmtree(removed)
+    remove(before)

@@ -10,8 +10,9 @@ from huggingface_hub import try_to_load_from_cache
 from bayestune.errors import BayestuneWarning
 from bayestune.experiment.backbone import Backbone
 from bayestune.experiment.processes import process_count
-from bayestune.experiment.record import file_sha256, hardware, rows_sha256, versions
+from bayestune.experiment.record import hardware, rows_sha256, versions
 from bayestune.experiment.start import adapter_file
+from bayestune.files import file_sha256
 from bayestune.tasks import AnyRow
 
 _SETTINGS = ("config.json", "tokenizer*.json", "*.model", "vocab.*", "merges.txt", "*_tokens*.json")

@@ -15,7 +15,6 @@ from bayestune.experiment.backbone import (
     find_backbone,
     load_base,
 )
-from bayestune.experiment.disk import writing
 from bayestune.experiment.fitting import autocast, fitting
 from bayestune.experiment.folder import (
     CHECKPOINTS,
@@ -26,12 +25,12 @@ from bayestune.experiment.folder import (
 )
 from bayestune.experiment.processes import is_main
 from bayestune.experiment.provenance import provenance, warn_if_other
-from bayestune.experiment.record import file_sha256, write_json
 from bayestune.experiment.rows import RunRows
 from bayestune.experiment.settings import Experiment
 from bayestune.experiment.start import Start
 from bayestune.experiment.train import Training
 from bayestune.experiment.trained import Run, resolve
+from bayestune.files import file_sha256, write_json, writing
 from bayestune.functional import std
 from bayestune.inference import Prediction, Scores, evaluate, predict
 from bayestune.methods import Posterior, Updates, fit_temperature, save_posterior

@@ -11,11 +11,11 @@ from peft import PeftModel
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from bayestune.errors import ConfigError
-from bayestune.experiment.disk import writing
 from bayestune.experiment.processes import is_main, process_count
 from bayestune.experiment.progress import ProgressBar
 from bayestune.experiment.settings import Experiment
 from bayestune.experiment.stopping import StopAtStep
+from bayestune.files import writing
 from bayestune.methods import Updates
 from bayestune.tasks import AnyRow, Task
 from bayestune.training import BayesTrainer, last_complete

@@ -11,9 +11,9 @@ from bayestune.errors import BayestuneWarning, ConfigError
 from bayestune.experiment.backbone import Backbone, build_task, default_targets, find_backbone, load_base
 from bayestune.experiment.fitting import autocast
 from bayestune.experiment.folder import EXPERIMENT, POSTERIOR, RESULT, earlier_run
-from bayestune.experiment.record import file_sha256, read_json
 from bayestune.experiment.rows import HELD_OUT, own_splits
 from bayestune.experiment.settings import Experiment
+from bayestune.files import file_sha256, read_json
 from bayestune.inference import Prediction, predict
 from bayestune.methods import Posterior, load
 from bayestune.storage.manifest import TENSOR_FILE

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from bayestune import metrics
 from bayestune.errors import ConfigError, DataError
-from bayestune.experiment.record import read_json
 from bayestune.experiment.settings import methods_with
+from bayestune.files import read_json
 from bayestune.inference import Prediction, evaluate
 from bayestune.tables.fields import BINS, COVERAGES, HISTOGRAM_BINS, HISTOGRAM_ENDS, KEY, TARGETS, Cell, check_cell
 

@@ -3,14 +3,14 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from bayestune.errors import ConfigError
 from bayestune.experiment import Run, load_run, other_task, run
 from bayestune.experiment.backbone import find_backbone
 from bayestune.experiment.folder import EXPERIMENT, RESULT
-from bayestune.experiment.record import read_json, rows_sha256, write_json
+from bayestune.experiment.record import rows_sha256
+from bayestune.files import alone, read_json, write_json
 from bayestune.inference import Prediction
 from bayestune.tables.cells import Cell, cell_path, cell_record
 from bayestune.tables.grid import Grid, Planned, counts, counts_for, plan, scored_split
@@ -75,17 +75,12 @@ def _trained(
     """The run, trained now unless it is finished; its record; and, trained now, its answers by number of draws."""
     output, made = planned.output, {}
     output.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(output.parent / f".{output.name}.table.lock", timeout=0):
-            if not (output / RESULT).is_file():
-                stopped = (output / EXPERIMENT).is_file()
-                found = run(planned.experiment, output, resume=stopped, command=command, progress=progress)
-                made = {prediction.draws: prediction for prediction in found.predictions.values()}
-    except Timeout:
-        raise ConfigError(
-            f"{output}: another process is making this run; wait for it, or give each its own --seeds, --tasks or "
-            "--runs."
-        ) from None
+    advice = "wait for it, or give each its own --seeds, --tasks or --runs."
+    with alone(output, purpose=".table", advice=advice):
+        if not (output / RESULT).is_file():
+            stopped = (output / EXPERIMENT).is_file()
+            found = run(planned.experiment, output, resume=stopped, command=command, progress=progress)
+            made = {prediction.draws: prediction for prediction in found.predictions.values()}
     trained = load_run(output, data=planned.experiment.data)
     wanted = planned.experiment.resolved(find_backbone(planned.experiment.model).family).as_dict()
     for name, value in trained.experiment.as_dict().items():

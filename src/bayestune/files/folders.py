@@ -1,8 +1,6 @@
-"""Folders that appear on disk whole or not at all, and JSON that is read with limits."""
+"""Folders that appear on disk whole or not at all, and the lock of a file or folder."""
 
 import contextlib
-import json
-import math
 import os
 import re
 import secrets
@@ -11,14 +9,13 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
 from bayestune.errors import ConfigError
+from bayestune.files.disk import flush, flush_entry
 
 MANIFEST = "bayestune_manifest.json"
-_DEPTH = 64
 
 
 @contextmanager
@@ -57,25 +54,30 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Pat
 
 
 @contextmanager
-def alone(target: Path) -> Iterator[None]:
-    """Inside, no other process or thread that asks for the same is saving to `target`; its folder must exist.
+def alone(
+    target: Path, *, purpose: str = "", advice: str = "wait for that one, or choose another path."
+) -> Iterator[None]:
+    """Hold the lock of `target`, whose parent folder must exist. A process that ends in any way releases its lock.
+
+    Args:
+        target: the file or folder that is being written.
+        purpose: distinguishes locks of the same target; it is part of the name of the lock's file.
+        advice: the last part of the error message.
 
     Raises:
-        ConfigError: one is. The lock goes with its process, however that ends.
+        ConfigError: another process or thread holds this lock.
     """
-    path = target.with_name(f".{target.name}.lock")
+    path = target.with_name(f".{target.name}{purpose}.lock")
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise ConfigError(
-            f"{target}: another process is saving to it: wait for that one, or choose another path."
-        ) from None
+        raise ConfigError(f"{target}: another process is saving to it: {advice}") from None
     try:
         yield
     finally:
         try:
-            path.unlink(missing_ok=True)  # while it is held: who has it open sees that it is gone
+            path.unlink(missing_ok=True)  # while it is held, so that whoever has it open sees that it is gone
         finally:
             lock.release()
 
@@ -87,38 +89,17 @@ def existing_folder(path: str | os.PathLike[str]) -> Path:
     return aside if aside.is_dir() and not os.path.lexists(target) else target
 
 
-def strict_json(text: bytes, *, limit: int, finite: bool = True) -> Any:
-    """Parse at most `limit` bytes of JSON.
-
-    Raises:
-        ValueError: too long, too deep, not UTF-8, not JSON, a key given twice; or, if `finite`, NaN and infinities.
-    """
-    if len(text) > limit:
-        raise ValueError(f"{len(text)} bytes of JSON, expected at most {limit}")
-    decoded = text.decode("utf-8")
-    numbers: dict[str, Any] = {"parse_float": _finite, "parse_constant": _no_constant} if finite else {}
+def remove(folder: Path) -> None:
+    """Rename `folder` and then remove it, so that a crash on the way leaves no half of it in its place."""
+    if not folder.is_dir():
+        return
+    litter = folder.with_name(f"{folder.name}.{secrets.token_hex(8)}.tmp")
     try:
-        found = json.loads(decoded, object_pairs_hook=_unique, **numbers)
-    except RecursionError:
-        raise ValueError("JSON nested too deeply") from None
-    if _is_deeper(found, _DEPTH):
-        raise ValueError(f"JSON nested too deeply, expected at most {_DEPTH} levels")
-    return found
-
-
-def flush(folder: Path) -> None:
-    """Have everything in `folder` on the disk."""
-    for entry in (*folder.rglob("*"), folder):
-        flush_entry(entry)
-
-
-def flush_entry(path: Path) -> None:
-    """Have a file, or the names in a folder, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
+        with contextlib.suppress(OSError):  # then it is removed under its own name
+            os.rename(folder, litter)
     finally:
-        os.close(descriptor)
+        for path in (litter, folder):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _check_aside(aside: Path) -> None:
@@ -146,7 +127,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
 def _publish(work: Path, target: Path, aside: Path) -> None:
     try:
         if target.exists():
-            _remove(aside)  # what a crash after an earlier replacement left
+            remove(aside)  # what a crash after an earlier replacement left
             os.rename(target, aside)
         os.rename(work, target)
     except BaseException:
@@ -156,20 +137,7 @@ def _publish(work: Path, target: Path, aside: Path) -> None:
     try:
         flush_entry(target.parent)
     finally:
-        _remove(aside)
-
-
-def _remove(aside: Path) -> None:
-    """Remove the older folder under another name, so that a crash on the way leaves no half of it in its place."""
-    if not aside.is_dir():
-        return
-    litter = aside.with_name(f"{aside.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with contextlib.suppress(OSError):  # then as it is
-            os.rename(aside, litter)
-    finally:
-        for folder in (litter, aside):
-            shutil.rmtree(folder, ignore_errors=True)
+        remove(aside)
 
 
 def _aside(target: Path) -> Path:
@@ -192,33 +160,3 @@ def _remove_litter(target: Path) -> None:
     for path in target.parent.iterdir():
         if litter.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
-    return found
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if math.isinf(number):
-        raise ValueError(f"{text[:30]} is too large a number")
-    return number
-
-
-def _is_deeper(value: Any, levels: int) -> bool:
-    """Whether lists and objects are nested in more than `levels`; level by level, for the nesting may be deep."""
-    layer = [value]
-    for _ in range(levels + 1):
-        parts = [part.values() if isinstance(part, dict) else part for part in layer if isinstance(part, dict | list)]
-        layer = [item for part in parts for item in part]
-        if not layer:
-            return False
-    return True

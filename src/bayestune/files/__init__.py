@@ -1,0 +1,16 @@
+"""Whole-or-nothing files and folders, locks, hashes, strict JSON, and errors of the disk."""
+
+from bayestune.files.disk import check_writable as check_writable
+from bayestune.files.disk import file_sha256 as file_sha256
+from bayestune.files.disk import flush as flush
+from bayestune.files.disk import flush_entry as flush_entry
+from bayestune.files.disk import write_text as write_text
+from bayestune.files.disk import writing as writing
+from bayestune.files.folders import MANIFEST as MANIFEST
+from bayestune.files.folders import alone as alone
+from bayestune.files.folders import existing_folder as existing_folder
+from bayestune.files.folders import new_folder as new_folder
+from bayestune.files.folders import remove as remove
+from bayestune.files.json_files import read_json as read_json
+from bayestune.files.json_files import strict_json as strict_json
+from bayestune.files.json_files import write_json as write_json

@@ -1,0 +1,71 @@
+"""JSON files: written whole or not at all, and read strictly and within limits."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bayestune.errors import ConfigError
+from bayestune.files.disk import write_text
+
+_LIMIT = 1 << 24
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all: a temporary file in the same folder, then a rename."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """The object in a JSON file of at most 16 MiB, in which no key is given twice.
+
+    Raises:
+        ConfigError: no such file, or not one such object; `what` says what the file should be.
+    """
+    try:
+        with path.open("rb") as file:
+            content = strict_json(file.read(_LIMIT + 1), limit=_LIMIT, finite=False)  # a cell's check names the field
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file, expected {what}.") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as {what}: {error}.") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: found a {type(content).__name__}, expected {what}.")
+    return content
+
+
+def strict_json(text: bytes, *, limit: int, finite: bool = True) -> Any:
+    """Parse at most `limit` bytes of JSON.
+
+    Raises:
+        ValueError: too long, too deep, not UTF-8, not JSON, a key given twice; or, if `finite`, NaN and infinities.
+    """
+    if len(text) > limit:
+        raise ValueError(f"{len(text)} bytes of JSON, expected at most {limit}")
+    decoded = text.decode("utf-8")
+    numbers: dict[str, Any] = {"parse_float": _finite, "parse_constant": _no_constant} if finite else {}
+    try:
+        found = json.loads(decoded, object_pairs_hook=_unique, **numbers)
+    except RecursionError:
+        raise ValueError("JSON nested too deeply") from None
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text[:30]} is too large a number")
+    return number
