@@ -67,9 +67,8 @@ def run(
 ) -> Result:
     """Train and evaluate `experiment`; leave posterior/, experiment.json and, last of all, result.json in `output`.
 
-    Every row of both splits is read, checked and tokenised before any weights are loaded or any file is touched.
-    Under `accelerate launch` the processes train together on batches of `batch_size` rows each; the main one alone
-    writes, evaluates and has scores to return.
+    Rows are checked before weights are loaded or files touched. Under `accelerate launch` the processes train
+    together; the main one alone writes, evaluates and returns scores.
 
     Args:
         experiment: the settings.
@@ -80,9 +79,6 @@ def run(
         command: recorded in result.json.
         record: the result.json of an earlier run that this one repeats; a warning names what differs.
         progress: show bars on stderr.
-
-    Returns:
-        The scores and predictions, by the key of each evaluation.
 
     Raises:
         ConfigError, DataError, TaskError: a setting or a row that cannot be used, or another process makes a run in
@@ -95,18 +91,18 @@ def run(
     training, rows = ready.training, ready.rows
     experiment, method = training.experiment, training.experiment.method
     warn_if_other(record or {}, ready.origin)
+    job = fitting(training, ready.start, rows.more)
     if not is_main():
-        method.fit(ready.model, fitting(training, ready.start, rows.more))
+        method.fit(ready.model, job)
         return Result(experiment=experiment, output=output, scores={}, predictions={}, seconds=0.0)
     with writing(output), run_folder(output, experiment, overwrite=overwrite, resume=resume):
-        posterior = method.fit(ready.model, fitting(training, ready.start, rows.more))
+        posterior = method.fit(ready.model, job)
         _save(posterior, training, rows.temperature, output / POSTERIOR)
         finished = Run(experiment=experiment, task=training.task, posterior=posterior)
         result = _scored(finished, output, rows, started, progress)
         hashes = {"adapter": file_sha256(output / POSTERIOR / TENSOR_FILE), **ready.origin["sha256"]}
-        content = {**_record(result, rows, command), **ready.origin, "sha256": hashes}
-        kl = _kl(finished, training.updates)
-        write_json(output / RESULT, {**content, "repeated_rows": ready.repeated, "kl": kl})
+        more = {"sha256": hashes, "repeated_rows": ready.repeated, "kl": _kl(finished, training.updates)}
+        write_json(output / RESULT, {**_record(result, rows, command), **ready.origin, **more})
     return result
 
 

@@ -17,7 +17,7 @@ from bayestune.experiment.settings import Experiment
 from bayestune.experiment.stopping import StopAtStep
 from bayestune.files import writing
 from bayestune.methods import Updates
-from bayestune.tasks import AnyRow, Task
+from bayestune.tasks import AnyRow, TokenizedTask
 from bayestune.training import BayesTrainer, last_complete
 from bayestune.training.checks import check_arguments
 
@@ -34,7 +34,7 @@ class Training:
     """
 
     experiment: Experiment
-    task: Task
+    task: TokenizedTask
     rows: Sequence[AnyRow]
     checkpoints: Path
     resume: bool

@@ -1,6 +1,7 @@
 """`predict`: the outputs of every draw for some rows, with several draws in one forward."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +31,9 @@ def predict(
     posterior's temperature (BLoB, section 3.4). A model with a BAYES_LORA adapter is its own posterior. For antithetic
     draws or linearized predictions, pass ``methods.Variational(model, predictive=...)``.
 
-    Draws of such a model are stacked in the batch and share the base model's matrix products. On a GPU as many draws
-    run at once as fit in a quarter of the free memory, on a CPU as many as keep a forward within 2048 tokens. The
-    number is halved when a GPU runs out of memory. Draw k is the same function whatever `draws`, `batch_size` and the
-    other rows are. The model's modes and weights and the global random state are unchanged on return. Use
-    ``torch.autocast`` around the call for half precision.
+    Draws are stacked in the batch: on a GPU as many as fit in a quarter of the free memory, on a CPU as many as keep a
+    forward within 2048 tokens. Draw k is the same function whatever `draws`, `batch_size` and the other rows are. The
+    model and the global random state are unchanged on return.
 
     Args:
         model: a posterior, or a model.
@@ -43,7 +42,7 @@ def predict(
         draws: number of draws.
         seed: seed of the draws.
         batch_size: rows per forward, before draws are stacked.
-        progress: whether to show a bar on stderr.
+        progress: show a bar on stderr.
 
     Returns:
         The task's kind of prediction; for classes a `Prediction`.
@@ -60,32 +59,38 @@ def predict(
     if not rows:
         raise DataError("predict: found no rows, expected at least one.")
     module, temperature = (model.model, model.temperature) if isinstance(model, Posterior) else (model, 1.0)
-    examples = task.examples(rows, module)
-    longest_first = sorted(range(len(rows)), key=lambda i: -task.tokens(examples[i]))
-    todo = [longest_first[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    device = next(module.parameters()).device
     with evaluation_mode(module):
         sampler = (
             model.sampler(draws=draws, seed=seed)
             if isinstance(model, Posterior)
             else StackedDraws.of(module, draws=draws, seed=seed)
         )
-        with (
-            torch.inference_mode(not sampler.gradients),
-            tqdm(total=len(rows), desc="predict", unit="row", disable=not progress) as bar,
-        ):
-            outputs = torch.empty(sampler.slices, len(rows), task.columns, dtype=torch.float64)
-            while todo:
-                places = todo.pop(0)
-                batch = {key: t.to(device) for key, t in task.collate([examples[i] for i in places]).items()}
-                found = _outputs_or_split(sampler, task, batch)
-                if found is None:
-                    half = len(places) // 2
-                    todo[:0] = [places[:half], places[half:]]
-                    continue
-                outputs[:, places] = _finite(found.detach().double().cpu(), [rows[i].id for i in places])
-                bar.update(len(places))
+        with torch.inference_mode(not sampler.gradients):
+            outputs = _outputs(sampler, module, task, rows, batch_size, progress)
     return task.prediction(outputs, rows, draws=draws, seed=seed, temperature=temperature)
+
+
+def _outputs(
+    sampler: Sampler, module: nn.Module, task: Task[Any], rows: Sequence[AnyRow], batch_size: int, progress: bool
+) -> Tensor:
+    """The outputs of every draw, [slices, rows, columns], float64 on the CPU; the longest rows go first."""
+    examples = task.examples(rows, module)
+    longest_first = sorted(range(len(rows)), key=lambda i: -task.tokens(examples[i]))
+    todo = [longest_first[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    device = next(module.parameters()).device
+    outputs = torch.empty(sampler.slices, len(rows), task.columns, dtype=torch.float64)
+    with tqdm(total=len(rows), desc="predict", unit="row", disable=not progress) as bar:
+        while todo:
+            places = todo.pop(0)
+            batch = {key: t.to(device) for key, t in task.collate([examples[i] for i in places]).items()}
+            found = _outputs_or_split(sampler, task, batch)
+            if found is None:
+                half = len(places) // 2
+                todo[:0] = [places[:half], places[half:]]
+                continue
+            outputs[:, places] = _finite(found.detach().double().cpu(), [rows[i].id for i in places])
+            bar.update(len(places))
+    return outputs
 
 
 def _finite(outputs: Tensor, ids: Sequence[str]) -> Tensor:

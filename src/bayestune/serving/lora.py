@@ -7,6 +7,7 @@ import json
 import math
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,7 @@ def export_lora(
     """Write the mean and `draws` draws of a posterior, or of a model's active adapter, as LoRA folders under `path`.
 
     Draw k is ``A = M + G^2 * noise(seed, k, layer)``, the weights of ``draw(model, index=k, seed=seed)``. The
-    rank-stabilized scale alpha/sqrt(r) is folded into B, so that programs that know only alpha/r agree. `path` appears
-    whole or not at all, with a manifest that holds the sha256 of every file.
+    rank-stabilized scale alpha/sqrt(r) is folded into B, so that programs that know only alpha/r agree.
 
     Args:
         model: a PeftModel with one active adapter, or a `Posterior`. Plain LoRA has a mean only (``draws=0``); the
@@ -57,9 +57,6 @@ def export_lora(
 
     Returns:
         The folders written: ``path/mean``, ``path/draw_0``, ``path/draw_1``, ...
-
-    Warns:
-        BayestuneWarning: the posterior has a temperature, which no LoRA adapter can hold.
 
     Raises:
         ConfigError: `path` exists, `draws` is not a count, the adapter has nothing to draw from, or has settings that
@@ -83,15 +80,16 @@ def export_lora(
             tensors = _plain_tensors(model, adapter, seed, index, weights or {})
             check_values(tensors)
             _write(folder / name, config, tensors, seed, index)
-        files = [f"{name}/{file}" for name in names for file in (CONFIG_FILE, TENSOR_FILE)]
-        content = {
-            **versions(),
-            "exported": {"kind": posterior.kind if posterior else kind, "draws": draws, "seed": seed},
-            "notes": [*_notes(model, adapter), *lost],
-            "files": {file: file_record(folder / file) for file in files},
-        }
-        write_manifest(folder, content=content)
+        exported = {"kind": posterior.kind if posterior else kind, "draws": draws, "seed": seed}
+        _write_record(folder, names, exported, [*_notes(model, adapter), *lost])
     return [Path(path) / name for name in names]
+
+
+def _write_record(folder: Path, names: Sequence[str], exported: dict[str, Any], notes: list[str]) -> None:
+    """Write the manifest of the adapters `names`."""
+    files = [f"{name}/{file}" for name in names for file in (CONFIG_FILE, TENSOR_FILE)]
+    records = {file: file_record(folder / file) for file in files}
+    write_manifest(folder, content={**versions(), "exported": exported, "notes": notes, "files": records})
 
 
 def _check_exportable(

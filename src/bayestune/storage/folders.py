@@ -53,8 +53,8 @@ from bayestune.storage.state import (
 def save_posterior(model: nn.Module | Posterior, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Save a posterior, or the active adapter of a model, to the folder `path`, whole or not at all.
 
-    The folder holds what PEFT writes (``PeftModel.from_pretrained`` loads it, after ``import bayestune``), files of the
-    posterior's own, and a manifest with the sha256 of each file and a fingerprint of the base model. Nothing is
+    The folder holds what PEFT writes (``PeftModel.from_pretrained`` loads it, after ``import bayestune``), files of
+    the posterior's own, and a manifest with the sha256 of each file and a fingerprint of the base model. Nothing is
     pickled. Other adapters of the model are not saved.
 
     Args:
