@@ -139,9 +139,7 @@ def all_members_of_an_ensemble_have_one_seed() -> None:
 
 @defect("methods/test_ensemble.py", "averages")
 def the_average_of_log_probabilities() -> None:
-    replace(
-        "bayestune.inference.predict.Prediction.log_probs", lambda self: self.draw_log_probs.mean(0).log_softmax(-1)
-    )
+    replace("bayestune.tasks.classes.Prediction.log_probs", lambda self: self.draw_log_probs.mean(0).log_softmax(-1))
 
 
 @defect("inference/test_unusual_models.py", "N02")

@@ -8,7 +8,9 @@ from torch import Tensor
 from mutants.defect import defect, replace, wrap
 
 DATA = "bayestune.tasks.data"
-BASE = "bayestune.tasks.base"
+ROWS = "bayestune.tasks.rows"
+TENSORS = "bayestune.tasks.tensors"
+TOKENIZED = "bayestune.tasks.tokenized"
 CHOICES = "bayestune.tasks.multiple_choice"
 
 
@@ -20,7 +22,7 @@ def the_label_is_off_by_one() -> None:
 
         return wrong
 
-    wrap(f"{BASE}.labels_of", make)
+    wrap(f"{TENSORS}.labels_of", make)
 
 
 @defect("tasks/test_multiple_choice.py", "D09")
@@ -49,42 +51,49 @@ def labels_scored_one_token_too_early() -> None:
 
 @defect("tasks/test_multiple_choice.py")
 def absent_choices_get_probability() -> None:
-    wrap(f"{CHOICES}._choice_mask", lambda right: lambda counts: torch.ones_like(right(counts)))
+    wrap("bayestune.tasks.choices.choice_mask", lambda right: lambda counts: torch.ones_like(right(counts)))
 
 
 @defect("tasks/test_multiple_choice.py", "N07")
 def sequences_padded_on_the_wrong_side() -> None:
-    wrap(f"{BASE}.pad", lambda right: lambda sequences, value, left: right(sequences, value, left=not left))
+    wrap(f"{TENSORS}.pad", lambda right: lambda sequences, value, left: right(sequences, value, left=not left))
 
 
 @defect("tasks/test_multiple_choice.py", "D06")
 def a_row_that_is_too_long_is_taken() -> None:
-    replace(f"{BASE}.Task.refuse_if_too_long", lambda self, row, tokens: None)
+    def make(right: Any) -> Any:
+        def wrong(self: Any, *given: Any, **named: Any) -> None:
+            right(self, *given, **named)
+            self.max_tokens = 10**9
+
+        return wrong
+
+    wrap(f"{TOKENIZED}.TokenizedTask.__init__", make)
 
 
 @defect("tasks/test_rows_without_tokens.py", "refused")
 def a_text_without_a_token_is_scored() -> None:
-    replace(f"{BASE}.Task.refuse_if_empty", lambda self, row: None)
+    replace(f"{TOKENIZED}.TokenizedTask._empty_texts", lambda self, rows: set())
 
 
 @defect("tasks/test_tokenizers.py", "D10")
 def the_padding_of_the_model_is_not_checked() -> None:
-    replace(f"{BASE}.check_padding", lambda model, attention_mask, pad_id: None)
+    replace(f"{TOKENIZED}.check_padding", lambda model, attention_mask, pad_id: None)
 
 
 @defect("tasks/test_tokenizers.py", "predicting")
 def tokens_beyond_the_embeddings_are_let_in() -> None:
-    replace(f"{BASE}.embeddings_of", lambda model: None)
+    replace(f"{TOKENIZED}.embeddings_of", lambda model: None)
 
 
 @defect("tasks/test_multiple_choice.py", "widened")
 def half_precision_logits_stay_as_they_are() -> None:
-    replace(f"{BASE}.widen", lambda logits: logits)
+    replace(f"{TENSORS}.widen", lambda logits: logits)
 
 
 @defect("tasks/test_rows_without_tokens.py", "same_to")
 def choices_that_are_the_same_to_the_tokenizer_pass_in_silence() -> None:
-    replace(f"{CHOICES}._alike", lambda row, example: False)
+    replace("bayestune.tasks.encoder_multiple_choice._alike", lambda row, example: False)
 
 
 @defect("tasks/test_data.py", "D01")
@@ -106,12 +115,12 @@ def a_bool_is_a_label() -> None:
 
 @defect("tasks/test_data.py", "D03 or label or answer")
 def an_answer_may_be_out_of_range() -> None:
-    replace(f"{DATA}.Row.__post_init__", lambda self: None)
+    replace(f"{ROWS}.Row.__post_init__", lambda self: None)
 
 
 @defect("cli/test_bad_rows.py", "blank")
 def texts_are_not_checked() -> None:
-    replace(f"{DATA}._check_text", lambda row, name, text: None)
+    replace(f"{ROWS}._check_text", lambda row, name, text: None)
 
 
 @defect("cli/test_bad_rows.py", "twice")
@@ -121,9 +130,7 @@ def ids_may_be_repeated() -> None:
 
 @defect("experiment/test_overlap.py", "hide")
 def only_rows_repeated_letter_for_letter_are_counted() -> None:
-    from bayestune.experiment.overlap import _texts
-
-    replace("bayestune.experiment.overlap._folded", _texts)
+    replace("bayestune.experiment.overlap._folded", lambda row: tuple(row.texts))
 
 
 @defect("experiment/test_rows.py", "D11")
