@@ -180,13 +180,7 @@ def test_remote_code_cannot_be_switched_on() -> None:
     assert found == []
 
 
-TOO_LONG = {
-    "bayestune/methods/swag.py",
-    "bayestune/serving/lora.py export_lora",
-    "bayestune_cli/reporting.py table",
-    "bayestune/inference/predict.py predict",
-    "bayestune/experiment/run.py run",
-}
+TOO_LONG: set[str] = set()
 """What is still longer than it should be: nothing may be added."""
 
 
