@@ -28,8 +28,7 @@ def predict(
     """Predict `rows` with `draws` draws of the posterior; ``draws=0`` predicts with its mean.
 
     For classes ``p(y|x) = 1/K sum_k softmax(outputs(x; theta_k) / T)``, with theta_k the draw (`seed`, k) and T the
-    posterior's temperature (BLoB, section 3.4). A model with a BAYES_LORA adapter is its own posterior. For antithetic
-    draws or linearized predictions, pass ``methods.Variational(model, predictive=...)``.
+    posterior's temperature (BLoB, section 3.4). A model with a BAYES_LORA adapter is its own posterior.
 
     Draws are stacked in the batch: on a GPU as many as fit in a quarter of the free memory, on a CPU as many as keep a
     forward within 2048 tokens. Draw k is the same function whatever `draws`, `batch_size` and the other rows are. The
@@ -39,8 +38,7 @@ def predict(
         model: a posterior, or a model.
         task: what the rows ask.
         rows: at least one; labels are not needed.
-        draws: number of draws.
-        seed: seed of the draws.
+        draws, seed: number and seed of the draws.
         batch_size: rows per forward, before draws are stacked.
         progress: show a bar on stderr.
 
