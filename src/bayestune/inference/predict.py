@@ -48,8 +48,7 @@ def predict(
     Raises:
         ConfigError: `draws` or `batch_size` is out of range.
         DataError: there are no rows, or a row cannot be used or has a token without an embedding; names the row.
-        TaskError: as `Task.examples` and `Task.outputs`.
-        DrawError: the posterior has no such draws; a model without an (unmerged) Gaussian adapter has none.
+        TaskError, DrawError: the task or the posterior does not fit, such as draws of a plain LoRA model.
         PosteriorError: the model's outputs are not finite; names the row.
     """
     if draws < 0 or batch_size < 1:
