@@ -64,7 +64,7 @@ def plain_adapter(model: nn.Module) -> tuple[PeftModel, str]:
     model, adapter, kind = active_adapter(model)
     if kind != "point":
         raise ConfigError(
-            f"adapter {adapter!r}: found a {kind.upper()} adapter, which is a posterior already; a Laplace posterior "
+            f"adapter {adapter!r}: found a BAYES_LORA adapter, which is a posterior already; a Laplace posterior "
             "is fitted to plain LoRA (LoraConfig)."
         )
     if is_merged(model):
