@@ -17,7 +17,7 @@ from toys import pretrained_llama, questions, write_data, write_rows
 
 STEPS = 6
 PLACES = {
-    "tokenising": "bayestune.tasks.multiple_choice.CausalMultipleChoice.example",
+    "tokenising": "bayestune.tasks.multiple_choice.CausalMultipleChoice.encoded",
     "loading": "bayestune.experiment.run.load_base",
     "step": "bayestune.training.BayesTrainer.training_step",
     "update": "torch.optim.AdamW.step",

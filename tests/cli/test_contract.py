@@ -157,7 +157,7 @@ def test_an_output_that_cannot_be_written_is_said_before_weights_are_loaded(
 
     closed, real = tmp_path / "closed", os.access
     closed.mkdir(mode=0o555)
-    monkeypatch.setattr("bayestune.experiment.backbone.AutoModelForCausalLM.from_pretrained", load)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
     # The superuser may write there all the same; a file system mounted read-only refuses it too.
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != closed and real(path, mode))
     for command in (training(world, closed / "a" / "run"), predicting(world, closed / "answers.jsonl")):
@@ -176,7 +176,7 @@ def test_an_output_that_is_not_utf_8_is_said_before_weights_are_loaded(
     def load(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("bayestune.experiment.backbone.AutoModelForCausalLM.from_pretrained", load)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
     assert invoke(training(world, tmp_path / os.fsdecode(b"out\xff") / "run")) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: output ") and r"out\udcff/run': found a path that is not UTF-8" in err

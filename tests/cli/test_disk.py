@@ -210,7 +210,7 @@ def test_what_a_machine_lacks_is_said_before_weights_are_loaded(
     def load(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("bayestune.experiment.backbone.AutoModelForCausalLM.from_pretrained", load)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
     monkeypatch.setattr("bayestune.experiment.backbone.importlib.util.find_spec", lambda name: None)
     assert invoke(training(world, tmp_path / "run", "--quantization", "nf4")) == 2
     assert "needs the package bitsandbytes" in only_line(capsys)
