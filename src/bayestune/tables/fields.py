@@ -225,6 +225,8 @@ def _one_line(error: ErrorDetails) -> str:
         case "value_error":
             message = error["msg"].removeprefix("Value error, ")
             return f"field {field}: {message}" if field else message
+    if error["msg"].startswith("Recursion error"):
+        return f"cannot be read: field {field} is nested too deeply"
     expected = re.sub(r"^\w+ should (be|have|match) ", "", error["msg"]).partition(" after validation")[0]
     return f"field {field}: found {_shown(error['input'])}, expected {expected}"
 
