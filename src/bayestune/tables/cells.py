@@ -6,7 +6,7 @@ evaluated on `eval_task` with `draws` draws. Its fields are `bayestune.tables.fi
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from bayestune.experiment.settings import methods_with
 from bayestune.files import read_json
 from bayestune.inference import Prediction, evaluate
 from bayestune.tables.fields import BINS, COVERAGES, HISTOGRAM_BINS, HISTOGRAM_ENDS, KEY, TARGETS, Cell, check_cell
+from bayestune.tasks.rows import shown
 
 SHARED = ("steps", "batch_size", "rank", "lora_alpha", "target_modules", "max_tokens", "precision", "train_split")
 """Settings that must be the same for all methods of a table on one training set."""
@@ -47,22 +48,22 @@ def cell_record(
         seed: the seed of the run.
         known: predictions of the same run for `task`, with the same draws. Required if `prediction` is for a
             different task, and ignored otherwise.
-        provenance: how the run was made, with the names and types of the remaining fields of a cell: `steps`,
-            `train_rows`, `seconds`, `experiment`, `sha256`, `versions`, `hardware` and `command`. Absolute paths in
-            `experiment` and `command` are cut to their last part.
+        provenance: how the run was made: the remaining fields of a cell. Absolute paths in `experiment` and `command`
+            are cut to their last part.
 
     Raises:
         DataError: a row has no label, or its label has probability zero.
         ConfigError: `known` is missing or has different draws, or a value is not allowed in a cell.
     """
-    scores = evaluate(prediction, bins=BINS)
+    scores, labels = evaluate(prediction, bins=BINS), prediction.labels
+    assert labels is not None  # checked by `evaluate`
     if scores.nll == math.inf:
-        rows = metrics.impossible_labels(prediction.log_probs, _labels(prediction))
+        rows = metrics.impossible_labels(prediction.log_probs, labels)
         raise DataError(f"cell: found {rows} rows whose label has probability 0, expected a finite NLL.")
     record: Cell = dict(zip(KEY, (table, task, prediction.task, method, prediction.draws, seed), strict=True))
     record |= {name: getattr(scores, name) for name in ("accuracy", "nll", "ece", "brier", "rows")}
     record |= {"intervals": {name: list(ends) for name, ends in scores.intervals.items()}}
-    record |= {**_curves(prediction), "uncertainty": _histograms(prediction), **provenance}
+    record |= {**_curves(prediction, labels), "uncertainty": _histograms(prediction), **provenance}
     record["command"] = [portable(part) for part in provenance["command"]]
     record["experiment"] = {name: portable(value) for name, value in provenance["experiment"].items()}
     if prediction.task != task:
@@ -94,8 +95,8 @@ def read_cells(*folders: str | Path) -> list[Cell]:
         ConfigError: a folder is missing or empty, a file is not a cell, or two cells are the same or not comparable;
             names the file and the field.
     """
-    places: dict[tuple[Any, ...], Path] = {}
-    cells: dict[tuple[Any, ...], Cell] = {}
+    cells: dict[tuple[Any, ...], tuple[Cell, Path]] = {}
+    seen: dict[tuple[str, ...], tuple[Any, Path]] = {}
     for path in [path for folder in folders for path in _files(Path(folder))]:
         cell = read_json(path, "a cell of a table")
         if "table" not in cell:
@@ -106,10 +107,16 @@ def read_cells(*folders: str | Path) -> list[Cell]:
         check_cell(cell, where=str(path))
         key = tuple(cell[name] for name in KEY)
         if key in cells:
-            raise ConfigError(f"{path}: the same {', '.join(KEY)} as {places[key]}; remove one of them.")
-        places[key], cells[key] = path, cell
-    _check_comparable(cells, places)
-    return [cells[key] for key in sorted(cells)]
+            raise ConfigError(f"{path}: the same {', '.join(KEY)} as {cells[key][1]}; remove one of them.")
+        cells[key] = cell, path
+        for group, field, value in _agreements(cell):
+            before, place = seen.setdefault((*group, field), (value, path))
+            if value != before:
+                raise ConfigError(
+                    f"{path}: field {field}: found {shown(value)}, expected {shown(before)} as in {place}: cells with "
+                    "a different configuration belong in a different folder."
+                )
+    return [cells[key][0] for key in sorted(cells)]
 
 
 def _files(folder: Path) -> list[Path]:
@@ -121,42 +128,25 @@ def _files(folder: Path) -> list[Path]:
     return found
 
 
-def _check_comparable(cells: Mapping[tuple[Any, ...], Cell], places: Mapping[tuple[Any, ...], Path]) -> None:
-    """Raise an error for the first cell that differs from an earlier one where both must agree."""
-    seen: dict[tuple[Any, ...], tuple[Any, Path]] = {}
-    for key, cell in cells.items():
-        for group, field, value in _agreements(cell):
-            before, place = seen.setdefault((*group, field), (value, places[key]))
-            if value != before:
-                found = f"field {field}: found {_short(value)}, expected {_short(before)} as in {place}"
-                raise ConfigError(
-                    f"{places[key]}: {found}: cells with a different configuration belong in a different folder."
-                )
-
-
 def _agreements(cell: Cell) -> Iterator[tuple[tuple[str, ...], str, Any]]:
     """Yield (group, field, value): all cells of a group must have the same value."""
     table, task, eval_task, method = (cell[name] for name in ("table", "task", "eval_task", "method"))
     settings, hashes = cell["experiment"], cell["sha256"]
+    training, scored, line = (table, "task", task), (table, "eval_task", eval_task), (table, "method", task, method)
     yield (table,), "experiment.model", settings["model"]
     yield (table,), "sha256.base", hashes.get("base")
-    yield (table, "task", task), "sha256.train_rows", hashes["train_rows"]
-    yield (table, "task", task), "train_rows", cell["train_rows"]
-    yield (table, "eval_task", eval_task), "sha256.eval_rows", hashes["eval_rows"]
-    yield (table, "eval_task", eval_task), "rows", cell["rows"]
-    yield (table, "method", task, method), "steps", cell["steps"]
+    yield training, "sha256.train_rows", hashes["train_rows"]
+    yield training, "train_rows", cell["train_rows"]
+    yield scored, "sha256.eval_rows", hashes["eval_rows"]
+    yield scored, "rows", cell["rows"]
+    yield line, "steps", cell["steps"]
     for name, value in settings.items():
         if "method" in settings and methods_with(name) and settings["method"] not in methods_with(name):
             continue  # of no effect on this method
         if name in SHARED:
-            yield (table, "task", task), f"experiment.{name}", value
+            yield training, f"experiment.{name}", value
         elif name not in OWN:
-            yield (table, "method", task, method), f"experiment.{name}", value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+            yield line, f"experiment.{name}", value
 
 
 def _uncertainties(prediction: Prediction) -> dict[str, Tensor]:
@@ -164,27 +154,18 @@ def _uncertainties(prediction: Prediction) -> dict[str, Tensor]:
     return {"total": prediction.total, "epistemic": prediction.epistemic, "max_prob": prediction.probs.amax(-1)}
 
 
-def _labels(prediction: Prediction) -> Tensor:
-    assert prediction.labels is not None  # checked by `evaluate`
-    return prediction.labels
-
-
-def _curves(prediction: Prediction) -> dict[str, Any]:
+def _curves(prediction: Prediction, labels: Tensor) -> dict[str, Any]:
     """Return reliability, risk-coverage curve, its area, and the thresholds for the target errors."""
-    log_probs, labels = prediction.log_probs, _labels(prediction)
-    bins = metrics.reliability_bins(log_probs, labels, bins=BINS)
+    bins = metrics.reliability_bins(prediction.log_probs, labels, bins=BINS)
     confidence, correct = prediction.probs.amax(-1), prediction.answer == labels
     coverage, risk = metrics.risk_coverage(confidence, correct)
     # The points where the coverage first reaches k %, without repeats.
     grid = torch.arange(1, COVERAGES + 1, dtype=torch.float64) / COVERAGES
     points = torch.searchsorted(coverage, grid).unique()
     thresholds = [metrics.threshold_for_error(confidence, correct, target) for target in TARGETS]
+    means = {"confidence": _rounded(bins.confidence), "accuracy": _rounded(bins.accuracy)}
     return {
-        "reliability": {
-            "counts": bins.counts.tolist(),
-            "confidence": _rounded(bins.confidence),
-            "accuracy": _rounded(bins.accuracy),
-        },
+        "reliability": {"counts": bins.counts.tolist(), **means},
         "aurc": metrics.aurc(confidence, correct),
         "risk_coverage": {"coverage": _rounded(coverage[points]), "risk": _rounded(risk[points])},
         "selective": [{**vars(found), "interval": list(found.interval)} for found in thresholds],

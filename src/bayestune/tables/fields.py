@@ -1,12 +1,13 @@
 """The fields of a cell's JSON and their bounds, declared once as pydantic models."""
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from bayestune.errors import ConfigError
+from bayestune.tasks.rows import shown
 
 Cell = dict[str, Any]
 """A cell as JSON holds it, checked by `check_cell`."""
@@ -24,7 +25,6 @@ HISTOGRAM_ENDS = {"total": 2.0, "epistemic": 0.5, "max_prob": 1.0}
 _FREE = ("experiment", "sha256", "versions", "hardware")
 _ROUNDING = 1e-9  # a sum of shares may end this far outside its bounds
 
-
 _Bins = Field(min_length=BINS, max_length=BINS)
 _Pair = Field(min_length=2, max_length=2)
 _Points = Field(min_length=1, max_length=COVERAGES + 1)
@@ -36,16 +36,16 @@ Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=-_ROUNDING, le=1 + _ROUNDING)]
 Nats = Annotated[float, Field(ge=-_ROUNDING)]
 Brier = Annotated[float, Field(ge=-_ROUNDING, le=2 + _ROUNDING)]
+Score = Literal["total", "epistemic", "max_prob"]
 
 
 class _Fields(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
 
 
-class _FreeFields(_Fields):
+class _FreeFields(_Fields, extra="allow"):
     """Some required texts, beside anything else that JSON can hold."""
 
-    model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, JsonValue] = Field(init=False)
 
 
@@ -110,19 +110,15 @@ class Histogram(_Fields):
     counts: Annotated[list[Whole], Field(min_length=HISTOGRAM_BINS, max_length=HISTOGRAM_BINS)]
 
 
-class Uncertainty(_Fields):
-    """Histograms over the rows, with the ends of `HISTOGRAM_ENDS`."""
+def _check_ends(histograms: dict[str, Histogram]) -> dict[str, Histogram]:
+    for name, histogram in histograms.items():
+        if histogram.end != HISTOGRAM_ENDS[name]:
+            raise ValueError(f"found {name}.end = {histogram.end}, expected {HISTOGRAM_ENDS[name]}")
+    return histograms
 
-    total: Histogram
-    epistemic: Histogram
-    max_prob: Histogram
 
-    @model_validator(mode="after")
-    def _common_ends(self) -> "Uncertainty":
-        for name, histogram in self:
-            if histogram.end != HISTOGRAM_ENDS[name]:
-                raise ValueError(f"found {name}.end = {histogram.end}, expected {HISTOGRAM_ENDS[name]}")
-        return self
+_OnePerScore = Field(min_length=len(HISTOGRAM_ENDS))
+Uncertainty = Annotated[dict[Score, Histogram], _OnePerScore, AfterValidator(_check_ends)]
 
 
 class Ranking(_Fields):
@@ -130,14 +126,6 @@ class Ranking(_Fields):
 
     auroc: Share
     aupr: Share
-
-
-class Detection(_Fields):
-    """Out-of-distribution detection by each uncertainty."""
-
-    total: Ranking
-    epistemic: Ranking
-    max_prob: Ranking
 
 
 class InDistribution(_Fields):
@@ -183,7 +171,7 @@ class CellFields(_Fields):
     @model_validator(mode="after")
     def _every_row_counted_once(self) -> "CellFields":
         counted = {"reliability": self.reliability.counts}
-        counted |= {f"uncertainty.{name}": histogram.counts for name, histogram in self.uncertainty}
+        counted |= {f"uncertainty.{name}": histogram.counts for name, histogram in self.uncertainty.items()}
         for field, counts in counted.items():
             if sum(counts) != self.rows:
                 raise ValueError(f"field {field}.counts: found {sum(counts)} rows in total, expected {self.rows}")
@@ -193,16 +181,12 @@ class CellFields(_Fields):
 class TransferFields(CellFields):
     """A cell whose `eval_task` is not the `task` that the run was trained on."""
 
-    detection: Detection
+    detection: Annotated[dict[Score, Ranking], _OnePerScore]
     in_distribution: InDistribution
 
 
 def check_cell(record: Cell, *, where: str) -> None:
-    """Raise an error unless `record` is a cell.
-
-    Raises:
-        ConfigError: names `where` and the first field that is missing, unknown or out of bounds.
-    """
+    """Raise a ConfigError that names `where` and the first field that is missing, unknown or out of bounds."""
     transfer = isinstance(record.get("task"), str) and record.get("eval_task") != record["task"]
     try:
         (TransferFields if transfer else CellFields).model_validate(record)
@@ -213,10 +197,7 @@ def check_cell(record: Cell, *, where: str) -> None:
 def _one_line(error: ErrorDetails) -> str:
     """Say which field is wrong, what was found and what was expected."""
     place = error["loc"][:2] if error["loc"][:1] and error["loc"][0] in _FREE else error["loc"]
-    names = [
-        f"[{part}]" if isinstance(part, int) else f".{part if part.isidentifier() else _shown(part)}" for part in place
-    ]
-    field = "".join(names).removeprefix(".")
+    field, value = shown(".".join(map(str, place))).strip("'"), error["input"]
     match error["type"]:
         case "missing":
             return f"found no field {field}, expected one"
@@ -225,18 +206,8 @@ def _one_line(error: ErrorDetails) -> str:
         case "value_error":
             message = error["msg"].removeprefix("Value error, ")
             return f"field {field}: {message}" if field else message
-    if error["msg"].startswith("Recursion error"):
-        return f"cannot be read: field {field} is nested too deeply"
+        case "recursion_loop" | "recursion_depth_exceeded":
+            return f"cannot be read: field {field} is nested too deeply"
+    found = f"a {type(value).__name__} of {len(value)}" if isinstance(value, dict | list) else shown(value)
     expected = re.sub(r"^\w+ should (be|have|match) ", "", error["msg"]).partition(" after validation")[0]
-    return f"field {field}: found {_shown(error['input'])}, expected {expected}"
-
-
-def _plain(name: str) -> str:
-    return name if name.isidentifier() else _shown(name)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, dict | list):
-        return f"a {type(value).__name__} of {len(value)}"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return f"field {field}: found {found}, expected {expected}"
