@@ -213,7 +213,7 @@ FAULTS = [
     ("rows", 0, "field rows: found 0"),
     ("method", "../blob", "field method: found '../blob'"),
     ("command", "bayestune", "field command: found 'bayestune', expected a valid list"),
-    ("command", [3], r"field command\[0\]: found 3, expected a valid string"),
+    ("command", [3], r"field command.0: found 3, expected a valid string"),
     ("intervals.ece", [0.1], "field intervals.ece: found a list of 1, expected at least 2 items"),
     ("reliability.counts", [200], "field reliability.counts: found a list of 1, expected at least 15 items"),
     ("reliability.counts", [1] * 15, "field reliability.counts: found 15 rows in total, expected 200"),

@@ -160,7 +160,7 @@ def test_tables_that_are_not_there_are_refused(plain: dict[str, Any]) -> None:
         table_view([plain], "table9")
     with pytest.raises(ConfigError, match="roberta: found no cells of this table"):
         table_view([plain], "roberta")
-    with pytest.raises(ConfigError, match="table1: found a cell trained on 'everyday' and asked about 'everyday'"):
+    with pytest.raises(ConfigError, match="table1: found a cell trained on 'everyday' and evaluated on 'everyday'"):
         table_view([plain, cell(plain, "mle", 1, task="everyday", eval_task="everyday")], "table1")
 
 

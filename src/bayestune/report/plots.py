@@ -6,9 +6,8 @@
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -54,8 +53,7 @@ _STYLE = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Histogram:
+class Histogram(NamedTuple):
     """Counts of the rows of two data sets in the same bins of equal width from 0 to `end`."""
 
     caption: str
@@ -65,36 +63,33 @@ class Histogram:
     label: str
 
 
-def reliability_diagram(curves: Curves, path_png: str | Path, path_svg: str | Path, *, bins: int = 15) -> None:
+def reliability_diagram(curves: Curves, path_png: str | Path, path_svg: str | Path) -> None:
     """Write the picture of `reliability_figure` as PNG and as SVG.
 
     Raises:
         DataError: as `reliability_figure`.
         OSError: a file cannot be written.
     """
-    figure = reliability_figure(curves, bins=bins)
+    figure = reliability_figure(curves)
     with _own_style():
         figure.savefig(path_png, format="png", dpi=200, metadata={"Software": None})
         figure.savefig(path_svg, format="svg", metadata={"Date": None})
 
 
-def reliability_figure(curves: Curves, *, bins: int = 15) -> Figure:
-    """Draw `reliability_panels` of predictions, with the ECE as captions.
+def reliability_figure(curves: Curves) -> Figure:
+    """Draw `reliability_panels` of predictions in 15 bins, with the ECE as captions.
 
     Args:
         curves: by name of the method, log_probs [rows, classes] and labels [rows].
-        bins: number of bins.
 
     Raises:
         DataError: `curves` is empty, or a curve cannot be scored.
     """
     if not curves:
         raise DataError("reliability diagram: no curves, expected at least one method")
+    captions = {name: f"ECE {100 * metrics.ece(*curve):.1f} %" for name, curve in curves.items()}
     return reliability_panels(
-        {
-            name: (f"ECE {100 * metrics.ece(*curve, bins=bins):.1f} %", metrics.reliability_bins(*curve, bins=bins))
-            for name, curve in curves.items()
-        }
+        {name: (captions[name], metrics.reliability_bins(*curve)) for name, curve in curves.items()}
     )
 
 
@@ -102,7 +97,7 @@ def reliability_panels(panels: Mapping[str, tuple[str, metrics.ReliabilityBins]]
     """Draw one panel per title, with its caption, in the order of `panels`.
 
     The upper axes show the accuracy of each bin as a bar, its distance to the mean confidence (the black tick) as a
-    hatched bar, and the diagonal of perfect calibration. The lower axes show the share of rows in each bin, with the
+    hatched bar, and the diagonal of perfect calibration. The lower axes show the share of rows per bin, with the
     accuracy and the mean confidence of all rows as lines.
     """
     with _own_style():
@@ -111,25 +106,18 @@ def reliability_panels(panels: Mapping[str, tuple[str, metrics.ReliabilityBins]]
         for (above, below), (_, bins) in zip(axes, panels.values(), strict=True):
             _draw_bins(above, bins)
             _draw_shares(below, bins)
-        gaps = ((OVERCONFIDENT, "overconfident by"), (UNDERCONFIDENT, "underconfident by"))
-        _legend(
-            figure,
-            Patch(facecolor=ACCURACY, label="accuracy"),
-            Line2D([], [], color="black", linewidth=1.6, label="mean confidence"),
-            *(Patch(facecolor=face, edgecolor=edge, hatch=hatch, label=label) for (edge, face, hatch), label in gaps),
-        )
+        confidence = Line2D([], [], color="black", linewidth=1.6, label="mean confidence")
+        handles = [Patch(facecolor=ACCURACY, label="accuracy"), confidence]
+        for (edge, face, hatch), label in ((OVERCONFIDENT, "overconfident by"), (UNDERCONFIDENT, "underconfident by")):
+            handles.append(Patch(facecolor=face, edgecolor=edge, hatch=hatch, label=label))
+        _legend(figure, handles)
     return figure
 
 
 def risk_panels(
     panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], labels: Sequence[str]
 ) -> Figure:
-    """Draw risk against coverage: one panel per title, with one curve (coverage, risk) per label.
-
-    Args:
-        panels: by title and label, the curves.
-        labels: all labels, in the order of the legend.
-    """
+    """Draw risk against coverage: one panel per title, one curve (coverage, risk) per label of the legend."""
     looks: dict[str, dict[str, Any]] = {
         label: {"color": LINES[i % len(LINES)], "linestyle": "-" if i < len(LINES) else "--", "linewidth": 1.5}
         for i, label in enumerate(labels)
@@ -142,18 +130,12 @@ def risk_panels(
             ax.set(xlim=(0, 1), xlabel="coverage: share of rows answered", ylabel="risk: share of them wrong")
             ax.xaxis.set_major_formatter("{x:.0%}")
             _shares_from_zero(ax)
-        _legend(figure, *(Line2D([], [], label=label, **look) for label, look in looks.items()))
+        _legend(figure, [Line2D([], [], label=label, **look) for label, look in looks.items()])
     return figure
 
 
 def histogram_panels(panels: Sequence[tuple[str, Histogram]], *, known: str, other: str) -> Figure:
-    """Draw the shares of rows of two data sets over each other, one panel per (title, histogram).
-
-    Args:
-        panels: titles and counts.
-        known: label of the first data set.
-        other: label of the second data set.
-    """
+    """Draw the shares of rows of two data sets, labelled `known` and `other`, one panel per (title, histogram)."""
     with _own_style():
         figure, axes = _grid([f"{title}\n{histogram.caption}" for title, histogram in panels], (2.6, 2.6))
         for (ax,), (_, histogram) in zip(axes, panels, strict=True):
@@ -165,7 +147,7 @@ def histogram_panels(panels: Sequence[tuple[str, Histogram]], *, known: str, oth
             ax.set(xlim=(0, histogram.end), xlabel=histogram.label, ylabel="share of rows")
             _shares_from_zero(ax)
         looks = ((KNOWN, known), (OTHER, other))
-        _legend(figure, *(Patch(facecolor=color, alpha=0.5, label=label) for color, label in looks))
+        _legend(figure, [Patch(facecolor=color, alpha=0.5, label=label) for color, label in looks])
     return figure
 
 
@@ -199,9 +181,9 @@ def _grid(
     return figure, panels
 
 
-def _legend(figure: Figure, *handles: Artist) -> None:
+def _legend(figure: Figure, handles: list[Artist]) -> None:
     columns = 4 if figure.get_figwidth() > 6 else 2
-    figure.legend(handles=list(handles), loc="outside lower center", ncols=columns, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def _shares_from_zero(axes: Axes) -> None:

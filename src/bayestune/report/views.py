@@ -1,12 +1,11 @@
 """What tables and pages show, as plain values: made from cells in `tables`, and written by `markdown` and `html`."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 LONGEST = 120
 
 
-@dataclass(frozen=True, kw_only=True)
-class Value:
+class Value(NamedTuple):
     """One value of a table, and whether it is the best or the second best of its column."""
 
     text: str
@@ -14,8 +13,7 @@ class Value:
     second: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class Line:
+class Line(NamedTuple):
     """One line of a block; `published` if its values come from a paper."""
 
     label: str
@@ -23,8 +21,7 @@ class Line:
     published: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class Block:
+class Block(NamedTuple):
     """One measure, with a line per method and a column per data set; `corner` is the heading of the labels."""
 
     heading: str
@@ -33,8 +30,7 @@ class Block:
     lines: tuple[Line, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Table:
+class Table(NamedTuple):
     """A table: its title, facts about its origin, blocks, and notes below them."""
 
     title: str
@@ -43,8 +39,7 @@ class Table:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Figure:
+class Figure(NamedTuple):
     """A picture with its heading; `alt` describes it to readers who cannot see it."""
 
     heading: str
@@ -52,8 +47,7 @@ class Figure:
     svg: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Listing:
+class Listing(NamedTuple):
     """A plain table of texts, folded until the reader opens it."""
 
     heading: str
@@ -61,8 +55,7 @@ class Listing:
     lines: tuple[tuple[str, ...], ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Section:
+class Section(NamedTuple):
     """A part of a page, with a text that says how to read it."""
 
     heading: str
@@ -72,8 +65,7 @@ class Section:
     listings: tuple[Listing, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Page:
+class Page(NamedTuple):
     """A report."""
 
     title: str

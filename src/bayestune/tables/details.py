@@ -11,17 +11,14 @@ from bayestune.tables.layouts import line_label
 _LONG = 600
 
 
-def threshold_listing(place: str, lines: Iterable[Sequence[Cell]]) -> Listing:
+def threshold_listing(place: str, cells: Iterable[Cell]) -> Listing:
     """List, per cell, the confidence threshold for each target error."""
-    heading = (
-        f"Thresholds for a target error on {place}, with 95 % intervals (chosen on these rows; confirm on others)"
-    )
+    advice = "chosen on these rows; confirm on others"
     return Listing(
-        heading=heading,
+        heading=f"Thresholds for a target error on {place}, with 95 % intervals ({advice})",
         columns=("method", "seed", *(f"error at most {100 * target:g} %" for target in TARGETS)),
         lines=tuple(
             (line_label(cell["method"], cell["draws"]), str(cell["seed"]), *map(_threshold, cell["selective"]))
-            for cells in lines
             for cell in cells
         ),
     )
@@ -39,54 +36,32 @@ def _threshold(found: Mapping[str, Any]) -> str:
 
 def run_listings(cells: Sequence[Cell]) -> tuple[Listing, ...]:
     """List the runs with their commands, settings, hashes of data and weights, versions and machines."""
-    return (
-        Listing(
-            heading="Runs and commands",
-            columns=("table", "method", "trained on", "seed", "updates", "seconds", "adapter sha256", "command"),
-            lines=_distinct(map(_run, cells)),
+    run = ("table", "method", "trained on", "seed")
+    listings = {
+        "Runs and commands": ((*run, "updates", "seconds", "adapter sha256", "command"), _run),
+        "Settings": ((*run, "settings"), lambda cell: (*_name(cell), _flat(cell["experiment"]))),
+        "Data and weights": (
+            ("table", "trained on", "training rows sha256", "evaluated on", "evaluated rows sha256", "base weights"),
+            _data,
         ),
-        Listing(
-            heading="Settings",
-            columns=("table", "method", "trained on", "seed", "settings"),
-            lines=_distinct((*_name(cell), _flat(cell["experiment"])) for cell in cells),
+        "Versions and machines": (
+            ("versions", "hardware"),
+            lambda cell: (_flat(cell["versions"]), _flat(cell["hardware"])),
         ),
-        Listing(
-            heading="Data and weights",
-            columns=(
-                "table",
-                "trained on",
-                "training rows sha256",
-                "evaluated on",
-                "evaluated rows sha256",
-                "base weights",
-            ),
-            lines=_distinct(map(_data, cells)),
-        ),
-        Listing(
-            heading="Versions and machines",
-            columns=("versions", "hardware"),
-            lines=_distinct((_flat(cell["versions"]), _flat(cell["hardware"])) for cell in cells),
-        ),
+    }
+    return tuple(
+        Listing(heading=heading, columns=columns, lines=tuple(dict.fromkeys(map(line, cells))))
+        for heading, (columns, line) in listings.items()
     )
 
 
-def _distinct(lines: Iterable[tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
-    return tuple(dict.fromkeys(lines))
-
-
-def _name(cell: Cell) -> tuple[str, str, str, str]:
+def _name(cell: Cell) -> tuple[str, ...]:
     return cell["table"], cell["method"], cell["task"], str(cell["seed"])
 
 
 def _run(cell: Cell) -> tuple[str, ...]:
-    adapter = _flat(cell["sha256"].get("adapter", "-"))
-    return (
-        *_name(cell),
-        str(cell["steps"]),
-        f"{cell['seconds']:.0f}",
-        adapter,
-        shown(shlex.join(cell["command"]), _LONG),
-    )
+    adapter, command = _flat(cell["sha256"].get("adapter", "-")), shown(shlex.join(cell["command"]), _LONG)
+    return (*_name(cell), str(cell["steps"]), f"{cell['seconds']:.0f}", adapter, command)
 
 
 def _data(cell: Cell) -> tuple[str, ...]:

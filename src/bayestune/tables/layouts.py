@@ -1,113 +1,98 @@
 """The tables of the paper: their data sets, and the names and order of methods."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from bayestune.errors import ConfigError
 from bayestune.methods import METHODS, Line, Method
-from bayestune.report.views import shown
 from bayestune.tables.fields import Cell
+from bayestune.tasks.rows import shown
 
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """A data set of a table: trained on `task`, asked about `eval_task`."""
+    """A data set of a table: trained on `task`, evaluated on `eval_task`."""
 
     label: str
     task: str
     eval_task: str
 
+    def has(self, cell: Cell) -> bool:
+        """Return whether the cell belongs to this column."""
+        return (cell["task"], cell["eval_task"]) == (self.task, self.eval_task)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What a table has: its columns, from left to right, and whether other data is to be detected."""
+    """A table: its columns, from left to right, and whether it scores out-of-distribution detection."""
 
     title: str
     columns: tuple[Column, ...]
     detection: bool = False
 
-
-def _own(**labels: str) -> tuple[Column, ...]:
-    return tuple(Column(label=label, task=task, eval_task=task) for task, label in labels.items())
-
-
-def _asked(task: str, **labels: str) -> tuple[Column, ...]:
-    return tuple(Column(label=label, task=task, eval_task=other) for other, label in labels.items())
+    def present(self, cells: Iterable[Cell]) -> list[Column]:
+        """Return the columns that have cells."""
+        places = {(cell["task"], cell["eval_task"]) for cell in cells}
+        return [column for column in self.columns if (column.task, column.eval_task) in places]
 
 
-TABLES: Mapping[str, Layout] = MappingProxyType(
-    {
-        "table1": Layout(
-            title="Table 1: in distribution",
-            columns=_own(
-                winogrande_s="WG-S",
-                arc_challenge="ARC-C",
-                arc_easy="ARC-E",
-                winogrande_m="WG-M",
-                openbookqa="OBQA",
-                boolq="BoolQ",
-            ),
+def _columns(trained_on: str | None = None, **labels: str) -> tuple[Column, ...]:
+    """Return one column per evaluated data set, trained on itself unless `trained_on` is given."""
+    return tuple(Column(label=label, task=trained_on or name, eval_task=name) for name, label in labels.items())
+
+
+TABLES = {
+    "table1": Layout(
+        title="Table 1: in distribution",
+        columns=_columns(
+            winogrande_s="WG-S",
+            arc_challenge="ARC-C",
+            arc_easy="ARC-E",
+            winogrande_m="WG-M",
+            openbookqa="OBQA",
+            boolq="BoolQ",
         ),
-        "table2": Layout(
-            title="Table 2: trained on OBQA, evaluated on other data sets",
-            columns=_asked(
-                "openbookqa",
-                openbookqa="OBQA",
-                arc_challenge="ARC-C",
-                arc_easy="ARC-E",
-                mmlu_college_chemistry="Chem",
-                mmlu_college_physics="Phy",
-            ),
-            detection=True,
+    ),
+    "table2": Layout(
+        title="Table 2: trained on OBQA, evaluated on other data sets",
+        columns=_columns(
+            "openbookqa",
+            openbookqa="OBQA",
+            arc_challenge="ARC-C",
+            arc_easy="ARC-E",
+            mmlu_college_chemistry="Chem",
+            mmlu_college_physics="Phy",
         ),
-        "roberta": Layout(
-            title="Encoder models: classification",
-            columns=_own(rte="RTE", mrpc="MRPC", wic="WiC", cola="CoLA", boolq="BoolQ"),
-        ),
-    }
-)
+        detection=True,
+    ),
+    "roberta": Layout(
+        title="Encoder models: classification",
+        columns=_columns(rte="RTE", mrpc="MRPC", wic="WiC", cola="CoLA", boolq="BoolQ"),
+    ),
+}
 
 
 def lines() -> dict[str, tuple[type[Method], Line]]:
-    """The lines of a table, in order, by the name that cells have in `method`: the method and its line."""
+    """Return method and line by the name that cells have in `method`, in the order of a table."""
     return {name: (method, line) for method in METHODS.values() for name, line in method.lines().items()}
 
 
 def layout(name: str) -> Layout:
-    """The table `name`.
-
-    Raises:
-        ConfigError: there is no such table.
-    """
+    """Return the table `name`; a ConfigError lists the tables that there are."""
     if name not in TABLES:
-        raise ConfigError(f"table: found {shown(name)!r}, expected one of {', '.join(TABLES)}.")
+        raise ConfigError(f"table: found {shown(name)}, expected one of {', '.join(TABLES)}.")
     return TABLES[name]
 
 
-def check_columns(cells: Iterable[Cell], name: str) -> None:
-    """Refuse a cell that the table `name` has no column for.
-
-    Raises:
-        ConfigError: naming the data set.
-    """
-    columns = layout(name).columns
-    for cell in cells:
-        if (cell["task"], cell["eval_task"]) not in {(column.task, column.eval_task) for column in columns}:
-            known = ", ".join(column.eval_task for column in columns)
-            asked = f"{cell['task']!r} and asked about {cell['eval_task']!r}"
-            raise ConfigError(f"{name}: found a cell trained on {asked}, expected one of {known}.")
-
-
 def line_keys(cells: Iterable[Cell]) -> list[tuple[str, int]]:
-    """(method, draws) of the cells in the order of the lines of a table."""
+    """Return (method, draws) of the cells in the order of the lines of a table."""
     order = {line: i for i, line in enumerate(lines())}
     keys = {(cell["method"], cell["draws"]) for cell in cells}
     return sorted(keys, key=lambda key: (order.get(key[0], len(order)), *key))
 
 
 def line_label(method: str, draws: int) -> str:
-    """What a line is called: the method, and its number of draws."""
+    """Return the label of a line: the method and its number of draws."""
     if method not in lines():
         return f"{method}, N = {draws}"
     found, line = lines()[method]

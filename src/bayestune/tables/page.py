@@ -6,7 +6,7 @@ the mean over seeds. Each method is drawn with its most draws.
 
 import bisect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,10 +19,9 @@ from bayestune.tables.details import run_listings, threshold_listing
 from bayestune.tables.fields import BINS, COVERAGES, HISTOGRAM_ENDS, Cell
 from bayestune.tables.layouts import Column, layout, line_keys, line_label
 from bayestune.tables.published import Published
-from bayestune.tables.summary import AURC, DETECTION, MEASURES, Measure, spread
-from bayestune.tables.table import in_column, measure_block, present_columns, table_view
+from bayestune.tables.summary import AURC, DETECTION, ECE, Measure, spread
+from bayestune.tables.table import counted, measure_block, table_view
 
-_ECE = MEASURES[1]
 _AUROC = {measure.path[1]: measure for measure in DETECTION if measure.path[-1] == "auroc"}
 
 _SCORES = "One line per method and one column per data set; means over seeds."
@@ -54,8 +53,12 @@ class _Place(NamedTuple):
     @property
     def drawn(self) -> dict[str, list[Cell]]:
         """By label, the line with the most draws of each method."""
-        most = {method: (method, draws) for method, draws in self.lines}
-        return {line_label(*key): self.lines[key] for key in most.values()}
+        return {line_label(*key): self.lines[key] for key in _most_draws(self.lines)}
+
+
+def _most_draws(keys: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Return the (method, draws) with the most draws of each method: the last in the order of a table."""
+    return list({method: (method, draws) for method, draws in keys}.values())
 
 
 def report_page(cells: Sequence[Cell], *, published: Sequence[Published] = ()) -> Page:
@@ -74,9 +77,8 @@ def report_page(cells: Sequence[Cell], *, published: Sequence[Published] = ()) -
     tables = {layout(name).title: table_view(own, name, published=published) for name, own in by_table.items()}
     places = {name: _places(own, name, alone=len(by_table) == 1) for name, own in by_table.items()}
     every = [place for found in places.values() for place in found]
-    provenance = Section(heading="Provenance", text=_PROVENANCE, listings=run_listings(cells))
     facts = (
-        f"{len(cells)} {'cell' if len(cells) == 1 else 'cells'}: {', '.join(tables)}",
+        f"{counted(cells)}: {', '.join(tables)}",
         f"Model: {', '.join(sorted({shown(cell['experiment']['model']) for cell in cells}))}",
         f"Seeds: {', '.join(map(str, sorted({cell['seed'] for cell in cells})))}",
     )
@@ -85,7 +87,7 @@ def report_page(cells: Sequence[Cell], *, published: Sequence[Published] = ()) -
         Section(heading="Calibration", text=_RELIABILITY, figures=tuple(map(_reliability, every))),
         _selective(by_table, places),
         *_other_data([place for place in every if place.column.task != place.column.eval_task]),
-        provenance,
+        Section(heading="Provenance", text=_PROVENANCE, listings=run_listings(cells)),
     )
     return Page(title="bayestune report", facts=facts, sections=sections)
 
@@ -93,9 +95,11 @@ def report_page(cells: Sequence[Cell], *, published: Sequence[Published] = ()) -
 def _places(own: Sequence[Cell], name: str, *, alone: bool) -> list[_Place]:
     """Return the columns that have cells, with the table in their headings unless it is the only one."""
     places = []
-    for column in present_columns(own, layout(name)):
-        inside = [cell for cell in own if in_column(cell, column)]
-        lines = {key: [cell for cell in inside if (cell["method"], cell["draws"]) == key] for key in line_keys(inside)}
+    for column in layout(name).present(own):
+        lines = {
+            (method, draws): [c for c in own if column.has(c) and (c["method"], c["draws"]) == (method, draws)]
+            for method, draws in line_keys(filter(column.has, own))
+        }
         places.append(_Place(column.label if alone else f"{_short(name)}, {column.label}", column, lines))
     return places
 
@@ -105,14 +109,12 @@ def _short(name: str) -> str:
 
 
 def _reliability(place: _Place) -> Figure:
-    panels = {}
-    for label, cells in place.drawn.items():
-        panels[label] = (f"ECE {_spread_text(_ECE, cells)} %", pooled_bins(cells))
+    panels = {label: (f"ECE {_spread(ECE, cells)}", _pooled_bins(cells)) for label, cells in place.drawn.items()}
     heading = f"Reliability on {place.heading}"
     return Figure(heading=heading, alt=f"{heading}: accuracy by confidence", svg=svg(reliability_panels(panels)))
 
 
-def pooled_bins(cells: Sequence[Cell]) -> ReliabilityBins:
+def _pooled_bins(cells: Sequence[Cell]) -> ReliabilityBins:
     """Return the reliability bins of the rows of all cells together."""
     names = ("counts", "confidence", "accuracy")
     values = [[[math.nan if v is None else v for v in cell["reliability"][name]] for cell in cells] for name in names]
@@ -127,19 +129,20 @@ def pooled_bins(cells: Sequence[Cell]) -> ReliabilityBins:
 
 
 def _selective(by_table: Mapping[str, Sequence[Cell]], places: Mapping[str, Sequence[_Place]]) -> Section:
-    tables, figures = [], []
+    tables, figures, listings = [], [], []
     for name, own in by_table.items():
-        block = measure_block(own, present_columns(own, layout(name)), AURC)
+        block = measure_block(own, [place.column for place in places[name]], AURC)
         title = f"Area under the risk-coverage curve: {_short(name)}"
         tables.append(Table(title=title, facts=(), blocks=(block,), notes=()))
         panels = {
-            place.column.label: {label: mean_curve(cells) for label, cells in place.drawn.items()}
+            place.column.label: {label: _mean_curve(cells) for label, cells in place.drawn.items()}
             for place in places[name]
         }
-        labels = [line_label(*key) for key in dict(line_keys(own)).items()]  # the last of a method has the most draws
+        labels = [line_label(*key) for key in _most_draws(line_keys(own))]
         heading = f"Risk against coverage: {_short(name)}"
         figures.append(Figure(heading=heading, alt=heading, svg=svg(risk_panels(panels, labels))))
-    listings = [threshold_listing(place.heading, place.lines.values()) for found in places.values() for place in found]
+        for place in places[name]:
+            listings.append(threshold_listing(place.heading, [c for cells in place.lines.values() for c in cells]))
     return Section(
         heading="Selective prediction",
         text=_SELECTIVE,
@@ -149,7 +152,7 @@ def _selective(by_table: Mapping[str, Sequence[Cell]], places: Mapping[str, Sequ
     )
 
 
-def mean_curve(cells: Sequence[Cell]) -> tuple[list[float], list[float]]:
+def _mean_curve(cells: Sequence[Cell]) -> tuple[list[float], list[float]]:
     """Return coverages of 1 % to 100 %, and the mean over cells of the risk where a cell first reaches them."""
     coverages = [k / COVERAGES for k in range(1, COVERAGES + 1)]
     risks = []
@@ -167,7 +170,7 @@ def _other_data(places: Sequence[_Place]) -> Iterator[Section]:
     figures = []
     for place in places:
         panels = [
-            (label, pooled_histogram(cells, score))
+            (label, _pooled_histogram(cells, score))
             for score in ("total", "epistemic")
             for label, cells in place.drawn.items()
             if score != "epistemic" or cells[0]["draws"] > 1
@@ -180,21 +183,19 @@ def _other_data(places: Sequence[_Place]) -> Iterator[Section]:
         yield Section(heading="Out-of-distribution detection", text=_OTHER_DATA, figures=tuple(figures))
 
 
-def pooled_histogram(cells: Sequence[Cell], score: str) -> Histogram:
+def _pooled_histogram(cells: Sequence[Cell], score: str) -> Histogram:
     """Return the histogram of the rows of all cells together, with the AUROC as its caption."""
-    holders = ([cell["in_distribution"]["uncertainty"] for cell in cells], [cell["uncertainty"] for cell in cells])
-    known, other = (
-        [sum(bin) for bin in zip(*(h[score]["counts"] for h in holder), strict=True)] for holder in holders
-    )
+    known = [cell["in_distribution"]["uncertainty"][score]["counts"] for cell in cells]
+    other = [cell["uncertainty"][score]["counts"] for cell in cells]
     return Histogram(
-        caption=f"AUROC {_spread_text(_AUROC[score], cells)} %",
-        known=known,
-        other=other,
+        caption=f"AUROC {_spread(_AUROC[score], cells)}",
+        known=torch.tensor(known).sum(0).tolist(),
+        other=torch.tensor(other).sum(0).tolist(),
         end=HISTOGRAM_ENDS[score],
         label=f"{score} uncertainty, nats",
     )
 
 
-def _spread_text(measure: Measure, cells: Sequence[Cell]) -> str:
+def _spread(measure: Measure, cells: Sequence[Cell]) -> str:
     value = spread([measure.of(cell) for cell in cells])
-    return f"{value.mean:.1f}" if value.deviation is None else f"{value.mean:.1f} ± {value.deviation:.1f}"
+    return f"{value.mean:.1f} %" if value.deviation is None else f"{value.mean:.1f} ± {value.deviation:.1f} %"

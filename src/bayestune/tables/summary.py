@@ -39,16 +39,15 @@ class Spread:
     seeds: int
 
 
+ECE = Measure(heading="ECE, % (lower is better)", path=("ece",), higher_is_better=False)
+AURC = Measure(heading="AURC, % (lower is better)", path=("aurc",), higher_is_better=False)
 MEASURES = (
     Measure(heading="ACC, % (higher is better)", path=("accuracy",), higher_is_better=True),
-    Measure(heading="ECE, % (lower is better)", path=("ece",), higher_is_better=False),
+    ECE,
     Measure(heading="NLL, nats (lower is better)", path=("nll",), scale=1.0, digits=3, higher_is_better=False),
 )
 
-AURC = Measure(heading="AURC, % (lower is better)", path=("aurc",), higher_is_better=False)
-
 _SCORES = {"max_prob": "1 - largest probability", "total": "total uncertainty", "epistemic": "epistemic uncertainty"}
-
 DETECTION = tuple(
     Measure(
         heading=f"Out-of-distribution {name} by {text}, % (higher is better)",
@@ -58,8 +57,6 @@ DETECTION = tuple(
     for score, text in _SCORES.items()
     for name in ("AUROC", "AUPR")
 )
-
-EPISTEMIC = tuple(measure for measure in DETECTION if "epistemic" in measure.path)
 
 
 def spread(values: Sequence[float]) -> Spread:

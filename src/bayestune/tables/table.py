@@ -6,9 +6,9 @@ from bayestune.errors import ConfigError
 from bayestune.report.markdown import markdown
 from bayestune.report.views import Block, Line, Table, Value, shown
 from bayestune.tables.fields import Cell
-from bayestune.tables.layouts import Column, Layout, check_columns, layout, line_keys, line_label
+from bayestune.tables.layouts import Column, Layout, layout, line_keys, line_label
 from bayestune.tables.published import Published
-from bayestune.tables.summary import DETECTION, EPISTEMIC, MEASURES, Measure, Spread, ranks, spread
+from bayestune.tables.summary import DETECTION, MEASURES, Measure, Spread, ranks, spread
 
 MISSING = Value(text="-")
 
@@ -46,34 +46,27 @@ def table_view(cells: Sequence[Cell], table: str, *, published: Sequence[Publish
     own = [cell for cell in cells if cell["table"] == table]
     if not own:
         raise ConfigError(f"{table}: found no cells of this table, expected some.")
-    check_columns(own, table)
-    columns = present_columns(own, chosen)
-    seeds = sorted({cell["seed"] for cell in own})
+    for cell in own:
+        if not any(column.has(cell) for column in chosen.columns):
+            known = ", ".join(column.eval_task for column in chosen.columns)
+            data_sets = f"{cell['task']!r} and evaluated on {cell['eval_task']!r}"
+            raise ConfigError(f"{table}: found a cell trained on {data_sets}, expected one of {known}.")
+    columns, seeds = chosen.present(own), sorted({cell["seed"] for cell in own})
+    over = f"n = {len(seeds)}: mean ± sample standard deviation over seeds {', '.join(map(str, seeds))}."
     facts = (
-        f"Made by: bayestune table {table} --rebuild, from {len(own)} {'cell' if len(own) == 1 else 'cells'}.",
+        f"Made by: bayestune table {table} --rebuild, from {counted(own)}.",
         f"Model: {shown(own[0]['experiment']['model'])}.",
-        f"n = {len(seeds)}: mean ± sample standard deviation over seeds {', '.join(map(str, seeds))}."
-        if len(seeds) > 1
-        else f"n = 1: one run, seed {seeds[0]}.",
+        over if len(seeds) > 1 else f"n = 1: one run, seed {seeds[0]}.",
     )
     measures = MEASURES + (DETECTION if chosen.detection else ())
     blocks = [measure_block(own, columns, measure, published=published) for measure in measures]
-    return Table(
-        title=chosen.title,
-        facts=facts,
-        blocks=(*blocks, _data_block(own, columns)),
-        notes=tuple(_notes(own, chosen, columns, published)),
-    )
+    notes = tuple(_notes(own, chosen, columns, published))
+    return Table(title=chosen.title, facts=facts, blocks=(*blocks, _data_block(own, columns)), notes=notes)
 
 
-def present_columns(cells: Sequence[Cell], chosen: Layout) -> list[Column]:
-    """Return the columns that have cells."""
-    return [column for column in chosen.columns if any(in_column(cell, column) for cell in cells)]
-
-
-def in_column(cell: Cell, column: Column) -> bool:
-    """Return whether the cell belongs to the data set of the column."""
-    return (cell["task"], cell["eval_task"]) == (column.task, column.eval_task)
+def counted(cells: Sequence[Cell]) -> str:
+    """Return "1 cell", "2 cells", ..."""
+    return f"{len(cells)} {'cell' if len(cells) == 1 else 'cells'}"
 
 
 def measure_block(
@@ -83,7 +76,7 @@ def measure_block(
     if measure in DETECTION:
         columns = [column for column in columns if column.task != column.eval_task]
     keys, seeds = line_keys(cells), len({cell["seed"] for cell in cells})
-    spreads = [_spreads(cells, measure, column, keys) for column in columns]
+    spreads = [_spreads(cells, measure, column) for column in columns]
     ranked = [ranks(measure, by_key) for by_key in spreads]
     lines: list[Line] = []
     for i, key in enumerate(keys):
@@ -95,24 +88,19 @@ def measure_block(
         ]
         lines.append(Line(label=line_label(*key), values=tuple(values)))
         last = all(method != key[0] for method, _ in keys[i + 1 :])
-        lines += _published_lines(cells, measure, key, columns, published, last=last)
-    return Block(heading=measure.heading, corner="method", columns=_labels(columns), lines=tuple(lines))
+        for figures in published:
+            lines += _published_lines(cells, measure, key, columns, figures, last=last)
+    labels = tuple(column.label for column in columns)
+    return Block(heading=measure.heading, corner="method", columns=labels, lines=tuple(lines))
 
 
-def _labels(columns: Sequence[Column]) -> tuple[str, ...]:
-    return tuple(column.label for column in columns)
-
-
-def _spreads(cells: Sequence[Cell], measure: Measure, column: Column, keys: Sequence[_Key]) -> dict[_Key, Spread]:
+def _spreads(cells: Sequence[Cell], measure: Measure, column: Column) -> dict[_Key, Spread]:
     """Return one spread per line with cells in the column. A single draw has no epistemic uncertainty to rank by."""
-    spreads = {}
-    for key in keys:
-        values = [
-            measure.of(cell) for cell in cells if in_column(cell, column) and (cell["method"], cell["draws"]) == key
-        ]
-        if values and not (measure in EPISTEMIC and key[1] < 2):
-            spreads[key] = spread(values)
-    return spreads
+    values: dict[_Key, list[float]] = {}
+    for cell in cells:
+        if column.has(cell) and not ("epistemic" in measure.path and cell["draws"] < 2):
+            values.setdefault((cell["method"], cell["draws"]), []).append(measure.of(cell))
+    return {key: spread(found) for key, found in values.items()}
 
 
 def _text(measure: Measure, value: Spread, seeds: int) -> str:
@@ -122,38 +110,31 @@ def _text(measure: Measure, value: Spread, seeds: int) -> str:
 
 
 def _published_lines(
-    cells: Sequence[Cell],
-    measure: Measure,
-    key: _Key,
-    columns: Sequence[Column],
-    published: Sequence[Published],
-    *,
-    last: bool,
+    cells: Sequence[Cell], measure: Measure, key: _Key, columns: Sequence[Column], figures: Published, *, last: bool
 ) -> Iterator[Line]:
     """Yield the published line of the same method and draws; after the `last` line of a method, also of any draws."""
+    by_line = figures.values.get(measure.path[-1], {})
     method, draws = key
-    for figures in published:
-        by_line = figures.values.get(measure.path[-1], {})
-        for name in [(method, draws), *([(method, None)] if last else [])]:
-            if name not in by_line:
-                continue
-            values = []
-            for column in columns:
-                ours = [cell for cell in cells if in_column(cell, column)]
-                fits = bool(ours) and all(figures.fits(cell) for cell in ours) and column.eval_task in by_line[name]
-                values.append(Value(text=f"{by_line[name][column.eval_task]:.2f}") if fits else MISSING)
-            if any(value is not MISSING for value in values):
-                text = line_label(*key) if name[1] is not None else line_label(method, 0).partition(",")[0]
-                yield Line(label=f"{text}: {figures.source} [{figures.caution}]", values=tuple(values), published=True)
+    for name in ((method, draws), (method, None)) if last else ((method, draws),):
+        values = []
+        for column in columns:
+            ours = [cell for cell in cells if column.has(cell)]
+            figure = by_line.get(name, {}).get(column.eval_task)
+            fits = figure is not None and ours and all(figures.fits(cell) for cell in ours)
+            values.append(Value(text=f"{figure:.2f}") if fits else MISSING)
+        if any(value is not MISSING for value in values):
+            text = line_label(*key) if name == key else line_label(method, 0).partition(",")[0]
+            yield Line(label=f"{text}: {figures.source} [{figures.caution}]", values=tuple(values), published=True)
 
 
 def _data_block(cells: Sequence[Cell], columns: Sequence[Column]) -> Block:
     """Return the training rows, evaluated rows and updates behind each column."""
     lines = []
     for label, field in (("training rows", "train_rows"), ("evaluated rows", "rows"), ("updates", "steps")):
-        numbers = [sorted({cell[field] for cell in cells if in_column(cell, column)}) for column in columns]
+        numbers = [sorted({cell[field] for cell in cells if column.has(cell)}) for column in columns]
         lines.append(Line(label=label, values=tuple(Value(text="/".join(map(str, values))) for values in numbers)))
-    return Block(heading="Data", corner="", columns=_labels(columns), lines=tuple(lines))
+    labels = tuple(column.label for column in columns)
+    return Block(heading="Data", corner="", columns=labels, lines=tuple(lines))
 
 
 def _notes(
