@@ -337,7 +337,7 @@ def test_a_line_with_settings_is_a_run_of_its_own(grid: Grid) -> None:
     assert fixed == {("blob", 0.003, None), ("blob_wide", None, 0.06)}
     assert {cell["experiment"]["method"] for cell in cells} == {"blob"}
     assert plan(both).runs == ()
-    with pytest.raises(ConfigError, match="kl_learning_rate=0.003, found 0.004"):
+    with pytest.raises(ConfigError, match="kl_learning_rate=0.003, expected 0.004"):
         plan(make_like(both, settings={**settings, "kl_learning_rate": 0.004}))
 
 
