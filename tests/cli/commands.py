@@ -22,7 +22,7 @@ PLACES = {
     "step": "bayestune.training.BayesTrainer.training_step",
     "update": "torch.optim.AdamW.step",
     "checkpoint": "bayestune.training.checkpoint.SafeTrainer._save_rng_state",
-    "posterior": "bayestune.storage.folders.write_manifest",
+    "posterior": "bayestune.storage.saving.write_manifest",
     "evaluation": "bayestune.experiment.trained.predict",
     "record": "bayestune.experiment.run.write_json",
     "answers": "bayestune.files.write_text",

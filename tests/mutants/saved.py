@@ -10,7 +10,6 @@ from mutants.defect import defect, replace, wrap
 FILES = "bayestune.files.folders"
 STATE = "bayestune.storage.state"
 MANIFEST = "bayestune.storage.manifest"
-FOLDERS = "bayestune.storage.folders"
 CHECKPOINTS = "bayestune.training.checkpoint_files"
 FAULTS = "training/test_checkpoint_faults.py"
 STORAGE = "storage/test_storage.py"
@@ -48,7 +47,7 @@ def the_old_posterior_goes_before_the_new_one_stands() -> None:
         shutil.rmtree(target, ignore_errors=True)
         work.rename(target)
 
-    replace(f"{FILES}._publish", wrong)
+    replace(f"{FILES}.publish", wrong)
 
 
 @defect("storage/test_faults.py", "P06 and twice")

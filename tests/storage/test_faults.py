@@ -23,11 +23,11 @@ from transformers import GraniteConfig, GraniteForCausalLM, PreTrainedModel
 from bayestune.adapters import BayesLoraConfig
 from bayestune.errors import PosteriorError
 from bayestune.methods import load_posterior, save_posterior
-from bayestune.storage.manifest import file_record, read_manifest, write_manifest
+from bayestune.storage.manifest import read_manifest
 from bayestune.storage.state import describe
-from models import BERT, LLAMA, QWEN2, Architecture, blob
+from models import BERT, LLAMA, QWEN2, blob
+from storage.spoil import CONFIG, MANIFEST, TENSORS, edit_config, seal
 
-CONFIG, TENSORS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "bayestune_manifest.json"
 KEY = "base_model.model.model.layers.1.self_attn.q_proj.lora_A"
 
 
@@ -42,20 +42,6 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(original: Path, tmp_path: Path) -> Path:
     """A copy to spoil."""
     return Path(shutil.copytree(original, tmp_path / "posterior"))
-
-
-def seal(folder: Path, **changes: Any) -> None:
-    """Make the manifest agree with the files again: a fault that hashes cannot find."""
-    manifest = read_manifest(folder)
-    manifest["files"] = {name: file_record(folder / name) for name in (CONFIG, TENSORS)}
-    manifest |= changes
-    del manifest["format"]
-    write_manifest(folder, content=manifest)
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    values = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(values | changes))
 
 
 def edit_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], None]) -> None:
@@ -99,43 +85,26 @@ def _nudged(name: str, amount: float) -> PreTrainedModel:
     return base
 
 
-def _changed_config(**settings: Any) -> PreTrainedModel:
-    base = LLAMA.build()
-    for name, value in settings.items():
-        setattr(base.config, name, value)
-    return base
-
-
 @pytest.mark.property("P06")
 @pytest.mark.parametrize(
     ("build", "words"),
     [
-        (lambda: LLAMA.build(1), r"16 of 21 parameters have other values"),
-        (lambda: _nudged("model.norm.weight", 1e-3), "1 of 21 parameters have other values.*'model.norm.weight'"),
+        (
+            lambda: LLAMA.build(1),
+            "16 of 21 parameters have other values.*Load the base model the posterior was trained",
+        ),
         (
             lambda: _nudged("model.layers.1.mlp.down_proj.weight", 1e-6),
             "1 of 21 .*'model.layers.1.mlp.down_proj.weight'",
         ),
-        (lambda: LLAMA.build(hidden_size=48), "found hidden_size=48, expected 32"),
         (lambda: LLAMA.build(vocab_size=65), "found vocab_size=65, expected 64"),
-        (lambda: LLAMA.build(num_hidden_layers=3), "found num_hidden_layers=3, expected 2"),
         (lambda: LLAMA.build(rms_norm_eps=1e-3), "found rms_norm_eps=0.001, expected 1e-06"),
-        (
-            lambda: _changed_config(rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
-            "rope_theta.: 500000.0",
-        ),
         (lambda: LLAMA.build(attention_bias=True), "found attention_bias=True, expected False"),
         (QWEN2.build, "found a Qwen2ForCausalLM, expected a LlamaForCausalLM"),
-        (BERT.build, "found a BertForSequenceClassification, expected a LlamaForCausalLM"),
     ],
 )
 def test_another_base_is_refused(folder: Path, build: Callable[[], PreTrainedModel], words: str) -> None:
     refused(folder, words, build())
-
-
-@pytest.mark.property("P06")
-def test_the_error_says_what_to_do(folder: Path) -> None:
-    refused(folder, "Load the base model the posterior was trained on", LLAMA.build(1))
 
 
 @pytest.mark.property("P06")
@@ -170,18 +139,12 @@ def _move_to_link(folder: Path) -> None:
     (folder / TENSORS).symlink_to(folder.parent / "elsewhere")
 
 
-def _manifest_key(folder: Path, name: str, value: Any) -> None:
-    seal(folder, **{name: value})
-
-
 FILE_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (shutil.rmtree, "is not a folder"),
     "no manifest": (lambda f: (f / MANIFEST).unlink(), "holds no bayestune_manifest.json.*PeftModel.from_pretrained"),
-    "no config": (lambda f: (f / CONFIG).unlink(), "adapter_config.json is missing"),
     "no tensors": (lambda f: (f / TENSORS).unlink(), "adapter_model.safetensors is missing"),
     "another file": (lambda f: (f / "notes.txt").write_text(""), "notes.txt is not in the manifest"),
     "another folder": (lambda f: (f / "default").mkdir(), "default is not in the manifest"),
-    "a pickle": (lambda f: (f / "adapter_model.bin").write_bytes(b"x"), "adapter_model.bin is not in the manifest"),
     "a link": (_move_to_link, "symbolic link"),
     "a linked card": (
         lambda f: ((f / "README.md").unlink(), (f / "README.md").symlink_to("/etc/hostname")),
@@ -189,40 +152,23 @@ FILE_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a folder as file": (lambda f: ((f / TENSORS).unlink(), (f / TENSORS).mkdir()), "not a regular file"),
     "config edited": (lambda f: edit_config(f, lora_alpha=9), "adapter_config.json has .* expected"),
-    "rank edited": (lambda f: edit_config(f, r=2), "adapter_config.json has .* expected"),
-    "type edited": (lambda f: edit_config(f, peft_type="LORA"), "adapter_config.json has .* expected"),
-    "appended": (
-        lambda f: (f / TENSORS).write_bytes((f / TENSORS).read_bytes() + b"\0"),
-        "bytes, expected .* altered or cut",
-    ),
     "newer format": (
         lambda f: (f / MANIFEST).write_text((f / MANIFEST).read_text().replace('"format": 1', '"format": 2')),
         "has format 2, expected 1: upgrade bayestune",
     ),
     "no format": (lambda f: (f / MANIFEST).write_text("{}"), "no format number"),
-    "manifest not JSON": (lambda f: (f / MANIFEST).write_text("{"), "cannot be read"),
-    "manifest nested": (lambda f: (f / MANIFEST).write_text("[" * 100_000), "cannot be read .*nested too deeply"),
-    "manifest not text": (lambda f: (f / MANIFEST).write_bytes(b"\xff\xfe"), "cannot be read"),
-    "manifest a list": (lambda f: (f / MANIFEST).write_text("[]"), "no format number"),
+    "manifest not JSON": (lambda f: (f / MANIFEST).write_text("{"), "was cut or altered"),
     "manifest huge": (lambda f: (f / MANIFEST).write_bytes(b" " * (1 << 25)), "expected at most"),
-    "sealed, another kind": (lambda f: _manifest_key(f, "posterior", "laplace"), "posterior of kind 'laplace'"),
-    "sealed, a point": (lambda f: _manifest_key(f, "posterior", "point"), "parameterisation|peft_type"),
-    "sealed, G is the std": (lambda f: _manifest_key(f, "std", "rho"), "std = rho, expected std = rho . rho"),
-    "sealed, no base": (lambda f: _manifest_key(f, "base", None), "base is missing or of the wrong type"),
-    "sealed, empty base": (lambda f: _manifest_key(f, "base", {}), "base.architecture"),
+    "sealed, another kind": (lambda f: seal(f, posterior="laplace"), "posterior of kind 'laplace'"),
+    "sealed, a point": (lambda f: seal(f, posterior="point"), "parameterisation"),
+    "sealed, G is the std": (lambda f: seal(f, std="rho"), "std = rho, expected std = rho . rho"),
+    "sealed, no base": (lambda f: seal(f, base=None), "base is missing or of the wrong type"),
     "sealed, bad weights": (
-        lambda f: _manifest_key(f, "base", {"architecture": "x", "config": {}, "weights": {"a": 1}}),
-        "base.weights",
+        lambda f: seal(f, base={"architecture": "x", "config": {}, "weights": {"a": "1"}}),
+        "base.weights.a",
     ),
-    "sealed, a file outside": (
-        lambda f: _manifest_key(f, "files", {"../x": {"sha256": "", "bytes": 0}}),
-        "lists files",
-    ),
-    "sealed, file without size": (
-        lambda f: _manifest_key(f, "files", {CONFIG: 1, TENSORS: 2}),
-        "files.adapter_config",
-    ),
-    "sealed, bad tensors": (lambda f: _manifest_key(f, "tensors", {KEY: 3}), "tensors.base_model"),
+    "sealed, a file outside": (lambda f: seal(f, files={"../x": {"sha256": "", "bytes": 0}}), "lists files"),
+    "sealed, bad tensors": (lambda f: seal(f, tensors={KEY: [[4, 32]]}), "tensors.base_model"),
 }
 
 
@@ -236,7 +182,6 @@ def test_a_wrong_file_is_refused(folder: Path, fault: str) -> None:
 
 CONFIG_FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"r": 2}, r"found shape \[4, 32\], expected \[2, 32\]"),
-    ({"r": 8, "rank_pattern": {"q_proj": 4}}, "lora_A.rho': found shape"),
     ({"target_modules": ["q_proj"]}, "is not one that the base and the configuration ask for"),
     ({"target_modules": [*LLAMA.targets, "k_proj"]}, "k_proj.lora_A.rho' is missing"),
     ({"target_modules": ["no_such"]}, "does not fit the base model"),
@@ -244,22 +189,12 @@ CONFIG_FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"modules_to_save": ["norm"]}, "norm.weight' is missing"),
     ({"task_type": "NO_SUCH"}, "Invalid task type"),
     ({"prior_std": -1.0}, "prior_std"),
-    ({"estimator": "none"}, "estimator"),
     ({"peft_type": "LORA"}, "peft_type: found 'LORA', expected 'BAYES_LORA'"),
-    ({"peft_type": "IA3"}, "peft_type: found 'IA3', expected 'BAYES_LORA'"),
-    ({"r": 10**9}, "rank: found 1000000000"),
-    ({"r": 0}, "rank: found 0"),
     ({"r": True}, "rank: found True"),
-    ({"r": "4"}, "rank: found '4'"),
     ({"rank_pattern": {"q_proj": 10**400}}, "rank: found 1000"),
     ({"bias": "all"}, "bias: found 'all', expected 'none'"),
-    ({"use_dora": True}, "use_dora: found True"),
-    ({"lora_bias": True}, "lora_bias: found True"),
     ({"init_lora_weights": "pissa"}, "init_lora_weights: found 'pissa'"),
-    ({"trainable_token_indices": [1]}, "trainable_token_indices: found"),
-    ({"layer_replication": [[0, 2]]}, "layer_replication: found"),
     ({"later_setting": 1}, "later_setting: not a setting of BayesLoraConfig"),
-    ({"runtime_config": {}}, "runtime_config: not a setting"),
 ]
 
 
@@ -276,16 +211,12 @@ def test_wrong_settings_under_a_right_hash_are_refused(folder: Path, changes: di
     ("text", "words"),
     [
         ('{"peft_type": "BAYES_LORA", "peft_type": "BAYES_LORA"}', "'peft_type' is given twice"),
-        ('{"lora_alpha": NaN}', "NaN is not a JSON number"),
-        ('{"r": ' + "9" * 5000 + "}", "digits"),
-        ("[" * 5000 + "]" * 5000, "nested too deeply|found a list"),
         ("[]", "found a list, expected a JSON object"),
-        ('{"target_modules": "' + "x" * (1 << 20) + '"}', "bytes of JSON, expected at most"),
         ("{}", "peft_type: found None"),
     ],
-    ids=["twice", "nan", "digits", "nested", "list", "long", "empty"],
+    ids=["twice", "list", "empty"],
 )
-def test_a_settings_file_that_is_no_settings_file_is_refused(folder: Path, text: str, words: str) -> None:
+def test_a_file_without_settings_is_refused(folder: Path, text: str, words: str) -> None:
     (folder / CONFIG).write_text(text)
     seal(folder)
     refused(folder, words)
@@ -304,27 +235,16 @@ def _element(value: float) -> Callable[[Tensor], Tensor]:
 
 TENSOR_FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "rho missing": (lambda t: t.pop(f"{KEY}.rho"), f"tensor '{KEY}.rho' is missing"),
-    "all rho missing": (lambda t: [t.pop(k) for k in list(t) if k.endswith("rho")], "lora_A.rho' is missing"),
-    "mean missing": (lambda t: t.pop(f"{KEY}.weight"), f"tensor '{KEY}.weight' is missing"),
     "another tensor": (lambda t: t.update(extra=torch.ones(1)), "tensor 'extra' is not one that"),
-    "renamed": (lambda t: t.update({f"{KEY}.sigma": t.pop(f"{KEY}.rho")}), f"tensor '{KEY}.rho' is missing"),
-    "base weight": (
-        lambda t: t.update({"base_model.model.lm_head.base_layer.weight": torch.ones(64, 32)}),
-        "base_layer.weight' is not one that",
-    ),
     "transposed": (_set(f"{KEY}.weight", lambda t: t.T.contiguous()), r"found shape \[32, 4\], expected \[4, 32\]"),
     "bfloat16": (_set(f"{KEY}.rho", Tensor.bfloat16), "found bfloat16, expected float32"),
     "float16 everywhere": (lambda t: t.update({k: v.half() for k, v in t.items()}), "found float16, expected float32"),
-    "float64": (_set(f"{KEY}.rho", Tensor.double), "found float64, expected float32"),
-    "integer": (_set(f"{KEY}.rho", lambda t: t.int() + 1), "found int32, expected float32"),
     "NaN mean": (_set(f"{KEY}.weight", _element(torch.nan)), f"'{KEY}.weight' holds NaN or infinite"),
-    "infinite rho": (_set(f"{KEY}.rho", _element(torch.inf)), f"'{KEY}.rho' holds NaN or infinite"),
     "infinite B": (
         _set(f"{KEY.replace('lora_A', 'lora_B')}.weight", _element(-torch.inf)),
         "lora_B.weight' holds NaN or infinite",
     ),
     "zero rho": (_set(f"{KEY}.rho", _element(0.0)), f"'{KEY}.rho' holds zeros"),
-    "empty": (lambda t: t.clear(), "is missing"),
 }
 
 
@@ -359,10 +279,8 @@ def test_a_key_given_twice_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.property("P06")
-@pytest.mark.parametrize(
-    "data", [b"", b"\0" * 7, b"\xff" * 64, (1 << 40).to_bytes(8, "little") + b"{}", b"\x02" + b"\0" * 7 + b"[]"]
-)
-def test_what_is_no_safetensors_file_is_refused(folder: Path, data: bytes) -> None:
+@pytest.mark.parametrize("data", [b"", (1 << 40).to_bytes(8, "little") + b"{}", b"\x02" + b"\0" * 7 + b"[]"])
+def test_a_file_that_is_not_safetensors_is_refused(folder: Path, data: bytes) -> None:
     (folder / TENSORS).write_bytes(data)
     seal(folder)
     refused(folder, "is not a safetensors file")
@@ -398,12 +316,6 @@ def test_a_posterior_is_not_loaded_as_plain_lora(folder: Path) -> None:
     refused(folder, "lora_A.rho' is not one that the base and the configuration ask for")
 
 
-@pytest.mark.property("P07")
-def test_plain_lora_tensors_are_not_loaded_as_a_posterior(folder: Path) -> None:
-    edit_tensors(folder, lambda t: [t.pop(key) for key in list(t) if key.endswith(".rho")])
-    refused(folder, "rho' is missing")
-
-
 # P8: tampering
 
 
@@ -417,34 +329,27 @@ def tensors_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.property("P08")
-@pytest.mark.parametrize("name", [CONFIG, TENSORS, MANIFEST])
-def test_every_bit_flip_is_refused_before_a_tensor_is_read(folder: Path, tensors_read: list[int], name: str) -> None:
-    base, data = LLAMA.build(), (folder / name).read_bytes()
+def test_every_bit_flip_cut_and_addition_is_refused_before_a_tensor_is_read(
+    folder: Path, tensors_read: list[int]
+) -> None:
+    base, chance = LLAMA.build(), random.Random(0)
     before = state(base)
-    bits = torch.randint(0, 8 * len(data), (200,), generator=torch.Generator().manual_seed(len(name))).tolist()
-    for bit in bits:
-        flipped = bytearray(data)
-        flipped[bit // 8] ^= 1 << bit % 8
-        (folder / name).write_bytes(flipped)
-        with pytest.raises(PosteriorError):
-            load_posterior(base, folder)
+    for name in (CONFIG, TENSORS, MANIFEST):
+        data = (folder / name).read_bytes()
+        lengths = (0, 1, 7, 8, len(data) - 1, *chance.sample(range(len(data)), 60))
+        spoiled = [*(data[:length] for length in lengths), data + b"\0", data + b"\n", b" " + data, data + data]
+        for bit in chance.sample(range(8 * len(data)), 200):
+            flipped = bytearray(data)
+            flipped[bit // 8] ^= 1 << bit % 8
+            spoiled.append(bytes(flipped))
+        for content in spoiled:
+            (folder / name).write_bytes(content)
+            with pytest.raises(PosteriorError):
+                load_posterior(base, folder)
+        (folder / name).write_bytes(data)
     assert tensors_read == [] and state(base) == before
-    (folder / name).write_bytes(data)
     load_posterior(base, folder)
     assert len(tensors_read) == 1
-
-
-@pytest.mark.property("P08")
-@pytest.mark.parametrize("name", [CONFIG, TENSORS, MANIFEST])
-def test_every_truncation_and_addition_is_refused(folder: Path, tensors_read: list[int], name: str) -> None:
-    base, data = LLAMA.build(), (folder / name).read_bytes()
-    lengths = torch.randint(0, len(data), (60,), generator=torch.Generator().manual_seed(len(name))).tolist()
-    spoiled = [data[:length] for length in (0, 1, 7, 8, len(data) - 1, *lengths)]
-    for content in (*spoiled, data + b"\0", data + b"\n", data + b" ", b" " + data, data + data):
-        (folder / name).write_bytes(content)
-        with pytest.raises(PosteriorError):
-            load_posterior(base, folder)
-    assert tensors_read == []
 
 
 @pytest.mark.property("P08")
@@ -590,16 +495,6 @@ def test_a_saved_posterior_holds_json_and_safetensors_only(original: Path) -> No
     assert sorted(entry.name for entry in original.iterdir()) == ["README.md", CONFIG, TENSORS, MANIFEST]
     json.loads((original / CONFIG).read_text()), json.loads((original / MANIFEST).read_text())
     load_file(original / TENSORS)
-
-
-def test_an_architecture_is_known_by_every_kind_of_base(tmp_path: Path) -> None:
-    """The fingerprint of a base inside a PeftModel is that of the same base alone."""
-    architecture: Architecture
-    for architecture in (LLAMA, QWEN2, BERT):
-        path = tmp_path / architecture.name
-        save_posterior(blob(architecture), path)
-        load_posterior(architecture.build(), path)
-        refused(path, "parameters have other values", architecture.build(3))
 
 
 @pytest.mark.property("P06")

@@ -1,6 +1,5 @@
 """Nothing in a saved posterior can make a module be imported or anything be fetched."""
 
-import json
 import shutil
 import socket
 import sys
@@ -15,10 +14,8 @@ import torch
 
 from bayestune.errors import PosteriorError
 from bayestune.methods import load_posterior, save_posterior
-from bayestune.storage.manifest import file_record, read_manifest, write_manifest
 from models import LLAMA, blob
-
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+from storage.spoil import edit_config, seal
 
 
 @pytest.fixture
@@ -57,20 +54,10 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return attempts
 
 
-def seal(folder: Path, **changes: Any) -> None:
-    """Change settings and make the manifest agree with them: an attacker can do as much."""
-    values = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(values | changes))
-    content = read_manifest(folder) | {"files": {name: file_record(folder / name) for name in (CONFIG, TENSORS)}}
-    del content["format"]
-    write_manifest(folder, content=content)
-
-
 @pytest.mark.property("X01")
 @pytest.mark.parametrize(
     "changes",
     [
-        {"auto_mapping": {"base_model_class": "Model", "parent_library": "canary"}},
         {
             "auto_mapping": {
                 "base_model_class": "Model",
@@ -79,22 +66,22 @@ def seal(folder: Path, **changes: Any) -> None:
             }
         },
         {"base_model_name_or_path": "someone/elsewhere", "revision": "main"},
-        {"base_model_name_or_path": "https://example.org/model"},
         {"task_type": None, "auto_mapping": {"parent_library": "canary"}, "base_model_name_or_path": "canary"},
     ],
-    ids=["parent_library", "trust in mapping", "another repository", "an address", "all"],
+    ids=["trust in mapping", "another repository", "all"],
 )
 def test_where_the_base_came_from_is_not_followed(
     folder: Path, canary: Path, no_network: list[str], changes: dict[str, Any]
 ) -> None:
-    seal(folder, **changes)
+    edit_config(folder, **changes)
+    seal(folder)
     base = LLAMA.build()
     model = load_posterior(base, folder)
     assert model.get_base_model() is base
     assert torch.equal(model(**LLAMA.inputs()).logits, blob().eval()(**LLAMA.inputs()).logits)
     config = model.peft_config["default"]
     assert (config.auto_mapping, config.revision) == (None, None)
-    assert config.base_model_name_or_path not in ("canary", "someone/elsewhere", "https://example.org/model")
+    assert config.base_model_name_or_path not in ("canary", "someone/elsewhere")
     save_posterior(model, folder.parent / "again")
     assert not canary.exists() and "canary" not in sys.modules and no_network == []
 
@@ -104,29 +91,27 @@ def test_where_the_base_came_from_is_not_followed(
     "changes",
     [
         {"auto_map": {"AutoModel": "modeling.Model"}},
-        {"trust_remote_code": True},
         {"megatron_config": {"a": 1}, "megatron_core": "canary.modeling"},
-        {"megatron_core": "canary"},
-        {"custom_modules": "canary"},
-        {"_attn_implementation_internal": "canary/kernel"},
     ],
     ids=lambda changes: " ".join(changes),
 )
 def test_settings_that_name_code_are_refused(
     folder: Path, canary: Path, no_network: list[str], changes: dict[str, Any]
 ) -> None:
-    seal(folder, **changes)
+    edit_config(folder, **changes)
+    seal(folder)
     with pytest.raises(PosteriorError, match=f"adapter_config.json: ({'|'.join(changes)}): "):
         load_posterior(LLAMA.build(), folder)
     assert not canary.exists() and "canary" not in sys.modules and no_network == []
 
 
 @pytest.mark.property("X01")
-@pytest.mark.parametrize("name", ["canary.py", "modeling_canary.py", "config.json", "tokenization.py"])
-def test_code_in_the_folder_is_refused_unread(folder: Path, canary: Path, name: str) -> None:
-    shutil.copy(folder.parent / "modules" / "canary" / "__init__.py", folder / name)
-    with pytest.raises(PosteriorError, match=f"{name} is not in the manifest and is not opened"):
-        load_posterior(LLAMA.build(), folder)
+def test_code_in_the_folder_is_refused_unread(folder: Path, canary: Path) -> None:
+    for name in ("modeling_canary.py", "config.json"):
+        shutil.copy(folder.parent / "modules" / "canary" / "__init__.py", folder / name)
+        with pytest.raises(PosteriorError, match=f"{name} is not in the manifest and is not opened"):
+            load_posterior(LLAMA.build(), folder)
+        (folder / name).unlink()
     assert not canary.exists() and "canary" not in sys.modules
 
 

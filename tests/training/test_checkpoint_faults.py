@@ -18,7 +18,7 @@ from peft import PeftModel, get_peft_model
 
 from bayestune.errors import BayestuneWarning, ConfigError, TrainingError
 from bayestune.files import alone
-from bayestune.storage.manifest import serialised
+from bayestune.files import sealed as serialised
 from bayestune.training import BayesTrainer, KLSettings, checkpoint, checkpoint_state, last_complete
 from bayestune.training.checkpoint_files import MANIFEST, UNFINISHED, check_checkpoint, seal
 from models import GPT2, scatter

@@ -1,4 +1,4 @@
-"""Files on the disk: whole writes, flushes, hashes, and the errors of a disk that cannot be written."""
+"""Writing a file whole or not at all, flushing, hashing, and the errors of a disk that cannot be written."""
 
 import contextlib
 import errno
@@ -8,29 +8,30 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
 from bayestune.errors import ConfigError, DiskError
 
-_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 @contextlib.contextmanager
 def writing(path: Path, *, needed: int | None = None) -> Iterator[None]:
-    """Inside, an error of the disk becomes one that names `path`, the file or folder written, and the space there.
+    """Turn an error of the disk into one that names `path`, the file or folder being written, and the free space.
 
     Args:
-        needed: about how many bytes are to be written.
+        needed: about how many bytes will be written.
 
     Raises:
-        DiskError: there is no space, or a quota, a limit or a fault of the disk; other errors are left as they are.
+        DiskError: no space left, a quota or limit, or a fault of the disk; other errors pass unchanged.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
-        number = _number(error)
-        if number not in _OF_THE_DISK:
+        number = error.errno if isinstance(error, OSError) else _number_in(str(error))
+        if number not in _DISK_ERRORS:
             raise
         space = ""
         if number == errno.ENOSPC:
@@ -40,7 +41,7 @@ def writing(path: Path, *, needed: int | None = None) -> Iterator[None]:
 
 
 def check_writable(folder: Path, what: str) -> None:
-    """Refuse a folder that files cannot be made in, or that cannot be made, before any work is done for it.
+    """Fail early if files cannot be created in `folder`, or the folder itself cannot.
 
     Raises:
         ConfigError: naming `what`, which is to be written, and the folder.
@@ -69,13 +70,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def flush(folder: Path) -> None:
-    """Have everything in `folder` on the disk."""
+    """Flush everything in `folder` to the disk."""
     for entry in (*folder.rglob("*"), folder):
         flush_entry(entry)
 
 
 def flush_entry(path: Path) -> None:
-    """Have a file, or the names in a folder, on the disk."""
+    """Flush a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -89,15 +90,18 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _number(error: OSError | SafetensorError) -> int | None:
-    """The system's number of an error; safetensors has it in its text only."""
-    if isinstance(error, OSError):
-        return error.errno
-    found = re.search(r"os error (\d+)", str(error))
+def file_record(path: Path) -> dict[str, Any]:
+    """``{"sha256", "bytes"}`` of a file, as manifests list it."""
+    return {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+
+
+def _number_in(text: str) -> int | None:
+    """The system's error number, which safetensors gives in its text only."""
+    found = re.search(r"os error (\d+)", text)
     return int(found[1]) if found else None
 
 
 def _existing(path: Path) -> Path:
-    """`path`, or the nearest folder above it that is there."""
+    """`path`, or its nearest parent that exists."""
     path = path.resolve()
     return next(place for place in (path, *path.parents) if place.exists())

@@ -7,7 +7,6 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -18,22 +17,25 @@ from bayestune.files.disk import flush, flush_entry
 MANIFEST = "bayestune_manifest.json"
 
 
-@contextmanager
+@contextlib.contextmanager
 def new_folder(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
     """Yield an empty folder beside `path` that takes its place when the block ends without an exception.
 
     Everything is flushed to disk before the renames. An older folder is moved aside first and removed last, so a
-    crash leaves the old one or the new one whole; where it falls between the two renames, the old one waits beside
-    `path` and `existing_folder` finds it. With `overwrite` only an empty folder, or one holding a bayestune
-    manifest, is replaced. What killed saves to `path` left behind is removed first.
+    crash leaves either the old folder or the new one whole. If the crash falls between the two renames, the old one
+    waits beside `path`, where `existing_folder` finds it. With `overwrite`, only an empty folder or one that holds a
+    bayestune manifest is replaced. Leftovers of killed saves to `path` are removed first.
 
     Raises:
-        ConfigError: `path` exists and must not be replaced, or is a link; the place where the older folder waits
-            is taken by something that bayestune did not write; or another process is saving to `path`.
+        ConfigError: `path` exists and must not be replaced, or is a link; something that bayestune did not write
+            stands where the older folder would wait; or another process is saving to `path`.
     """
     target = Path(os.path.abspath(path))
     aside = _aside(target)
-    _check_aside(aside)
+    if os.path.lexists(aside) and (aside.is_symlink() or not (aside / MANIFEST).is_file()):
+        raise ConfigError(
+            f"{aside} is in the way (an older folder would wait there) and holds no {MANIFEST}: move it away."
+        )
     _check_target(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     with alone(target):
@@ -45,15 +47,32 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Pat
         work.mkdir()
         try:
             yield work
-            _take_modes(work)
+            _reset_modes(work)
             flush(work)
-            _publish(work, target, aside)
+            remove(aside)  # left by a crash after an earlier replacement
+            publish(work, target, aside)
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise
+        finally:
+            if os.path.lexists(target):
+                remove(aside)
 
 
-@contextmanager
+def publish(work: Path, target: Path, aside: Path) -> None:
+    """Rename the finished folder `work` to `target`; what is there is renamed to `aside`, and back if that fails."""
+    try:
+        if os.path.lexists(target):
+            os.rename(target, aside)
+        os.rename(work, target)
+    except BaseException:
+        if aside.is_dir() and not os.path.lexists(target):
+            os.rename(aside, target)
+        raise
+    flush_entry(target.parent)
+
+
+@contextlib.contextmanager
 def alone(
     target: Path, *, purpose: str = "", advice: str = "wait for that one, or choose another path."
 ) -> Iterator[None]:
@@ -61,7 +80,7 @@ def alone(
 
     Args:
         target: the file or folder that is being written.
-        purpose: distinguishes locks of the same target; it is part of the name of the lock's file.
+        purpose: part of the lock file's name; distinguishes several locks of one target.
         advice: the last part of the error message.
 
     Raises:
@@ -90,7 +109,7 @@ def existing_folder(path: str | os.PathLike[str]) -> Path:
 
 
 def remove(folder: Path) -> None:
-    """Rename `folder` and then remove it, so that a crash on the way leaves no half of it in its place."""
+    """Rename `folder`, then remove it, so that a crash in between does not leave half of it in place."""
     if not folder.is_dir():
         return
     litter = folder.with_name(f"{folder.name}.{secrets.token_hex(8)}.tmp")
@@ -100,14 +119,6 @@ def remove(folder: Path) -> None:
     finally:
         for path in (litter, folder):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _check_aside(aside: Path) -> None:
-    """Refuse to move or remove what an interrupted replacement cannot have left."""
-    if os.path.lexists(aside) and (aside.is_symlink() or not (aside / MANIFEST).is_file()):
-        raise ConfigError(
-            f"{aside} is in the way (an older folder would wait there) and holds no {MANIFEST}: move it away."
-        )
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
@@ -124,28 +135,12 @@ def _check_target(target: Path, overwrite: bool) -> None:
         )
 
 
-def _publish(work: Path, target: Path, aside: Path) -> None:
-    try:
-        if target.exists():
-            remove(aside)  # what a crash after an earlier replacement left
-            os.rename(target, aside)
-        os.rename(work, target)
-    except BaseException:
-        if aside.is_dir() and not os.path.lexists(target):
-            os.rename(aside, target)
-        raise
-    try:
-        flush_entry(target.parent)
-    finally:
-        remove(aside)
-
-
 def _aside(target: Path) -> Path:
     return target.with_name(f".{target.name}.old")
 
 
-def _take_modes(work: Path) -> None:
-    """Give every file the mode that umask gives a new one; safetensors keeps its own to the owner."""
+def _reset_modes(work: Path) -> None:
+    """Give every file the mode that umask gives a new one; safetensors creates files only their owner can read."""
     probe = work / f".{secrets.token_hex(8)}"
     probe.touch()
     mode = stat.S_IMODE(probe.stat().st_mode)

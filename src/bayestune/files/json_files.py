@@ -1,5 +1,6 @@
-"""JSON files: written whole or not at all, and read strictly and within limits."""
+"""JSON files: written whole or not at all, read strictly and within limits, and sealed with their own checksum."""
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -13,12 +14,12 @@ _LIMIT = 1 << 24
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file whole or not at all: a temporary file in the same folder, then a rename."""
+    """Write a JSON file whole or not at all."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """The object in a JSON file of at most 16 MiB, in which no key is given twice.
+    """Read the object in a JSON file of at most 16 MiB, in which no key is given twice.
 
     Raises:
         ConfigError: no such file, or not one such object; `what` says what the file should be.
@@ -35,6 +36,36 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return content
 
 
+def sealed(content: Mapping[str, Any]) -> bytes:
+    """The JSON of a manifest: `content` in one fixed form, with a checksum over all of it."""
+    checksum = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return (json.dumps({**content, "checksum": checksum}, sort_keys=True, indent=1) + "\n").encode()
+
+
+def read_sealed(path: Path, *, version: int) -> dict[str, Any]:
+    """Read the content of a manifest whose ``"format"`` is `version` and whose bytes match its checksum.
+
+    Checksums detect corruption, not tampering.
+
+    Raises:
+        ValueError: what is wrong, to follow the name of the file.
+    """
+    with path.open("rb") as file:
+        text = file.read(_LIMIT + 1)
+    try:
+        content = strict_json(text, limit=_LIMIT)
+    except ValueError as error:
+        raise ValueError(f"was cut or altered ({error})") from None
+    if not isinstance(content, dict) or type(content.get("format")) is not int:
+        raise ValueError(f"was cut or altered (it has no format number, expected {version})")
+    if content["format"] != version:
+        raise ValueError(f"has format {content['format']}, expected {version}: upgrade bayestune to load it")
+    checksum = content.pop("checksum", None)
+    if sealed(content) != text:
+        raise ValueError(f"was cut or altered (it does not match its own checksum {checksum!r})")
+    return content
+
+
 def strict_json(text: bytes, *, limit: int, finite: bool = True) -> Any:
     """Parse at most `limit` bytes of JSON.
 
@@ -43,13 +74,11 @@ def strict_json(text: bytes, *, limit: int, finite: bool = True) -> Any:
     """
     if len(text) > limit:
         raise ValueError(f"{len(text)} bytes of JSON, expected at most {limit}")
-    decoded = text.decode("utf-8")
     numbers: dict[str, Any] = {"parse_float": _finite, "parse_constant": _no_constant} if finite else {}
     try:
-        found = json.loads(decoded, object_pairs_hook=_unique, **numbers)
+        return json.loads(text.decode("utf-8"), object_pairs_hook=_unique, **numbers)
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
-    return found
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

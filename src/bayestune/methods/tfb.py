@@ -13,7 +13,6 @@ BAYES_LORA adapter with ``M = A'`` and ``G = sqrt(Omega)``.
 
 import copy
 import dataclasses
-import json
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -41,8 +40,8 @@ from bayestune.storage.state import (
     adapter_config,
     adapter_tensors,
     check_values,
+    config_fault,
     lora_layers,
-    settings_fault,
 )
 
 NOTHING = 1e-18
@@ -198,8 +197,7 @@ def _plain_adapter(model: PeftModel) -> str:
         raise ConfigError(f"tfb: found adapters {sorted(model.peft_config)}, expected one: delete_adapter the others.")
     if is_merged(model):
         raise ConfigError("tfb: the adapter is merged into the base weights: call unmerge_adapter() first.")
-    values = json.loads(json.dumps(adapter_config(model, adapter).to_dict(), default=sorted))
-    fault = settings_fault(values, "point")
+    fault = config_fault(adapter_config(model, adapter), "point")
     if fault:
         raise ConfigError(f"tfb: the adapter cannot be made a posterior: {fault}.")
     check_values(adapter_tensors(model, adapter))

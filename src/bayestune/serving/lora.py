@@ -7,7 +7,6 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,16 @@ from bayestune.files import new_folder
 from bayestune.functional import prediction_noise
 from bayestune.sampling import Point, Posterior, Variational
 from bayestune.sampling.base import SubstitutedDraws
-from bayestune.storage.manifest import CONFIG_FILE, TENSOR_FILE, file_record, versions, write_manifest
+from bayestune.storage.manifest import CONFIG_FILE, TENSOR_FILE, write_manifest
 from bayestune.storage.state import (
     active_adapter,
     adapter_config,
     adapter_tensors,
     check_values,
+    config_fault,
     lora_layers,
     owned_heads,
     parameter_names,
-    settings_fault,
 )
 
 
@@ -81,15 +80,9 @@ def export_lora(
             check_values(tensors)
             _write(folder / name, config, tensors, seed, index)
         exported = {"kind": posterior.kind if posterior else kind, "draws": draws, "seed": seed}
-        _write_record(folder, names, exported, [*_notes(model, adapter), *lost])
+        files = [f"{name}/{file}" for name in names for file in (CONFIG_FILE, TENSOR_FILE)]
+        write_manifest(folder, {"exported": exported, "notes": [*_notes(model, adapter), *lost]}, files)
     return [Path(path) / name for name in names]
-
-
-def _write_record(folder: Path, names: Sequence[str], exported: dict[str, Any], notes: list[str]) -> None:
-    """Write the manifest of the adapters `names`."""
-    files = [f"{name}/{file}" for name in names for file in (CONFIG_FILE, TENSOR_FILE)]
-    records = {file: file_record(folder / file) for file in files}
-    write_manifest(folder, content={**versions(), "exported": exported, "notes": notes, "files": records})
 
 
 def _check_exportable(
@@ -100,7 +93,7 @@ def _check_exportable(
         raise ConfigError(
             f"draws: found {draws}, but adapter {adapter!r} is plain LoRA, a point without a posterior: pass draws=0."
         )
-    fault = settings_fault(json.loads(json.dumps(adapter_config(model, adapter).to_dict(), default=sorted)), kind)
+    fault = config_fault(adapter_config(model, adapter), kind)
     if fault:
         raise ConfigError(f"the adapter cannot be exported as plain LoRA: {fault}.")
     check_values(adapter_tensors(model, adapter))

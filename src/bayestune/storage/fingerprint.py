@@ -13,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 SAMPLES = 64
-# Settings that do not change what given weights compute. All others count: a list of those that do would miss the next
-# architecture's logit scales or soft caps.
+# Settings that do not change what given weights compute. All others count: a list of settings that do would miss the
+# next architecture's logit scales or soft caps.
 _IRRELEVANT = frozenset(
     ("_name_or_path", "_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "architectures")
     + ("auto_map", "transformers_version", "dtype", "torch_dtype", "quantization_config", "use_cache", "torchscript")
@@ -28,42 +28,39 @@ _FIRST = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_a
 
 
 def fingerprint(model: nn.Module, *, heads: Collection[str] = ()) -> dict[str, Any]:
-    """The identity of a base model, as values that JSON holds; the same for the same base loaded again.
+    """The identity of a base model, as values that JSON holds; the same each time the base is loaded.
 
-    Of a `PeftModel` it is that of the model underneath: adapters and the heads its active adapter owns
-    (`modules_to_save`) are left out. `heads` names modules to leave out of a base that carries no adapter.
+    For a `PeftModel` it describes the model underneath, without adapters and without the heads that the active
+    adapter owns (`modules_to_save`). `heads` names modules to leave out of a base that carries no adapter.
 
     Returns:
         ``architecture`` (class name), ``config`` (settings of the Hugging Face configuration that change what the
         model computes) and ``weights``: for each parameter ``"dtype exact rounded"``, the last two hashes of at most
-        64 values spread evenly over it, as float32 and as bfloat16; None where its values are packed by a quantiser
-        or not in memory, so that such a parameter is known by its name only.
+        64 values spread evenly over it, as float32 and as bfloat16; None if its values are packed by a quantizer or
+        not in memory, so that only the parameter's name is compared.
     """
     adapters: list[str] = []
     if isinstance(model, PeftModel):
         model, adapters = model.get_base_model(), model.active_adapters
-    return {
-        **settings(model),
-        "weights": {name: _hashes(value) for name, value in _parameters(model, "", adapters, heads)},
-    }
+    return settings(model) | {"weights": {n: _hashes(p) for n, p in _parameters(model, "", adapters, heads)}}
 
 
 def settings(base: nn.Module) -> dict[str, Any]:
-    """The part of `fingerprint` that needs no weights: ``architecture`` and ``config``."""
+    """The part of `fingerprint` that does not need weights: ``architecture`` and ``config``."""
     config = base.config.to_dict() if isinstance(base, PreTrainedModel) else {}
     return {"architecture": type(base).__name__, "config": json.loads(json.dumps(_relevant(config), default=str))}
 
 
 def _relevant(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that count, of nested configurations too."""
+    """The settings that count, in nested configurations too."""
     kept = {name: value for name, value in config.items() if name not in _IRRELEVANT and "drop" not in name}
     return {name: _relevant(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
 def settings_difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
-    """How the architecture or settings of `found` differ from `expected`, in words; None where they agree.
+    """How the architecture or settings of `found` differ from `expected`, in words; None if they agree.
 
-    Settings that only one side has, because another version of transformers wrote it, are not compared.
+    Settings that only one side has are not compared: another version of transformers wrote them.
     """
     if found["architecture"] != expected["architecture"]:
         return f"found a {found['architecture']}, expected a {expected['architecture']}"
@@ -75,7 +72,7 @@ def settings_difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -
 
 
 def weights_difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
-    """How the sampled weights of `found` differ from `expected`, in words; None where they agree.
+    """How the sampled weights of `found` differ from `expected`, in words; None if they agree.
 
     In the same dtype the samples must agree exactly. Across dtypes (a float32 checkpoint loaded as bfloat16) they
     must agree after rounding to bfloat16.
@@ -105,7 +102,7 @@ def _same(expected: str | None, found: str | None) -> bool:
 def _parameters(
     module: nn.Module, prefix: str, adapters: Sequence[str], heads: Collection[str]
 ) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters of the base by the names they have without PEFT."""
+    """The base's parameters with the names they have without PEFT."""
     if prefix.removesuffix(".") in heads:
         return
     if isinstance(module, ModulesToSaveWrapper):

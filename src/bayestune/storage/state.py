@@ -1,9 +1,7 @@
-"""The tensors and settings of one adapter: read off the modules, and checked one by one."""
+"""The tensors and settings of one adapter: read from its modules, and checked one by one."""
 
-import copy
 import json
 import re
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,8 +19,8 @@ ADAPTERS: dict[str, type[LoraConfig]] = {"point": LoraConfig, "variational": Bay
 MAX_RANK = 1 << 16
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-# Settings that may have any value. Every other one must be as the configuration class has it by default: some change
-# the base weights, some make another forward, one names a module for PEFT to import.
+# Settings that may have any value. Every other one must have its default: some change the base weights, some change
+# the forward, one names a module for PEFT to import.
 _FREE = frozenset(
     ("peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode")
     + ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -33,7 +31,7 @@ _INITS = (True, False, "gaussian", "orthogonal")  # the others change the base w
 
 
 def active_adapter(model: nn.Module) -> tuple[PeftModel, str, str]:
-    """`model` itself, the name of its active adapter, and its kind, a key of `ADAPTERS`.
+    """Return `model`, the name of its active adapter, and the adapter's kind, a key of `ADAPTERS`.
 
     Raises:
         ConfigError: not a PeftModel, not exactly one active adapter, a name unfit for a path, or another PEFT method.
@@ -53,7 +51,7 @@ def active_adapter(model: nn.Module) -> tuple[PeftModel, str, str]:
 
 
 def check_name(adapter: str) -> None:
-    """Refuse a name that PEFT would take for a path, or that is none on every system.
+    """Raise an error for an adapter name that PEFT would treat as a path, or that some file system refuses.
 
     Raises:
         ConfigError: not 1 to 64 letters, digits and . _ -, the first a letter or digit.
@@ -70,10 +68,7 @@ def adapter_config(model: PeftModel, adapter: str) -> LoraConfig:
 
 
 def adapter_tensors(model: PeftModel, adapter: str) -> dict[str, Tensor]:
-    """Every tensor that belongs to `adapter`, by the key it has in a saved file.
-
-    The keys come from where the modules stand, so an adapter may be called anything.
-    """
+    """Every tensor that belongs to `adapter`, by its key in a saved file, whatever the adapter's name."""
     tensors: dict[str, Tensor] = {}
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer):
@@ -103,20 +98,17 @@ def lora_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
 
 def owned_heads(model: PeftModel, adapter: str) -> list[str]:
     """Names, in the base model, of the modules that `adapter` replaces as a whole (`modules_to_save`)."""
-    return [
-        path
-        for path, module in model.get_base_model().named_modules()
-        if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save
-    ]
+    modules = model.get_base_model().named_modules()
+    return [n for n, m in modules if isinstance(m, ModulesToSaveWrapper) and adapter in m.modules_to_save]
 
 
 def describe(tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
-    """``{key: [shape, dtype]}``, as JSON holds it."""
+    """``{key: [shape, dtype]}``, as the manifest holds it."""
     return {key: [list(t.shape), str(t.dtype).removeprefix("torch.")] for key, t in sorted(tensors.items())}
 
 
 def tensor_fault(expected: Mapping[str, list[Any]], found: Mapping[str, list[Any]]) -> str | None:
-    """The first difference between two descriptions of tensors, in words; None where they agree."""
+    """The first difference between two descriptions of tensors, in words; None if they agree."""
     for key in sorted(expected.keys() - found.keys()):
         return f"tensor {key!r} is missing"
     for key in sorted(found.keys() - expected.keys()):
@@ -130,7 +122,7 @@ def tensor_fault(expected: Mapping[str, list[Any]], found: Mapping[str, list[Any
 
 
 def value_fault(tensors: Mapping[str, Tensor]) -> str | None:
-    """The first tensor whose values cannot be those of a posterior, in words; None where there is none."""
+    """The first tensor whose values no posterior can have, in words; None if there is none."""
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             return f"tensor {key!r} holds NaN or infinite values"
@@ -140,18 +132,14 @@ def value_fault(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def check_values(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse a trained adapter whose values cannot be those of a posterior.
-
-    Raises:
-        PosteriorError: a tensor holds NaN, infinities, or a standard deviation of 0.
-    """
+    """Raise a PosteriorError if a tensor holds NaN, infinities, or a standard deviation of 0."""
     fault = value_fault(tensors)
     if fault:
         raise PosteriorError(f"{fault}: this adapter is not written. Go back to the last good checkpoint.")
 
 
 def settings_fault(values: Any, kind: str) -> str | None:
-    """The first setting of an adapter_config.json that is not supported, in words; None where there is none."""
+    """The first setting of an adapter_config.json that is not supported, in words; None if there is none."""
     if not isinstance(values, dict):
         return f"found a {type(values).__name__}, expected a JSON object"
     peft_type = "BAYES_LORA" if kind == "variational" else "LORA"
@@ -171,23 +159,13 @@ def settings_fault(values: Any, kind: str) -> str | None:
     return None
 
 
-def skeleton(base: nn.Module, config: LoraConfig, *, autocast: bool) -> PeftModel:
-    """A copy of `base` without its weights, carrying the adapter that `config` describes; `base` is not touched."""
-    memo: dict[int, Any] = {}
-    for parameter in base.parameters():
-        plain = type(parameter) is nn.Parameter
-        memo[id(parameter)] = (
-            nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad) if plain else parameter
-        )
-    for buffer in base.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta") if type(buffer) is Tensor else buffer
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT will say the same again of the base itself
-        return adapted(copy.deepcopy(base, memo), copy.deepcopy(config), autocast=autocast)
+def config_fault(config: LoraConfig, kind: str) -> str | None:
+    """`settings_fault` of a configuration in memory."""
+    return settings_fault(json.loads(json.dumps(config.to_dict(), default=sorted)), kind)
 
 
 def adapted(base: nn.Module, config: LoraConfig, *, autocast: bool) -> PeftModel:
-    """`base` with a new adapter as `config` describes it; the global random state is put back where it was."""
+    """`base` with a new adapter as `config` describes it; the global random state is left unchanged."""
     with torch.random.fork_rng(devices=[]):
         model = get_peft_model(base, config, autocast_adapter_dtype=autocast)
     assert isinstance(model, PeftModel)

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from bayestune.errors import BayestuneWarning, TrainingError
-from bayestune.files import alone, flush, flush_entry, strict_json
-from bayestune.storage.manifest import file_record, serialised
+from bayestune.files import alone, file_record, flush, read_sealed, sealed
+from bayestune.files import publish as rename_whole
 from bayestune.tasks.rows import shown
 
 FORMAT = 1
@@ -103,17 +103,13 @@ def seal(checkpoint: Path) -> None:
     """Vouch for every file of `checkpoint`, and have all of it on the disk."""
     paths = {path.relative_to(checkpoint).as_posix(): path for path in checkpoint.rglob("*") if path.is_file()}
     files = {name: file_record(path) for name, path in paths.items() if name != MANIFEST}
-    (checkpoint / MANIFEST).write_bytes(serialised({"format": FORMAT, "files": files}))
+    (checkpoint / MANIFEST).write_bytes(sealed({"format": FORMAT, "files": files}))
     flush(checkpoint)
 
 
 def publish(written: Path, run: Path) -> None:
     """Move a sealed checkpoint from `.unfinished` to its place; what is there goes the other way first."""
-    target = run / written.name
-    if os.path.lexists(target):
-        os.rename(target, written.with_name(f"replaced-{written.name}"))
-    os.rename(written, target)
-    flush_entry(run)
+    rename_whole(written, run / written.name, written.with_name(f"replaced-{written.name}"))
 
 
 def rotate(run: Path, limit: int | None, keep: set[Path]) -> None:
@@ -150,19 +146,13 @@ def _step(checkpoint: Path) -> int:
 
 def _records(checkpoint: Path) -> dict[str, Any]:
     """Size and sha256 of each file, as the manifest has them."""
-    path = checkpoint / MANIFEST
-    if path.stat().st_size > _LIMIT:
-        raise _broken(checkpoint, f"{MANIFEST} has more than {_LIMIT} bytes")
-    text = path.read_bytes()
     try:
-        found = strict_json(text, limit=_LIMIT)
+        files = read_sealed(checkpoint / MANIFEST, version=FORMAT).get("files")
     except ValueError as error:
-        raise _broken(checkpoint, f"{MANIFEST} was cut or altered ({error})") from None
-    if not isinstance(found, dict) or serialised({k: v for k, v in found.items() if k != "checksum"}) != text:
-        raise _broken(checkpoint, f"{MANIFEST} was cut or altered (it does not match its own checksum)")
-    if found.get("format") != FORMAT or not isinstance(found.get("files"), dict):
-        raise _broken(checkpoint, f"{MANIFEST} has format {found.get('format')!r}, expected {FORMAT}")
-    return found["files"]
+        raise _broken(checkpoint, f"{MANIFEST} {error}") from None
+    if not isinstance(files, dict):
+        raise _broken(checkpoint, f"{MANIFEST} lists no files")
+    return files
 
 
 def _processes(checkpoint: Path, files: int) -> int:

@@ -1,0 +1,237 @@
+"""Loading a posterior from a folder, with every byte checked before the base model is changed."""
+
+import copy
+import math
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from bayestune.errors import ConfigError, PosteriorError
+from bayestune.files import existing_folder, strict_json
+from bayestune.sampling.base import Posterior
+from bayestune.sampling.posteriors import Point, Variational
+from bayestune.storage.fingerprint import fingerprint, settings, settings_difference, weights_difference
+from bayestune.storage.manifest import (
+    CONFIG_FILE,
+    CONFIG_LIMIT,
+    PART_FILE,
+    STD,
+    TENSOR_FILE,
+    member_folder,
+    read_files,
+    read_manifest,
+)
+from bayestune.storage.state import (
+    ADAPTERS,
+    adapted,
+    adapter_tensors,
+    describe,
+    owned_heads,
+    settings_fault,
+    tensor_fault,
+    value_fault,
+)
+
+
+def load_posterior(base_model: nn.Module, path: str | os.PathLike[str], *, trainable: bool = False) -> PeftModel:
+    """Load the adapter that `save_posterior` wrote onto `base_model`, or fail before anything is changed.
+
+    Checked first: the manifest and its checksum, size and sha256 of each file, that no other file or link is there,
+    every setting, the keys, shapes and dtypes that this base and the settings ask for, finite values, and that
+    `base_model` is the base the posterior was trained on (settings and a sample of every weight; the same checkpoint
+    in another dtype is the same base). Only JSON and safetensors are read. Nothing in the folder can cause an import
+    or a download: the base is the one given.
+
+    Args:
+        base_model: the pretrained model, without adapters; it is modified in place, as PEFT does.
+        path: the folder.
+        trainable: make the adapter trainable; otherwise it is frozen and in evaluation mode.
+
+    Returns:
+        The model with the adapter active under the name "default", answering with the posterior mean.
+
+    Raises:
+        ConfigError: `base_model` already carries an adapter.
+        PosteriorError: the folder is incomplete, altered, of a newer format, or made for another base; or it holds
+            more than an adapter (members, variances, a temperature), which `load` reads.
+    """
+    saved = _read(base_model, path)
+    own, kind = saved.manifest["settings"], saved.manifest["posterior"]
+    alone = {posterior.kind: posterior for posterior in (Point, Variational)}
+    if kind not in alone or own.get("temperature", 1.0) != 1.0:
+        found = f"a posterior of kind {kind!r}" + (f" with settings {own}" if own else "")
+        raise PosteriorError(
+            f"{saved.folder}: found {found}, expected an adapter and no more: its model alone would answer otherwise. "
+            "Load it with bayestune.methods.load."
+        )
+    saved.check_adapter(alone[kind])
+    return saved.onto(base_model, trainable=trainable)
+
+
+def load(base_model: nn.Module, path: str | os.PathLike[str], *, kinds: Mapping[str, type[Posterior]]) -> Posterior:
+    """Load a posterior of one of `kinds` that `save_posterior` wrote; frozen and in evaluation mode.
+
+    Everything is checked as by `load_posterior`, and every other file of the folder in the same way.
+
+    Raises:
+        ConfigError, PosteriorError: as `load_posterior`.
+    """
+    saved = _read(base_model, path)
+    name = saved.manifest["posterior"]
+    if name not in kinds:
+        raise PosteriorError(f"{saved.folder}: found a posterior of kind {name!r}, expected one of {sorted(kinds)}.")
+    saved.check_adapter(kinds[name])
+    tensors = saved.tensors(PART_FILE, "parts") if PART_FILE in saved.contents else {}
+    members = []
+    for number in range(1, 1 + sum(file.endswith(f"/{TENSOR_FILE}") for file in saved.contents)):
+        member = member_folder(number)
+        if saved.contents[f"{member}/{CONFIG_FILE}"] != saved.contents[CONFIG_FILE]:
+            raise PosteriorError(
+                f"{saved.folder / member / CONFIG_FILE}: found other settings than those of member 0."
+            )
+        members.append(saved.tensors(f"{member}/{TENSOR_FILE}", "tensors"))
+    model = saved.onto(base_model, trainable=False)
+    try:
+        return _assemble(kinds[name], model, saved.manifest["settings"], tensors, members)
+    except PosteriorError as error:
+        model.unload()
+        raise PosteriorError(f"{saved.folder}: {error}") from error
+
+
+def _read(base_model: nn.Module, path: str | os.PathLike[str]) -> "_Saved":
+    """Read the manifest and files of a folder that is to be loaded onto `base_model`."""
+    folder = existing_folder(path)
+    if isinstance(base_model, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in base_model.modules()):
+        raise ConfigError("the base model already carries an adapter: load it anew, or call unload() first.")
+    try:
+        manifest = read_manifest(folder)
+        return _Saved(folder, manifest, read_files(folder, manifest["files"]))
+    except OSError as error:  # the folder changed while it was read
+        raise PosteriorError(f"{folder} cannot be read ({error}): if it is being replaced, load it again.") from error
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """A folder whose files are as its manifest says."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    contents: dict[str, bytes]
+
+    def check_adapter(self, posterior: type[Posterior]) -> None:
+        """Raise an error unless the folder holds the kind of adapter that this kind of posterior uses."""
+        expected = None if posterior.adapter == Point.adapter else STD
+        if self.manifest["std"] != expected:
+            raise PosteriorError(
+                f"{self.folder}: found the parameterisation std = {self.manifest['std']}, expected std = {expected} "
+                f"for a posterior of kind {posterior.kind!r}."
+            )
+
+    def onto(self, base: nn.Module, *, trainable: bool) -> PeftModel:
+        """`base` with the adapter, or an error before it is changed."""
+        config = self.config()
+        config.inference_mode = not trainable
+        tensors = self.tensors(TENSOR_FILE, "tensors")
+        half = any(".lora_" in key and t.dtype in (torch.float16, torch.bfloat16) for key, t in tensors.items())
+        self._check_fit(base, config, tensors, autocast=not half)
+        model = adapted(base, config, autocast=not half)
+        set_peft_model_state_dict(model, tensors)
+        filled = adapter_tensors(model, "default")
+        wrong = [key for key, tensor in tensors.items() if not torch.equal(filled[key].cpu(), tensor)]
+        if wrong:
+            model.unload()
+            raise PosteriorError(f"PEFT did not load tensor {wrong[0]!r}: this version of PEFT is not supported.")
+        return model if trainable else model.eval()
+
+    def config(self) -> LoraConfig:
+        kind = "point" if self.manifest["std"] is None else "variational"
+        try:
+            values = strict_json(self.contents[CONFIG_FILE], limit=CONFIG_LIMIT)
+            fault = settings_fault(values, kind)
+            if fault:
+                raise ValueError(fault)
+            # The base is the one given: where the file says it came from is not followed.
+            unused = {"auto_mapping": None, "base_model_name_or_path": None, "revision": None}
+            return ADAPTERS[kind](**{**values, **unused})
+        except (ValueError, TypeError) as error:
+            raise PosteriorError(f"{self.folder / CONFIG_FILE}: {_one_line(error)}") from error
+
+    def tensors(self, name: str, entry: str) -> dict[str, Tensor]:
+        """The tensors in the file `name`, as the manifest's `entry` describes them."""
+        path, data = self.folder / name, self.contents[name]
+        try:
+            size = int.from_bytes(data[:8], "little")
+            strict_json(data[8 : 8 + size], limit=len(data))  # refuses a key given twice, which safetensors does not
+            tensors = safetensors.torch.load(data)
+        except (ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise PosteriorError(f"{path} is not a safetensors file ({error}): restore the folder.") from error
+        fault = tensor_fault(self.manifest[entry], describe(tensors)) or value_fault(tensors)
+        if fault:
+            raise PosteriorError(f"{path}: {fault}.")
+        return tensors
+
+    def _check_fit(self, base: nn.Module, config: LoraConfig, tensors: dict[str, Tensor], *, autocast: bool) -> None:
+        """Check that `tensors` are what `config` asks for on `base`, and that `base` is the one they belong to."""
+        expected = self.manifest["base"]
+        advice = f"Load the base model the posterior was trained on (saved from {expected.get('name')!r})."
+        difference = settings_difference(expected, settings(base))
+        if difference:
+            raise PosteriorError(f"{self.folder} belongs to another base model: {difference}. {advice}")
+        try:
+            model = skeleton(base, config, autocast=autocast)
+        except Exception as error:  # whatever PEFT raises when settings and base do not go together
+            raise PosteriorError(
+                f"{self.folder / CONFIG_FILE} does not fit the base model: {_one_line(error)}"
+            ) from error
+        fault = tensor_fault(describe(adapter_tensors(model, "default")), describe(tensors))
+        if fault:
+            raise PosteriorError(f"{self.folder / TENSOR_FILE}: {fault}. {advice}")
+        difference = weights_difference(expected, fingerprint(base, heads=owned_heads(model, "default")))
+        if difference:
+            raise PosteriorError(f"{self.folder} belongs to another base model: {difference}. {advice}")
+
+
+def _assemble(
+    kind: type[Posterior],
+    model: PeftModel,
+    settings: Mapping[str, Any],
+    tensors: dict[str, Tensor],
+    members: list[dict[str, Tensor]],
+) -> Posterior:
+    own = {name: value for name, value in settings.items() if name != "temperature"}
+    temperature = settings.get("temperature", 1.0)
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
+        raise PosteriorError(f"temperature: found {temperature!r}, expected a number above 0.")
+    posterior = kind.from_saved(model, own, tensors, members)
+    if own != posterior.settings() or tensors.keys() != posterior.tensors().keys():
+        raise PosteriorError(f"found settings {own} and tensors {sorted(tensors)}, not those of kind {kind.kind!r}.")
+    posterior.temperature = float(temperature)
+    return posterior
+
+
+def skeleton(base: nn.Module, config: LoraConfig, *, autocast: bool) -> PeftModel:
+    """A copy of `base` without its weights, carrying the adapter that `config` describes; `base` is not touched."""
+    memo: dict[int, Any] = {}
+    for tensor in (*base.parameters(), *base.buffers()):
+        memo[id(tensor)] = tensor  # packed by a quantiser: shared
+        if type(tensor) is nn.Parameter:
+            memo[id(tensor)] = nn.Parameter(torch.empty_like(tensor, device="meta"), tensor.requires_grad)
+        elif type(tensor) is Tensor:
+            memo[id(tensor)] = torch.empty_like(tensor, device="meta")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT will say the same again of the base itself
+        return adapted(copy.deepcopy(base, memo), copy.deepcopy(config), autocast=autocast)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
