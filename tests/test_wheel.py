@@ -51,7 +51,7 @@ def test_the_package_holds_texts_and_packed_texts_only() -> None:
             rows = gzip.decompress(content).decode("utf-8").splitlines()
             assert all(isinstance(json.loads(row), dict) for row in rows)
         else:
-            assert name.endswith((".py", ".md", ".jinja", ".json", "py.typed")), name
+            assert name.endswith((".py", ".md", ".jinja", ".json", ".csv", ".mplstyle", "py.typed")), name
             assert "\0" not in content.decode("utf-8"), name
     assert PACKED <= files().keys()
 

@@ -22,8 +22,7 @@ def report(
     from bayestune.report.html import page_html
     from bayestune.tables import read_cells
     from bayestune.tables.page import report_page
-    from bayestune.tables.published import PUBLISHED
 
     cells = read_cells(*results)
-    write_text(output, page_html(report_page(cells, published=PUBLISHED)))
+    write_text(output, page_html(report_page(cells)))
     print(f"{output}: {len(cells)} cells")

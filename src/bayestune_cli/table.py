@@ -116,13 +116,13 @@ def _seeds(text: str) -> list[int]:
 def _build(name: str, results: Path, output: Path) -> None:
     """Print the table made from the records under `results`, and write it to `output`."""
     from bayestune.files import write_text
+    from bayestune.report.html import table_html
+    from bayestune.report.markdown import markdown
     from bayestune.tables import read_cells
-    from bayestune.tables.published import PUBLISHED
-    from bayestune.tables.table import html_table, markdown_table
+    from bayestune.tables.table import table_view
 
-    cells = read_cells(results / name)
-    text = markdown_table(cells, name, published=PUBLISHED)
-    page = html_table(cells, name, published=PUBLISHED)
+    view = table_view(read_cells(results / name), name)
+    text, page = markdown(view), table_html(view)
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / f"{name}.md", text)
     write_text(output / f"{name}.html", page)

@@ -18,6 +18,7 @@ from torch import Tensor
 from bayestune.errors import ConfigError
 from bayestune.experiment import Experiment, load_run, run
 from bayestune.methods import METHODS, Fitting, Method, Posterior, Sampler
+from bayestune.report.markdown import markdown
 from bayestune.sampling.base import SubstitutedDraws
 from bayestune.storage.state import active_adapter, adapter_tensors, parameter_names
 from bayestune.tables import layouts
@@ -25,7 +26,7 @@ from bayestune.tables.cells import read_cells
 from bayestune.tables.fill import run_table
 from bayestune.tables.grid import Grid
 from bayestune.tables.layouts import Column, Layout, line_label
-from bayestune.tables.table import markdown_table
+from bayestune.tables.table import table_view
 from toys import pretrained_bert, write_data
 
 
@@ -144,6 +145,6 @@ def test_a_new_method_fills_a_line_of_a_table(world: Path, tmp_path: Path, monke
         command=["test"],
     )
     assert run_table(grid) == 2
-    text = markdown_table(read_cells(tmp_path / "results"), "toy")
+    text = markdown(table_view(read_cells(tmp_path / "results"), "toy"))
     assert line_label("two_scales", 2) == "Two scales, N = 2" and "| Two scales, N = 2 |" in text
     assert load_run(tmp_path / "runs" / "colours" / "two_scales-seed1").experiment.method == TwoScales()

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 
 from bayestune.errors import ConfigError
+from bayestune.report.html import table_html
+from bayestune.report.markdown import markdown
 from bayestune.report.views import Block, Table
 from bayestune.tables.cells import read_cells
 from bayestune.tables.layouts import TABLES
-from bayestune.tables.published import PUBLISHED
+from bayestune.tables.published import figures
 from bayestune.tables.summary import DETECTION, MEASURES, Spread, ranks, spread
-from bayestune.tables.table import Published, html_table, markdown_table, table_view
+from bayestune.tables.table import table_view
 from tabled import answers, record, save
 
 ACC, ECE, NLL = MEASURES
@@ -177,13 +179,13 @@ def llama(plain: dict[str, Any], method: str, draws: int, **changes: Any) -> dic
 
 def published_lines(cells: list[dict[str, Any]], heading: str = "ACC") -> dict[str, str]:
     """Label and value on OBQA of the published lines."""
-    found = block(table_view(cells, "table1", published=PUBLISHED), heading)
+    found = block(table_view(cells, "table1"), heading)
     return {line.label.partition(":")[0]: line.values[0].text for line in found.lines if line.published}
 
 
 def test_the_papers_figures_stand_below_ours_for_its_model_and_data(plain: dict[str, Any]) -> None:
     cells = [llama(plain, "mle", 0), llama(plain, "blob", 10), llama(plain, "dropout", 7), llama(plain, "tfb", 10)]
-    table = table_view(cells, "table1", published=PUBLISHED)
+    table = table_view(cells, "table1")
     assert published_lines(cells) == {"MLE": "81.52", "MC dropout": "81.72", "BLoB, N = 10": "81.52"}
     assert published_lines(cells, "ECE") == {"MLE": "12.55", "MC dropout": "13.10", "BLoB, N = 10": "3.77"}
     assert published_lines(cells, "NLL") == {"MLE": "0.73", "MC dropout": "0.77", "BLoB, N = 10": "0.50"}
@@ -197,7 +199,7 @@ def test_the_papers_figures_stand_below_ours_for_its_model_and_data(plain: dict[
 
 def test_a_method_of_several_draws_has_the_papers_line_once_or_each_its_own(plain: dict[str, Any]) -> None:
     cells = [llama(plain, method, draws) for method in ("dropout", "blob") for draws in (0, 5)]
-    found = block(table_view(cells, "table1", published=PUBLISHED), "ACC")
+    found = block(table_view(cells, "table1"), "ACC")
     expected = ["MC dropout, N = 0", "MC dropout, N = 5", "MC dropout"] + ["BLoB, N = 0"] * 2 + ["BLoB, N = 5"] * 2
     assert [line.label.partition(":")[0] for line in found.lines] == expected
 
@@ -210,8 +212,7 @@ def test_a_method_of_several_draws_has_the_papers_line_once_or_each_its_own(plai
 def test_the_papers_figures_are_not_shown_beside_anything_else(plain: dict[str, Any], changes: dict[str, Any]) -> None:
     cells = [llama(plain, "mle", 0, **changes)]
     assert published_lines(cells) == {}
-    assert "to be checked" not in markdown_table(cells, "table1", published=PUBLISHED)
-    assert "to be checked" not in html_table(cells, "table1", published=PUBLISHED)
+    assert "to be checked" not in markdown(table_view(cells, "table1"))
 
 
 def test_a_folder_of_the_papers_model_is_its_model(plain: dict[str, Any]) -> None:
@@ -219,15 +220,12 @@ def test_a_folder_of_the_papers_model_is_its_model(plain: dict[str, Any]) -> Non
 
 
 def test_the_papers_figures_are_complete() -> None:
-    [figures] = PUBLISHED
-    assert isinstance(figures, Published) and figures.caution == "to be checked"
     columns = {column.task for column in TABLES["table1"].columns}
-    assert set(figures.rows) == columns and set(figures.values) == {measure.path[-1] for measure in MEASURES}
-    for by_line in figures.values.values():
-        assert len(by_line) == 9 and all(set(values) == columns for values in by_line.values())
-    for name in ("accuracy", "ece"):
-        assert all(1 < value < 100 for values in figures.values[name].values() for value in values.values())
-    assert all(0.3 <= value < 3.2 for values in figures.values["nll"].values() for value in values.values())
+    by_score = {measure.path[-1]: (0.3, 3.2) if measure is NLL else (1, 100) for measure in MEASURES}
+    assert len(figures()) == 3 * 9 and {score for score, _, _ in figures()} == set(by_score)
+    for (score, _, _), values in figures().items():
+        low, high = by_score[score]
+        assert set(values) == columns and all(low <= value < high for value in values.values())
 
 
 # Bytes.
@@ -239,7 +237,8 @@ def test_the_same_cells_give_the_same_bytes_wherever_they_lie(plain: dict[str, A
     for name, order in (("here", cells), ("elsewhere", cells[::-1])):
         save(tmp_path / name, *order)
         read = read_cells(tmp_path / name)
-        made.append((markdown_table(read, "table1"), html_table(read, "table1")))
+        view = table_view(read, "table1")
+        made.append((markdown(view), table_html(view)))
     assert made[0] == made[1]
     for text in made[0]:
         assert str(tmp_path) not in text and not re.search(r"20\d\d-\d\d|home|/tmp", text)

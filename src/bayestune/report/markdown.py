@@ -23,16 +23,12 @@ def escaped(text: str) -> str:
 
 
 def _lines(block: Block) -> str:
-    head = [block.corner, *block.columns]
-    lines = [_joined([escaped(text) for text in head]), _joined(["---", *["--:"] * len(block.columns)])]
+    head = [escaped(text) for text in (block.corner, *block.columns)]
+    lines = [head, ["---", *["--:"] * len(block.columns)]]
     for line in block.lines:
         label = f"*{escaped(line.label)}*" if line.published else escaped(line.label)
-        lines.append(_joined([label, *(_value(value) for value in line.values)]))
-    return "\n".join(lines)
-
-
-def _joined(texts: list[str]) -> str:
-    return f"| {' | '.join(texts)} |"
+        lines.append([label, *map(_value, line.values)])
+    return "\n".join(f"| {' | '.join(texts)} |" for texts in lines)
 
 
 def _value(value: Value) -> str:

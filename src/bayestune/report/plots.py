@@ -27,30 +27,13 @@ except ModuleNotFoundError as error:
 
 Curves = Mapping[str, tuple[Tensor, Tensor]]
 
-INK = "#333333"
 ACCURACY = "#5b8ec4"
 # Edge, face and hatch of the part of a bin between accuracy and confidence.
 OVERCONFIDENT = ("#c23b4a", "#fbe3e4", "////")
 UNDERCONFIDENT = ("#2a7f3e", "#e0f2e1", "\\\\\\\\")
 KNOWN, OTHER = "#2f6fb3", "#d9772b"
 LINES = ("#8a3033", "#d9772b", "#b59b00", "#2a7f3e", "#1695a3", "#2f6fb3", "#6a4fb3", "#55606e")
-_STYLE = {
-    "font.family": ["sans-serif"],
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 9,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": "#999999",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "grid.color": "#e6e6e6",
-    "hatch.linewidth": 0.6,
-    # Ids in the SVG come from this salt instead of a random one, so the same data gives the same bytes.
-    "svg.hashsalt": "bayestune",
-}
+_STYLE = Path(__file__).with_name("plots.mplstyle")
 
 
 class Histogram(NamedTuple):

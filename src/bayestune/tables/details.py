@@ -37,37 +37,30 @@ def _threshold(found: Mapping[str, Any]) -> str:
 def run_listings(cells: Sequence[Cell]) -> tuple[Listing, ...]:
     """List the runs with their commands, settings, hashes of data and weights, versions and machines."""
     run = ("table", "method", "trained on", "seed")
-    listings = {
-        "Runs and commands": ((*run, "updates", "seconds", "adapter sha256", "command"), _run),
-        "Settings": ((*run, "settings"), lambda cell: (*_name(cell), _flat(cell["experiment"]))),
-        "Data and weights": (
-            ("table", "trained on", "training rows sha256", "evaluated on", "evaluated rows sha256", "base weights"),
-            _data,
-        ),
-        "Versions and machines": (
-            ("versions", "hardware"),
-            lambda cell: (_flat(cell["versions"]), _flat(cell["hardware"])),
-        ),
+    data = ("table", "trained on", "training rows sha256", "evaluated on", "evaluated rows sha256", "base weights")
+    columns = {
+        "Runs and commands": (*run, "updates", "seconds", "adapter sha256", "command"),
+        "Settings": (*run, "settings"),
+        "Data and weights": data,
+        "Versions and machines": ("versions", "hardware"),
     }
+    lines = zip(*map(_provenance, cells), strict=True)
     return tuple(
-        Listing(heading=heading, columns=columns, lines=tuple(dict.fromkeys(map(line, cells))))
-        for heading, (columns, line) in listings.items()
+        Listing(name, columns[name], tuple(dict.fromkeys(own))) for name, own in zip(columns, lines, strict=True)
     )
 
 
-def _name(cell: Cell) -> tuple[str, ...]:
-    return cell["table"], cell["method"], cell["task"], str(cell["seed"])
-
-
-def _run(cell: Cell) -> tuple[str, ...]:
-    adapter, command = _flat(cell["sha256"].get("adapter", "-")), shown(shlex.join(cell["command"]), _LONG)
-    return (*_name(cell), str(cell["steps"]), f"{cell['seconds']:.0f}", adapter, command)
-
-
-def _data(cell: Cell) -> tuple[str, ...]:
-    hashes = cell["sha256"]
-    rows = (hashes["train_rows"], cell["eval_task"], hashes["eval_rows"])
-    return (cell["table"], cell["task"], *map(shown, rows), _flat(hashes.get("base", "-")))
+def _provenance(cell: Cell) -> tuple[tuple[str, ...], ...]:
+    """Return the line of a cell in each listing."""
+    run, hashes = (cell["table"], cell["method"], cell["task"], str(cell["seed"])), cell["sha256"]
+    adapter, command = _flat(hashes.get("adapter", "-")), shown(shlex.join(cell["command"]), _LONG)
+    rows = map(shown, (hashes["train_rows"], cell["eval_task"], hashes["eval_rows"]))
+    return (
+        (*run, str(cell["steps"]), f"{cell['seconds']:.0f}", adapter, command),
+        (*run, _flat(cell["experiment"])),
+        (cell["table"], cell["task"], *rows, _flat(hashes.get("base", "-"))),
+        (_flat(cell["versions"]), _flat(cell["hardware"])),
+    )
 
 
 def _flat(value: Any) -> str:

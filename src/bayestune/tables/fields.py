@@ -62,34 +62,12 @@ class Hashes(_FreeFields):
     eval_rows: Text
 
 
-class Intervals(_Fields):
-    """95 % bootstrap intervals."""
-
-    accuracy: Annotated[list[Share], _Pair]
-    nll: Annotated[list[Nats], _Pair]
-    ece: Annotated[list[Share], _Pair]
-    brier: Annotated[list[Brier], _Pair]
-
-
 class Reliability(_Fields):
     """Rows, mean confidence and accuracy of each bin; null in empty bins."""
 
     counts: Annotated[list[Whole], _Bins]
     confidence: Annotated[list[Share | None], _Bins]
     accuracy: Annotated[list[Share | None], _Bins]
-
-
-class RiskCoverage(_Fields):
-    """The points where coverage first reaches 1 %, 2 %, ..., 100 %."""
-
-    coverage: Annotated[list[Share], _Points]
-    risk: Annotated[list[Share], _Points]
-
-    @model_validator(mode="after")
-    def _same_length(self) -> "RiskCoverage":
-        if len(self.risk) != len(self.coverage):
-            raise ValueError(f"found {len(self.risk)} risks, expected {len(self.coverage)}, one per coverage")
-        return self
 
 
 class Selective(_Fields):
@@ -117,15 +95,23 @@ def _check_ends(histograms: dict[str, Histogram]) -> dict[str, Histogram]:
     return histograms
 
 
-_OnePerScore = Field(min_length=len(HISTOGRAM_ENDS))
-Uncertainty = Annotated[dict[Score, Histogram], _OnePerScore, AfterValidator(_check_ends)]
+def _check_lengths(curve: dict[str, list[float]]) -> dict[str, list[float]]:
+    coverage, risk = curve["coverage"], curve["risk"]
+    if len(risk) != len(coverage):
+        raise ValueError(f"found {len(risk)} risks, expected {len(coverage)}, one per coverage")
+    return curve
 
 
-class Ranking(_Fields):
-    """How well a score separates the rows of `eval_task` (positive) from those of `task`."""
-
-    auroc: Share
-    aupr: Share
+_Two, _Three, _Four = (Field(min_length=number) for number in (2, 3, 4))
+Intervals = Annotated[dict[Literal["accuracy", "nll", "ece", "brier"], Annotated[list[Nats], _Pair]], _Four]
+"""95 % bootstrap intervals."""
+RiskCoverage = Annotated[
+    dict[Literal["coverage", "risk"], Annotated[list[Share], _Points]], _Two, AfterValidator(_check_lengths)
+]
+"""The points where coverage first reaches 1 %, 2 %, ..., 100 %."""
+Uncertainty = Annotated[dict[Score, Histogram], _Three, AfterValidator(_check_ends)]
+Detection = Annotated[dict[Score, Annotated[dict[Literal["auroc", "aupr"], Share], _Two]], _Three]
+"""How well each uncertainty separates the rows of `eval_task` (positive) from those of `task`."""
 
 
 class InDistribution(_Fields):
@@ -181,7 +167,7 @@ class CellFields(_Fields):
 class TransferFields(CellFields):
     """A cell whose `eval_task` is not the `task` that the run was trained on."""
 
-    detection: Annotated[dict[Score, Ranking], _OnePerScore]
+    detection: Detection
     in_distribution: InDistribution
 
 

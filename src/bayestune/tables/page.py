@@ -18,7 +18,6 @@ from bayestune.report.views import Figure, Page, Section, Table, shown
 from bayestune.tables.details import run_listings, threshold_listing
 from bayestune.tables.fields import BINS, COVERAGES, HISTOGRAM_ENDS, Cell
 from bayestune.tables.layouts import Column, layout, line_keys, line_label
-from bayestune.tables.published import Published
 from bayestune.tables.summary import AURC, DETECTION, ECE, Measure, spread
 from bayestune.tables.table import counted, measure_block, table_view
 
@@ -61,12 +60,8 @@ def _most_draws(keys: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
     return list({method: (method, draws) for method, draws in keys}.values())
 
 
-def report_page(cells: Sequence[Cell], *, published: Sequence[Published] = ()) -> Page:
-    """Make the report of cells of one or several tables.
-
-    Args:
-        cells: cells from `read_cells`.
-        published: figures to show beside ours where model and rows are the same.
+def report_page(cells: Sequence[Cell]) -> Page:
+    """Make the report of cells from `read_cells`, of one or several tables.
 
     Raises:
         ConfigError: there are no cells, or a table does not exist or has no column for a cell.
@@ -74,7 +69,7 @@ def report_page(cells: Sequence[Cell], *, published: Sequence[Published] = ()) -
     if not cells:
         raise ConfigError("report: found no cells, expected some.")
     by_table = {name: [c for c in cells if c["table"] == name] for name in sorted({c["table"] for c in cells})}
-    tables = {layout(name).title: table_view(own, name, published=published) for name, own in by_table.items()}
+    tables = {layout(name).title: table_view(own, name) for name, own in by_table.items()}
     places = {name: _places(own, name, alone=len(by_table) == 1) for name, own in by_table.items()}
     every = [place for found in places.values() for place in found]
     facts = (

@@ -3,11 +3,10 @@
 from collections.abc import Iterator, Sequence
 
 from bayestune.errors import ConfigError
-from bayestune.report.markdown import markdown
 from bayestune.report.views import Block, Line, Table, Value, shown
 from bayestune.tables.fields import Cell
 from bayestune.tables.layouts import Column, Layout, layout, line_keys, line_label
-from bayestune.tables.published import Published
+from bayestune.tables.published import CAUTION, SOURCE, figures, is_published
 from bayestune.tables.summary import DETECTION, MEASURES, Measure, Spread, ranks, spread
 
 MISSING = Value(text="-")
@@ -15,29 +14,16 @@ MISSING = Value(text="-")
 _Key = tuple[str, int]
 
 
-def markdown_table(cells: Sequence[Cell], table: str, *, published: Sequence[Published] = ()) -> str:
-    """Return `table_view` as Markdown; the same cells give the same bytes."""
-    return markdown(table_view(cells, table, published=published))
-
-
-def html_table(cells: Sequence[Cell], table: str, *, published: Sequence[Published] = ()) -> str:
-    """Return `table_view` as an HTML page; the same cells give the same bytes. Requires jinja2."""
-    from bayestune.report.html import table_html
-
-    return table_html(table_view(cells, table, published=published))
-
-
-def table_view(cells: Sequence[Cell], table: str, *, published: Sequence[Published] = ()) -> Table:
+def table_view(cells: Sequence[Cell], table: str) -> Table:
     """Summarize the cells of one table.
 
     Each value is the mean over seeds with the sample standard deviation, and says how many seeds it has if there are
     fewer than in the rest of the table. In each column, the best and second best of the values with the most seeds are
-    marked.
+    marked. The figures of the paper stand beside ours where model and rows are the same.
 
     Args:
         cells: cells from `read_cells`; those of different tables are ignored.
         table: name of the table.
-        published: figures to show beside ours where model and rows are the same.
 
     Raises:
         ConfigError: the table does not exist, has no cells, or has no column for the data set of a cell.
@@ -59,8 +45,8 @@ def table_view(cells: Sequence[Cell], table: str, *, published: Sequence[Publish
         over if len(seeds) > 1 else f"n = 1: one run, seed {seeds[0]}.",
     )
     measures = MEASURES + (DETECTION if chosen.detection else ())
-    blocks = [measure_block(own, columns, measure, published=published) for measure in measures]
-    notes = tuple(_notes(own, chosen, columns, published))
+    blocks = [measure_block(own, columns, measure) for measure in measures]
+    notes = tuple(_notes(own, chosen, columns))
     return Table(title=chosen.title, facts=facts, blocks=(*blocks, _data_block(own, columns)), notes=notes)
 
 
@@ -69,9 +55,7 @@ def counted(cells: Sequence[Cell]) -> str:
     return f"{len(cells)} {'cell' if len(cells) == 1 else 'cells'}"
 
 
-def measure_block(
-    cells: Sequence[Cell], columns: Sequence[Column], measure: Measure, *, published: Sequence[Published] = ()
-) -> Block:
+def measure_block(cells: Sequence[Cell], columns: Sequence[Column], measure: Measure) -> Block:
     """Return one measure with a line per method, each followed by the published line if there is one."""
     if measure in DETECTION:
         columns = [column for column in columns if column.task != column.eval_task]
@@ -88,8 +72,7 @@ def measure_block(
         ]
         lines.append(Line(label=line_label(*key), values=tuple(values)))
         last = all(method != key[0] for method, _ in keys[i + 1 :])
-        for figures in published:
-            lines += _published_lines(cells, measure, key, columns, figures, last=last)
+        lines += _published_lines(cells, measure, key, columns, last=last)
     labels = tuple(column.label for column in columns)
     return Block(heading=measure.heading, corner="method", columns=labels, lines=tuple(lines))
 
@@ -110,21 +93,20 @@ def _text(measure: Measure, value: Spread, seeds: int) -> str:
 
 
 def _published_lines(
-    cells: Sequence[Cell], measure: Measure, key: _Key, columns: Sequence[Column], figures: Published, *, last: bool
+    cells: Sequence[Cell], measure: Measure, key: _Key, columns: Sequence[Column], *, last: bool
 ) -> Iterator[Line]:
     """Yield the published line of the same method and draws; after the `last` line of a method, also of any draws."""
-    by_line = figures.values.get(measure.path[-1], {})
     method, draws = key
-    for name in ((method, draws), (method, None)) if last else ((method, draws),):
+    for number in (draws, None) if last else (draws,):
+        by_task = figures().get((measure.path[-1], method, number), {})
         values = []
         for column in columns:
             ours = [cell for cell in cells if column.has(cell)]
-            figure = by_line.get(name, {}).get(column.eval_task)
-            fits = figure is not None and ours and all(figures.fits(cell) for cell in ours)
-            values.append(Value(text=f"{figure:.2f}") if fits else MISSING)
+            fits = ours and all(map(is_published, ours)) and column.eval_task in by_task
+            values.append(Value(text=f"{by_task[column.eval_task]:.2f}") if fits else MISSING)
         if any(value is not MISSING for value in values):
-            text = line_label(*key) if name == key else line_label(method, 0).partition(",")[0]
-            yield Line(label=f"{text}: {figures.source} [{figures.caution}]", values=tuple(values), published=True)
+            label = line_label(method, 0).partition(",")[0] if number is None else line_label(*key)
+            yield Line(label=f"{label}: {SOURCE} [{CAUTION}]", values=tuple(values), published=True)
 
 
 def _data_block(cells: Sequence[Cell], columns: Sequence[Column]) -> Block:
@@ -137,9 +119,7 @@ def _data_block(cells: Sequence[Cell], columns: Sequence[Column]) -> Block:
     return Block(heading="Data", corner="", columns=labels, lines=tuple(lines))
 
 
-def _notes(
-    cells: Sequence[Cell], chosen: Layout, columns: Sequence[Column], published: Sequence[Published]
-) -> Iterator[str]:
+def _notes(cells: Sequence[Cell], chosen: Layout, columns: Sequence[Column]) -> Iterator[str]:
     absent = [column.label for column in chosen.columns if column not in columns]
     if absent:
         yield f"Data sets of the table that were not run: {', '.join(absent)}."
@@ -156,6 +136,5 @@ def _notes(
             "AUROC, AUPR (average precision): how well each uncertainty separates the rows of the column (positive) "
             "from the evaluation rows of the training task. With fewer than two draws, epistemic uncertainty is zero."
         )
-    for figures in published:
-        if any(figures.fits(cell) for cell in cells):
-            yield f"Lines [{figures.caution}]: figures of {figures.source}, not measured here."
+    if any(map(is_published, cells)):
+        yield f"Lines [{CAUTION}]: figures of {SOURCE}, not measured here."
