@@ -23,9 +23,7 @@ def test_the_text_of_a_small_table() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "text", ["<script>", "a|b", "*b*", "`c`", "[d](e)", "a_b_", "&lt;", "\\", "~~x~~", "#1", "$x$"]
-)
+@pytest.mark.parametrize("text", ["<script> a|b *b* `c` [d](e) a_b_ &lt; ~~x~~ #1 $x$", "\\"])
 def test_nothing_in_a_text_is_markdown(text: str) -> None:
     assert escaped(text).replace("\\\\", "\0").replace("\\", "").replace("\0", "\\") == text
     special = set("\\`*_[]<>|#&~$")

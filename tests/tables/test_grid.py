@@ -48,6 +48,22 @@ def grid(world: Path, tmp_path: Path) -> Grid:
     return make(world, tmp_path)
 
 
+@pytest.fixture(scope="module")
+def ran(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Grid:
+    """One run of MLE with its five cells; shared, so tests must leave both as they are."""
+    grid = make(world, tmp_path_factory.mktemp("ran"), methods=("mle",), seeds=(1,))
+    assert run_table(grid) == 5
+    return grid
+
+
+def make_like(grid: Grid, **changes: Any) -> Grid:
+    return Grid(**{**vars(grid), **changes})
+
+
+def with_settings(grid: Grid, **changes: Any) -> Grid:
+    return make_like(grid, settings={**grid.settings, **changes})
+
+
 def make(world: Path, place: Path, **changes: Any) -> Grid:
     settings = {"model": str(world / "bert"), "data": str(world / "data"), "steps": 2, "batch_size": 4, "draws": 3}
     settings |= {
@@ -101,10 +117,6 @@ def test_post_hoc_methods_start_from_the_mle_of_their_seed(grid: Grid) -> None:
     assert adapter == (grid.runs / "openbookqa" / "mle-seed1").as_posix()
 
 
-def make_like(grid: Grid, **changes: Any) -> Grid:
-    return Grid(**{**vars(grid), **changes})
-
-
 def test_a_killed_call_goes_on_with_the_missing_cells(grid: Grid) -> None:
     grid = make_like(grid, methods=("mle", "blob"), seeds=(1,))
     train = Training.train
@@ -124,32 +136,46 @@ def test_a_killed_call_goes_on_with_the_missing_cells(grid: Grid) -> None:
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
-def test_cells_that_were_lost_are_made_again_without_training(grid: Grid) -> None:
-    grid = make_like(grid, methods=("mle",), seeds=(1,))
-    run_table(grid)
+def test_another_configuration_is_refused_and_nothing_is_overwritten(ran: Grid, world: Path, tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in ran.results.rglob("*.json")}
+    nowhere = str(tmp_path / "nowhere")
+    for changed, message in (
+        ({"learning_rate": 0.3}, "the cells in results have learning_rate="),
+        ({"target_modules": ["key"]}, "the cells in results have target_modules="),
+        ({"data": nowhere}, f"--data {nowhere}: no such folder"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run_table(make_like(with_settings(ran, **changed), seeds=(1, 2)))
+    elsewhere = make_like(ran, results=tmp_path / "others")
+    with pytest.raises(ConfigError, match="mle-seed1: found a run with steps=2, expected 3"):
+        run_table(with_settings(elsewhere, steps=3))
+    shutil.copytree(world / "data", tmp_path / "data")
+    write_rows(tmp_path / "data" / "openbookqa" / "train.jsonl", four(60, 12))
+    with pytest.raises(ConfigError, match="trained on other rows"):
+        run_table(with_settings(elsewhere, data=str(tmp_path / "data")))
+    assert before == {path: path.read_bytes() for path in ran.results.rglob("*.json")}
+    assert not elsewhere.results.exists()
+
+
+def test_settings_without_effect_are_the_same_configuration(ran: Grid) -> None:
+    """The layers that are the default, and the KL of a method that has none."""
+    for changed in ({"target_modules": ["query", "value"]}, {"kl_learning_rate": 0.5, "kl_schedule": "elbo"}):
+        assert plan(with_settings(ran, **changed)).runs == ()
+    assert [planned.experiment.seed for planned in plan(make_like(ran, seeds=(1, 2))).runs] == [2]
+
+
+def test_lost_cells_are_made_again_without_training(
+    ran: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(ran.results, tmp_path / "results")
+    grid = make_like(ran, results=tmp_path / "results")
     lost = grid.results / "table2" / "openbookqa" / "arc_easy" / "mle_n0_seed1.json"
     before = lost.read_bytes()
     lost.unlink()
     assert plan(grid).cells == 1
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Training, "train", lambda *args, **kwargs: pytest.fail("trained again"))
-        assert run_table(grid) == 1
+    monkeypatch.setattr(Training, "train", lambda *args, **kwargs: pytest.fail("trained again"))
+    assert run_table(grid) == 1
     assert lost.read_bytes() == before
-
-
-@pytest.mark.parametrize("changed", [{"learning_rate": 0.3}, {"steps": 3}])
-def test_another_configuration_is_refused_and_nothing_is_overwritten(grid: Grid, changed: dict[str, Any]) -> None:
-    grid = make_like(grid, methods=("mle",), seeds=(1,))
-    run_table(grid)
-    other = make_like(grid, settings={**grid.settings, **changed}, seeds=(1, 2))
-    before = {path: path.read_bytes() for path in grid.results.rglob("*.json")}
-    name = next(iter(changed))
-    with pytest.raises(ConfigError, match=f"the cells in results have {name}="):
-        run_table(other)
-    shutil.rmtree(grid.results)
-    with pytest.raises(ConfigError, match=f"mle-seed1: found a run with {name}="):
-        run_table(other)
-    assert not any(path.exists() for path in before)
 
 
 def test_without_a_test_split_a_table_leaves_out_the_temperature(world: Path, tmp_path: Path) -> None:
@@ -159,18 +185,6 @@ def test_without_a_test_split_a_table_leaves_out_the_temperature(world: Path, tm
     found = plan(grid)
     assert [planned.experiment.eval_split for planned in found.runs] == ["dev"]
     assert found.left_out == ("temperature on rte: no rows beside those it is scored on",)
-
-
-def test_a_call_killed_between_the_cells_of_a_run_makes_the_others(grid: Grid) -> None:
-    grid = make_like(grid, methods=("blob",), seeds=(1,))
-    run_table(grid)
-    cells = sorted(grid.results.rglob("*.json"))
-    for path in cells:
-        if "blob_n0" not in path.name:
-            path.unlink()
-    assert len(plan(grid).runs) == 1
-    run_table(grid)
-    assert sorted(grid.results.rglob("*.json")) == cells
 
 
 def test_a_method_alone_trains_the_adapter_that_it_starts_from(grid: Grid) -> None:
@@ -193,7 +207,6 @@ def test_data_sets_that_are_not_there_are_left_out_by_name(world: Path, tmp_path
     [
         (["table3"], "table: found 'table3'"),
         (["table2", "--seeds", "1,x"], "--seeds: found '1,x'"),
-        (["table2", "--seeds", "-1"], "--seeds: found '-1'"),
         (["table2", "--methods", "mle,magic"], "--methods: found 'magic'"),
         (["table2", "--tasks", "arc_easy"], "--tasks: found 'arc_easy'"),
         (["table2", "--steps", "0"], "steps: found 0"),
@@ -221,20 +234,17 @@ def test_a_dry_run_says_how_much_and_does_nothing(
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("setting", [{"method": "mle"}, {"task": "rte"}, {"seed": 3}, {"data": 5}, {"steps": "few"}])
+@pytest.mark.parametrize("setting", [{"method": "mle"}, {"steps": "few"}])
 def test_settings_that_no_table_has_are_named(world: Path, tmp_path: Path, setting: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(setting))):
         plan(make(world, tmp_path, settings=setting))
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_a_split_that_cannot_be_read_is_an_error_and_not_a_missing_one(
-    world: Path, tmp_path: Path, split: str
-) -> None:
+def test_a_split_that_cannot_be_read_is_an_error_and_not_a_missing_one(world: Path, tmp_path: Path) -> None:
     shutil.copytree(world / "data", tmp_path / "data")
-    with (tmp_path / "data" / "openbookqa" / f"{split}.jsonl").open("a") as file:
+    with (tmp_path / "data" / "openbookqa" / "test.jsonl").open("a") as file:
         file.write("{\n")
-    with pytest.raises(DataError, match=rf"{split}\.jsonl:13"):
+    with pytest.raises(DataError, match=r"test\.jsonl:13"):
         plan(make(world, tmp_path, settings={"data": str(tmp_path / "data")}))
 
 
@@ -251,14 +261,6 @@ def test_a_run_that_another_process_makes_is_not_made_twice(grid: Grid) -> None:
         with FileLock(output.with_name(name)), pytest.raises(ConfigError, match=words):
             run_table(grid)
     assert run_table(grid) == 5
-
-
-def test_other_layers_are_another_configuration(grid: Grid) -> None:
-    grid = make_like(grid, methods=("mle",), seeds=(1,))
-    run_table(grid)
-    plan(make_like(grid, settings={**grid.settings, "target_modules": ["query", "value"]}))
-    with pytest.raises(ConfigError, match="target_modules"):
-        plan(make_like(grid, settings={**grid.settings, "target_modules": ["key"]}))
 
 
 def test_layers_in_any_order_are_one_configuration(grid: Grid) -> None:
@@ -287,23 +289,6 @@ def test_other_data_that_cannot_be_used_is_found_before_anything_is_trained(worl
     with pytest.raises(DataError, match=r"long.*expected at most 200"):
         run_table(make(world, tmp_path, settings={"data": str(tmp_path / "data")}))
     assert not (tmp_path / "runs").exists()
-
-
-def test_no_data_folder_is_an_error_also_when_cells_are_there(grid: Grid, tmp_path: Path) -> None:
-    grid = make_like(grid, methods=("mle",), seeds=(1,))
-    run_table(grid)
-    with pytest.raises(ConfigError, match="--data .*nowhere: no such folder"):
-        plan(make_like(grid, settings={**grid.settings, "data": str(tmp_path / "nowhere")}))
-
-
-def test_a_run_trained_on_other_rows_is_not_used(grid: Grid, world: Path, tmp_path: Path) -> None:
-    grid = make_like(grid, methods=("mle",), seeds=(1,))
-    run_table(grid)
-    shutil.copytree(world / "data", tmp_path / "data")
-    write_rows(tmp_path / "data" / "openbookqa" / "train.jsonl", four(60, 12))
-    settings = {**grid.settings, "data": str(tmp_path / "data")}
-    with pytest.raises(ConfigError, match="trained on other rows"):
-        run_table(make_like(grid, settings=settings, results=tmp_path / "others"))
 
 
 def test_rows_are_answered_once_and_the_cells_are_those_of_the_loaded_run(
@@ -339,12 +324,3 @@ def test_a_line_with_settings_is_a_run_of_its_own(grid: Grid) -> None:
     assert plan(both).runs == ()
     with pytest.raises(ConfigError, match="kl_learning_rate=0.003, expected 0.004"):
         plan(make_like(both, settings={**settings, "kl_learning_rate": 0.004}))
-
-
-def test_the_kl_of_methods_without_one_does_not_count(grid: Grid) -> None:
-    first = make_like(grid, methods=("mle",), seeds=(1,))
-    run_table(first)
-    other = make_like(first, settings={**grid.settings, "kl_learning_rate": 0.5, "kl_schedule": "elbo"}, seeds=(1, 2))
-    assert [planned.experiment.seed for planned in plan(other).runs] == [2]
-    run_table(other)
-    assert len(read_cells(grid.results / "table2")) == 2 * 5
