@@ -15,7 +15,7 @@ from bayestune.methods.laplace.prior_precision import CANDIDATES
 from bayestune.tasks import Row
 from inference.cases import Letters, Sequences, rows
 from methods.laplace_cases import Labels, alike, bert_with_head, covered, jacobians, one_batch, plain
-from models import BERT, LLAMA, Architecture, scatter
+from models import scatter
 from probes import z_bound
 
 
@@ -46,11 +46,10 @@ def probs_of(logits: Tensor) -> Tensor:
     return logits.double().softmax(-1)
 
 
-@pytest.mark.parametrize("layers", ["all", "last"])
-def test_a_draw_is_one_linear_function_of_any_batch(layers: str) -> None:
+def test_a_draw_is_one_linear_function_of_any_batch() -> None:
     """theta_k - theta* is the root of the covariance times keyed noise, whatever the batch and the other draws."""
     task, questions = Letters(), rows(7)
-    posterior = fitted(layers=layers)
+    posterior = fitted()
     mode, found, _ = dense(posterior, task, questions)
     expected = mode.repeat(4, 1, 1)
     for name, factor in posterior.factors.items():
@@ -116,10 +115,9 @@ def test_a_constant_a_row_changes_no_answer(predictive: str) -> None:
     assert (plain_task - shifted).abs().max() <= 1e-6
 
 
-@pytest.mark.parametrize("predictive", ["mc", "probit"])
-def test_absent_choices_stay_absent(predictive: str) -> None:
+def test_absent_choices_stay_absent() -> None:
     task, questions = Letters(), rows(7)
-    found = predict(fitted(task, predictive=predictive), task, questions, draws=5).draw_log_probs
+    found = predict(fitted(task), task, questions, draws=5).draw_log_probs
     present = torch.tensor([[c < len(row.choices) for c in range(4)] for row in questions])
     assert torch.equal(found.isneginf(), ~present.expand_as(found))
     assert found[:, present].isfinite().all()
@@ -169,11 +167,10 @@ def test_more_rows_are_more_curvature() -> None:
     assert (once.rows, twice.rows) == (7, 14)
 
 
-@pytest.mark.parametrize("layers", ["all", "last"])
-def test_the_most_evident_precision_is_that_of_the_fitted_weights(layers: str) -> None:
+def test_the_most_evident_precision_is_that_of_the_fitted_weights() -> None:
     """tau ||theta*||^2 is the number of directions that the data determine, sum of lambda / (lambda + tau)."""
-    posterior = fitted(layers=layers)
-    weights = torch.cat([linear.weight.detach().flatten() for linear in covered(posterior.model, layers).values()])
+    posterior = fitted()
+    weights = torch.cat([linear.weight.detach().flatten() for linear in covered(posterior.model).values()])
     curvature = torch.cat([factor.curvature.flatten() for factor in posterior.factors.values()])
     assert len(weights) == len(curvature)
     determined = (curvature / (curvature + posterior.precision)).sum().item()
@@ -193,18 +190,10 @@ def test_validation_takes_the_candidate_with_the_smallest_nll() -> None:
     assert min(nll) < max(nll) - 1e-2
 
 
-@pytest.mark.parametrize(
-    ("architecture", "layers", "expected"),
-    [
-        (LLAMA, "last", ["model.layers.1.self_attn.v_proj.lora_A", "model.layers.1.self_attn.v_proj.lora_B"]),
-        (BERT, "last", ["classifier"]),
-    ],
-)
-def test_the_last_layer_is_the_trained_head_or_the_last_adapted_one(
-    architecture: Architecture, layers: str, expected: list[str]
-) -> None:
-    model = plain(architecture) if architecture is LLAMA else bert_with_head()
-    assert list(covered(model, layers)) == expected
+def test_the_last_layer_is_the_trained_head_or_the_last_adapted_one() -> None:
+    last = "model.layers.1.self_attn.v_proj"
+    assert list(covered(plain(), "last")) == [f"{last}.lora_A", f"{last}.lora_B"]
+    assert list(covered(bert_with_head(), "last")) == ["classifier"]
 
 
 def test_all_layers_are_every_A_and_B() -> None:
@@ -213,18 +202,14 @@ def test_all_layers_are_every_A_and_B() -> None:
     assert len(covered(bert_with_head())) == 8
 
 
-@pytest.mark.parametrize("layers", ["all", "last"])
-def test_a_head_can_be_fitted(layers: str) -> None:
-    posterior = fit_laplace(bert_with_head(), Labels(), alike(6, letters=5), layers=layers)
+def test_a_head_can_be_fitted() -> None:
+    posterior = fit_laplace(bert_with_head(), Labels(), alike(6, letters=5), layers="last")
     answer = predict(posterior, Labels(), alike(6, letters=5))
     assert (answer.draw_log_probs[0] - answer.draw_log_probs[1]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_fitting_and_predicting_leave_the_model_and_the_random_state_as_they_were(frozen: bool) -> None:
-    model = plain(r=2)
-    if frozen:
-        model.requires_grad_(False)
+def test_fitting_and_predicting_leave_the_model_and_the_random_state_as_they_were() -> None:
+    model = plain(r=2).requires_grad_(False)
     before = {name: (p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()}
     state = torch.get_rng_state()
     predict(fit_laplace(model, Letters(), rows(4)), Letters(), rows(4), draws=2)
@@ -243,30 +228,28 @@ def test_a_frozen_adapter_gives_the_same_posterior() -> None:
         assert (found.factors[name].curvature - factor.curvature).abs().max() <= 1e-6 * factor.curvature.max()
 
 
-@pytest.mark.parametrize("predictive", ["mc", "probit"])
-def test_autocast_rounds_the_forward_and_nothing_else(predictive: str) -> None:
+def test_autocast_rounds_the_forward_and_nothing_else() -> None:
     class Exact(Letters):
         def outputs(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
             with torch.autocast("cpu", enabled=False):
                 return super().outputs(model, batch)
 
     task, questions = Exact(), rows(7)
-    outside = fitted(task, dtype=torch.float32, predictive=predictive)
+    outside = fitted(task, dtype=torch.float32)
     expected = predict(outside, task, questions, draws=4).draw_log_probs
     with torch.autocast("cpu", torch.bfloat16):
-        inside = fitted(task, dtype=torch.float32, predictive=predictive)
+        inside = fitted(task, dtype=torch.float32)
         found = predict(inside, task, questions, draws=4).draw_log_probs
     assert inside.precision == outside.precision
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("predictive", ["mc", "probit"])
-def test_under_autocast_answers_are_those_of_float32_to_some_roundings(predictive: str) -> None:
+def test_under_autocast_answers_are_those_of_float32_to_some_roundings() -> None:
     task, questions = Letters(), rows(7)
-    exact = fitted(task, dtype=torch.float32, predictive=predictive, precision=1.0)
+    exact = fitted(task, dtype=torch.float32, predictive="probit", precision=1.0)
     expected = predict(exact, task, questions, draws=4).draw_log_probs.exp()
     with torch.autocast("cpu", torch.bfloat16):
-        half = fitted(task, dtype=torch.float32, predictive=predictive, precision=1.0)
+        half = fitted(task, dtype=torch.float32, predictive="probit", precision=1.0)
         found = predict(half, task, questions, draws=4).draw_log_probs.exp()
     assert {tensor.dtype for tensor in half.tensors().values()} == {torch.float32}
     assert 0 < (found - expected).abs().max() <= 8 * torch.finfo(torch.bfloat16).eps

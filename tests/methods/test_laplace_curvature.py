@@ -26,7 +26,6 @@ CASES: dict[str, Any] = {
     "bert": (bert_with_head, Labels, "all", 1e-12),
     "bert_head": (bert_with_head, Labels, "last", 1e-12),
 }
-every_case = pytest.mark.parametrize("case", CASES)
 
 
 def assert_relative(found: Tensor, expected: Tensor, bound: float) -> None:
@@ -45,7 +44,7 @@ def factors(case: str, batch_size: int, count: int = 7) -> dict[str, tuple[Tenso
     return {name: (layer.outputs, layer.inputs, layer.positions) for name, layer in sums.items()}
 
 
-@every_case
+@pytest.mark.parametrize("case", ["llama", "choices", "bert_head"])
 def test_row_jacobians_are_those_of_jacrev(case: str) -> None:
     make, task, layers, bound = CASES[case]
     model, task = make(), task()
@@ -75,7 +74,7 @@ def test_a_layer_that_is_called_twice_has_one_weight() -> None:
         assert_relative(torch.stack([row[name] for row in found], 1), jacobian, 1e-12)
 
 
-@every_case
+@pytest.mark.parametrize("case", ["llama_last", "gpt2", "bert"])
 def test_one_row_with_one_position_has_its_exact_curvature(case: str) -> None:
     """Where nothing is shared and nothing summed, the Kronecker product is J^T (diag p - p p^T) J itself."""
     make, task, layers, bound = CASES[case]
@@ -99,7 +98,7 @@ def test_one_row_with_one_position_has_its_exact_curvature(case: str) -> None:
         assert_relative(root, root.T, 1e-12)
 
 
-@every_case
+@pytest.mark.parametrize("case", ["gpt2", "choices", "bert_head"])
 def test_factors_are_sums_over_rows_and_tokens(case: str) -> None:
     """Every row alone, class by class, with the matrix Lambda written out; tokens that reach no logit left out."""
     make, task, layers, bound = CASES[case]
@@ -172,7 +171,7 @@ def two_layers() -> tuple[list[KroneckerFactor], Tensor, Tensor]:
     return factors, torch.block_diag(*blocks), weights
 
 
-@pytest.mark.parametrize("precision", [1e-3, 0.7, 1e4])
+@pytest.mark.parametrize("precision", [1e-3, 1e4])
 def test_log_evidence_is_that_of_dense_matrices(two_layers: Any, precision: float) -> None:
     factors, dense, weights = two_layers
     found = log_evidence([f.curvature for f in factors], weights.square().sum().item(), precision)
@@ -249,7 +248,7 @@ def test_inputs_whose_rows_cannot_be_told_apart_are_refused() -> None:
         traced(model, covered(model), TokensPacked(), one_batch(Letters(), rows(3)))
 
 
-@pytest.mark.parametrize("classes", [1, 2, 5])
+@pytest.mark.parametrize("classes", [1, 5])
 def test_the_roots_of_the_loss_give_its_curvature(classes: int) -> None:
     """One root less than classes, and their outer products add up to diag(p) - p p^T."""
     logits = 3 * torch.randn(20, classes, generator=torch.Generator().manual_seed(classes), dtype=torch.float64)

@@ -18,7 +18,7 @@ from storage.test_quantised import SIZES, load_base
 STEP = 1e-2
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4", "torchao"])
+@pytest.mark.parametrize("kind", ["nf4", "torchao"])
 def test_draws_on_a_quantised_base_follow_its_own_logits(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:

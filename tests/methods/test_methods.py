@@ -75,8 +75,9 @@ def tensors(model: PeftModel) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if "lora_" in name or "modules_to_save" in name}
 
 
-@pytest.mark.parametrize("model", ["bert", "llama"])
-@pytest.mark.parametrize("method", KEYS)
+@pytest.mark.parametrize(
+    ("method", "model"), [*((method, "bert") for method in KEYS), ("ensemble", "llama"), ("swag", "llama")]
+)
 def test_a_run_of_every_method_is_saved_and_loaded_whole(world: Path, tmp_path: Path, method: str, model: str) -> None:
     output = tmp_path / "run"
     result = run(experiment(world, method=method, model=str(world / model)), output)
@@ -159,7 +160,7 @@ def test_the_papers_decay_is_lost_in_float32_at_a_small_learning_rate(world: Pat
 
 
 @pytest.mark.filterwarnings("ignore:fit_temperature. stopped at the bound:bayestune.errors.BayestuneWarning")
-@pytest.mark.parametrize("method", ["mle", "blob", "ensemble", "laplace"])
+@pytest.mark.parametrize("method", ["ensemble", "laplace"])
 def test_a_temperature_goes_on_top_of_any_method(world: Path, tmp_path: Path, method: str) -> None:
     result = run(experiment(world, method=method, temperature_split="train"), tmp_path / "run")
     plain = run(experiment(world, method=method), tmp_path / "plain")
@@ -179,7 +180,6 @@ def test_a_temperature_goes_on_top_of_any_method(world: Path, tmp_path: Path, me
         ({"method": "tfb", "adapter": "BLOB"}, "found a posterior, expected plain LoRA"),
         ({"method": "swag", "adapter": "MLE", "model": "LLAMA"}, "belongs to another base"),
         ({"method": "laplace", "fit_split": "never"}, "never"),
-        ({"method": "mle", "temperature_split": "never"}, "never"),
         (
             {"method": "mle", "temperature_split": "train+dev"},
             "temperature_split: found 'dev', which the run is scored",
@@ -227,7 +227,7 @@ def folder_of_another_program(world: Path, folder: Path, **settings: Any) -> Pat
 
 
 @pytest.mark.filterwarnings("ignore:Some weights")
-@pytest.mark.parametrize("damage", ["json", "tensors", "regex", "shape", "nan", "head"])
+@pytest.mark.parametrize("damage", ["json", "regex", "shape", "nan", "head"])
 def test_a_damaged_adapter_of_another_program_is_one_error(world: Path, tmp_path: Path, damage: str) -> None:
     settings = {"modules_to_save": None} if damage == "head" else {}
     folder = folder_of_another_program(world, tmp_path / "lora", **settings)
@@ -237,8 +237,6 @@ def test_a_damaged_adapter_of_another_program_is_one_error(world: Path, tmp_path
     key = next(iter(tensors))
     if damage == "json":
         config.write_text("{")
-    elif damage == "tensors":
-        weights.write_bytes(weights.read_bytes()[:-9])
     elif damage == "regex":
         config.write_text(json.dumps(content | {"target_modules": "(("}))
     elif damage == "shape":
@@ -250,11 +248,10 @@ def test_a_damaged_adapter_of_another_program_is_one_error(world: Path, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_an_adapter_in_half_precision_is_taken(world: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_an_adapter_in_half_precision_is_taken(world: Path, tmp_path: Path) -> None:
     folder = folder_of_another_program(world, tmp_path / "lora")
     weights = folder / "adapter_model.safetensors"
-    save_file({key: tensor.to(dtype) for key, tensor in load_file(weights).items()}, weights)
+    save_file({key: tensor.bfloat16() for key, tensor in load_file(weights).items()}, weights)
     result = run(experiment(world, method="tfb", adapter=str(folder)), tmp_path / "run")
     assert result.scores["tfb_n3"].rows == 10
 

@@ -18,7 +18,7 @@ from bayestune.methods.swag import Moments, trained_weights
 from bayestune.sampling.base import Posterior, SubstitutedDraws
 from bayestune.storage.state import active_adapter, adapter_tensors, parameter_names
 from inference.cases import Letters, rows
-from models import BERT, GPT2, LLAMA, Architecture, assert_same, blob, scatter
+from models import BERT, LLAMA, Architecture, assert_same, blob, scatter
 from probes import z_bound
 
 SNAPSHOTS = 7
@@ -61,9 +61,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("count", [1, 2, 5, 9])
-@pytest.mark.parametrize("rank", [2, 5, 20])
-@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize(("count", "rank", "offset"), [(1, 2, 0.0), (2, 20, 1e4), (9, 5, 1e4)])
 def test_moments_are_those_of_numpy(count: int, rank: int, offset: float) -> None:
     """Also where the spread is 1e-8 of the mean and a mean of squares would have lost it."""
     generator = torch.Generator().manual_seed(0)
@@ -89,7 +87,7 @@ def test_a_snapshot_is_a_copy() -> None:
     assert torch.equal(moments.mean["a"], torch.ones(3, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("architecture", [LLAMA, GPT2, BERT], ids=lambda a: a.name)
+@pytest.mark.parametrize("architecture", [LLAMA, BERT], ids=lambda a: a.name)
 def test_the_model_holds_the_mean(architecture: Architecture) -> None:
     model = lora(architecture)
     visited = snapshots(model)
@@ -164,10 +162,9 @@ def test_the_name_of_the_adapter_is_no_part_of_the_draw() -> None:
         assert_same({key: one[keys[0][key]] for key in keys[0]}, {key: other[keys[1][key]] for key in keys[1]})
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 16])
-def test_a_draw_is_the_same_in_any_batch(batch_size: int) -> None:
+def test_a_draw_is_the_same_in_any_batch() -> None:
     posterior = swag(lora())
-    found = predict(posterior, Letters(), rows(6), draws=3, seed=2, batch_size=batch_size)
+    found = predict(posterior, Letters(), rows(6), draws=3, seed=2, batch_size=4)
     alone = [predict(posterior, Letters(), [row], draws=3, seed=2).draw_log_probs for row in rows(6)]
     difference = (found.draw_log_probs.exp() - torch.cat(alone, 1).exp()).abs().max()
     assert difference <= 1e-5  # float32 logits of order 1; the bound of stacked draws in test_predict
@@ -237,7 +234,7 @@ def test_settings_and_tensors_give_the_same_posterior(tmp_path: Any) -> None:
     assert settings == {"snapshots": 5, "columns": 3}
     save_posterior(posterior.model, tmp_path / "mean")
     loaded = load_posterior(BERT.build(), tmp_path / "mean")
-    again = SwagPosterior.from_saved(loaded, settings, posterior.tensors())
+    again = SwagPosterior.from_saved(loaded, settings, posterior.tensors(), ())
     assert_same(again.tensors(), posterior.tensors())
     for one, other in zip(drawn(posterior, 3, seed=4), drawn(again, 3, seed=4), strict=True):
         assert_same(one, other)
@@ -252,41 +249,31 @@ def spoilt(how: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     match how:
         case "missing":
             del tensors[variance]
-        case "more":
-            tensors["variance.other"] = tensors[variance]
-        case "shape":
-            tensors[variance] = tensors[variance].T
         case "columns":
             tensors[deviations] = tensors[deviations][:2]
         case "negative":
             tensors[variance][0, 0] = -1e-9
-        case "nan":
-            tensors[deviations][0, 0, 0] = math.nan
-        case "dtype":
-            tensors[deviations] = tensors[deviations].double()
-        case "no count":
-            del settings["columns"]
         case "text":
             settings["columns"] = "4"
         case "too many":
             settings["columns"] = 5
-        case "none":
-            settings = {"snapshots": 0, "columns": 0}
     return settings, tensors
 
 
-@pytest.mark.parametrize("how", ["missing", "more", "shape", "columns", "negative", "nan", "dtype"])
-def test_spoilt_tensors_are_refused(how: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("missing", "swag: tensor 'variance.*is missing"),
+        ("columns", r"found shape \[2, .*\], expected \[4, "),
+        ("negative", "negative variance"),
+        ("text", "swag: columns: found '4', expected a whole number"),
+        ("too many", "expected columns <= snapshots"),
+    ],
+)
+def test_what_was_not_saved_by_swag_is_refused(how: str, message: str) -> None:
     settings, tensors = spoilt(how)
-    with pytest.raises(PosteriorError, match="SWAG tensor"):
-        SwagPosterior.from_saved(lora(), settings, tensors)
-
-
-@pytest.mark.parametrize("how", ["no count", "text", "too many", "none"])
-def test_spoilt_settings_are_refused(how: str) -> None:
-    settings, tensors = spoilt(how)
-    with pytest.raises(PosteriorError, match="SWAG settings"):
-        SwagPosterior.from_saved(lora(), settings, tensors)
+    with pytest.raises(PosteriorError, match=message):
+        SwagPosterior.from_saved(lora(), settings, tensors, ())
 
 
 def merged() -> None:
@@ -303,11 +290,10 @@ def other_adapter() -> None:
     ("make", "error", "word"),
     [
         (lambda: Moments(rank=1), ConfigError, "rank"),
-        (lambda: collected([{"a": torch.tensor([math.nan])}]), PosteriorError, "NaN"),
         (lambda: collected([{"a": torch.ones(1)}, {"b": torch.ones(1)}]), ConfigError, "other weights"),
         (lambda: SwagPosterior.from_moments(lora(), Moments()), ConfigError, "0 snapshots"),
         (other_adapter, ConfigError, "found shape"),
-        (lambda: trained_weights(blob(LLAMA)), ConfigError, "expected plain LoRA"),
+        (lambda: trained_weights(blob(LLAMA)), ConfigError, "a posterior already"),
         (lambda: swag(lora()).sampler(draws=-1, seed=0), DrawError, "-1"),
         (merged, DrawError, "unmerge_adapter"),
     ],

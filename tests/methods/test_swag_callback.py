@@ -15,7 +15,7 @@ from bayestune.methods import SwagCallback, SwagPosterior
 from bayestune.methods.swag import trained_weights
 from bayestune.training import BayesTrainer
 from models import assert_same
-from training.toys import TASK, arguments, double_blob, lora, rows, trained
+from training.toys import TASK, arguments, lora, rows, trained
 
 
 class Everything(TrainerCallback):
@@ -33,7 +33,7 @@ def run(folder: Path, model: PeftModel, *callbacks: TrainerCallback, steps: int 
     return BayesTrainer(model, task=TASK, args=args, train_rows=rows(12), callbacks=callbacks)
 
 
-@pytest.mark.parametrize(("start", "every", "seen"), [(1, 1, range(1, 10)), (4, 2, (4, 6, 8)), (2, 7, (2, 9))])
+@pytest.mark.parametrize(("start", "every", "seen"), [(4, 2, (4, 6, 8)), (2, 7, (2, 9))])
 def test_snapshots_are_the_weights_after_these_updates(
     tmp_path: Path, start: int, every: int, seen: tuple[int, ...]
 ) -> None:
@@ -85,20 +85,14 @@ def test_a_second_run_needs_a_new_callback(tmp_path: Path) -> None:
         run(tmp_path / "b", lora(), swag).train()
 
 
-@pytest.mark.parametrize("settings", [{"start": 0, "every": 1}, {"start": 1, "every": 0}])
-def test_counts_below_one_are_refused(settings: dict[str, int]) -> None:
-    with pytest.raises(ConfigError, match="at least 1"):
-        SwagCallback(**settings)
+def test_counts_below_one_are_refused() -> None:
+    with pytest.raises(ConfigError, match="start=1, every=0, expected at least 1"):
+        SwagCallback(start=1, every=0)
 
 
 def test_a_run_without_a_tail_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="two snapshots"):
         run(tmp_path, lora(), SwagCallback(start=6, every=4)).train()
-
-
-def test_a_gaussian_adapter_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="expected plain LoRA"):
-        run(tmp_path, double_blob(), SwagCallback(start=2, every=1)).train()
 
 
 def test_a_trained_parameter_beside_the_adapter_is_refused(tmp_path: Path) -> None:

@@ -29,15 +29,19 @@ from models import BERT, GPT2, LLAMA, Architecture, assert_same, blob, logits, s
 from probes import z_bound
 
 SETTINGS: dict[str, tuple[Architecture, dict[str, Any]]] = {
-    "llama": (LLAMA, {}),
     "gpt2": (GPT2, {}),
-    "bert": (BERT, {}),
     "head": (BERT, {"task_type": None, "modules_to_save": ["classifier"]}),
-    "rslora": (GPT2, {"use_rslora": True, "r": 3}),
-    "ranks": (LLAMA, {"rank_pattern": {"layers.0.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 5}}),
+    "ranks": (
+        LLAMA,
+        {
+            "rank_pattern": {"layers.0.self_attn.q_proj": 2},
+            "alpha_pattern": {"v_proj": 5},
+            "use_rslora": True,
+            "lora_dropout": 0.5,
+        },
+    ),
     "all_linear": (LLAMA, {"target_modules": "all-linear"}),
     "wide": (LLAMA, {"r": 40}),  # more than the 16 outputs of v_proj and the 32 of q_proj
-    "dropout": (LLAMA, {"lora_dropout": 0.5}),
 }
 
 
@@ -74,10 +78,10 @@ def shape(model: PeftModel) -> dict[str, tuple[bool, bool]]:
     return modes | {name: (parameter.requires_grad, True) for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_the_mean_is_the_adapter(name: str) -> None:
+@pytest.mark.parametrize("name", ["gpt2", "head", "ranks", "all_linear", "wide"])
+def test_the_mean_is_the_adapter_and_the_base_is_bit_equal(name: str) -> None:
     architecture, settings = SETTINGS[name]
-    model = lora(architecture, **settings)
+    base, model = state(architecture.build()), lora(architecture, **settings)
     before = products(model)
     inputs = architecture.inputs()
     expected = logits(model.eval(), inputs)
@@ -93,13 +97,6 @@ def test_the_mean_is_the_adapter(name: str) -> None:
     assert (logits(found, inputs) - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert found.peft_config["default"].modules_to_save == config.modules_to_save
     assert found.peft_config["default"].lora_dropout == config.lora_dropout
-
-
-@pytest.mark.parametrize("name", SETTINGS)
-def test_the_base_is_bit_equal(name: str) -> None:
-    architecture, settings = SETTINGS[name]
-    base = state(architecture.build())
-    found, _ = fit_tfb(lora(architecture, **settings), square)
     for path, module in list(found.get_base_model().named_modules()):
         if isinstance(module, ModulesToSaveWrapper):
             assert not torch.equal(module.modules_to_save["default"].weight, module.original_module.weight)
@@ -107,11 +104,10 @@ def test_the_base_is_bit_equal(name: str) -> None:
     assert_same(base, state(found.unload()))
 
 
-@pytest.mark.parametrize("autocast", [True, False])
-def test_a_half_precision_base_and_head_stay_as_they_are(autocast: bool) -> None:
+def test_a_half_precision_base_and_head_stay_as_they_are() -> None:
     base = BERT.build().bfloat16()
     config = LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS")
-    model = scatter(get_peft_model(base, config, autocast_adapter_dtype=autocast))
+    model = scatter(get_peft_model(base, config, autocast_adapter_dtype=False))
     before, tensors = products(model), {k: t.clone() for k, t in adapter_tensors(model, "default").items()}
     found, _ = fit_tfb(model, square)
     after = adapter_tensors(found, "default")
@@ -181,8 +177,7 @@ def test_draws_of_the_model_are_those_of_its_layers() -> None:
     assert search.sigma > 0 and (drawn - mean).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("power", [1, 2])
-@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e6, -2.0])
+@pytest.mark.parametrize(("power", "scale"), [(1, 1.0), (2, -2.0), (1, 1e6)])
 def test_the_threshold_of_a_monotone_loss(power: int, scale: float) -> None:
     """loss = scale (2 + sigma^p): accepted up to (2 tolerance)^(1/p), whatever the scale."""
     tried: list[float] = []
@@ -200,7 +195,7 @@ def test_the_threshold_of_a_monotone_loss(power: int, scale: float) -> None:
     assert len(found.trace) == 32
 
 
-@pytest.mark.parametrize("iterations", range(6))
+@pytest.mark.parametrize("iterations", [0, 5])
 def test_the_bracket_closes_at_the_stated_rate(iterations: int) -> None:
     found = search_sigma(lambda s: 1 + s, tolerance=0.02, low=1e-4, high=1.0, iterations=iterations)
     rejected = min(trial.sigma for trial in found.trace if not trial.accepted)
@@ -208,7 +203,7 @@ def test_the_bracket_closes_at_the_stated_rate(iterations: int) -> None:
     assert found.sigma <= 0.02 < rejected
 
 
-@pytest.mark.parametrize("frequency", [1.0, 3.0, 7.0, 20.0, 55.0])
+@pytest.mark.parametrize("frequency", [3.0, 55.0])
 def test_what_is_returned_was_accepted_also_where_the_loss_is_not_monotone(frequency: float) -> None:
     def loss(sigma: float) -> float:
         return 1 + (0.004 * math.sin(frequency * math.log(sigma)) if sigma > 2e-4 else 0.0)
@@ -242,17 +237,10 @@ def test_an_infinite_loss_is_rejected() -> None:
     ("loss", "settings", "error", "words"),
     [
         (lambda s: 1 + s, {"tolerance": 1e-5}, ConfigError, ("1.0001", "low=0.0001", "1e-05")),
-        (lambda s: float(s > 0), {}, ConfigError, ("is 1 ", "and 0 at")),
-        (lambda s: math.nan, {}, PosteriorError, ("NaN",)),
-        (lambda s: math.nan if s else 1.0, {}, PosteriorError, ("NaN", "0.0001")),
         (lambda s: math.nan if s > 0.5 else 1.0, {}, PosteriorError, ("NaN", "sigma_q=1")),
         (lambda s: math.inf, {}, PosteriorError, ("infinite",)),
-        (lambda s: 1.0, {"low": 0.0}, ConfigError, ("low=0.0",)),
         (lambda s: 1.0, {"low": 1.0}, ConfigError, ("low=1.0", "high=1.0")),
-        (lambda s: 1.0, {"high": math.inf}, ConfigError, ("high=inf",)),
-        (lambda s: 1.0, {"tolerance": -0.1}, ConfigError, ("tolerance=-0.1",)),
         (lambda s: 1.0, {"tolerance": math.nan}, ConfigError, ("tolerance=nan",)),
-        (lambda s: 1.0, {"iterations": -1}, ConfigError, ("iterations=-1",)),
     ],
 )
 def test_a_search_that_cannot_be_right(
@@ -263,7 +251,7 @@ def test_a_search_that_cannot_be_right(
     assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words)
 
 
-@pytest.mark.parametrize("iterations", [0, 1, 2, 3, 20])
+@pytest.mark.parametrize("iterations", [0, 20])
 def test_tfb_searches_on_the_model_and_leaves_it_at_the_width_found(iterations: int) -> None:
     seen: list[float] = []
 
@@ -278,7 +266,7 @@ def test_tfb_searches_on_the_model_and_leaves_it_at_the_width_found(iterations: 
     assert square(found) == search.loss and abs(search.loss - 1) <= 1e-4
 
 
-@pytest.mark.parametrize("rank", [0, 1, 3])
+@pytest.mark.parametrize("rank", [0, 3])
 def test_directions_that_B_lacks_get_no_noise(rank: int) -> None:
     model = lora(LLAMA, r=4)
     generator = torch.Generator().manual_seed(1)
@@ -304,20 +292,19 @@ def test_directions_that_B_lacks_get_no_noise(rank: int) -> None:
     assert torch.isfinite(drawn).all() and torch.equal(drawn, logits(found, LLAMA.inputs())) == (rank == 0)
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1e-25])
-def test_a_tiny_B_gives_finite_widths(scale: float) -> None:
+def test_a_tiny_B_gives_finite_widths() -> None:
     model = lora(LLAMA)
     with torch.no_grad():
         for key, tensor in adapter_tensors(model, "default").items():
             if key.endswith(".lora_B.weight"):
-                tensor.mul_(scale)
+                tensor.mul_(1e-25)
     found, _ = fit_tfb(model, lambda m: 1.0)
     assert all(torch.isfinite(layer.rho).all() and (layer.rho > 0).all() for layer in gaussian_layers(found).values())
     with draw(found):
         assert torch.isfinite(logits(found, LLAMA.inputs())).all()
 
 
-@pytest.mark.parametrize("name", ["llama", "head", "rslora", "ranks"])
+@pytest.mark.parametrize("name", ["head", "ranks"])
 def test_the_posterior_is_saved_loaded_drawn_and_exported(name: str, tmp_path: Path) -> None:
     architecture, settings = SETTINGS[name]
     found, _ = fit_tfb(lora(architecture, **settings), square)
@@ -368,15 +355,12 @@ def test_the_anchor_loss_of_predictions() -> None:
     assert search.loss == nll(prediction.log_probs, prediction.labels) != search.reference
     at_mean = predict(found, task, anchors, draws=0)
     assert search.reference == pytest.approx(nll(at_mean.log_probs, prediction.labels), rel=1e-5)
-    share = anchor_loss(task, anchors, draws=3, seed=4, criterion="accuracy")(found)
-    assert share == (prediction.answer == prediction.labels).double().mean()
 
 
 def test_anchor_rows_and_draws_are_needed() -> None:
     unlabelled = Row(id="u", question="why", choices=("a", "b"), answer=None)
-    for anchors, word in (([], "no anchor rows"), ([*rows(2), unlabelled], "'u'")):
-        with pytest.raises(DataError, match=word):
-            anchor_loss(Letters(), anchors)
+    with pytest.raises(DataError, match="'u'"):
+        anchor_loss(Letters(), [*rows(2), unlabelled])
     with pytest.raises(ConfigError, match="draws=0"):
         anchor_loss(Letters(), rows(2), draws=0)
 
@@ -387,11 +371,9 @@ def merged() -> PeftModel:
     return model
 
 
-def two_adapters(*, active: bool) -> PeftModel:
+def two_adapters() -> PeftModel:
     model = lora()
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    if active:
-        model.base_model.set_adapter(["default", "other"])
     return model
 
 
@@ -406,10 +388,8 @@ REFUSED: dict[str, tuple[Callable[[], PeftModel], str]] = {
     "blob": (lambda: blob(LLAMA), "already"),
     "merged": (merged, "unmerge_adapter"),
     "dora": (lambda: lora(use_dora=True), "use_dora"),
-    "bias": (lambda: lora(BERT, lora_bias=True), "lora_bias"),
     "embedding": (lambda: lora(target_modules=["q_proj", "embed_tokens"]), "embed_tokens"),
-    "two active": (lambda: two_adapters(active=True), "expected one"),
-    "two": (lambda: two_adapters(active=False), "delete_adapter"),
+    "two": (two_adapters, "delete_adapter"),
     "nan": (broken, "NaN"),
 }
 
@@ -426,8 +406,7 @@ def test_what_cannot_be_converted_is_refused_and_left_alone(name: str) -> None:
     assert shape(model) == kept
 
 
-@pytest.mark.parametrize("name", ["llama", "head", "gpt2"])
-@pytest.mark.parametrize("adapter", ["default", "mine"])
+@pytest.mark.parametrize(("name", "adapter"), [("head", "default"), ("gpt2", "mine")])
 def test_a_search_that_fails_leaves_the_adapter_as_it_was(name: str, adapter: str, tmp_path: Path) -> None:
     architecture, settings = SETTINGS[name]
     model = lora(architecture, adapter=adapter, **settings)

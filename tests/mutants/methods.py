@@ -124,7 +124,7 @@ def an_anchor_loss_of_half_its_size() -> None:
 
         return wrong
 
-    wrap(f"{METHODS}.anchor.anchor_loss", make)
+    wrap(f"{METHODS}.tfb.anchor_loss", make)
 
 
 @defect("methods/test_methods.py", "first_member")

@@ -108,10 +108,9 @@ def test_the_linearised_answer_does_not_depend_on_the_batch_and_leaves_the_model
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("pair", [range(2), range(25)], ids=["one difference", "many"])
-def test_a_root_moves_no_more_than_rounding_moves_the_covariance(pair: range) -> None:
+@pytest.mark.parametrize("size", [2, 25])
+def test_a_root_moves_no_more_than_rounding_moves_the_covariance(size: int) -> None:
     """Also where eigenvalues are equal, or nearly: the root of a row does not depend on who else is in its batch."""
-    size = len(pair)
     for covariance in (torch.eye(size), torch.ones(size, size) + torch.eye(size), _covariance(size)):
         nudged = covariance * (1 + 3e-7 * _covariance(size).sign())
         nudged = (nudged + nudged.T) / 2

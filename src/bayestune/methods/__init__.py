@@ -5,7 +5,6 @@ import os
 from torch import nn
 
 from bayestune import storage
-from bayestune.methods.anchor import anchor_loss as anchor_loss
 from bayestune.methods.base import Fitting as Fitting
 from bayestune.methods.base import Line as Line
 from bayestune.methods.base import Method as Method
@@ -19,9 +18,7 @@ from bayestune.methods.ensemble import Ensemble as Ensemble
 from bayestune.methods.ensemble import EnsemblePosterior as EnsemblePosterior
 from bayestune.methods.laplace import Laplace as Laplace
 from bayestune.methods.laplace import LaplacePosterior as LaplacePosterior
-from bayestune.methods.laplace import factor_bytes as factor_bytes
 from bayestune.methods.laplace import fit_laplace as fit_laplace
-from bayestune.methods.laplace import refuse_if_too_large as refuse_if_too_large
 from bayestune.methods.map import Map as Map
 from bayestune.methods.mle import Mle as Mle
 from bayestune.methods.swag import Swag as Swag
@@ -31,6 +28,7 @@ from bayestune.methods.temperature import Temperature as Temperature
 from bayestune.methods.temperature import fit_temperature as fit_temperature
 from bayestune.methods.tfb import SigmaSearch as SigmaSearch
 from bayestune.methods.tfb import Tfb as Tfb
+from bayestune.methods.tfb import anchor_loss as anchor_loss
 from bayestune.methods.tfb import fit_tfb as fit_tfb
 from bayestune.methods.tfb import search_sigma as search_sigma
 from bayestune.sampling import Point as Point
@@ -49,29 +47,19 @@ DEFAULT: type[Method] = Blob
 
 
 def register(method: type[Method]) -> type[Method]:
-    """Add a method of your own to `METHODS`; usable as a decorator.
-
-    Args:
-        method: the class; a method of the same name is replaced.
-
-    Returns:
-        The class.
-    """
+    """Add a method of your own to `METHODS`, in place of one of the same name; usable as a decorator."""
     METHODS[method.name] = method
     return method
 
 
 def load(base_model: nn.Module, path: str | os.PathLike[str]) -> Posterior:
-    """Load a posterior of any method that `save_posterior` wrote; frozen and in evaluation mode.
+    """Load a posterior of any method that `save_posterior` wrote; frozen, in evaluation mode, ready for `predict`.
 
-    Everything is checked as by `load_posterior`, and every other file of the folder in the same way.
+    Every file of the folder is checked as by `load_posterior`.
 
     Args:
         base_model: the pretrained model, without adapters; it is modified in place.
         path: the folder.
-
-    Returns:
-        The posterior, ready for `predict`.
 
     Raises:
         ConfigError: `base_model` already carries an adapter.

@@ -5,9 +5,8 @@ The posterior is ``q(A) = N(M, diag(Omega^2))`` with ``Omega = G^2`` (section 3.
 """
 
 import warnings
-from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 from peft import LoraConfig, PeftModel
 from pydantic import Field, model_validator
@@ -17,34 +16,32 @@ from bayestune.adapters.config import Distribution
 from bayestune.errors import BayestuneWarning, ConfigError
 from bayestune.functional import cycle_steps, linear_kl_weight, paper_kl_weight, uniform_kl_weight
 from bayestune.methods.base import Family, Line, Method, Updates
-from bayestune.sampling import Posterior, Variational
+from bayestune.sampling import Variational
 from bayestune.training import KLSettings, elbo_kl_weight, initial_std, kl_only_std, kl_rate_for_std
 from bayestune.training.kl import Schedule
 from bayestune.training.posterior_std import check_std
 
-_SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
-    {"paper": paper_kl_weight, "uniform": uniform_kl_weight, "linear": linear_kl_weight}
-)
-_PAPER_RATES: Mapping[Family, float] = MappingProxyType({"causal": 0.01, "encoder": 0.002})
-
-_B = TypeVar("_B", bound="Blob")
+_SCHEDULES: dict[str, Schedule] = {
+    "paper": paper_kl_weight,
+    "uniform": uniform_kl_weight,
+    "linear": linear_kl_weight,
+}
+_PAPER_RATES: dict[Family, float] = {"causal": 0.01, "encoder": 0.002}
 
 
 class Blob(Method):
     """A Gaussian over A whose mean and standard deviation are trained by backpropagation; B is a point."""
 
-    name: ClassVar[str] = "blob"
-    label: ClassVar[str] = "BLoB"
-    summary: ClassVar[str] = "Gaussian posterior over A, mean and variance trained by backpropagation"
-    paper: ClassVar[str] = "Wang et al. 2024, arXiv 2406.11675"
-    posterior: ClassVar[type[Posterior]] = Variational
+    name = "blob"
+    label = "BLoB"
+    summary = "Gaussian posterior over A, mean and variance trained by backpropagation"
+    paper = "Wang et al. 2024, arXiv 2406.11675"
+    posterior = Variational
     distribution: ClassVar[Distribution] = "gaussian_a"
-    variants: ClassVar[Mapping[str, Line]] = MappingProxyType(
+    variants = MappingProxyType(
         {
             "blob_wide": Line(  # docs/recipe.md
-                label="BLoB, std 0.06",
-                settings=MappingProxyType({"kl_learning_rate": None, "posterior_std": 0.06}),
-                by_default=False,
+                label="BLoB, std 0.06", settings={"kl_learning_rate": None, "posterior_std": 0.06}, by_default=False
             )
         }
     )
@@ -74,35 +71,29 @@ class Blob(Method):
             check_std(self.posterior_std, start=initial_std(self.rho_init), prior_std=self.prior_std)
         return self
 
-    def resolved(self: _B, family: Family) -> _B:
+    def resolved(self, family: Family) -> "Blob":
         if self.kl_learning_rate is None and self.posterior_std is None:
             return self.replace(kl_learning_rate=_PAPER_RATES[family])
         return self
 
     def adapter_config(self, **lora: Any) -> LoraConfig:
-        return BayesLoraConfig(
-            **lora,
-            prior_std=self.prior_std,
-            rho_init=self.rho_init,
-            estimator=self.estimator,
-            distribution=self.distribution,
-        )
+        own = {"prior_std": self.prior_std, "rho_init": self.rho_init, "estimator": self.estimator}
+        return BayesLoraConfig(**lora, **own, distribution=self.distribution)
 
     def kl(self, updates: Updates) -> KLSettings:
-        schedule = _SCHEDULES.get(self.kl_schedule) or elbo_kl_weight(updates.rows)
-        cycle = cycle_steps(updates.rows, updates.batch_size, processes=updates.processes)
+        growth = self._growth(updates)
         rate = self.kl_learning_rate
         if rate is None:
             assert self.posterior_std is not None
-            rate = kl_rate_for_std(self.posterior_std, **self._growth(updates, cycle, schedule))
-        return KLSettings(cycle=cycle, schedule=schedule, learning_rate=rate)
+            rate = kl_rate_for_std(self.posterior_std, **growth)
+        return KLSettings(cycle=growth["cycle"], schedule=growth["schedule"], learning_rate=rate)
 
-    def _growth(self, updates: Updates, cycle: int, schedule: Schedule) -> dict[str, Any]:
+    def _growth(self, updates: Updates) -> dict[str, Any]:
         """The arguments of `kl_only_std` and `kl_rate_for_std` beside the rate and the std."""
         return {
             "updates": updates.steps,
-            "cycle": cycle,
-            "schedule": schedule,
+            "cycle": cycle_steps(updates.rows, updates.batch_size, processes=updates.processes),
+            "schedule": _SCHEDULES.get(self.kl_schedule) or elbo_kl_weight(updates.rows),
             "start": initial_std(self.rho_init),
             "prior_std": self.prior_std,
             "warmup": updates.warmup,
@@ -112,12 +103,12 @@ class Blob(Method):
         """Warn if the run is too short for `posterior_std` even at the largest KL rate."""
         if self.posterior_std is None:
             return
-        kl = self.kl(updates)
-        reached = kl_only_std(kl.learning_rate, **self._growth(updates, kl.cycle, kl.schedule))
+        rate = self.kl(updates).learning_rate
+        reached = kl_only_std(rate, **self._growth(updates))
         if reached < 0.99 * self.posterior_std:
             warnings.warn(
                 f"posterior_std: {updates.steps} updates are too few for {self.posterior_std:g} at the largest "
-                f"KL rate, prior_std^2 = {kl.learning_rate:g}: the standard deviation ends near {reached:.3g}. Give "
+                f"KL rate, prior_std^2 = {rate:g}: the standard deviation ends near {reached:.3g}. Give "
                 "more steps, or a smaller posterior_std.",
                 BayestuneWarning,
                 stacklevel=2,

@@ -1,17 +1,15 @@
-"""Deep ensemble: K adapters trained apart from one another on one base; predictions average their probabilities."""
+"""Deep ensemble: K adapters trained independently on one base; predictions average their probabilities."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
 
 import torch
 from peft import PeftModel
 from pydantic import Field
-from torch import Tensor
 
 from bayestune.errors import PosteriorError
 from bayestune.functional import derive_seed
 from bayestune.methods.base import Fitting, Method
-from bayestune.sampling.base import Posterior, Sampler, SubstitutedDraws, refuse_draws
+from bayestune.sampling.base import Members, Posterior, Sampler, SubstitutedDraws, Tensors, Values, refuse_draws
 from bayestune.settings import LARGEST_WHOLE
 from bayestune.storage.state import active_adapter, adapter_tensors, describe, parameter_names, tensor_fault
 
@@ -33,7 +31,7 @@ class EnsemblePosterior(Posterior):
     kind = "ensemble"
     has_mean = False
 
-    def __init__(self, model: PeftModel, members: Sequence[Mapping[str, Tensor]], *, temperature: float = 1.0) -> None:
+    def __init__(self, model: PeftModel, members: Sequence[Tensors], *, temperature: float = 1.0) -> None:
         super().__init__(model, temperature=temperature)
         _, adapter, _ = active_adapter(model)
         own = adapter_tensors(model, adapter)
@@ -46,17 +44,11 @@ class EnsemblePosterior(Posterior):
         self.members = [dict(member) for member in members]
         self.default_draws = len(members)
 
-    def more_members(self) -> Sequence[Mapping[str, Tensor]]:
+    def more_members(self) -> Sequence[Tensors]:
         return self.members[1:]
 
     @classmethod
-    def from_saved(
-        cls,
-        model: PeftModel,
-        settings: Mapping[str, Any],
-        tensors: Mapping[str, Tensor],
-        members: Sequence[Mapping[str, Tensor]],
-    ) -> "EnsemblePosterior":
+    def from_saved(cls, model: PeftModel, settings: Values, tensors: Tensors, members: Members) -> "EnsemblePosterior":
         _, adapter, _ = active_adapter(model)
         return cls(model, [adapter_tensors(model, adapter), *members])
 
@@ -79,11 +71,11 @@ class Ensemble(Method):
     that is resumed.
     """
 
-    name: ClassVar[str] = "ensemble"
-    label: ClassVar[str] = "Ensemble"
-    summary: ClassVar[str] = "deep ensemble of plain LoRA adapters"
-    paper: ClassVar[str] = "Lakshminarayanan et al. 2017, arXiv 1612.01474"
-    posterior: ClassVar[type[Posterior]] = EnsemblePosterior
+    name = "ensemble"
+    label = "Ensemble"
+    summary = "deep ensemble of plain LoRA adapters"
+    paper = "Lakshminarayanan et al. 2017, arXiv 1612.01474"
+    posterior = EnsemblePosterior
 
     members: int = Field(3, ge=2, le=LARGEST_WHOLE, description="Number of adapters.")
 

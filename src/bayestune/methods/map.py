@@ -1,6 +1,6 @@
 """Maximum a posteriori: plain LoRA with weight decay, or with a Gaussian prior as a term of the loss."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 from pydantic import Field
 
@@ -10,10 +10,10 @@ from bayestune.methods.base import PointMethod
 class Map(PointMethod):
     """Minimizes ``mean NLL + ||theta||^2 / (2 s^2 rows)``, or the mean NLL under AdamW's weight decay."""
 
-    name: ClassVar[str] = "map"
-    label: ClassVar[str] = "MAP"
-    summary: ClassVar[str] = "plain LoRA with weight decay or a Gaussian prior"
-    paper: ClassVar[str] = "BLoB's baseline, Wang et al. 2024, arXiv 2406.11675, section 4.1"
+    name = "map"
+    label = "MAP"
+    summary = "plain LoRA with weight decay or a Gaussian prior"
+    paper = "BLoB's baseline, Wang et al. 2024, arXiv 2406.11675, section 4.1"
 
     weight_decay: float = Field(1e-5, ge=0, description="Weight decay of AdamW.")
     map_prior_std: float | None = Field(

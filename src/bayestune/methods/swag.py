@@ -14,23 +14,31 @@ whose covariance is ``Sigma_diag / 2 + D D^T / (2 (K - 1))``. z_2 is one vector 
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from peft import PeftModel
 from pydantic import Field
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from bayestune.adapters import is_merged
 from bayestune.errors import ConfigError, DrawError, PosteriorError, TrainingError
 from bayestune.functional import prediction_noise
-from bayestune.methods.base import Fitting, Method, PostHocMethod
+from bayestune.methods.base import Fitting, PostHocMethod, plain_adapter
 from bayestune.methods.mle import Mle
-from bayestune.sampling.base import Posterior, Sampler, Settings, SubstitutedDraws, refuse_draws
-from bayestune.settings import LARGEST_WHOLE
-from bayestune.storage.state import active_adapter, adapter_tensors, parameter_names
+from bayestune.sampling.base import (
+    Members,
+    Posterior,
+    Sampler,
+    SubstitutedDraws,
+    Tensors,
+    Values,
+    refuse_draws,
+    saved_settings,
+)
+from bayestune.settings import LARGEST_WHOLE, Settings
+from bayestune.storage.state import active_adapter, adapter_tensors, describe, parameter_names, tensor_fault
 
 _SNAPSHOTS = 20
 _COLUMNS = "swag columns"  # the name of z_2, which no weight has
@@ -39,10 +47,11 @@ _COLUMNS = "swag columns"  # the name of z_2, which no weight has
 class Moments:
     """Running mean and variance of named tensors, and their last K deviations, all on the CPU.
 
-    Welford's recursion in float64 loses nothing where the spread is small beside the mean.
+    Welford's recursion in float64 stays accurate if the spread is small relative to the mean.
 
     Attributes:
-        rank: K, the most columns kept. snapshots: T, how many were added.
+        rank: K, the most columns kept.
+        snapshots: T, the number added.
         mean: m_T, float64.
         deviations: the last min(T, K) snapshots, oldest first, less the running mean that includes them; float32.
 
@@ -59,10 +68,11 @@ class Moments:
         self._squares: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def add(self, weights: Mapping[str, Tensor]) -> None:
-        """One more snapshot, of the same names and shapes as the others.
+    def add(self, weights: Tensors) -> None:
+        """Add a snapshot, with the same names and shapes as the earlier ones.
 
         Raises:
+            ConfigError: the names differ.
             PosteriorError: a value is NaN or infinite; nothing was added.
         """
         for name, weight in weights.items():
@@ -86,8 +96,13 @@ class Moments:
         return self._squares[name] / self.snapshots
 
 
+class _Saved(Settings):
+    snapshots: int = Field(ge=1)
+    columns: int = Field(ge=1)
+
+
 class SwagPosterior(Posterior):
-    """The Gaussian of the module docstring, made by `from_moments`; each draw replaces all weights of the adapter.
+    """The Gaussian of the SWAG equation, made by `from_moments`; each draw replaces all weights of the adapter.
 
     The adapter of `model` holds the mean. `variance` (the diagonal of Sigma_diag) and `deviations` (D, [columns,
     *shape]) are float32, by the key of each weight in a saved adapter. With one snapshot it is a point.
@@ -101,6 +116,7 @@ class SwagPosterior(Posterior):
     ) -> None:
         super().__init__(model)
         self.snapshots, self._variance, self._deviations = snapshots, variance, deviations
+        self._columns = len(next(iter(deviations.values())))
 
     @classmethod
     @torch.no_grad()
@@ -108,60 +124,41 @@ class SwagPosterior(Posterior):
         """The posterior of the snapshots in `moments`; the active adapter of `model` is set to their mean, in place.
 
         Raises:
-            ConfigError: no snapshots, or not those of a plain LoRA adapter as `model` has it.
+            ConfigError: no snapshots, or snapshots of another adapter than the plain LoRA adapter of `model`.
         """
-        expected = trained_weights(model)
-        shapes = {name: tuple(weight.shape) for name, weight in expected.items()}
-        fault = _difference(shapes, {name: tuple(mean.shape) for name, mean in moments.mean.items()})
+        weights = trained_weights(model)
+        expected = describe({name: weight.double() for name, weight in weights.items()})
+        fault = tensor_fault(expected, describe(moments.mean))
         if fault:
             raise ConfigError(f"SWAG: {fault}, in {moments.snapshots} snapshots: collect them from this very adapter.")
-        for name, weight in expected.items():
+        for name, weight in weights.items():
             weight.copy_(moments.mean[name])
         return cls(
             model.eval(),
             snapshots=moments.snapshots,
-            variance={name: moments.variance(name).float() for name in expected},
-            deviations={name: torch.stack(list(moments.deviations[name])) for name in expected},
+            variance={name: moments.variance(name).float() for name in weights},
+            deviations={name: torch.stack(list(moments.deviations[name])) for name in weights},
         )
 
     @classmethod
-    def from_saved(
-        cls,
-        model: PeftModel,
-        settings: Mapping[str, Any],
-        tensors: Mapping[str, Tensor],
-        members: Sequence[Mapping[str, Tensor]] = (),
-    ) -> "SwagPosterior":
-        """What `settings` and `tensors` gave, on a model that holds the mean.
-
-        Raises:
-            ConfigError: `model` has no plain LoRA adapter.
-            PosteriorError: settings or tensors that are not those of a SWAG posterior over this adapter.
-        """
-        expected = trained_weights(model)
-        if settings.keys() != {"snapshots", "columns"} or not all(type(v) is int for v in settings.values()):
-            raise PosteriorError(f"SWAG settings: found {settings}, expected the counts snapshots and columns.")
-        snapshots, columns = settings["snapshots"], settings["columns"]
-        if not 1 <= columns <= snapshots:
-            raise PosteriorError(f"SWAG settings: found {settings}, expected 1 <= columns <= snapshots.")
-        shapes = {f"variance.{name}": tuple(weight.shape) for name, weight in expected.items()}
-        shapes |= {f"deviations.{name}": (columns, *weight.shape) for name, weight in expected.items()}
-        fault = _difference(shapes, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    def from_saved(cls, model: PeftModel, settings: Values, tensors: Tensors, members: Members) -> "SwagPosterior":
+        saved = saved_settings(cls.kind, _Saved, settings)
+        if saved.columns > saved.snapshots:
+            raise PosteriorError(f"swag: found {dict(settings)}, expected columns <= snapshots.")
+        shapes = {name: list(weight.shape) for name, weight in trained_weights(model).items()}
+        expected = {f"variance.{name}": [shape, "float32"] for name, shape in shapes.items()}
+        expected |= {f"deviations.{name}": [[saved.columns, *shape], "float32"] for name, shape in shapes.items()}
+        fault = tensor_fault(expected, describe(tensors))
         if fault:
-            raise PosteriorError(f"SWAG tensors: {fault}.")
-        for name, tensor in tensors.items():
-            if tensor.dtype != torch.float32 or not torch.isfinite(tensor).all():
-                raise PosteriorError(f"SWAG tensor {name!r}: expected finite float32 values.")
-            if name.startswith("variance.") and (tensor < 0).any():
-                raise PosteriorError(f"SWAG tensor {name!r} holds a negative variance.")
-        return cls(
-            model,
-            snapshots=snapshots,
-            variance={name: tensors[f"variance.{name}"] for name in expected},
-            deviations={name: tensors[f"deviations.{name}"] for name in expected},
-        )
+            raise PosteriorError(f"swag: {fault}.")
+        variance = {name: tensors[f"variance.{name}"] for name in shapes}
+        for name, tensor in variance.items():
+            if (tensor < 0).any():
+                raise PosteriorError(f"swag: tensor 'variance.{name}' holds a negative variance.")
+        deviations = {name: tensors[f"deviations.{name}"] for name in shapes}
+        return cls(model, snapshots=saved.snapshots, variance=variance, deviations=deviations)
 
-    def settings(self) -> Settings:
+    def settings(self) -> dict[str, Any]:
         return {"snapshots": self.snapshots, "columns": self._columns}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -174,20 +171,14 @@ class SwagPosterior(Posterior):
             raise refuse_draws(draws, "expected 0 (the mean) or more.")
         if draws and is_merged(self.model):
             raise DrawError("the adapter is merged into the base weights: call unmerge_adapter() first.")
-        model, adapter, _ = active_adapter(self.model)
-        names = parameter_names(model, adapter)
-        means = trained_weights(self.model)
-        weights: list[dict[str, Tensor]] = [
-            {names[key]: self._drawn(key, mean, k, seed) for key, mean in means.items()} for k in range(draws)
-        ]
-        return SubstitutedDraws(self.model, weights or [{}])
-
-    @property
-    def _columns(self) -> int:
-        return len(next(iter(self._deviations.values())))
+        if not draws:
+            return SubstitutedDraws(self.model, [{}])
+        names, means = parameter_names(*active_adapter(self.model)[:2]), trained_weights(self.model)
+        weights = [{names[key]: self._drawn(key, mean, k, seed) for key, mean in means.items()} for k in range(draws)]
+        return SubstitutedDraws(self.model, weights)
 
     def _drawn(self, key: str, mean: Tensor, index: int, seed: int) -> Tensor:
-        """One weight of draw (`seed`, `index`), computed in float64 on the CPU, so the same on every machine."""
+        """One weight of draw (`seed`, `index`), computed in float64 on the CPU: the same on every machine."""
         noise = prediction_noise(seed, index, key, tuple(mean.shape)).double()
         change = (self._variance[key].double() / 2).sqrt() * noise
         if self._columns > 1:
@@ -203,19 +194,9 @@ def trained_weights(model: PeftModel) -> dict[str, Tensor]:
     Raises:
         ConfigError: no such adapter.
     """
-    model, adapter, kind = active_adapter(model)
-    if kind != "point":
-        raise ConfigError(f"SWAG: adapter {adapter!r} is a BAYES_LORA adapter, expected plain LoRA.")
+    model, adapter = plain_adapter(model, by="swag")
     tensors = adapter_tensors(model, adapter)
     return {key: tensors[key] for key in parameter_names(model, adapter)}
-
-
-def _difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
-    """The first name whose shapes differ, in words; None where there is none."""
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            return f"{name!r}: found shape {found.get(name)}, expected {expected.get(name)}"
-    return None
 
 
 class SwagCallback(TrainerCallback):
@@ -236,15 +217,13 @@ class SwagCallback(TrainerCallback):
             raise ConfigError(f"SwagCallback: found start={start}, every={every}, expected at least 1.")
         self.start, self.every, self.moments = start, every, Moments(rank=rank)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
         trained_weights(model)
         own = set(parameter_names(*active_adapter(model)[:2]).values())
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and name not in own:
-                raise ConfigError(f"SwagCallback: {name} is trained but no part of the adapter: freeze it.")
+                raise ConfigError(f"SwagCallback: {name} is trained but is not part of the adapter: freeze it.")
         if self.start + self.every > state.max_steps:
             raise ConfigError(
                 f"SwagCallback: found start={self.start}, every={self.every} in a run of {state.max_steps} updates, "
@@ -258,9 +237,7 @@ class SwagCallback(TrainerCallback):
                 "callback for a new run."
             )
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         past = state.global_step - self.start
         if past >= 0 and past % self.every == 0:
             self.moments.add(trained_weights(kwargs["model"]))
@@ -269,12 +246,12 @@ class SwagCallback(TrainerCallback):
 class Swag(PostHocMethod):
     """Trains a finished plain LoRA adapter `swag_steps` updates more, at a constant rate, and fits their weights."""
 
-    name: ClassVar[str] = "swag"
-    label: ClassVar[str] = "SWAG"
-    summary: ClassVar[str] = "Gaussian of the weights that the tail of a run visits"
-    paper: ClassVar[str] = "Maddox et al. 2019, arXiv 1902.02476"
-    posterior: ClassVar[type[Posterior]] = SwagPosterior
-    start: ClassVar[type[Method] | None] = Mle
+    name = "swag"
+    label = "SWAG"
+    summary = "Gaussian of the weights that the tail of a run visits"
+    paper = "Maddox et al. 2019, arXiv 1902.02476"
+    posterior = SwagPosterior
+    start = Mle
 
     swag_steps: int = Field(100, ge=2, le=LARGEST_WHOLE, description="Updates to collect weights from.")
     swag_learning_rate: float = Field(1e-4, gt=0, description="Constant learning rate of these updates.")

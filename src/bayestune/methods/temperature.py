@@ -3,7 +3,7 @@ r"""Temperature scaling (Guo et al. 2017, arXiv 1706.04599, section 4.2), of the
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -12,7 +12,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from bayestune.errors import BayestuneWarning, DataError
-from bayestune.methods.base import Fitting, Method, PointMethod
+from bayestune.methods.base import Fitting, PointMethod
 from bayestune.methods.mle import Mle
 from bayestune.metrics import row_nll
 from bayestune.sampling import Posterior
@@ -64,11 +64,11 @@ def fit_temperature(log_probs: Float[Tensor, "draws rows classes"], labels: Int[
         picked = scaled.gather(-1, labels.expand(len(scaled), -1)[..., None])[..., 0]
         return -(picked.logsumexp(0) - math.log(len(scaled))).mean().item()
 
-    return _best(nll)
+    return _minimizer(nll)
 
 
-def _best(nll: Callable[[float], float]) -> float:
-    """Return T = exp(x) for the minimizer x of `nll`, a function of log T."""
+def _minimizer(nll: Callable[[float], float]) -> float:
+    """T = exp(x) for the minimizer x of `nll`, a function of log T."""
     low, high = math.log(LOWEST), math.log(HIGHEST)
     step = (high - low) / (_GRID - 1)
     center = min((low + step * i for i in range(_GRID)), key=nll)
@@ -79,11 +79,8 @@ def _best(nll: Callable[[float], float]) -> float:
         return 1.0
     for bound, value in ((low, LOWEST), (high, HIGHEST)):
         if bound in bracket and nll(bound) <= best.fun:
-            warnings.warn(
-                f"fit_temperature: stopped at the bound T = {value}: up to there the NLL does not rise.",
-                BayestuneWarning,
-                stacklevel=3,
-            )
+            told = f"fit_temperature: stopped at the bound T = {value}: up to there the NLL does not rise."
+            warnings.warn(told, BayestuneWarning, stacklevel=3)
             return value
     return math.exp(best.x)
 
@@ -91,12 +88,12 @@ def _best(nll: Callable[[float], float]) -> float:
 class Temperature(PointMethod):
     """Plain LoRA whose logits are divided by the temperature that is fitted on the rows of `temperature_split`."""
 
-    name: ClassVar[str] = "temperature"
-    label: ClassVar[str] = "Temperature"
-    summary: ClassVar[str] = "plain LoRA with a temperature fitted on held-out rows"
-    paper: ClassVar[str] = "Guo et al. 2017, arXiv 1706.04599"
-    start: ClassVar[type[Method] | None] = Mle
-    needs: ClassVar[tuple[str, ...]] = ("temperature_split",)
+    name = "temperature"
+    label = "Temperature"
+    summary = "plain LoRA with a temperature fitted on held-out rows"
+    paper = "Guo et al. 2017, arXiv 1706.04599"
+    start = Mle
+    needs = ("temperature_split",)
 
     def fit(self, model: PeftModel, run: Fitting) -> Posterior:
         return self.posterior(model.eval()) if run.started else super().fit(model, run)

@@ -15,9 +15,9 @@ import copy
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -27,15 +27,15 @@ from peft.utils import ModulesToSaveWrapper
 from pydantic import Field
 from torch import Tensor
 
-from bayestune.adapters import BayesLoraConfig, gaussian_layers, is_merged
-from bayestune.errors import BayestuneWarning, ConfigError, PosteriorError
-from bayestune.methods.anchor import anchor_loss
-from bayestune.methods.base import Fitting, Method, PostHocMethod
+from bayestune import metrics
+from bayestune.adapters import BayesLoraConfig, gaussian_layers
+from bayestune.errors import BayestuneWarning, ConfigError, DataError, PosteriorError
+from bayestune.inference.predict import predict
+from bayestune.methods.base import Fitting, PostHocMethod, plain_adapter
 from bayestune.methods.mle import Mle
-from bayestune.sampling import Posterior, Variational
+from bayestune.sampling import Variational
 from bayestune.settings import LARGEST_WHOLE
 from bayestune.storage.state import (
-    active_adapter,
     adapted,
     adapter_config,
     adapter_tensors,
@@ -43,6 +43,7 @@ from bayestune.storage.state import (
     config_fault,
     lora_layers,
 )
+from bayestune.tasks import AnyRow, Task
 
 NOTHING = 1e-18
 """A singular value below this is 0, so that no standard deviation overflows float32."""
@@ -59,21 +60,13 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SigmaSearch:
-    """What `search_sigma` found.
+    """What `search_sigma` found."""
 
-    Attributes:
-        sigma: the largest sigma_q that was evaluated and accepted. loss: the loss there.
-        reference: the loss at sigma_q = 0. tolerance: as given, relative to it.
-        at_high: the upper end of the range was accepted, so a larger sigma_q might be too.
-        trace: every evaluation above 0, in order.
-    """
-
-    sigma: float
-    loss: float
-    reference: float
-    tolerance: float
-    at_high: bool
-    trace: tuple[Trial, ...]
+    sigma: float  # the largest sigma_q that was evaluated and accepted
+    loss: float  # the loss there
+    reference: float  # the loss at sigma_q = 0
+    at_high: bool  # whether the upper end of the range was accepted, so that a larger sigma_q might be too
+    trace: tuple[Trial, ...]  # every evaluation above 0, in order
 
 
 def search_sigma(
@@ -93,16 +86,22 @@ def search_sigma(
         raise ConfigError(f"search_sigma: found low={low}, high={high}, expected 0 < low < high, both finite.")
     if not 0 <= tolerance < math.inf or iterations < 0:
         raise ConfigError(f"search_sigma: found tolerance={tolerance}, iterations={iterations}, expected 0 or more.")
-    reference = _number(loss(0.0), 0.0)
-    if math.isinf(reference):
-        raise PosteriorError("search_sigma: the loss at the mean is infinite: no change of it can be measured.")
     trace: list[Trial] = []
 
+    def loss_at(sigma: float) -> float:
+        value = loss(sigma)
+        if math.isnan(value):
+            raise PosteriorError(f"search_sigma: the loss at sigma_q={sigma:.6g} is NaN, expected a number.")
+        return value
+
     def accepted(sigma: float) -> bool:
-        value = _number(loss(sigma), sigma)
+        value = loss_at(sigma)
         trace.append(Trial(sigma=sigma, loss=value, accepted=abs(value - reference) <= tolerance * abs(reference)))
         return trace[-1].accepted
 
+    reference = loss_at(0.0)
+    if math.isinf(reference):
+        raise PosteriorError("search_sigma: the loss at the mean is infinite: no change of it can be measured.")
     if not accepted(low):
         raise ConfigError(
             f"search_sigma: the loss is {trace[0].loss:.6g} at low={low} and {reference:.6g} at the mean, a change "
@@ -113,14 +112,7 @@ def search_sigma(
         middle = math.sqrt(low * high)
         low, high = (middle, high) if accepted(middle) else (low, middle)
     best = max((trial for trial in trace if trial.accepted), key=lambda trial: trial.sigma)
-    return SigmaSearch(
-        sigma=best.sigma,
-        loss=best.loss,
-        reference=reference,
-        tolerance=tolerance,
-        at_high=at_high,
-        trace=tuple(trace),
-    )
+    return SigmaSearch(sigma=best.sigma, loss=best.loss, reference=reference, at_high=at_high, trace=tuple(trace))
 
 
 def fit_tfb(
@@ -137,7 +129,7 @@ def fit_tfb(
     The base model is used as it stands: `model` is taken apart and the model returned, with the same base weights bit
     for bit, takes its place. If anything fails, `model` is put together again. Scaling, ranks and `modules_to_save`
     are those of the adapter. A direction that B cannot move in (rank below r, B = 0) gets no noise: a singular value
-    within the rounding of B's entries is 0, so is its column of B', and the width of its row of A', set to that of
+    within the rounding of B's entries counts as 0, and so does its column of B'; the width of its row of A', that of
     the layer's largest singular value (sigma_q if B = 0), has no effect.
 
     Args:
@@ -153,7 +145,7 @@ def fit_tfb(
         ConfigError: not one plain LoRA adapter, a setting that a posterior cannot have, or as `search_sigma`.
         PosteriorError: the adapter holds NaN or infinities, or as `search_sigma`.
     """
-    adapter = _plain_adapter(model)
+    adapter = _convertible(model)
     with _put_back_on_failure(model):
         blob, singular = _converted(model, adapter)
 
@@ -164,6 +156,31 @@ def fit_tfb(
         search = search_sigma(loss_at, tolerance=tolerance, low=low, high=high, iterations=iterations)
         _set_width(blob, singular, search.sigma)
     return blob, search
+
+
+def anchor_loss(
+    task: Task, rows: Sequence[AnyRow], *, draws: int = 10, seed: int = 0, batch_size: int = 8
+) -> Callable[[PeftModel], float]:
+    """A function of a model: the mean NLL (nats per row) of its predictive over `rows`, for `fit_tfb`.
+
+    Every call uses the same `draws` draws of `seed`, so that two widths differ by their widths alone.
+
+    Raises:
+        ConfigError: `draws` below 1.
+        DataError: a row without a label.
+    """
+    if draws < 1:
+        raise ConfigError(f"anchor_loss: found draws={draws}, expected at least 1.")
+    for row in rows:
+        if row.target is None:
+            raise DataError(f"anchor_loss: row {row.id!r} has no label, expected labelled anchor rows.")
+
+    def loss(model: PeftModel) -> float:
+        prediction = predict(model, task, rows, draws=draws, seed=seed, batch_size=batch_size)
+        assert prediction.labels is not None
+        return metrics.nll(prediction.log_probs, prediction.labels)
+
+    return loss
 
 
 def rotated(
@@ -182,21 +199,11 @@ def rotated(
     return v_t @ a.detach().cpu().double(), (u * d)[:m], d
 
 
-def _number(loss: float, sigma: float) -> float:
-    if math.isnan(loss):
-        raise PosteriorError(f"search_sigma: the loss at sigma_q={sigma:.6g} is NaN, expected a number.")
-    return loss
-
-
-def _plain_adapter(model: PeftModel) -> str:
-    """The name of the one adapter of `model`, which `tfb` can convert."""
-    model, adapter, kind = active_adapter(model)
-    if kind != "point":
-        raise ConfigError(f"tfb: adapter {adapter!r} is a posterior already, expected plain LoRA.")
+def _convertible(model: PeftModel) -> str:
+    """The name of the one adapter of `model`, if it can be made a posterior."""
+    model, adapter = plain_adapter(model, by="tfb")
     if len(model.peft_config) > 1:
         raise ConfigError(f"tfb: found adapters {sorted(model.peft_config)}, expected one: delete_adapter the others.")
-    if is_merged(model):
-        raise ConfigError("tfb: the adapter is merged into the base weights: call unmerge_adapter() first.")
     fault = config_fault(adapter_config(model, adapter), "point")
     if fault:
         raise ConfigError(f"tfb: the adapter cannot be made a posterior: {fault}.")
@@ -233,7 +240,9 @@ def _converted(model: PeftModel, adapter: str) -> tuple[PeftModel, dict[str, Ten
     model.unload()
     for path, head in heads.items():
         base.set_submodule(path, head)  # unload leaves the trained copy of the adapter there
-    blob = adapted(base, _blob_config(config), autocast=True)  # A and B are float32 in any case
+    values = {f.name: copy.deepcopy(getattr(config, f.name)) for f in dataclasses.fields(LoraConfig) if f.init}
+    bayesian = BayesLoraConfig(**{**values, "inference_mode": True})
+    blob = adapted(base, bayesian, autocast=True)  # A and B are float32 in any case
     adapter_config(blob, "default").modules_to_save = copy.copy(config.modules_to_save)  # PEFT adds heads once more
     singular = {}
     for path in layers:
@@ -243,11 +252,6 @@ def _converted(model: PeftModel, adapter: str) -> tuple[PeftModel, dict[str, Ten
         if not key.endswith(".lora_A.rho"):
             tensor.copy_(tensors[key])
     return blob.eval(), singular
-
-
-def _blob_config(config: LoraConfig) -> BayesLoraConfig:
-    values = {f.name: copy.deepcopy(getattr(config, f.name)) for f in dataclasses.fields(LoraConfig) if f.init}
-    return BayesLoraConfig(**{**values, "inference_mode": True})
 
 
 @torch.no_grad()
@@ -262,12 +266,12 @@ def _set_width(blob: PeftModel, singular: dict[str, Tensor], sigma: float) -> No
 class Tfb(PostHocMethod):
     """The widest posterior whose NLL on the first `anchor_rows` training rows stays within the tolerance."""
 
-    name: ClassVar[str] = "tfb"
-    label: ClassVar[str] = "TFB"
-    summary: ClassVar[str] = "training-free: the widest Gaussian over A that keeps the NLL of a finished adapter"
-    paper: ClassVar[str] = "Shi et al. 2024, arXiv 2412.05723"
-    posterior: ClassVar[type[Posterior]] = Variational
-    start: ClassVar[type[Method] | None] = Mle
+    name = "tfb"
+    label = "TFB"
+    summary = "training-free: the widest Gaussian over A that keeps the NLL of a finished adapter"
+    paper = "Shi et al. 2024, arXiv 2412.05723"
+    posterior = Variational
+    start = Mle
 
     tolerance: float = Field(0.003, gt=0, description="How much the NLL may change, as a share.")
     anchor_rows: int = Field(

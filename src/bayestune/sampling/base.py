@@ -3,7 +3,7 @@
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -11,13 +11,16 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from bayestune.errors import ConfigError, DrawError
+from bayestune.errors import ConfigError, DrawError, PosteriorError
+from bayestune.settings import Settings
 from bayestune.tasks import Task
 
-Settings = dict[str, Any]
-"""Plain JSON values by name."""
+Values = Mapping[str, Any]
+Tensors = Mapping[str, Tensor]
+Members = Sequence[Tensors]
 
 _SUBSTITUTING = threading.RLock()
+_S = TypeVar("_S", bound=Settings)
 
 
 class Sampler(ABC):
@@ -65,8 +68,6 @@ class Posterior(ABC):
     adapter: ClassVar[str] = "point"
     has_mean: ClassVar[bool] = True
     default_draws: int
-    model: PeftModel
-    temperature: float
 
     def __init__(self, model: PeftModel, *, temperature: float = 1.0) -> None:
         self.model, self.temperature = model, temperature
@@ -80,48 +81,51 @@ class Posterior(ABC):
         """
 
     def with_predictive(self, name: str) -> "Posterior":
-        """Return this posterior with another way to average draws.
-
-        Args:
-            name: "mc", "antithetic" or "linearised", as in `Variational`.
+        """Return this posterior with another way to average draws, a `predictive` of `Variational`.
 
         Raises:
             ConfigError: the name is unknown, or this posterior has only one way.
         """
         raise ConfigError(f"predictive: found {name!r}, expected a posterior with Gaussian or dropout adapters.")
 
-    def settings(self) -> Settings:
-        """Return the settings of the posterior, which the manifest stores."""
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of the posterior, plain JSON values, which the manifest stores."""
         return {}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of the posterior beyond the adapter of `model`; they are stored in a safetensors file."""
         return {}
 
-    def more_members(self) -> Sequence[Mapping[str, Tensor]]:
+    def more_members(self) -> Members:
         """Return further adapters with the same settings, each as tensors by the keys of a LoRA file."""
         return ()
 
     @classmethod
-    def from_saved(
-        cls,
-        model: PeftModel,
-        settings: Mapping[str, Any],
-        tensors: Mapping[str, Tensor],
-        members: Sequence[Mapping[str, Tensor]],
-    ) -> "Posterior":
+    def from_saved(cls, model: PeftModel, settings: Values, tensors: Tensors, members: Members) -> "Posterior":
         """Return the posterior that was saved.
 
         Args:
             model: a model with the saved adapter.
             settings: result of `settings`.
-            tensors: result of `tensors`.
+            tensors: result of `tensors`; their values are finite.
             members: result of `more_members`.
 
         Raises:
             PosteriorError: they do not belong to this kind of posterior.
         """
         return cls(model)
+
+
+def saved_settings(kind: str, declared: type[_S], values: Values) -> _S:
+    """Return the settings of a saved posterior, checked as `declared`.
+
+    Raises:
+        PosteriorError: a setting is missing, unknown or out of range.
+    """
+    try:
+        return declared(**values)
+    except ConfigError as error:
+        raise PosteriorError(f"{kind}: {error}") from error
 
 
 class SubstitutedDraws(Sampler):
@@ -135,7 +139,7 @@ class SubstitutedDraws(Sampler):
         weights: per draw, tensors by parameter names of `model`.
     """
 
-    def __init__(self, model: PeftModel, weights: Sequence[Mapping[str, Tensor]]) -> None:
+    def __init__(self, model: PeftModel, weights: Sequence[Tensors]) -> None:
         self.model, self.weights, self.slices = model, weights, len(weights)
 
     def outputs(self, task: Task, batch: dict[str, Tensor], part: range) -> Float[Tensor, "draws rows classes"]:
@@ -145,7 +149,7 @@ class SubstitutedDraws(Sampler):
 class Substituted:
     """`model` with some of its parameters replaced, as a callable with a `config`."""
 
-    def __init__(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, model: nn.Module, weights: Tensors) -> None:
         self.model, self.weights = model, weights
         self.config: Any = model.config
 

@@ -90,15 +90,9 @@ class Traced:
 
 
 def traced(model: nn.Module, linears: Mapping[str, nn.Linear], task: Task, batch: dict[str, Tensor]) -> Traced:
-    """Run a forward with gradients, even if no parameter requires them, and record the calls of `linears`.
+    """Run a forward with gradients, even if no parameter requires them, and record the calls of `linears`, by name.
 
     Calls of other threads are not recorded.
-
-    Args:
-        model: the model.
-        linears: layers to record, by name.
-        task: the task that reads the logits from the model.
-        batch: a batch of the task, on the model's device.
 
     Raises:
         ConfigError: the logits do not depend on any of `linears`, or a layer's input does not run over rows first.

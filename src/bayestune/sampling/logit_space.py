@@ -25,29 +25,22 @@ class LogitDraws(Sampler):
 
     def __init__(self, model: nn.Module, *, draws: int, seed: int) -> None:
         self.model, self.slices, self.seed = model, draws, seed
-        self.layers = _gaussians(model)
-        self._noise = torch.empty(0, 0)
+        self.layers = gaussian_layers(model)
+        if self.layers.keys() != sampled_layers(model).keys():
+            raise DrawError("the adapter is not Gaussian (dropout masks are not): draw from it instead.")
 
     def at_once(self, batch: dict[str, Tensor]) -> int:
-        """Return all draws, as they share the backward passes."""
-        return self.slices
+        return self.slices  # they share the backward passes
 
     def outputs(self, task: Task, batch: dict[str, Tensor], part: range) -> Float[Tensor, "draws rows classes"]:
-        """Return the logits of the mean plus normal noise with the covariance of each row."""
         forward = traced(self.model, self.layers, task, batch)
         with full_precision(forward.logits):
             mode = forward.logits.detach()
             root = symmetric_root(difference_covariance(forward, self.layers))
-            noise = self._numbers(root.shape[-1])[part.start : part.stop].to(root)
-            spread = torch.einsum("kd,bcd->kbc", noise, root).to(mode)
+            shape = (root.shape[-1],)
+            noise = torch.stack([prediction_noise(self.seed, k, "logits", shape) for k in part])
+            spread = torch.einsum("kd,bcd->kbc", noise.to(root), root).to(mode)
             return mode + torch.cat([torch.zeros_like(spread[..., :1]), spread], -1)
-
-    def _numbers(self, size: int) -> Float[Tensor, "slices size"]:
-        """Return `size` standard normal numbers per draw."""
-        if self._noise.shape != (self.slices, size):
-            noise = [prediction_noise(self.seed, k, "logits", (size,)) for k in range(self.slices)]
-            self._noise = torch.stack(noise)
-        return self._noise
 
 
 def difference_covariance(
@@ -67,18 +60,10 @@ def difference_covariance(
 
 
 def symmetric_root(covariance: Float[Tensor, "rows d d"]) -> Float[Tensor, "rows d d"]:
-    """Return the symmetric R with ``R R = covariance``, which may be singular.
+    """Return the symmetric R with ``R R = covariance``; the covariance may be singular.
 
     R is a continuous function of the covariance, so rounding errors stay small in it. A root made of eigenvectors
     alone would not be, as their signs and bases are arbitrary.
     """
     values, vectors = torch.linalg.eigh(covariance)
     return (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)) @ vectors.transpose(-1, -2)
-
-
-def _gaussians(model: nn.Module) -> dict[str, GaussianLinear]:
-    layers = sampled_layers(model)
-    found = gaussian_layers(model)
-    if found.keys() != layers.keys():
-        raise DrawError("the adapter is not Gaussian (dropout masks are not): draw from it instead.")
-    return found

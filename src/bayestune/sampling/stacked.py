@@ -25,32 +25,18 @@ class StackedDraws(Sampler):
 
     @classmethod
     def of(cls, model: nn.Module, *, draws: int, seed: int, antithetic: bool = False) -> "StackedDraws":
-        """Return draws 0 to `draws` - 1 of every random layer of `model`.
-
-        Args:
-            model: the model; any model for ``draws=0``.
-            draws: number of draws; 0 for the mean.
-            seed: seed of the draws.
-            antithetic: whether draw 2j has the noise of draw j, and draw 2j + 1 its negative.
-
-        Raises:
-            DrawError: draws were asked of a model without a random adapter, or with a merged one.
-        """
+        """Return draws 0 to `draws` - 1 of every random layer, as `stacked_weights`; the mean for ``draws=0``."""
         if not draws:
             return cls(model, {}, 1)
         return cls(model, stacked_weights(model, range(draws), seed, antithetic=antithetic), draws)
 
     def outputs(self, task: Task, batch: dict[str, Tensor], part: range) -> Float[Tensor, "draws rows classes"]:
-        """Run one forward with the rows repeated for each draw of `part`."""
         count, first = len(part), part.start
         repeated = {key: value.repeat(count, *[1] * (value.dim() - 1)) for key, value in batch.items()}
-        drawn = {
-            layer: weight[first : first + count] if count > 1 else weight[first]
-            for layer, weight in self.weights.items()
-        }
         if count == 1:
-            with drawn_weights(drawn):
+            with drawn_weights({layer: weight[first] for layer, weight in self.weights.items()}):
                 return task.outputs(self.model, repeated).unsqueeze(0)
+        drawn = {layer: weight[first : first + count] for layer, weight in self.weights.items()}
         shape = tuple(repeated["input_ids"].shape)
         with drawn_weights(drawn, sizes=row_major_sizes(shape, count)):
             return task.outputs(self.model, repeated).unflatten(0, (count, -1))
@@ -91,18 +77,24 @@ def stacked_weights(
 ) -> dict[RandomLinear, Tensor]:
     """Return the matrices of several draws for `drawn_weights`, [len(indices), r, n] per layer.
 
+    Layers of inactive adapters are included: `adapter_names=[...]` or `set_adapter` can use them inside a draw.
+
     Args:
         model: model with a random adapter.
         indices: indices of the draws.
         seed: seed of the draws.
-        antithetic: as in `StackedDraws.of`.
+        antithetic: whether draw 2j has the noise of draw j, and draw 2j + 1 its negative.
 
     Raises:
         DrawError: as `sampled_layers`.
     """
+    named = {layer: name for name, layer in sampled_layers(model).items()}
+    for module in model.modules():
+        if isinstance(module, RandomLinear):
+            named.setdefault(module, module.name)
     weights = {}
     with torch.no_grad():
-        for name, layer in _named(model):
+        for layer, name in named.items():
             shape = tuple(layer.weight.shape)
             if antithetic:
                 noise = [(-1) ** k * prediction_noise(seed, k // 2, name, shape) for k in indices]
@@ -119,14 +111,3 @@ def single_weights(model: nn.Module, index: int, seed: int) -> dict[RandomLinear
         DrawError: as `sampled_layers`.
     """
     return {layer: weight[0] for layer, weight in stacked_weights(model, [index], seed).items()}
-
-
-def _named(model: nn.Module) -> list[tuple[str, RandomLinear]]:
-    """Return every random layer with the name of its noise, including those of inactive adapters.
-
-    An inactive adapter can be used inside a draw by `adapter_names=[...]` or `set_adapter`.
-    """
-    active = sampled_layers(model)
-    seen = {id(layer) for layer in active.values()}
-    others = [m for m in model.modules() if isinstance(m, RandomLinear) and id(m) not in seen]
-    return [*active.items(), *((layer.name, layer) for layer in others)]

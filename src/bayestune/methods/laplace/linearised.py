@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -13,7 +14,11 @@ from bayestune.sampling.base import Sampler
 from bayestune.sampling.jacobian import Traced, full_precision, traced
 from bayestune.tasks import Task
 
+Linears = Mapping[str, nn.Linear]
+Factors = Mapping[str, KroneckerFactor]
 
+
+@dataclass(kw_only=True)
 class LinearisedDraws(Sampler):
     """Draws of the weights, each one linear function: ``f_k(x) = f(x; theta*) + J(x) (theta_k - theta*)``.
 
@@ -23,28 +28,27 @@ class LinearisedDraws(Sampler):
 
     gradients = True
 
-    def __init__(
-        self,
-        model: nn.Module,
-        linears: Mapping[str, nn.Linear],
-        factors: Mapping[str, KroneckerFactor],
-        *,
-        precision: float,
-        draws: int,
-        seed: int,
-    ) -> None:
-        self.model, self.linears, self.slices = model, linears, draws
-        self.steps = {
-            name: factor.covariance_root(_noise(factor, name, draws, seed), precision)
-            for name, factor in factors.items()
-        }
+    model: nn.Module
+    linears: Linears
+    steps: dict[str, Tensor]  # [draws, m, n] per layer
+    slices: int
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, linears: Linears, factors: Factors, *, precision: float, draws: int, seed: int
+    ) -> "LinearisedDraws":
+        """Draws 0 to `draws` - 1 of `seed`."""
+        steps = {}
+        for name, factor in factors.items():
+            shape = tuple(factor.curvature.shape)
+            noise = torch.stack([prediction_noise(seed, k, name, shape) for k in range(draws)])
+            steps[name] = factor.covariance_root(noise.to(factor.input_values), precision)
+        return cls(model=model, linears=linears, steps=steps, slices=draws)
 
     def at_once(self, batch: dict[str, Tensor]) -> int:
-        """All: they share the backward passes."""
-        return self.slices
+        return self.slices  # they share the backward passes
 
     def outputs(self, task: Task, batch: dict[str, Tensor], part: range) -> Float[Tensor, "draws rows classes"]:
-        """One forward and as many backward passes as there are classes."""
         forward = traced(self.model, self.linears, task, batch)
         with full_precision(forward.logits):
             mode = forward.logits.detach()
@@ -57,21 +61,17 @@ class LinearisedDraws(Sampler):
         return logits
 
 
+@dataclass(kw_only=True)
 class ProbitAnswer(Sampler):
     """The one slice of `probit_logits`: an average over all draws in closed form, so there are none to tell apart."""
 
     gradients = True
     slices = 1
 
-    def __init__(
-        self,
-        model: nn.Module,
-        linears: Mapping[str, nn.Linear],
-        factors: Mapping[str, KroneckerFactor],
-        *,
-        precision: float,
-    ) -> None:
-        self.model, self.linears, self.factors, self.precision = model, linears, factors, precision
+    model: nn.Module
+    linears: Linears
+    factors: Factors
+    precision: float
 
     def outputs(self, task: Task, batch: dict[str, Tensor], part: range) -> Float[Tensor, "draws rows classes"]:
         forward = traced(self.model, self.linears, task, batch)
@@ -79,13 +79,13 @@ class ProbitAnswer(Sampler):
 
 
 def probit_logits(
-    forward: Traced, factors: Mapping[str, KroneckerFactor], precisions: Sequence[float]
+    forward: Traced, factors: Factors, precisions: Sequence[float]
 ) -> Float[Tensor, "precisions rows classes"]:
     r"""Logits whose softmax approximates the average over the posterior, for each prior precision.
 
     ``kappa_c f_c`` with ``kappa_c = (1 + pi/8 v_c)^(-1/2)`` and ``v_c = (J Sigma J^T)_cc`` (MacKay 1992; Daxberger et
     al., arXiv 2106.14806). f and J are those of the logits less their mean over a row's classes: logits are known up
-    to a constant a row, which the scaling would otherwise turn into answers. Absent classes keep -inf.
+    to a constant per row, which the scaling would otherwise turn into answers. Absent classes keep -inf.
     """
     with full_precision(forward.logits):
         logits, present = forward.logits.detach(), forward.present
@@ -101,8 +101,3 @@ def probit_logits(
                 squares = factors[layer].in_eigenbasis(jacobian).flatten(1).square()
                 variances[:, :, c] += (squares @ spreads).T.to(variances)
         return centred * (1 + math.pi / 8 * variances).rsqrt()
-
-
-def _noise(factor: KroneckerFactor, name: str, draws: int, seed: int) -> Float[Tensor, "draws m n"]:
-    shape = (len(factor.output_values), len(factor.input_values))
-    return torch.stack([prediction_noise(seed, k, name, shape) for k in range(draws)]).to(factor.input_values)

@@ -1,27 +1,26 @@
 """Laplace-LoRA as a method: a Gaussian fitted around a finished plain LoRA adapter."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from peft import PeftModel
 from pydantic import Field
 
-from bayestune.methods.base import Fitting, Method, PostHocMethod, Updates
+from bayestune.methods.base import Fitting, PostHocMethod, Updates
 from bayestune.methods.laplace.linears import refuse_if_too_large
 from bayestune.methods.laplace.posterior import LaplacePosterior, fit_laplace
 from bayestune.methods.mle import Mle
-from bayestune.sampling import Posterior
 
 
 class Laplace(PostHocMethod):
     """K-FAC curvature of the training rows around the adapter, and predictions that are linear in the weights."""
 
-    name: ClassVar[str] = "laplace"
-    label: ClassVar[str] = "Laplace"
-    summary: ClassVar[str] = "Gaussian around a finished adapter with K-FAC curvature, linearized predictions"
-    paper: ClassVar[str] = "Yang et al. 2024, arXiv 2308.13111"
-    posterior: ClassVar[type[Posterior]] = LaplacePosterior
-    start: ClassVar[type[Method] | None] = Mle
-    splits: ClassVar[tuple[str, ...]] = ("fit_split",)
+    name = "laplace"
+    label = "Laplace"
+    summary = "Gaussian around a finished adapter with K-FAC curvature, linearized predictions"
+    paper = "Yang et al. 2024, arXiv 2308.13111"
+    posterior = LaplacePosterior
+    start = Mle
+    splits = ("fit_split",)
 
     laplace_layers: Literal["all", "last"] = Field(
         "all", description="Layers with curvature: all adapted ones, or the last (the trained head, if there is one)."
@@ -34,7 +33,7 @@ class Laplace(PostHocMethod):
     )
 
     def check(self, model: PeftModel, updates: Updates) -> None:
-        refuse_if_too_large(model, layers=self.laplace_layers, memory_limit=None)
+        refuse_if_too_large(model, layers=self.laplace_layers)
 
     def draw_counts(self, draws: int) -> tuple[int, ...]:
         return (1,) if self.laplace_predictive == "probit" else (0, draws)

@@ -3,28 +3,39 @@
 Yang et al., "Bayesian low-rank adaptation for large language models", arXiv 2308.13111.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from peft import PeftModel
+from pydantic import Field
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bayestune.errors import ConfigError, DataError, DrawError, PosteriorError
 from bayestune.methods.laplace.kfac import FactorSums, KroneckerFactor, add_batch
-from bayestune.methods.laplace.linearised import LinearisedDraws, ProbitAnswer, probit_logits
-from bayestune.methods.laplace.linears import covered_linears, plain_adapter, refuse_if_too_large
+from bayestune.methods.laplace.linearised import Factors, LinearisedDraws, Linears, ProbitAnswer, probit_logits
+from bayestune.methods.laplace.linears import Layers, covered_linears, factor_dtype, refuse_if_too_large
 from bayestune.methods.laplace.prior_precision import CANDIDATES, best_candidate, most_evident
-from bayestune.sampling.base import Posterior, Sampler, Settings
+from bayestune.sampling.base import Members, Posterior, Sampler, Tensors, Values, saved_settings
 from bayestune.sampling.jacobian import Traced, traced
 from bayestune.sampling.stacked import StackedDraws
+from bayestune.settings import Settings
+from bayestune.storage.state import active_adapter, describe, tensor_fault
 from bayestune.tasks import AnyRow, Task
 
-PREDICTIVES = ("mc", "probit")
+Predictive = Literal["mc", "probit"]
+Batch = tuple[list[AnyRow], dict[str, Tensor]]
 _PARTS = tuple(field.name for field in fields(KroneckerFactor))
+
+
+class _Saved(Settings):
+    layers: Layers
+    precision: float = Field(gt=0)
+    predictive: Predictive
+    rows: int = Field(ge=1)
+    names: Any
 
 
 class LaplacePosterior(Posterior):
@@ -38,7 +49,7 @@ class LaplacePosterior(Posterior):
         factors: the curvature of each covered layer, by name.
         layers: "all" or "last", as in `fit_laplace`.
         precision: tau, the precision of the prior N(0, 1 / tau) of every covered weight.
-        rows: how many rows H is a sum over.
+        rows: number of rows that H sums over.
         predictive: "mc", draws; or "probit", one slice in closed form for any number of draws but 0.
     """
 
@@ -57,7 +68,6 @@ class LaplacePosterior(Posterior):
         temperature: float = 1.0,
     ) -> None:
         super().__init__(model, temperature=temperature)
-        _refuse_predictive(predictive)
         self.factors, self.layers, self.precision = dict(factors), layers, precision
         self.rows, self.predictive = rows, predictive
         self._linears = covered_linears(model, layers=layers)
@@ -72,10 +82,10 @@ class LaplacePosterior(Posterior):
             return StackedDraws.of(self.model, draws=0, seed=seed)
         factors = {name: factor.to(linears[name].weight.device) for name, factor in self.factors.items()}
         if self.predictive == "probit":
-            return ProbitAnswer(self.model, linears, factors, precision=self.precision)
-        return LinearisedDraws(self.model, linears, factors, precision=self.precision, draws=draws, seed=seed)
+            return ProbitAnswer(model=self.model, linears=linears, factors=factors, precision=self.precision)
+        return LinearisedDraws.of(self.model, linears, factors, precision=self.precision, draws=draws, seed=seed)
 
-    def settings(self) -> Settings:
+    def settings(self) -> dict[str, Any]:
         return {
             "layers": self.layers,
             "precision": self.precision,
@@ -89,29 +99,27 @@ class LaplacePosterior(Posterior):
         return {f"{name}.{part}": getattr(factor, part) for name, factor in self.factors.items() for part in _PARTS}
 
     @classmethod
-    def from_saved(
-        cls,
-        model: PeftModel,
-        settings: Mapping[str, Any],
-        tensors: Mapping[str, Tensor],
-        members: Sequence[Mapping[str, Tensor]] = (),
-    ) -> "LaplacePosterior":
-        """What `settings` and `tensors` of a posterior of the same adapter gave.
-
-        Raises:
-            PosteriorError: a setting or tensor is missing, left over, or not one of this adapter.
-            ConfigError: as `covered_linears`.
-        """
-        _check_settings(settings)
-        linears = covered_linears(model, layers=settings["layers"])
-        if settings["names"] != list(linears):
-            raise PosteriorError(f"laplace: found layers {settings['names'][:3]}, expected {list(linears)[:3]}.")
-        _check_tensors(tensors, linears)
+    def from_saved(cls, model: PeftModel, settings: Values, tensors: Tensors, members: Members) -> "LaplacePosterior":
+        saved = saved_settings(cls.kind, _Saved, settings)
+        linears = covered_linears(model, layers=saved.layers)
+        if saved.names != list(linears):
+            raise PosteriorError(f"laplace: found the layers {saved.names}, expected {list(linears)[:3]} and so on.")
+        expected: dict[str, list[Any]] = {}
+        for name, linear in linears.items():
+            m, n, dtype = linear.out_features, linear.in_features, str(factor_dtype(linear)).removeprefix("torch.")
+            shapes = ([m, m], [m], [n, n], [n])
+            expected |= {f"{name}.{part}": [shape, dtype] for part, shape in zip(_PARTS, shapes, strict=True)}
+        fault = tensor_fault(expected, describe(tensors))
+        if fault:
+            raise PosteriorError(f"laplace: {fault}.")
+        for key, tensor in tensors.items():
+            if key.endswith("_values") and (tensor < 0).any():
+                raise PosteriorError(f"laplace: tensor {key!r} holds negative eigenvalues.")
         factors = {
             name: KroneckerFactor(*(tensors[f"{name}.{part}"] for part in _PARTS)).to(linear.weight.device)
             for name, linear in linears.items()
         }
-        return cls(model, factors, **{key: settings[key] for key in ("layers", "precision", "rows", "predictive")})
+        return cls(model, factors, **saved.model_dump(exclude={"names"}))
 
 
 def fit_laplace(
@@ -124,7 +132,6 @@ def fit_laplace(
     validation_rows: Sequence[AnyRow] | None = None,
     predictive: str = "mc",
     batch_size: int = 8,
-    memory_limit: int | None = None,
     progress: bool = False,
 ) -> LaplacePosterior:
     """Fit a Laplace posterior to the finished, plain LoRA adapter of `model`.
@@ -134,29 +141,31 @@ def fit_laplace(
     evaluation mode. Under ``torch.autocast`` the factors stay in float32, or float64 where the adapter is.
 
     Args:
-        model: a PeftModel with one active LORA adapter. rows: what it was trained on, labelled or not.
+        rows: rows that it was trained on, labelled or not.
         layers: "all", the A and B of every adapted layer; "last", the trained head, or the last adapted layer.
         precision: of the prior: "marglik" maximises the marginal likelihood; "validation" takes, of `CANDIDATES`, the
             one whose probit predictive has the smallest negative log-likelihood on the labelled `validation_rows`.
-        predictive: as in `Laplace`. batch_size: rows of a forward, and of one backward pass a class.
-        memory_limit: bytes that the factors may take up on a device; None for its free memory.
+        batch_size: rows of a forward, and of one backward pass per class.
 
     Raises:
-        ConfigError: a setting out of range, an adapter that cannot be covered, or factors that do not fit in memory
-            (`factor_bytes`), which is found out before anything is allocated.
-        DataError: no rows, or a row that cannot be used. PosteriorError: logits or curvature that are not finite.
+        ConfigError: a setting out of range, an adapter that cannot be covered, or factors that do not fit in the free
+            memory, which is found out before anything is allocated.
+        DataError: no rows, or a row that cannot be used.
+        PosteriorError: logits or curvature that are not finite.
     """
+    model, _, _ = active_adapter(model)
     linears = covered_linears(model, layers=layers)
-    model, _ = plain_adapter(model)
-    _check_fit(task, rows, precision, validation_rows, predictive, batch_size)
-    refuse_if_too_large(model, layers=layers, memory_limit=memory_limit)
+    _check_settings(precision, validation_rows, predictive, batch_size)
+    _check_rows(task, rows, validation_rows)
+    refuse_if_too_large(model, layers=layers)
     model.eval()
     sums = {name: FactorSums(linear) for name, linear in linears.items()}
     for chosen, batch in _batches(model, task, rows, batch_size, progress):
         add_batch(sums, _finite(traced(model, linears, task, batch), chosen))
     factors = {name: sums.pop(name).decomposed() for name in linears}
     if precision == "marglik":
-        tau = most_evident([factor.curvature for factor in factors.values()], _square_norm(linears))
+        square_norm = sum(linear.weight.detach().double().square().sum().item() for linear in linears.values())
+        tau = most_evident([factor.curvature for factor in factors.values()], square_norm)
     elif validation_rows is not None:
         batches = _batches(model, task, validation_rows, batch_size, progress)
         tau = _validated(model, linears, factors, task, batches)
@@ -165,17 +174,7 @@ def fit_laplace(
     return LaplacePosterior(model, factors, layers=layers, precision=tau, rows=len(rows), predictive=predictive)
 
 
-def _square_norm(linears: Mapping[str, nn.Linear]) -> float:
-    return sum(linear.weight.detach().double().square().sum().item() for linear in linears.values())
-
-
-def _validated(
-    model: PeftModel,
-    linears: Mapping[str, nn.Linear],
-    factors: Mapping[str, KroneckerFactor],
-    task: Task,
-    batches: Iterator[tuple[list[AnyRow], dict[str, Tensor]]],
-) -> float:
+def _validated(model: PeftModel, linears: Linears, factors: Factors, task: Task, batches: Iterator[Batch]) -> float:
     """The candidate that gives the labels of all rows the smallest negative log-likelihood; all in one pass."""
     log_probs, labels = [], []
     for rows, batch in batches:
@@ -185,9 +184,7 @@ def _validated(
     return best_candidate(torch.cat(log_probs, 1), torch.tensor(labels))
 
 
-def _batches(
-    model: PeftModel, task: Task, rows: Sequence[AnyRow], batch_size: int, progress: bool
-) -> Iterator[tuple[list[AnyRow], dict[str, Tensor]]]:
+def _batches(model: PeftModel, task: Task, rows: Sequence[AnyRow], batch_size: int, progress: bool) -> Iterator[Batch]:
     """The rows and the tensors of each batch: long rows first, so that memory runs out at once or never."""
     device = next(model.parameters()).device
     examples = task.examples(rows, model)
@@ -201,7 +198,7 @@ def _batches(
 
 
 def _finite(forward: Traced, rows: Sequence[AnyRow]) -> Traced:
-    """The same, or an error that names the first row whose logits are of no use."""
+    """The same forward, or an error that names the first row with unusable logits."""
     bad = (forward.logits.isnan() | forward.logits.isposinf()).any(1) | ~forward.present.any(1)
     if bad.any():
         raise PosteriorError(
@@ -211,64 +208,27 @@ def _finite(forward: Traced, rows: Sequence[AnyRow]) -> Traced:
     return forward
 
 
-def _check_fit(
-    task: Task,
-    rows: Sequence[AnyRow],
-    precision: str | float,
-    validation_rows: Sequence[AnyRow] | None,
-    predictive: str,
-    batch_size: int,
+def _check_settings(
+    precision: str | float, validation_rows: Sequence[AnyRow] | None, predictive: str, batch_size: int
 ) -> None:
-    _refuse_predictive(predictive)
+    if predictive not in get_args(Predictive):
+        raise ConfigError(f"predictive: found {predictive!r}, expected one of {get_args(Predictive)}.")
     if batch_size < 1:
         raise ConfigError(f"fit_laplace: found batch_size={batch_size}, expected at least 1.")
-    if precision not in ("marglik", "validation") and not _is_precision(precision):
+    number = isinstance(precision, int | float) and 0 < precision < float("inf")
+    if precision not in ("marglik", "validation") and not number:
         raise ConfigError(f"precision: found {precision!r}, expected 'marglik', 'validation' or a positive number.")
     if (precision == "validation") != (validation_rows is not None):
         found = "none" if validation_rows is None else f"{len(validation_rows)} of them"
         raise ConfigError(
             f"validation_rows: found {found} with precision={precision!r}, expected them with 'validation' only."
         )
+
+
+def _check_rows(task: Task, rows: Sequence[AnyRow], validation_rows: Sequence[AnyRow] | None) -> None:
     if not rows or validation_rows is not None and not validation_rows:
         raise DataError("fit_laplace: found no rows, expected at least one.")
     for row in validation_rows or ():
         if row.target is None:
             raise DataError(f"fit_laplace: validation row {row.id!r} has no label, expected one.")
     task.check([*rows, *(validation_rows or ())])
-
-
-def _is_precision(value: object) -> bool:
-    return type(value) in (int, float) and isinstance(value, int | float) and 0 < value < math.inf
-
-
-def _refuse_predictive(predictive: object) -> None:
-    if predictive not in PREDICTIVES:
-        raise ConfigError(f"predictive: found {predictive!r}, expected one of {PREDICTIVES}.")
-
-
-def _check_settings(settings: Mapping[str, Any]) -> None:
-    expected = {"layers": str, "precision": float, "predictive": str, "rows": int, "names": list}
-    if settings.keys() != expected.keys():
-        raise PosteriorError(f"laplace: found settings {sorted(settings)}, expected {sorted(expected)}.")
-    for key, kind in expected.items():
-        if type(settings[key]) is not kind:
-            raise PosteriorError(f"laplace: {key}: found {settings[key]!r}, expected a {kind.__name__}.")
-    if not _is_precision(settings["precision"]) or settings["rows"] < 1 or settings["predictive"] not in PREDICTIVES:
-        raise PosteriorError(f"laplace: found settings {settings} of no fit, expected what `settings` gave.")
-
-
-def _check_tensors(tensors: Mapping[str, Tensor], linears: Mapping[str, nn.Linear]) -> None:
-    expected: dict[str, tuple[int, ...]] = {}
-    for name, linear in linears.items():
-        m, n = linear.out_features, linear.in_features
-        expected |= {f"{name}.{part}": shape for part, shape in zip(_PARTS, ((m, m), (m,), (n, n), (n,)), strict=True)}
-    if tensors.keys() != expected.keys():
-        first = sorted(tensors.keys() ^ expected.keys())[0]
-        raise PosteriorError(f"laplace: tensor {first!r} is missing, or not one that the adapter asks for.")
-    for key, shape in expected.items():
-        tensor = tensors[key]
-        if tuple(tensor.shape) != shape or tensor.dtype not in (torch.float32, torch.float64):
-            found = f"{tuple(tensor.shape)} {tensor.dtype}"
-            raise PosteriorError(f"laplace: tensor {key!r}: found {found}, expected {shape} in float32 or float64.")
-        if not tensor.isfinite().all() or key.endswith("_values") and (tensor < 0).any():
-            raise PosteriorError(f"laplace: tensor {key!r} holds NaN, infinities or negative eigenvalues.")

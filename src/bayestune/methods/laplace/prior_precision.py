@@ -27,10 +27,10 @@ def log_evidence(curvatures: Sequence[Tensor], square_norm: float, precision: fl
 
 
 def most_evident(curvatures: Sequence[Tensor], square_norm: float) -> float:
-    """The precision that maximises `log_evidence`.
+    """The precision that maximises `log_evidence`, by bisection on a log scale.
 
-    Where its derivative vanishes, ``tau ||theta||^2 = sum_i lambda_i / (lambda_i + tau)``: the left side rises with
-    tau and the right side falls, so there is one maximum, and halving an interval around it on a log scale finds it.
+    At the maximum, ``tau ||theta||^2 = sum_i lambda_i / (lambda_i + tau)``: the left side rises with tau and the right
+    side falls, so there is only one.
 
     Raises:
         ConfigError: all curvatures, or all weights, are 0.
