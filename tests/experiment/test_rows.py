@@ -13,7 +13,7 @@ from bayestune.experiment import Experiment, Result, load_run, run
 from bayestune.experiment.backbone import load_base
 from bayestune.inference import predict
 from bayestune.training import BayesTrainer
-from bayestune.training.order import LengthGrouped
+from bayestune.training.batches import LengthGrouped
 from toys import pretrained_bert, pretrained_llama, questions, write_data, write_rows
 from training.toys import TASK, arguments, double_blob, rows
 

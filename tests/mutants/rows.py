@@ -142,4 +142,4 @@ def a_last_batch_that_is_not_full_is_left_out() -> None:
 
         return wrong
 
-    wrap("bayestune.training.order.LengthGrouped.__iter__", make)
+    wrap("bayestune.training.batches.LengthGrouped.__iter__", make)

@@ -102,12 +102,16 @@ def the_logged_kl_in_single_precision() -> None:
 
 @defect("training/test_trainer.py", "N09")
 def weight_decay_on_the_means() -> None:
-    def wrong(model: Any, gaussian: Any, decayed: Any, weight_decay: float) -> list[dict[str, Any]]:
-        rhos = {id(layer.rho) for layer in gaussian}
-        parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in rhos]
-        return [{"params": parameters, "weight_decay": weight_decay}]
+    def make(right: Any) -> Any:
+        def wrong(self: Any, model: Any = None) -> Any:
+            optimizer = right(self, model)
+            for group in optimizer.param_groups:
+                group["weight_decay"] = self.args.weight_decay
+            return optimizer
 
-    replace("bayestune.training.optimizer.parameter_groups", wrong)
+        return wrong
+
+    wrap(f"{TRAINER}.create_optimizer", make)
 
 
 @defect("training/test_trainer.py", "S18")
@@ -125,12 +129,12 @@ def evaluation_leaves_the_model_in_evaluation_mode() -> None:
 
 @defect("training/test_memory.py", "first_update")
 def a_failed_try_advances_the_noise() -> None:
-    replace("bayestune.training.noise_callback.NoiseCallback.rewind", lambda self: None)
+    replace("bayestune.training.callbacks.NoiseCallback.rewind", lambda self: None)
 
 
 @defect("training/test_finite.py", "row_that")
 def a_loss_that_is_not_finite_is_trained_on() -> None:
-    replace("bayestune.training.finite.nonfinite_rows", lambda nll, ids: None)
+    replace("bayestune.training.finite.nonfinite_rows", lambda nll, index, ids: None)
 
 
 @defect("training/test_finite.py", "row_that or weights")
@@ -140,7 +144,7 @@ def numbers_that_are_not_finite_pass() -> None:
 
 @defect("training/test_order.py")
 def the_order_of_rows_ignores_the_epoch() -> None:
-    replace("bayestune.training.order.LengthGrouped.set_epoch", lambda self, epoch: None)
+    replace("bayestune.training.batches.LengthGrouped.set_epoch", lambda self, epoch: None)
 
 
 STD = "bayestune.training.posterior_std"

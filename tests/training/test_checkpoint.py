@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,11 +40,14 @@ def run(
     return trainer
 
 
-@pytest.fixture(scope="module", params=["blob", "lora"])
-def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, BayesTrainer]:
-    """The uninterrupted run."""
-    output = tmp_path_factory.mktemp(request.param)
-    return request.param, output, run(output, method=request.param)
+Whole = tuple[Path, BayesTrainer]
+"""The folder of an uninterrupted run, and its trainer."""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    output = tmp_path_factory.mktemp("blob")
+    return output, run(output)
 
 
 def losses(trainer: BayesTrainer) -> list[dict[str, Any]]:
@@ -53,9 +55,19 @@ def losses(trainer: BayesTrainer) -> list[dict[str, Any]]:
 
 
 @pytest.mark.property("P05")
-@pytest.mark.parametrize("step", [1, 2, 3, 5, 6, STEPS - 1, STEPS])  # 3 and 6 are the ends of epochs
-def test_a_resumed_run_is_the_whole_run(whole: tuple[str, Path, BayesTrainer], tmp_path: Path, step: int) -> None:
-    method, output, trainer = whole
+@pytest.mark.parametrize("step", [1, 3, 5, STEPS - 1, STEPS])  # 3 is the end of an epoch
+def test_a_resumed_run_is_the_whole_run(whole: Whole, tmp_path: Path, step: int) -> None:
+    assert_same_when_resumed(whole, tmp_path, step, "blob")
+
+
+@pytest.mark.property("P05")
+def test_a_resumed_run_of_plain_lora_is_the_whole_run(tmp_path: Path) -> None:
+    whole = tmp_path / "whole", run(tmp_path / "whole", method="lora")
+    assert_same_when_resumed(whole, tmp_path / "resumed", 2, "lora")
+
+
+def assert_same_when_resumed(whole: Whole, tmp_path: Path, step: int, method: str) -> None:
+    output, trainer = whole
     torch.manual_seed(step)  # whatever the process did before
     resumed = run(tmp_path, resume=output / f"checkpoint-{step}", method=method, start=1)
     assert losses(resumed) == losses(trainer) and resumed.state.global_step == STEPS
@@ -89,13 +101,13 @@ def test_random_states_round_trip(tmp_path: Path) -> None:
         torch.set_rng_state(before[2])
 
 
-def test_optimiser_state_round_trips_before_its_first_step(
-    whole: tuple[str, Path, BayesTrainer], tmp_path: Path
-) -> None:
-    method, output, trainer = whole
+def test_optimiser_state_round_trips_before_its_first_step(whole: Whole) -> None:
+    output, trainer = whole
     state = trainer.optimizer.state_dict()
     trainer._load_optimizer_and_scheduler(str(output / f"checkpoint-{STEPS}"))
     again = trainer.optimizer.state_dict()
+    saved = json.loads((output / f"checkpoint-{STEPS}" / "training.json").read_text())
+    assert [group["lr"] for group in saved["optimizer"]["param_groups"]] == [g["lr"] for g in state["param_groups"]]
     assert again["param_groups"] == [{**g, "betas": list(g["betas"])} for g in state["param_groups"]]
     for number, values in state["state"].items():
         for name, value in values.items():
@@ -109,50 +121,40 @@ def test_optimiser_state_round_trips_before_its_first_step(
     ("settings", "message"),
     [
         ({"seed": 6}, "seed=5"),
-        ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps=2"),
         ({"per_device_train_batch_size": 1}, "batch_size=2"),
     ],
 )
 def test_other_settings_are_refused_by_name(
-    whole: tuple[str, Path, BayesTrainer], tmp_path: Path, settings: dict[str, Any], message: str
+    whole: Whole, tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
-    method, output, _ = whole
     with pytest.raises(TrainingError, match=message):
-        run(tmp_path, resume=output / "checkpoint-2", method=method, **settings)
+        run(tmp_path, resume=whole[0] / "checkpoint-2", **settings)
 
 
 @pytest.mark.property("P05")
-def test_other_rows_and_other_kl_are_refused(whole: tuple[str, Path, BayesTrainer], tmp_path: Path) -> None:
-    method, output, trainer = whole
+def test_other_rows_and_other_kl_are_refused(whole: Whole, tmp_path: Path) -> None:
     args = arguments(tmp_path, max_steps=STEPS, gradient_accumulation_steps=2, warmup_steps=2)
     others = [Row(id=row.id, question=row.question[::-1], choices=row.choices, answer=row.answer) for row in rows(10)]
     kls = [KLSettings(cycle=3), KLSettings(cycle=4), KLSettings(cycle=3, schedule=lambda step, cycle: 0.3)]
     cases = [("row_sha256", others, kls[0]), ("kl_cycle", rows(10), kls[1]), ("kl_weight", rows(10), kls[2])]
-    for message, data, kl in cases if method == "blob" else [("row_sha256", others, None)]:
-        model = double_blob() if method == "blob" else lora()
-        other = BayesTrainer(model, task=TASK, args=args, train_rows=data, kl=kl)
+    for message, data, kl in cases:
+        other = BayesTrainer(double_blob(), task=TASK, args=args, train_rows=data, kl=kl)
         with pytest.raises(TrainingError, match=message):
-            other.train(resume_from_checkpoint=str(output / "checkpoint-2"))
+            other.train(resume_from_checkpoint=str(whole[0] / "checkpoint-2"))
 
 
 @pytest.mark.property("P04")
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.safetensors", "training.json", "rng_0.json"])
-def test_an_incomplete_checkpoint_is_refused(whole: tuple[str, Path, BayesTrainer], tmp_path: Path, name: str) -> None:
-    method, output, _ = whole
-    checkpoint = tmp_path / "checkpoint-2"
-    shutil.copytree(output / "checkpoint-2", checkpoint)
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "rng_0.json"])
+def test_an_incomplete_checkpoint_is_refused(whole: Whole, tmp_path: Path, name: str) -> None:
+    checkpoint = Path(shutil.copytree(whole[0] / "checkpoint-2", tmp_path / "checkpoint-2"))
     (checkpoint / name).unlink()
     with pytest.raises(TrainingError, match=name):
-        run(tmp_path / "new", resume=checkpoint, method=method)
+        run(tmp_path / "new", resume=checkpoint)
 
 
 @pytest.mark.parametrize("fault", ["missing", "extra", "shape"])
-def test_adapter_that_does_not_fit_is_refused(
-    whole: tuple[str, Path, BayesTrainer], tmp_path: Path, fault: str
-) -> None:
-    method, output, _ = whole
-    checkpoint = tmp_path / "checkpoint-2"
-    shutil.copytree(output / "checkpoint-2", checkpoint)
+def test_adapter_that_does_not_fit_is_refused(whole: Whole, tmp_path: Path, fault: str) -> None:
+    checkpoint = Path(shutil.copytree(whole[0] / "checkpoint-2", tmp_path / "checkpoint-2"))
     tensors = load_file(checkpoint / "adapter_model.safetensors")
     name = sorted(tensors)[0]
     if fault == "missing":
@@ -164,7 +166,7 @@ def test_adapter_that_does_not_fit_is_refused(
     save_file(tensors, checkpoint / "adapter_model.safetensors")
     seal(checkpoint)
     with pytest.raises(PosteriorError, match="surplus" if fault == "extra" else name):
-        run(tmp_path / "new", resume=checkpoint, method=method)
+        run(tmp_path / "new", resume=checkpoint)
 
 
 class Watch:
@@ -210,11 +212,10 @@ def plant(checkpoint: Path) -> None:
 
 
 @pytest.mark.property("P09")
-@pytest.mark.parametrize("method", ["blob", "lora"])
-def test_no_pickle_is_written_or_opened(tmp_path: Path, method: str) -> None:
+def test_no_pickle_is_written_or_opened(tmp_path: Path) -> None:
     watch = Watch()
     watch.active = True
-    model = double_blob() if method == "blob" else lora()
+    model = double_blob()
     settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
     args = arguments(tmp_path, load_best_model_at_end=True, metric_for_best_model="loss", **settings)
     for resume in (None, str(tmp_path / "checkpoint-2")):
@@ -240,7 +241,7 @@ def test_pickled_checkpoint_is_refused_unopened(tmp_path: Path) -> None:
     (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": 2}))
     watch = Watch()
     watch.active = True
-    with pytest.raises(TrainingError, match="adapter_model.safetensors"):
+    with pytest.raises(TrainingError, match="found no checkpoint.json"):
         run(tmp_path / "new", resume=checkpoint)
     watch.active = False
     assert watch.opened & set(CANARIES) == set()
@@ -258,21 +259,10 @@ def test_the_canary_sings(tmp_path: Path) -> None:
     assert (tmp_path / "canary-ran").exists()
 
 
-def test_floats_survive_json_exactly(whole: tuple[str, Path, BayesTrainer]) -> None:
-    _, output, trainer = whole
-    saved = json.loads((output / f"checkpoint-{STEPS}" / "training.json").read_text())
-    rates = [group["lr"] for group in saved["optimizer"]["param_groups"]]
-    assert [struct.pack("d", rate) for rate in rates] == [
-        struct.pack("d", group["lr"]) for group in trainer.optimizer.param_groups
-    ]
-
-
 @pytest.mark.property("P04")
-def test_a_checkpoint_without_the_files_of_every_process_is_not_complete(
-    whole: tuple[str, Path, BayesTrainer], tmp_path: Path
-) -> None:
+def test_a_checkpoint_without_the_files_of_every_process_is_not_complete(whole: Whole, tmp_path: Path) -> None:
     """Killed while another process was writing: the one before is taken."""
-    _, output, _ = whole
+    output, _ = whole
     first, second = (Path(shutil.copytree(output / f"checkpoint-{n}", tmp_path / f"checkpoint-{n}")) for n in (1, 2))
     assert last_complete(tmp_path) == second
     training = second / "training.json"
@@ -287,7 +277,7 @@ def test_a_checkpoint_without_the_files_of_every_process_is_not_complete(
     seal(second)
     assert last_complete(tmp_path) == second
     with pytest.raises(TrainingError, match="processes=2, this run has 1"):
-        run(tmp_path / "new", resume=second, method=whole[0])
+        run(tmp_path / "new", resume=second)
     training.write_text(training.read_text()[:-1])
     with pytest.warns(BayestuneWarning, match=r"checkpoint-2 cannot be resumed: training\.json was cut or altered"):
         assert last_complete(tmp_path) == first

@@ -16,7 +16,6 @@ from bayestune.functional import (
     paper_kl_weight,
     uniform_kl_weight,
 )
-from bayestune.training import KLSettings
 from bayestune.training.batches import ROW
 from training.toys import TASK, Recorder, arguments, double_blob, lora, rows, trained
 
@@ -38,11 +37,8 @@ def test_gradient_equals_finite_differences(tmp_path: Path, variant: Variant, fi
 
 @pytest.mark.property("S03")
 @pytest.mark.nightly
-@pytest.mark.parametrize("variant", EVERY_NIGHT)
-def test_gradient_equals_finite_differences_in_every_variant(
-    tmp_path: Path, variant: Variant, figure: Callable[..., None]
-) -> None:
-    figure(ERROR, gradient_error(tmp_path, *variant), at_most=1.0)
+def test_gradient_equals_finite_differences_in_every_variant(tmp_path: Path, figure: Callable[..., None]) -> None:
+    figure(ERROR, max(gradient_error(tmp_path, *variant) for variant in EVERY_NIGHT), at_most=1.0)
 
 
 def gradient_error(output: Path, draws: int, dropout: float, accumulation: int, checkpointing: bool) -> float:
@@ -139,8 +135,8 @@ def test_loss_is_the_mean_of_the_nlls_of_the_draws(tmp_path: Path, figure: Calla
 Epoch = tuple[int, int, int, bool]
 """Rows, batch, accumulation, whether the last batch is dropped if it is not full."""
 EPOCHS: list[Epoch] = [
-    *((size, *batch, False) for size in (1, 5, 7, 11) for batch in ((1, 1), (3, 1), (3, 3), (64, 1), (1, 64))),
-    *((11, *batch, True) for batch in ((3, 1), (3, 3), (11, 1))),
+    *((1, 1, 1, False), (5, 3, 1, False), (7, 3, 3, False), (11, 64, 1, False), (11, 1, 64, False)),
+    *((11, 3, 3, True), (11, 11, 1, True)),
 ]
 LARGER_EPOCHS = [
     epoch for epoch in product((1, 40, 41), (1, 7, 64), (1, 3), (False, True)) if epoch[0] >= epoch[1] or not epoch[3]
@@ -155,11 +151,9 @@ def test_updates_add_up_to_the_epoch(tmp_path: Path, epoch: Epoch, figure: Calla
 
 @pytest.mark.property("S17")
 @pytest.mark.nightly
-@pytest.mark.parametrize("epoch", LARGER_EPOCHS)
-def test_updates_add_up_to_the_epoch_in_every_variant(
-    tmp_path: Path, epoch: Epoch, figure: Callable[..., None]
-) -> None:
-    figure("sum over updates of rows x loss, less the NLL of all rows", epoch_error(tmp_path, *epoch), at_most=1e-10)
+def test_updates_add_up_to_the_epoch_in_every_variant(tmp_path: Path, figure: Callable[..., None]) -> None:
+    error = max(epoch_error(tmp_path, *epoch) for epoch in LARGER_EPOCHS)
+    figure("sum over updates of rows x loss, less the NLL of all rows", error, at_most=1e-10)
 
 
 def epoch_error(output: Path, size: int, batch: int, accumulation: int, dropping: bool) -> float:
@@ -206,15 +200,14 @@ def test_accumulated_gradient_is_that_of_one_batch(tmp_path: Path, figure: Calla
 
 
 @pytest.mark.property("S17")
-@pytest.mark.parametrize("cycle", [1, 2, 40, 100_000])
 @pytest.mark.parametrize("schedule", [paper_kl_weight, uniform_kl_weight, linear_kl_weight])
 def test_weights_of_a_cycle_count_the_kl_once(
-    schedule: Callable[[int, int], float], cycle: int, figure: Callable[..., None]
+    schedule: Callable[[int, int], float], figure: Callable[..., None]
 ) -> None:
-    settings = KLSettings(cycle=cycle, schedule=schedule)
-    total = sum(settings.schedule(step, cycle) for step in range(3 * cycle, 4 * cycle))
-    missing = 1 / (2.0 ** (cycle + 1) - 1) if schedule is paper_kl_weight and cycle < 1000 else 0.0
-    figure(f"sum of a cycle of {schedule.__name__}, less 1", abs(total + missing - 1), at_most=1e-10)
+    for cycle in (1, 2, 40, 100_000):
+        total = sum(schedule(step, cycle) for step in range(3 * cycle, 4 * cycle))
+        missing = 1 / (2.0 ** (cycle + 1) - 1) if schedule is paper_kl_weight and cycle < 1000 else 0.0
+        figure(f"sum of a cycle of {schedule.__name__}, less 1", abs(total + missing - 1), at_most=1e-10)
 
 
 @pytest.mark.property("N08")

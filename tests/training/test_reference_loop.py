@@ -23,8 +23,7 @@ def example() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("estimator", ["independent", "flipout_token"])
+@pytest.mark.parametrize(("accumulation", "estimator"), [(1, "independent"), (3, "flipout_token")])
 def test_trainer_equals_the_two_optimiser_loop(
     tmp_path: Path, example: ModuleType, accumulation: int, estimator: str
 ) -> None:

@@ -102,7 +102,7 @@ def test_plain_lora_is_trained_without_a_posterior(tmp_path: Path) -> None:
 
 
 @pytest.mark.property("S20")
-@pytest.mark.parametrize("count", [1, 4, 9])
+@pytest.mark.parametrize("count", [1, 9])
 def test_evaluation_is_the_mean_over_rows_at_the_posterior_mean(tmp_path: Path, count: int) -> None:
     model, data = double_blob(), rows(count)
     trainer = BayesTrainer(model, task=TASK, args=arguments(tmp_path), train_rows=rows(2), eval_rows=data)
@@ -175,10 +175,6 @@ def test_adapters_stay_float32_on_a_half_base(tmp_path: Path, autocast: bool) ->
     "settings",
     [
         {"fp16": True},
-        {"push_to_hub": True},
-        {"bf16_full_eval": True},
-        {"label_smoothing_factor": 0.1},
-        {"auto_find_batch_size": True},
         {"optim": "adafactor"},
         {"train_sampling_strategy": "batch_rebalance"},
         {"activation_checkpointing_kwargs": {"preserve_rng_state": False}},

@@ -1,18 +1,22 @@
-"""A task's rows as a torch data set, and batches that record which rows they hold."""
+"""A task's rows as a torch data set, batches that record which rows they hold, and the order by length."""
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
+from bayestune.functional import derive_seed
 from bayestune.tasks import AnyRow, Task
 
 ROW = "bayestune_row"
 """Key in a batch for the indices of its rows in the data set, so that errors can name the rows."""
+
+POOL = 50
+"""Batches per pool that is sorted by length: fewer would need more padding, more would mix rows less."""
 
 
 class Examples(Dataset[tuple[int, dict[str, Any]]]):
@@ -49,3 +53,40 @@ class Collator:
     def __call__(self, items: Sequence[tuple[int, dict[str, Any]]]) -> dict[str, Tensor]:
         batch = self._task.collate([example for _, example in items])
         return {**batch, ROW: torch.tensor([index for index, _ in items])}
+
+
+class LengthGrouped(Sampler[int]):
+    """Samples rows in random order, in batches of similar length.
+
+    Each epoch the rows are permuted, sorted by length within pools of `POOL` batches, cut into batches, and the full
+    batches are shuffled; a last batch that is not full stays last. The order is a pure function of (`seed`, epoch,
+    `lengths`), so a resumed run sees the same one.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: rows per update, over all processes.
+        seed: seed of the order.
+    """
+
+    def __init__(self, lengths: Sequence[int], *, batch_size: int, seed: int) -> None:
+        self._lengths, self._batch_size, self._seed = list(lengths), batch_size, seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch (from 0) of the next iteration."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(derive_seed("order", self._seed, self._epoch))
+        order = torch.randperm(len(self._lengths), generator=generator).tolist()
+        size, full = self._batch_size, len(order) - len(order) % self._batch_size
+        batches = []
+        for start in range(0, full, POOL * size):
+            pool = sorted(order[start : min(start + POOL * size, full)], key=self._lengths.__getitem__)
+            batches += [pool[i : i + size] for i in range(0, len(pool), size)]
+        for number in torch.randperm(len(batches), generator=generator).tolist():
+            yield from batches[number]
+        yield from order[full:]

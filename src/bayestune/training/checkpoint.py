@@ -9,8 +9,6 @@ rng_<rank>.safetensors    states of torch (CPU and CUDA) and numpy generators
 rng_<rank>.json           the rest of numpy's state, and Python's
 checkpoint.json           size and sha256 of each of these files
 ========================  ==================================================================
-
-`checkpoint_state` reads and writes these files; `checkpoint_files` makes the folder appear whole or not at all.
 """
 
 import contextlib
@@ -24,30 +22,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer
 
 from bayestune.errors import TrainingError
-from bayestune.training.checkpoint_files import (
-    ADAPTER,
-    STATE,
-    UNFINISHED,
-    check_checkpoint,
-    publish,
-    rotate,
-    seal,
-    unfinished,
-)
-from bayestune.training.checkpoint_state import (
-    load_adapter,
-    load_optimizer,
-    load_random_state,
-    save_optimizer,
-    save_random_state,
-)
+from bayestune.training import checkpoint_files, checkpoint_state
+from bayestune.training.checkpoint_files import ADAPTER, STATE, UNFINISHED
 
 
 class SafeTrainer(Trainer):
-    """`transformers.Trainer` for adapters, without a pickle in its checkpoints, each of which is written whole.
+    """`transformers.Trainer` for adapters whose checkpoints appear whole or not at all and contain no pickle.
 
-    It overrides the private methods of the Trainer that read or write a checkpoint, and `_run_epoch`; the bound on
-    transformers in pyproject.toml follows from that.
+    It overrides private methods of the Trainer; the bound on transformers in pyproject.toml follows from that.
 
     Raises:
         ConfigError: on saving, if another process is saving a checkpoint in the same folder.
@@ -83,7 +65,7 @@ class SafeTrainer(Trainer):
         """Like `Trainer._save_checkpoint`, but in a folder that is renamed when all of it is written."""
         run = Path(self._get_output_dir(trial))
         name, writes = f"checkpoint-{self.state.global_step}", self.args.should_save
-        with unfinished(run) if writes else contextlib.nullcontext():
+        with checkpoint_files.unfinished(run) if writes else contextlib.nullcontext():
             self.accelerator.wait_for_everyone()
             self._saves_to = run / UNFINISHED
             try:
@@ -98,10 +80,11 @@ class SafeTrainer(Trainer):
             if writes:
                 if is_best:
                     self.state.save_to_json(str(written / STATE))
-                seal(written)
-                publish(written, run)
+                checkpoint_files.seal(written)
+                checkpoint_files.publish(written, run)
                 best = self.state.best_model_checkpoint
-                rotate(run, self.args.save_total_limit, {run / name} | ({Path(best)} if best else set()))
+                keep = {run / name} | ({Path(best)} if best else set())
+                checkpoint_files.rotate(run, self.args.save_total_limit, keep)
         self.accelerator.wait_for_everyone()
 
     def _run_epoch(self, **settings: Any) -> None:
@@ -115,32 +98,27 @@ class SafeTrainer(Trainer):
         """Like `Trainer.save_model`, but only the adapter, and without the pickled arguments."""
         if self.args.should_save:
             # PEFT would ask the network whether the base has other embeddings; they are never adapted here.
-            folder = output_dir or self.args.output_dir
-            assert folder is not None
-            _adapter_model(self.model).save_pretrained(folder, save_embedding_layers=False)
+            self._adapters().save_pretrained(output_dir or str(self.args.output_dir), save_embedding_layers=False)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:
-            save_optimizer(Path(output_dir), *self._optimizer_and_scheduler(), self._settings_at_step())
+            checkpoint_state.save_optimizer(Path(output_dir), *self._optimization())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            load_optimizer(Path(checkpoint), *self._optimizer_and_scheduler(), self._settings_at_step())
+            checkpoint_state.load_optimizer(Path(checkpoint), *self._optimization())
 
-    def _settings_at_step(self) -> dict[str, Any]:
-        return {**self.resume_settings(), "step": self.state.global_step}
-
-    def _optimizer_and_scheduler(self) -> tuple[Optimizer, LRScheduler]:
+    def _optimization(self) -> tuple[Optimizer, LRScheduler, dict[str, Any]]:
         assert isinstance(self.optimizer, Optimizer) and isinstance(self.lr_scheduler, LRScheduler)
-        return self.optimizer, self.lr_scheduler
+        return self.optimizer, self.lr_scheduler, {**self.resume_settings(), "step": self.state.global_step}
 
     def _save_rng_state(self, output_dir: str) -> None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        save_random_state(Path(output_dir) / f"rng_{self.args.process_index}", self.args.device)
+        checkpoint_state.save_random_state(Path(output_dir) / f"rng_{self.args.process_index}", self.args.device)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            load_random_state(Path(checkpoint) / f"rng_{self.args.process_index}", self.args.device)
+            checkpoint_state.load_random_state(Path(checkpoint) / f"rng_{self.args.process_index}", self.args.device)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Load nothing: there is no loss scaler without fp16, and a file of that name would be a pickle."""
@@ -148,19 +126,18 @@ class SafeTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Check all of the checkpoint, then load its adapters; the Trainer calls this before it loads the rest."""
         checkpoint = Path(resume_from_checkpoint)
-        names = check_checkpoint(checkpoint)
-        adapter_model = _adapter_model(self.model if model is None else model)
-        for adapter in adapter_model.active_adapters:
+        names = checkpoint_files.check_checkpoint(checkpoint)
+        adapters = self._adapters()
+        for adapter in adapters.active_adapters:
             folder = checkpoint if adapter == "default" else checkpoint / adapter
             if (folder / ADAPTER).relative_to(checkpoint).as_posix() not in names:
                 raise TrainingError(f"{checkpoint} cannot be resumed: it holds no adapter {adapter!r}.")
-            load_adapter(adapter_model, adapter, folder)
+            checkpoint_state.load_adapter(adapters, adapter, folder)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
-
-def _adapter_model(model: nn.Module | None) -> PeftModel:
-    assert isinstance(model, PeftModel)
-    return model
+    def _adapters(self) -> PeftModel:
+        assert isinstance(self.model, PeftModel)
+        return self.model

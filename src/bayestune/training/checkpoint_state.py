@@ -27,24 +27,38 @@ def save_optimizer(folder: Path, optimizer: Optimizer, scheduler: LRScheduler, s
         ConfigError: a state holds something other than tensors and plain JSON values.
     """
     state = optimizer.state_dict()
-    tensors, rest = _split(state["state"])
+    tensors: dict[str, Tensor] = {}
+    others: dict[str, dict[str, Any]] = {}
+    for number, values in state["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{number}.{name}"] = value.contiguous()
+            else:
+                others.setdefault(str(number), {})[name] = value
     save_file(tensors, folder / OPTIMIZER)
     training = {
         "format": FORMAT,
         "settings": settings,
-        "optimizer": {"param_groups": state["param_groups"], "state": rest},
+        "optimizer": {"param_groups": state["param_groups"], "state": others},
         "scheduler": scheduler.state_dict(),
     }
-    _write_json(folder / TRAINING, training)
+    try:
+        text = json.dumps(training)
+    except TypeError as error:
+        raise ConfigError(
+            f"{TRAINING} cannot hold the state of this optimizer or learning-rate scheduler ({error}): "
+            "use adamw_torch and a scheduler with plain numbers."
+        ) from error
+    (folder / TRAINING).write_text(text, encoding="utf-8")
 
 
 def load_optimizer(folder: Path, optimizer: Optimizer, scheduler: LRScheduler, settings: dict[str, Any]) -> None:
-    """Read what `save_optimizer` wrote, if it was written with the same `settings`.
+    """Read what `save_optimizer` wrote.
 
     Raises:
-        TrainingError: a file is missing, or a setting differs.
+        TrainingError: a file is missing, or was written with other `settings`.
     """
-    saved = _read_json(folder / TRAINING)
+    saved = json.loads(_existing(folder / TRAINING).read_bytes())
     for name, value in settings.items():
         if saved["settings"].get(name) != value:
             raise TrainingError(
@@ -60,7 +74,7 @@ def load_optimizer(folder: Path, optimizer: Optimizer, scheduler: LRScheduler, s
 
 
 def load_adapter(model: PeftModel, adapter: str, folder: Path) -> None:
-    """Load the weights of `folder` into `adapter` of `model`: exactly its tensors and shapes, or none of them.
+    """Load the weights in `folder` into `adapter` of `model`: exactly its tensors and shapes, or none of them.
 
     Raises:
         TrainingError: the folder has no `adapter_model.safetensors`.
@@ -82,9 +96,9 @@ def save_random_state(stem: Path, device: torch.device) -> None:
     tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64))}
     if device.type == "cuda":
         tensors["cuda"] = torch.cuda.get_rng_state(device)
-    save_file(tensors, stem.with_name(stem.name + ".safetensors"))
-    numpy_rest = [name, int(position), int(has_gauss), float(cached)]
-    _write_json(stem.with_name(stem.name + ".json"), {"numpy": numpy_rest, "python": random.getstate()})
+    save_file(tensors, stem.with_suffix(".safetensors"))
+    rest = {"numpy": [name, int(position), int(has_gauss), float(cached)], "python": random.getstate()}
+    stem.with_suffix(".json").write_text(json.dumps(rest), encoding="utf-8")
 
 
 def load_random_state(stem: Path, device: torch.device) -> None:
@@ -93,8 +107,8 @@ def load_random_state(stem: Path, device: torch.device) -> None:
     Raises:
         TrainingError: a file is missing, as after a run with a different number of processes.
     """
-    tensors = load_file(_existing(stem.with_name(stem.name + ".safetensors")))
-    rest = _read_json(stem.with_name(stem.name + ".json"))
+    tensors = load_file(_existing(stem.with_suffix(".safetensors")))
+    rest = json.loads(_existing(stem.with_suffix(".json")).read_bytes())
     version, internal, gauss = rest["python"]
     random.setstate((version, tuple(internal), gauss))
     name, position, has_gauss, cached = rest["numpy"]
@@ -102,34 +116,6 @@ def load_random_state(stem: Path, device: torch.device) -> None:
     torch.set_rng_state(tensors["torch"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(tensors["cuda"], device)
-
-
-def _split(state: dict[int, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """Split an optimizer's state into tensors, named "<number>.<name>", and all other values."""
-    tensors: dict[str, Tensor] = {}
-    rest: dict[str, dict[str, Any]] = {}
-    for number, values in state.items():
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"{number}.{name}"] = value.contiguous()
-            else:
-                rest.setdefault(str(number), {})[name] = value
-    return tensors, rest
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    try:
-        text = json.dumps(content)
-    except TypeError as error:
-        raise ConfigError(
-            f"{path.name} cannot hold the state of this optimizer or learning-rate scheduler ({error}): "
-            "use adamw_torch and a scheduler with plain numbers."
-        ) from error
-    path.write_text(text, encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(_existing(path).read_text(encoding="utf-8"))
 
 
 def _existing(path: Path) -> Path:

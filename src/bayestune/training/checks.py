@@ -14,35 +14,28 @@ from bayestune.training.kl import KLSettings
 
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 _ORDERS = ("random", "sequential", "group_by_length")
+_UNSUPPORTED = {
+    "fp16": "the KL step is taken outside the loss scaler; use bf16=True",
+    "deepspeed": "it owns the optimizer step; use DDP",
+    "fsdp": "its checkpoints are pickled; use DDP, or KLCallback on a plain Trainer",
+    "push_to_hub": "it uploads a pickle of the arguments; use model.push_to_hub() afterwards",
+    "bf16_full_eval": "it would leave the base model cast; use bf16=True",
+    "fp16_full_eval": "it would leave the base model cast; use bf16=True",
+    "label_smoothing_factor": "the loss is the task's; leave it 0",
+    "auto_find_batch_size": "it restarts from partly trained weights; set a batch size",
+}
 
 
 def check_arguments(args: TrainingArguments) -> None:
-    """Raise an error for an argument under which something else would be trained, or nothing could be resumed.
-
-    Raises:
-        ConfigError: an unsupported argument.
-    """
-    kwargs = args.activation_checkpointing_kwargs
-    refused = {
-        "fp16": (args.fp16, "the KL step is taken outside the loss scaler; use bf16=True"),
-        "deepspeed": (args.deepspeed, "it owns the optimizer step; use DDP"),
-        "fsdp": (args.fsdp, "its checkpoints are pickled; use DDP, or KLCallback on a plain Trainer"),
-        "push_to_hub": (args.push_to_hub, "it uploads a pickle of the arguments; use model.push_to_hub() afterwards"),
-        "bf16_full_eval": (args.bf16_full_eval, "it would leave the base model cast; use bf16=True"),
-        "fp16_full_eval": (args.fp16_full_eval, "it would leave the base model cast; use bf16=True"),
-        "label_smoothing_factor": (args.label_smoothing_factor, "the loss is the task's; leave it 0"),
-        "auto_find_batch_size": (
-            args.auto_find_batch_size,
-            "it restarts from partly trained weights; set a batch size",
-        ),
-        "activation_checkpointing_kwargs": (
-            isinstance(kwargs, dict) and kwargs.get("preserve_rng_state") is False and kwargs,
-            "recomputed dropout masks would differ and gradients be wrong; leave out preserve_rng_state",
-        ),
-    }
-    for name, (value, reason) in refused.items():
-        if value:
-            raise ConfigError(f"BayesTrainer does not support {name}={value!r}: {reason}.")
+    """Raise a `ConfigError` for an argument that would train something else, or a run that cannot be resumed."""
+    for name, reason in _UNSUPPORTED.items():
+        if getattr(args, name):
+            raise ConfigError(f"BayesTrainer does not support {name}={getattr(args, name)!r}: {reason}.")
+    if (args.activation_checkpointing_kwargs or {}).get("preserve_rng_state") is False:
+        raise ConfigError(
+            "BayesTrainer does not support activation_checkpointing_kwargs with preserve_rng_state=False: recomputed "
+            "dropout masks would differ and gradients be wrong; leave out preserve_rng_state."
+        )
     if args.optim not in _OPTIMIZERS:
         raise ConfigError(f"BayesTrainer optim: found {str(args.optim)!r}, expected one of {_OPTIMIZERS}.")
     if args.train_sampling_strategy not in _ORDERS:
@@ -57,11 +50,7 @@ def check_arguments(args: TrainingArguments) -> None:
 
 
 def checked_arguments(args: TrainingArguments) -> TrainingArguments:
-    """Return a copy of `args` as `BayesTrainer` uses it: all columns are kept, and the order of rows has a seed.
-
-    Raises:
-        ConfigError: as `check_arguments`.
-    """
+    """Return a checked copy of `args` in which all columns are kept, and the order of rows has a seed."""
     check_arguments(args)
     args = copy.copy(args)
     args.remove_unused_columns = False
@@ -72,16 +61,13 @@ def checked_arguments(args: TrainingArguments) -> TrainingArguments:
 def check_model(
     model: nn.Module, random: bool, gaussian: bool, kl: KLSettings | None, prior_std: float | None, train_draws: int
 ) -> None:
-    """Raise an error for a model that cannot be trained, or settings that would have no effect on it.
+    """Raise a `ConfigError` for a model that cannot be trained, or settings that would have no effect on it.
 
     Args:
         model: the model.
         random: whether it has random layers.
         gaussian: whether it has Gaussian layers.
         kl, prior_std, train_draws: as in `BayesTrainer`.
-
-    Raises:
-        ConfigError: not a PEFT model, nothing trainable, a value out of range, or a setting without effect.
     """
     if not isinstance(model, PeftModel):
         raise ConfigError(
@@ -104,12 +90,7 @@ def check_model(
 
 
 def check_rows(args: TrainingArguments, rows: int) -> None:
-    """Raise an error if an epoch has no batch.
-
-    Raises:
-        DataError: there are no rows.
-        ConfigError: `dataloader_drop_last` drops all rows.
-    """
+    """Raise an error if an epoch has no batch: there are no rows, or `dataloader_drop_last` drops all of them."""
     if not rows:
         raise DataError("found no training row, expected at least one.")
     batch = args.train_batch_size * args.world_size
@@ -121,13 +102,10 @@ def check_rows(args: TrainingArguments, rows: int) -> None:
 
 
 def check_same_settings(settings: Sequence[dict[str, Any]]) -> None:
-    """Raise an error unless all processes train the same; with different rows one would wait for the others forever.
+    """Raise a `ConfigError` unless all processes have the same settings; otherwise one could wait forever.
 
     Args:
         settings: `SafeTrainer.resume_settings` of each process, in the order of their ranks.
-
-    Raises:
-        ConfigError: a process differs from the first.
     """
     first = settings[0]
     for rank, own in enumerate(settings):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
@@ -17,7 +17,7 @@ Quantity = Literal["nll", "gradient", "kl", "weights"]
 
 
 def stopped(
-    quantity: Quantity, problem: str, *, step: int, learning_rate: float, output: str | Path | None, advice: str
+    quantity: Quantity, problem: str, *, step: int, learning_rate: float, output: str | None, advice: str
 ) -> TrainingError:
     """Return the error that ends training at update `step`; `output` is the folder of the checkpoints."""
     last = None if output is None else last_complete(Path(output))
@@ -31,8 +31,9 @@ def stopped(
 def all_finite(tensors: Iterable[Tensor], *, squared: bool = False) -> bool:
     """Return whether every entry (with `squared`, its square in its dtype) is finite, in few kernels."""
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in (tensor for tensor in tensors if tensor.numel()):
-        by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    for tensor in tensors:
+        if tensor.numel():
+            by_dtype.setdefault(tensor.dtype, []).append(tensor)
     largest = [get_total_norm(group, math.inf) for group in by_dtype.values()]
     return all(bool((value.square() if squared else value).isfinite()) for value in largest)
 
@@ -45,15 +46,15 @@ def first_nonfinite(tensors: Mapping[str, Tensor], *, squared: bool = False) -> 
     return bad[0], len(bad)
 
 
-def nonfinite_rows(nll: Float[Tensor, "draws rows"], ids: Sequence[str]) -> str | None:
-    """Return what is wrong with the NLLs, by the `ids` of their rows; None if all are finite."""
+def nonfinite_rows(nll: Float[Tensor, "draws rows"], index: Int[Tensor, " rows"], ids: Sequence[str]) -> str | None:
+    """Return what is wrong with the NLLs of the rows `index`, by their `ids`; None if all are finite."""
     bad = ~nll.detach().isfinite()
     if not bad.any():
         return None
-    draw, row = (int(i) for i in bad.nonzero()[0])
-    others = [ids[int(i)] for i in bad.any(0).nonzero()[:, 0] if int(i) != row]
+    draw, row = bad.nonzero()[0].tolist()
+    others = [ids[other] for other in index[bad.any(0)].tolist() if other != index[row]]
     also = f" (and that of {listed(others)} is not finite)" if others else ""
-    return f"the NLL of row {ids[row]!r} is {nll[draw, row].item()}{also}"
+    return f"the NLL of row {ids[index[row]]!r} is {nll[draw, row].item()}{also}"
 
 
 def listed(ids: Sequence[str], at_most: int = 5) -> str:

@@ -22,27 +22,21 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector
 
 from bayestune.adapters import GaussianLinear
 from bayestune.errors import ConfigError
 from bayestune.functional import clamp_rho, gaussian_kl_gradient, paper_kl_weight, std
 
 JOINED = {"cpu": 2**16, "other": 2**21}
-"""Most entries that move in one computation: few kernels for many small layers, within the cache of a CPU."""
+"""Most entries that move in one computation: few kernels for many small layers, within a CPU's cache."""
 
 Schedule = Callable[[int, int], float]
 """KL weight of update `step` (from 0) in cycles of `cycle` updates."""
 
 
 def elbo_kl_weight(rows: int) -> Schedule:
-    """Return the schedule of the constant weight ``1 / rows``; the objective is then the negative ELBO per row.
-
-    Args:
-        rows: number of training rows.
-
-    Raises:
-        ConfigError: `rows` is not positive.
-    """
+    """Return the schedule of the constant weight ``1 / rows``; the objective is then the negative ELBO per row."""
     if rows < 1:
         raise ConfigError(f"elbo_kl_weight rows: found {rows}, expected the number of training rows, at least 1.")
     return lambda step, cycle: 1.0 / rows
@@ -57,9 +51,6 @@ class KLSettings:
         schedule: KL weight of each update: `paper_kl_weight`, `uniform_kl_weight` or `linear_kl_weight` of
             `bayestune.functional`, `elbo_kl_weight(rows)`, or any function of (step, cycle).
         learning_rate: eta of the SGD step at the peak of the main learning-rate schedule, which it follows.
-
-    Raises:
-        ConfigError: a value is out of range.
     """
 
     cycle: int
@@ -100,21 +91,21 @@ def kl_step(layers: Iterable[GaussianLinear], *, rate: float, weight: float, alo
         along_nll: whether G also moves along its NLL gradient, `layer.rho.grad`; M never does.
     """
     for prior_std, group in layer_groups(layers):
-        means, rhos = means_and_rhos(group)
-        mean, rho = _joined(means), _joined(rhos)
+        means, rhos = [layer.weight for layer in group], [layer.rho for layer in group]
+        mean, rho = parameters_to_vector(means), parameters_to_vector(rhos)
         d_mean, d_rho = gaussian_kl_gradient(mean, rho, prior_std)
         mean.sub_(d_mean, alpha=rate * weight)
         to_best = torch.full_like(rho, math.sqrt(prior_std)).copysign(rho) - rho
         step = (-rate * weight * d_rho).clamp(min=to_best.clamp(max=0), max=to_best.clamp(min=0))
         if along_nll:
             gradients = [torch.zeros_like(rho) if rho.grad is None else rho.grad for rho in rhos]
-            step.sub_(_joined(gradients), alpha=rate)
+            step.sub_(parameters_to_vector(gradients), alpha=rate)
         _put_back(mean, means)
         _put_back(clamp_rho(rho + step), rhos)
 
 
 def layer_groups(layers: Iterable[GaussianLinear]) -> Iterator[tuple[float, list[GaussianLinear]]]:
-    """Yield the layers that one computation moves, which share prior, device and dtype, with their prior_std."""
+    """Yield groups of layers with the same prior, device and dtype, which one computation moves, and their prior."""
     groups: dict[tuple[float, torch.device, torch.dtype], list[GaussianLinear]] = {}
     for layer in layers:
         groups.setdefault((layer.prior_std, layer.rho.device, layer.rho.dtype), []).append(layer)
@@ -127,15 +118,6 @@ def layer_groups(layers: Iterable[GaussianLinear]) -> Iterator[tuple[float, list
             chosen.append(layer)
             entries += layer.rho.numel()
         yield prior_std, chosen
-
-
-def means_and_rhos(layers: Sequence[GaussianLinear]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return M and G of each layer."""
-    return [layer.weight for layer in layers], [layer.rho for layer in layers]
-
-
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def _put_back(joined: Tensor, tensors: Sequence[Tensor]) -> None:

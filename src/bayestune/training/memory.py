@@ -32,6 +32,7 @@ class BackOff:
     ) -> None:
         self.rows_at_once = args.per_device_train_batch_size
         self._args, self._ids, self._batch_of = args, ids, batch_of
+        self._gpus = [args.device] if args.device.type == "cuda" else []
         self.start_update()
 
     def start_update(self) -> None:
@@ -42,7 +43,7 @@ class BackOff:
 
     @property
     def rows(self) -> list[int]:
-        """Return the numbers of the rows that the update has run so far."""
+        """Return the indices of the rows that the update has run so far."""
         return [int(row) for batch in self._batches for row in batch[ROW]]
 
     def run(
@@ -67,7 +68,7 @@ class BackOff:
             TrainingError: memory ran out with one row, or in one of several processes.
         """
         if not self._batches:
-            self._generators = self._generator_states()
+            self._generators = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._gpus)]
         self._batches.append(batch)
         todo, before = [batch], 0.0
         while True:
@@ -80,7 +81,9 @@ class BackOff:
                 self._halve(rows[ROW], error, step, shared)
             # Here, not above: the error holds the tensors of the failed forward until its handler ends.
             undo()
-            self._restore_generators()
+            torch.set_rng_state(self._generators[0])
+            for state, device in zip(self._generators[1:], self._gpus, strict=True):
+                torch.cuda.set_rng_state(state, device)
             todo, before = self._batches, self._loss
         loss = torch.stack(losses).sum() - before
         self._loss = self._loss + loss
@@ -116,15 +119,6 @@ class BackOff:
             stacklevel=3,
         )
 
-    def _generator_states(self) -> list[Tensor]:
-        on_gpu = self._args.device.type == "cuda"
-        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(self._args.device)] if on_gpu else [])]
-
-    def _restore_generators(self) -> None:
-        torch.set_rng_state(self._generators[0])
-        for state in self._generators[1:]:
-            torch.cuda.set_rng_state(state, self._args.device)
-
 
 def outputs_in_parts(task: Task, model: Any, batch: dict[str, Tensor]) -> Float[Tensor, "rows columns"]:
     """Return `task.outputs`, computed in halves where memory runs out: rows do not depend on each other.
@@ -141,9 +135,5 @@ def outputs_in_parts(task: Task, model: Any, batch: dict[str, Tensor]) -> Float[
                 f"evaluation: memory ran out on {batch['labels'].device} with one row. The training state is as the "
                 "last update left it; use shorter evaluation rows, bf16, or a larger device."
             ) from error
-    halves = [{name: tensor[half] for name, tensor in batch.items()} for half in _halves(rows)]
+    halves = [{name: tensor.tensor_split(2)[half] for name, tensor in batch.items()} for half in (0, 1)]
     return torch.cat([outputs_in_parts(task, model, half) for half in halves])
-
-
-def _halves(rows: int) -> tuple[slice, slice]:
-    return slice(0, rows // 2), slice(rows // 2, rows)

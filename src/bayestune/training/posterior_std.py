@@ -53,11 +53,7 @@ def kl_only_std(
 
 
 def check_std(std: float, *, start: float, prior_std: float) -> None:
-    """Raise an error unless the KL alone can reach `std`.
-
-    Raises:
-        ConfigError: `std` is not between `start` and `prior_std`.
-    """
+    """Raise a `ConfigError` unless the KL alone can reach `std`: it must be between `start` and `prior_std`."""
     if not start < std < prior_std:
         raise ConfigError(
             f"posterior_std: found {std:g}, expected more than the start, {start:.4g} (from rho_init), and less than "
@@ -94,21 +90,19 @@ def kl_rate_for_std(
     """
     check_std(std, start=start, prior_std=prior_std)
     weights = _weights(updates, cycle, schedule, warmup)
+
+    def excess(rate: float) -> float:
+        return _grow(rate, weights, start, prior_std) - std
+
     highest = prior_std**2
-    if _grow(highest, weights, start, prior_std) <= std:
+    if excess(highest) <= 0:
         return highest
-    solution = root_scalar(
-        lambda rate: _grow(rate, weights, start, prior_std) - std,
-        method="brentq",
-        bracket=(0.0, highest),
-        xtol=sys.float_info.min,
-        rtol=4 * sys.float_info.epsilon,
-    )
-    return float(solution.root)
+    smallest, precision = sys.float_info.min, 4 * sys.float_info.epsilon
+    return float(root_scalar(excess, method="brentq", bracket=(0, highest), xtol=smallest, rtol=precision).root)
 
 
 def _weights(updates: int, cycle: int, schedule: Schedule, warmup: float) -> list[float]:
-    """c_i pi_i of the updates in which it is not negligible."""
+    """Return c_i pi_i of the updates in which it is not negligible."""
     rising = math.ceil(warmup * updates)
     weights = []
     for step in range(updates):

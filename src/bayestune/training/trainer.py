@@ -16,16 +16,13 @@ from bayestune.adapters import gaussian_layers, random_layers, training_noise
 from bayestune.errors import ConfigError, TrainingError
 from bayestune.functional import cycle_steps, gaussian_penalty
 from bayestune.tasks import AnyRow, Task
-from bayestune.training.batches import ROW, Collator, Examples
+from bayestune.training.batches import ROW, Collator, Examples, LengthGrouped
+from bayestune.training.callbacks import KLCallback, NoiseCallback
 from bayestune.training.checkpoint import SafeTrainer
 from bayestune.training.checks import check_model, check_rows, check_same_settings, checked_arguments
 from bayestune.training.finite import Quantity, first_nonfinite, listed, nonfinite_rows, stopped
 from bayestune.training.kl import KLSettings, posterior_summary
-from bayestune.training.kl_callback import KLCallback
 from bayestune.training.memory import BackOff, outputs_in_parts
-from bayestune.training.noise_callback import NoiseCallback
-from bayestune.training.optimizer import parameter_groups
-from bayestune.training.order import LengthGrouped
 
 
 class BayesTrainer(SafeTrainer):
@@ -81,7 +78,7 @@ class BayesTrainer(SafeTrainer):
         check_model(model, bool(random), bool(self._gaussian), kl, prior_std, train_draws)
         train = Examples(task, task.rows("train") if train_rows is None else train_rows, model)
         check_rows(args, len(train))
-        self._train, self._collator = train, Collator(task)
+        self._train = train
         self._noise_callback = NoiseCallback() if random else None
         if self._gaussian:
             batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -91,7 +88,7 @@ class BayesTrainer(SafeTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=self._collator,
+            data_collator=Collator(task),
             train_dataset=train,
             eval_dataset=None if eval_rows is None else Examples(task, eval_rows, model),
             compute_metrics=lambda found: task.metrics(*map(torch.as_tensor, (found.predictions, found.label_ids))),
@@ -104,14 +101,23 @@ class BayesTrainer(SafeTrainer):
             check_same_settings(gather_object([self.resume_settings()]))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create AdamW (or plain SGD) over M, B and the trained heads; G is in none of its groups."""
+        """Create AdamW (or plain SGD) over M, which is not decayed, B and the trained heads, but not G."""
         if self.optimizer is None:
             module = self.model if model is None else model
             assert isinstance(module, nn.Module)
             decayed = set(self.get_decay_parameter_names(module))
-            groups = parameter_groups(module, self._gaussian.values(), decayed, self.args.weight_decay)
+            means = {id(layer.weight) for layer in self._gaussian.values()}
+            rhos = {id(layer.rho) for layer in self._gaussian.values()}
+            groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+            for name, parameter in module.named_parameters():
+                if parameter.requires_grad and id(parameter) not in rhos:
+                    groups[name in decayed and id(parameter) not in means].append(parameter)
+            rates = {True: self.args.weight_decay, False: 0.0}
             optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(self.args)
-            self.optimizer = optimizer_class(groups, **settings)
+            self.optimizer = optimizer_class(
+                [{"params": group, "weight_decay": rates[decays]} for decays, group in groups.items() if group],
+                **settings,
+            )
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
@@ -152,8 +158,14 @@ class BayesTrainer(SafeTrainer):
         draws, rows = self.train_draws, len(index)
         if draws > 1:
             batch = {name: tensor.repeat(draws, *[1] * (tensor.dim() - 1)) for name, tensor in batch.items()}
-        nll = self._row_nll(model, batch, draws * rows).view(draws, rows)
-        problem = nonfinite_rows(nll, [self._train.ids[int(row)] for row in index])
+        if self._noise is not None:
+            self._noise.rows = draws * rows
+        try:
+            nll = self.task.loss(model, batch).view(draws, rows)
+        finally:
+            if self._noise is not None:
+                self._noise.rows = None
+        problem = nonfinite_rows(nll, index, self._train.ids)
         if problem is not None:
             raise self._stopped("nll", problem, advice="look at that row, or lower the learning rate")
         total = rows if num_items_in_batch is None else int(num_items_in_batch)
@@ -233,17 +245,8 @@ class BayesTrainer(SafeTrainer):
             settings["kl_weight"] = self.kl.schedule(self.state.global_step, self.kl.cycle)
         return settings
 
-    def _row_nll(self, model: nn.Module, batch: dict[str, Tensor], rows: int) -> Tensor:
-        if self._noise is None:
-            return self.task.loss(model, batch)
-        self._noise.rows = rows
-        try:
-            return self.task.loss(model, batch)
-        finally:
-            self._noise.rows = None
-
     def _batch_of(self, rows: Sequence[int]) -> dict[str, Any]:
-        return self._collator([self._train[row] for row in rows])
+        return self.data_collator([self._train[row] for row in rows])
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         assert self.model is not None

@@ -1,20 +1,45 @@
-"""`KLCallback`: the KL step after every optimizer step, in any transformers Trainer."""
+"""`KLCallback`: the KL step after every optimizer step, in any transformers Trainer; `NoiseCallback`: keyed noise."""
 
 import math
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from bayestune.adapters import GaussianLinear, gaussian_layers
+from bayestune.adapters import GaussianLinear, gaussian_layers, random_layers, training_noise
 from bayestune.errors import ConfigError
 from bayestune.functional import gaussian_kl_gradient
 from bayestune.training.finite import all_finite, first_nonfinite, stopped
-from bayestune.training.kl import KLSettings, kl_step, layer_groups, means_and_rhos
-from bayestune.training.noise_callback import NoiseCallback
+from bayestune.training.kl import KLSettings, kl_step, layer_groups
+
+
+class NoiseCallback(TrainerCallback):
+    """Keys the noise of each forward by (seed, update, micro-batch, process), so that a resumed run sees the same.
+
+    Raises:
+        DrawError: when training begins, if the model has no random adapter.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._random = list(random_layers(kwargs["model"]).values())
+        self._noise = training_noise(kwargs["model"])
+        self._noise.seed, self._noise.rank = args.seed, args.process_index
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._noise.step = state.global_step
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Go back to the first micro-batch of the update."""
+        for layer in self._random:
+            layer.noise = None  # a part of the model that is called alone must not train on old noise
+        self._noise.micro = 0
 
 
 class KLCallback(NoiseCallback):
@@ -100,21 +125,18 @@ class KLCallback(NoiseCallback):
         """Return the first M or G whose gradient is not finite, and how many there are."""
         largest: list[Tensor] = []  # gradients grow with |M| and |G|, so those of the largest entries are enough
         for prior_std, group in layer_groups(self._layers):
-            mean, rho = (get_total_norm(tensors, math.inf) for tensors in means_and_rhos(group))
+            mean = get_total_norm([layer.weight for layer in group], math.inf)
+            rho = get_total_norm([layer.rho for layer in group], math.inf)
             largest += gaussian_kl_gradient(mean, rho, prior_std)
-        if all_finite(largest) and all_finite(self._along()):
+        moved = [layer for layer in self._layers if self._along_nll and layer.rho.grad is not None]
+        along = {f"G of {layer.name} (with its NLL)": layer.rho.grad for layer in moved}
+        if all_finite(largest) and all_finite(along.values()):
             return None
-        gradients: dict[str, Tensor] = {}
+        gradients = {}
         for layer in self._layers:
             mean, rho = gaussian_kl_gradient(layer.weight, layer.rho, layer.prior_std)
             gradients |= {f"M of {layer.name}": mean, f"G of {layer.name}": rho}
-            if self._along_nll and layer.rho.grad is not None:
-                gradients[f"G of {layer.name} (with its NLL)"] = layer.rho.grad
-        return first_nonfinite(gradients)
-
-    def _along(self) -> list[Tensor]:
-        """Return the NLL gradients that G moves along."""
-        return [layer.rho.grad for layer in self._layers if self._along_nll and layer.rho.grad is not None]
+        return first_nonfinite(gradients | along)
 
 
 def _peak_rate(group: dict[str, Any], args: TrainingArguments) -> float:
@@ -123,11 +145,7 @@ def _peak_rate(group: dict[str, Any], args: TrainingArguments) -> float:
 
 
 def _holds_rho(layers: list[GaussianLinear], optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether the optimizer holds G of all `layers` (True) or of none (False).
-
-    Raises:
-        ConfigError: it holds some of them, or decays G.
-    """
+    """Return whether the optimizer holds G of all `layers` (True) or of none (False), and does not decay it."""
     rhos = {id(layer.rho) for layer in layers}
     held: set[int] = set()
     for index, group in enumerate(optimizer.param_groups):
@@ -147,13 +165,7 @@ def _holds_rho(layers: list[GaussianLinear], optimizer: torch.optim.Optimizer) -
 
 def _restore_float32(model: nn.Module) -> None:
     """Cast half-precision adapter weights to float32: bf16 loses updates below 1e-4 of a weight near 0.05."""
-    for module in model.modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        for adapter in module.active_adapters:
-            for matrices in (module.lora_A, module.lora_B):
-                if adapter not in matrices:
-                    continue
-                for parameter in matrices[adapter].parameters():
-                    if parameter.dtype in (torch.float16, torch.bfloat16):
-                        parameter.data = parameter.data.float()
+    for name, parameter in model.named_parameters():
+        half = parameter.dtype in (torch.float16, torch.bfloat16)
+        if half and (".lora_A." in name or ".lora_B." in name):
+            parameter.data = parameter.data.float()  # in place: the optimizer may hold it already
