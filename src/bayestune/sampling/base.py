@@ -48,8 +48,8 @@ class Sampler(ABC):
         """
 
     def at_once(self, batch: dict[str, Tensor]) -> int:
-        """Return how many draws to ask for in one call."""
-        return 1
+        """Return how many draws to ask for in one call: all if they share backward passes."""
+        return self.slices if self.gradients else 1
 
 
 class Posterior(ABC):

@@ -58,7 +58,7 @@ class Traced:
             vector[:, c] = self.present[:, c].to(vector)
             yield vector
 
-    def gradients(self, vectors: Iterable[Float[Tensor, "rows classes"]]) -> Iterator[list[tuple[Call, Tensor]]]:
+    def gradients(self, vectors: Iterable[Tensor]) -> Iterator[list[tuple[Call, Tensor]]]:
         """Yield for each v the gradient of ``sum_rows v . logits`` by the outputs of each call; the graph is kept.
 
         Calls that do not reach the logits are left out.
@@ -79,14 +79,10 @@ class Traced:
             by_layer: dict[str, list[tuple[Call, Tensor]]] = defaultdict(list)
             for call, gradient in gradients:
                 by_layer[call.layer].append((call, gradient))
-            yield self._of_weights(by_layer, dtypes)
+            yield ((layer, self._row_jacobian(pairs, dtypes[layer])) for layer, pairs in by_layer.items())
 
-    def _of_weights(
-        self, by_layer: Mapping[str, list[tuple[Call, Tensor]]], dtypes: Mapping[str, torch.dtype]
-    ) -> Iterator[tuple[str, Tensor]]:
-        for layer, pairs in by_layer.items():
-            jacobians = (call.row_jacobian(g, len(self.logits), dtypes[layer]) for call, g in pairs)
-            yield layer, reduce(torch.add, jacobians)
+    def _row_jacobian(self, pairs: Iterable[tuple[Call, Tensor]], dtype: torch.dtype) -> Tensor:
+        return reduce(torch.add, (call.row_jacobian(g, len(self.logits), dtype) for call, g in pairs))
 
 
 def traced(model: nn.Module, linears: Mapping[str, nn.Linear], task: Task, batch: dict[str, Tensor]) -> Traced:

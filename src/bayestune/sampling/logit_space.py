@@ -29,9 +29,6 @@ class LogitDraws(Sampler):
         if self.layers.keys() != sampled_layers(model).keys():
             raise DrawError("the adapter is not Gaussian (dropout masks are not): draw from it instead.")
 
-    def at_once(self, batch: dict[str, Tensor]) -> int:
-        return self.slices  # they share the backward passes
-
     def outputs(self, task: Task, batch: dict[str, Tensor], part: range) -> Float[Tensor, "draws rows classes"]:
         forward = traced(self.model, self.layers, task, batch)
         with full_precision(forward.logits):

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from bayestune.errors import PosteriorError
@@ -47,11 +47,7 @@ class FactorSums:
         self.positions += len(inputs)
 
     def decomposed(self) -> "KroneckerFactor":
-        """The eigenvectors and eigenvalues of both factors, in place of the factors, one matrix at a time.
-
-        Raises:
-            PosteriorError: a factor is not finite.
-        """
+        """The eigenvectors and eigenvalues of both factors, in place of the factors, one matrix at a time."""
         output_values, output_vectors = _eigen(self.outputs)
         del self.outputs
         input_values, input_vectors = _eigen(self.inputs.div_(max(self.positions, 1)))
@@ -109,14 +105,9 @@ def add_batch(sums: Mapping[str, FactorSums], batch: Traced) -> None:
         for call in batch.calls:
             if id(call) in largest:
                 layer = sums[call.layer]
-                used = _reaching(largest[id(call)].view(len(batch.logits), -1))
-                layer.add_inputs(call.positions(layer.inputs.dtype)[used])
-
-
-def _reaching(gradients: Float[Tensor, "rows positions"]) -> Bool[Tensor, " all_positions"]:
-    """Positions whose gradient is more than the rounding of the largest one in their row."""
-    bound = ROUNDINGS * torch.finfo(gradients.dtype).eps * gradients.amax(1, keepdim=True)
-    return (gradients > bound).flatten()
+                by_row = largest[id(call)].view(len(batch.logits), -1)
+                rounding = ROUNDINGS * torch.finfo(by_row.dtype).eps * by_row.amax(1, keepdim=True)
+                layer.add_inputs(call.positions(layer.inputs.dtype)[(by_row > rounding).flatten()])
 
 
 def loss_roots(logits: Float[Tensor, "rows classes"]) -> Iterator[Float[Tensor, "rows classes"]]:

@@ -45,9 +45,6 @@ class LinearisedDraws(Sampler):
             steps[name] = factor.covariance_root(noise.to(factor.input_values), precision)
         return cls(model=model, linears=linears, steps=steps, slices=draws)
 
-    def at_once(self, batch: dict[str, Tensor]) -> int:
-        return self.slices  # they share the backward passes
-
     def outputs(self, task: Task, batch: dict[str, Tensor], part: range) -> Float[Tensor, "draws rows classes"]:
         forward = traced(self.model, self.linears, task, batch)
         with full_precision(forward.logits):
