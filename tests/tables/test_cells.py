@@ -42,7 +42,8 @@ def test_the_scores_are_those_of_evaluate() -> None:
         assert cell[name] == getattr(scores, name)
         assert cell["intervals"][name] == list(scores.intervals[name])
     assert cell["rows"] == 200 and cell["draws"] == 10 and cell["eval_task"] == cell["task"] == "openbookqa"
-    assert "detection" not in cell and "in_distribution" not in cell
+    assert cell.keys() == CellFields.model_fields.keys()
+    assert cell_path("results", cell) == Path("results/table1/openbookqa/openbookqa/blob_n10_seed1.json")
 
 
 def test_the_reliability_bins_give_the_ece_again() -> None:
@@ -55,8 +56,8 @@ def test_the_reliability_bins_give_the_ece_again() -> None:
     assert empty and all(cell["reliability"][name][i] is None for name in ("confidence", "accuracy") for i in empty)
 
 
-@pytest.mark.parametrize("rows", [1, 333])
-def test_the_risk_at_each_percent_is_that_of_the_surest_rows(rows: int) -> None:
+def test_the_risk_at_each_percent_is_that_of_the_surest_rows() -> None:
+    rows = 333
     prediction = answers(rows=rows)
     cell = record(prediction)
     confidence, correct = prediction.probs.amax(-1), prediction.answer == prediction.labels
@@ -132,11 +133,6 @@ def test_rows_that_cannot_be_scored_make_no_cell() -> None:
         record(impossible)
 
 
-def test_saturated_probabilities_make_a_cell() -> None:
-    prediction = answers(sharp=1e4, rows=50)
-    assert record(prediction)["reliability"]["counts"][-1] == 50
-
-
 def test_the_machines_folders_stay_out_of_a_cell() -> None:
     command = [
         "bayestune",
@@ -162,22 +158,11 @@ def test_a_cell_is_deterministic_and_survives_json(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("table", "../up"), ("task", ""), ("seconds", math.nan)],
+    [("table", "../up"), ("seconds", math.nan)],
 )
 def test_a_value_that_no_cell_may_have_is_refused_when_it_is_made(name: str, value: Any) -> None:
-    prediction = answers(value if name == "task" else "openbookqa")
     with pytest.raises(ConfigError, match=f"cell: field {name}: found .*, expected "):
-        record(prediction, **{name: value})
-
-
-def test_the_place_of_a_cell_is_its_name() -> None:
-    known = answers()
-    cell = record(answers("arc_easy"), known=known, table="table2", seed=3)
-    assert cell_path("results", cell) == Path("results/table2/openbookqa/arc_easy/blob_n10_seed3.json")
-
-
-def test_every_field_is_recorded_and_none_more() -> None:
-    assert record(answers()).keys() == CellFields.model_fields.keys()
+        record(answers(), **{name: value})
 
 
 # Reading cells.
@@ -202,14 +187,9 @@ FAULTS = [
     ("accuracy", True, "field accuracy: found True"),
     ("accuracy", 1.1, "field accuracy: found 1.1, expected less than or equal to 1"),
     ("nll", 10**400, "field nll: found 1000"),
-    ("seed", 1.0, "field seed: found 1.0, expected a valid integer"),
     ("method", "../blob", "field method: found '../blob'"),
-    ("command", [3], r"field command.0: found 3, expected a valid string"),
     ("intervals.ece", [0.1], "field intervals.ece: found a list of 1, expected at least 2 items"),
-    ("reliability.counts", [1] * 15, "field reliability.counts: found 15 rows in total, expected 200"),
-    ("uncertainty.total.counts", [1] * 20, "field uncertainty.total.counts: found 20 rows in total, expected 200"),
     ("uncertainty.total.end", 3.0, "field uncertainty: found total.end = 3.0, expected 2.0"),
-    ("risk_coverage.risk", [0.5], "field risk_coverage: found 1 risks, expected 100"),
     ("experiment.rates", {"a": [math.nan]}, "field experiment.rates: found nan"),
 ]
 
@@ -308,12 +288,6 @@ def test_a_cell_of_another_configuration_is_refused(tmp_path: Path, changes: dic
     settings = ours | changes.get("settings", {})
     save(tmp_path, first, record(answers(rows=20), seed=2, **{**changes, "settings": settings}))
     with pytest.raises(ConfigError, match=rf"seed2\.json: field {field}: found .* as in .*seed1\.json"):
-        read_cells(tmp_path)
-
-
-def test_other_rows_of_the_same_data_set_are_another_configuration(tmp_path: Path) -> None:
-    save(tmp_path, record(answers(rows=20)), record(answers(rows=21), seed=2))
-    with pytest.raises(ConfigError, match=r"field rows: found 21, expected 20"):
         read_cells(tmp_path)
 
 

@@ -32,5 +32,4 @@ def page_html(page: Page) -> str:
 
 def table_html(table: Table) -> str:
     """Return a page of one table."""
-    section = Section(heading="", text="", tables=(table,))
-    return page_html(Page(title=table.title, facts=(), sections=(section,)))
+    return page_html(Page(table.title, facts=(), sections=(Section("", "", tables=(table,)),)))

@@ -164,9 +164,9 @@ def _grid(
     return figure, panels
 
 
-def _legend(figure: Figure, handles: list[Artist]) -> None:
+def _legend(figure: Figure, handles: Sequence[Artist]) -> None:
     columns = 4 if figure.get_figwidth() > 6 else 2
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
+    figure.legend(handles=list(handles), loc="outside lower center", ncols=columns, frameon=False)
 
 
 def _shares_from_zero(axes: Axes) -> None:

@@ -42,10 +42,8 @@ def cell_record(
 
     Args:
         prediction: predictions for `prediction.task`.
-        table: name of the table.
-        method: name of the line.
-        task: the task that the run was trained on.
-        seed: the seed of the run.
+        table, method: names of the table and of the line.
+        task, seed: training set and seed of the run.
         known: predictions of the same run for `task`, with the same draws. Required if `prediction` is for a
             different task, and ignored otherwise.
         provenance: how the run was made: the remaining fields of a cell. Absolute paths in `experiment` and `command`

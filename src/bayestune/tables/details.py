@@ -1,5 +1,6 @@
 """Listings of a report: confidence thresholds for a target error, and the provenance of each run."""
 
+import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -64,13 +65,5 @@ def _provenance(cell: Cell) -> tuple[tuple[str, ...], ...]:
 
 
 def _flat(value: Any) -> str:
-    """Return free content of a cell as one text, "name: value, ..."; lists one level deep, deeper parts as "..."."""
-    if isinstance(value, dict):
-        return shown(", ".join(f"{name}: {_leaf(part)}" for name, part in value.items()), _LONG)
-    return shown(_leaf(value), _LONG)
-
-
-def _leaf(value: Any) -> str:
-    if isinstance(value, list):
-        return " ".join("..." if isinstance(part, dict | list) else str(part) for part in value)
-    return "..." if isinstance(value, dict) else "-" if value is None else str(value)
+    """Return free content of a cell as one text: JSON, cut where it is long."""
+    return shown(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), _LONG)

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from pydantic_core import ErrorDetails
 
 from bayestune.errors import ConfigError
@@ -95,19 +95,10 @@ def _check_ends(histograms: dict[str, Histogram]) -> dict[str, Histogram]:
     return histograms
 
 
-def _check_lengths(curve: dict[str, list[float]]) -> dict[str, list[float]]:
-    coverage, risk = curve["coverage"], curve["risk"]
-    if len(risk) != len(coverage):
-        raise ValueError(f"found {len(risk)} risks, expected {len(coverage)}, one per coverage")
-    return curve
-
-
 _Two, _Three, _Four = (Field(min_length=number) for number in (2, 3, 4))
 Intervals = Annotated[dict[Literal["accuracy", "nll", "ece", "brier"], Annotated[list[Nats], _Pair]], _Four]
 """95 % bootstrap intervals."""
-RiskCoverage = Annotated[
-    dict[Literal["coverage", "risk"], Annotated[list[Share], _Points]], _Two, AfterValidator(_check_lengths)
-]
+RiskCoverage = Annotated[dict[Literal["coverage", "risk"], Annotated[list[Share], _Points]], _Two]
 """The points where coverage first reaches 1 %, 2 %, ..., 100 %."""
 Uncertainty = Annotated[dict[Score, Histogram], _Three, AfterValidator(_check_ends)]
 Detection = Annotated[dict[Score, Annotated[dict[Literal["auroc", "aupr"], Share], _Two]], _Three]
@@ -154,15 +145,6 @@ class CellFields(_Fields):
     versions: dict[str, JsonValue]
     hardware: dict[str, JsonValue]
 
-    @model_validator(mode="after")
-    def _every_row_counted_once(self) -> "CellFields":
-        counted = {"reliability": self.reliability.counts}
-        counted |= {f"uncertainty.{name}": histogram.counts for name, histogram in self.uncertainty.items()}
-        for field, counts in counted.items():
-            if sum(counts) != self.rows:
-                raise ValueError(f"field {field}.counts: found {sum(counts)} rows in total, expected {self.rows}")
-        return self
-
 
 class TransferFields(CellFields):
     """A cell whose `eval_task` is not the `task` that the run was trained on."""
@@ -190,8 +172,7 @@ def _one_line(error: ErrorDetails) -> str:
         case "extra_forbidden":
             return f"unknown field {field}, expected only the fields of a cell"
         case "value_error":
-            message = error["msg"].removeprefix("Value error, ")
-            return f"field {field}: {message}" if field else message
+            return f"field {field}: {error['msg'].removeprefix('Value error, ')}"
         case "recursion_loop" | "recursion_depth_exceeded":
             return f"cannot be read: field {field} is nested too deeply"
     found = f"a {type(value).__name__} of {len(value)}" if isinstance(value, dict | list) else shown(value)
