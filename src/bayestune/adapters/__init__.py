@@ -7,6 +7,7 @@ from bayestune.adapters.gaussian import GaussianLinear as GaussianLinear
 from bayestune.adapters.layers import gaussian_layers as gaussian_layers
 from bayestune.adapters.layers import is_merged as is_merged
 from bayestune.adapters.layers import random_layers as random_layers
+from bayestune.adapters.layers import tied_head as tied_head
 from bayestune.adapters.model import BayesLoraModel as BayesLoraModel
 from bayestune.adapters.noise import TrainingNoise as TrainingNoise
 from bayestune.adapters.noise import training_noise as training_noise

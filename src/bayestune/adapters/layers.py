@@ -46,3 +46,18 @@ def is_merged(model: nn.Module) -> bool:
 def is_disabled(model: nn.Module) -> bool:
     """Return whether the adapters are disabled, so that a forward is that of the base model."""
     return any(isinstance(module, LoraLayer) and module.disable_adapters for module in model.modules())
+
+
+def tied_head(model: nn.Module) -> str | None:
+    """Return the name of an adapted layer whose base weight another module uses too, such as tied embeddings, if any.
+
+    Merging an adapter into that weight changes both modules.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    for layer, name in names.items():
+        if isinstance(layer, LoraLayer):
+            weights = {id(parameter) for parameter in layer.get_base_layer().parameters()}
+            users = [m for m in names if any(id(p) in weights for p in m.parameters(recurse=False))]
+            if len(users) > 1:
+                return name.removeprefix("base_model.model.")
+    return None
