@@ -99,7 +99,7 @@ def every_exported_draw_is_the_first() -> None:
 
 @defect("serving/test_lora.py", "warns")
 def an_export_says_nothing_of_what_servers_refuse() -> None:
-    replace("bayestune.serving.lora._notes", lambda model, adapter: [])
+    replace("bayestune.serving.lora._notes", lambda posterior, adapter: [])
 
 
 @defect("experiment/test_folder.py", "P11")

@@ -24,8 +24,9 @@ from bayestune.sampling.base import Substituted, SubstitutedDraws
 from bayestune.serving.lora import export_lora
 from bayestune.storage.state import adapter_tensors
 from inference.cases import Letters, rows
-from models import BERT, GPT2, LLAMA, QWEN2, blob, scatter
+from models import BERT, GPT2, LLAMA, QWEN2, blob, logits, scatter
 from storage.cases import Case
+from storage.spoil import CONFIG, MANIFEST, TENSORS
 
 DRAWS, SEED = 3, 11
 CASES = {
@@ -38,11 +39,20 @@ CASES = {
         architecture=QWEN2,
         settings={"use_rslora": True, "r": 3, "rank_pattern": {"layers.0.self_attn.q_proj": 5}},
     ),
+    "mixed": Case(
+        architecture=QWEN2,
+        settings={
+            "use_rslora": True,
+            "r": 3,
+            "rank_pattern": {r"layers\.[0]\.self_attn\.q_pro?j": 5},
+            "alpha_pattern": {"q_proj": 7, r".*\.\d+\.mlp\.down_proj": 2},
+        },
+    ),
     "rslora_float64": Case(architecture=LLAMA, settings={"use_rslora": True, "r": 3}, dtype=torch.float64),
     "float64": Case(architecture=GPT2, dtype=torch.float64),
     "gaussian_ab": Case(architecture=LLAMA, settings={"distribution": "gaussian_ab"}),
     "dropout": Case(architecture=GPT2, settings={"distribution": "dropout", "lora_dropout": 0.3}),
-    "regex": Case(architecture=LLAMA, settings={"target_modules": r".*\.1\.self_attn\.(q|o)_proj"}),
+    "regex": Case(architecture=LLAMA, settings={"target_modules": r"(?:.*\.)?layers\.[1]\.self_attn\.(q|o)_pro?j"}),
     "some_layers": Case(architecture=QWEN2, settings={"target_modules": ["q_proj"], "layers_to_transform": [1]}),
     "several": Case(architecture=LLAMA, adapters=("default", "default2", "ad")),
     "plain": Case(architecture=LLAMA, plain=True),
@@ -134,7 +144,7 @@ def test_the_draws_differ_from_one_another(exported: Path) -> None:
         assert min((a - b).abs().max() for i, a in enumerate(logits) for b in logits[:i]) > 1e-3
 
 
-def test_A_is_the_mean_plus_std_times_the_keyed_noise_and_B_is_unchanged(tmp_path: Path) -> None:
+def test_A_is_the_mean_plus_std_times_the_keyed_noise_and_B_is_scaled(tmp_path: Path) -> None:
     model = blob()
     paths = export_lora(model, tmp_path / "e", draws=2, seed=5)
     assert paths == [tmp_path / "e" / name for name in ("mean", "draw_0", "draw_1")]
@@ -145,25 +155,27 @@ def test_A_is_the_mean_plus_std_times_the_keyed_noise_and_B_is_unchanged(tmp_pat
             expected = layer.weight + layer.rho * layer.rho * noise
             assert torch.equal(tensors.pop(f"base_model.model.{name}.lora_A.weight"), expected)
             b = model.get_submodule(f"base_model.model.{name}.lora_B.default").weight
-            assert torch.equal(tensors.pop(f"base_model.model.{name}.lora_B.weight"), b)
+            assert torch.equal(tensors.pop(f"base_model.model.{name}.lora_B.weight"), 2 * b)  # alpha / r
         assert tensors == {}
 
 
-def test_the_rank_stabilised_scale_is_in_B(exported: Path) -> None:
-    model = CASES["rslora"].model()
-    folder = exported / "rslora" / "exported" / "draw_1"
-    config, tensors = (
-        json.loads((folder / "adapter_config.json").read_text()),
-        load_file(folder / "adapter_model.safetensors"),
-    )
-    assert config["use_rslora"] is False
-    ranks = set()
-    for name, layer in gaussian_layers(model).items():
-        rank = layer.weight.shape[0]
-        ranks.add(rank)
-        b = model.get_submodule(f"base_model.model.{name}.lora_B.default").weight
-        assert torch.equal(tensors[f"base_model.model.{name}.lora_B.weight"], b * math.sqrt(rank))
-    assert ranks == {3, 5}
+def test_every_layer_has_the_largest_rank_and_its_whole_scale_in_B(exported: Path) -> None:
+    """What servers read: one rank and one alpha, so that the scale is 1 in all of them."""
+    for name, case in CASES.items():
+        model, adapter, config = case.model(), case.adapters[-1], case.config()
+        folder = exported / name / "exported" / "mean"
+        values, tensors = json.loads((folder / CONFIG).read_text()), load_file(folder / TENSORS)
+        ranks = {len(tensor) for key, tensor in adapter_tensors(model, adapter).items() if ".lora_A.weight" in key}
+        assert values["r"] == values["lora_alpha"] == max(ranks), name
+        assert (values["rank_pattern"], values["alpha_pattern"], values["use_rslora"]) == ({}, {}, False)
+        assert {len(t) for key, t in tensors.items() if ".lora_A." in key} == {max(ranks)}
+        assert {t.shape[1] for key, t in tensors.items() if ".lora_B." in key} == {max(ranks)}
+        if name == "mixed":
+            assert ranks == {3, 5}
+            key = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+            alpha = config.alpha_pattern["q_proj"]
+            expected = adapter_tensors(model, adapter)[key] * (alpha / math.sqrt(5))
+            torch.testing.assert_close(tensors[key], expected)
 
 
 def test_the_folders_are_ordinary_lora(exported: Path) -> None:
@@ -205,11 +217,22 @@ def test_seed_and_index_are_in_the_header_and_the_manifest(exported: Path) -> No
 
 
 def test_the_manifest_warns_of_what_servers_refuse(exported: Path) -> None:
-    def notes(name: str) -> str:
-        return " ".join(json.loads((exported / name / "exported" / "bayestune_manifest.json").read_text())["notes"])
+    (note,) = json.loads((exported / "bert" / "exported" / MANIFEST).read_text())["notes"]
+    assert "['classifier']" in note and "refuse" in note
 
-    assert "['classifier']" in notes("bert") and "refuse" in notes("bert")
-    assert "alpha_pattern" in notes("qwen2") and "rank_pattern" in notes("rslora")
+
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings")  # PEFT, when the adapter is made
+def test_a_tied_head_is_warned_of(tmp_path: Path) -> None:
+    targets = ["q_proj", "lm_head"]
+    model = scatter(get_peft_model(LLAMA.build(tie_word_embeddings=True), LLAMA.config(target_modules=targets)))
+    with pytest.warns(BayestuneWarning, match="lm_head is adapted and its weight is tied.*use the adapters unmerged"):
+        paths = export_lora(model, tmp_path / "tied", draws=0)
+    (note,) = json.loads((tmp_path / "tied" / MANIFEST).read_text())["notes"]
+    assert "lm_head" in note and "\n" not in note
+    plain = PeftModel.from_pretrained(LLAMA.build(tie_word_embeddings=True), paths[0]).eval()
+    torch.testing.assert_close(logits(plain, LLAMA.inputs()), logits(model.eval(), LLAMA.inputs()))
+    export_lora(blob(target_modules=targets), tmp_path / "untied", draws=0)
+    assert json.loads((tmp_path / "untied" / MANIFEST).read_text())["notes"] == []
 
 
 def test_the_same_seed_writes_the_same_weights_and_moves_no_random_state(tmp_path: Path) -> None:
@@ -319,10 +342,10 @@ def test_draws_of_swag_are_exported_as_they_predict(tmp_path: Path) -> None:
         assert torch.equal(found(**inputs).logits, expected)
 
 
-def test_draws_of_a_linearised_model_are_no_weights(tmp_path: Path) -> None:
+def test_draws_of_a_linearised_model_are_not_weights(tmp_path: Path) -> None:
     case = Case(architecture=LLAMA, plain=True)
     model = scatter(get_peft_model(case.base(), case.config()), seed=0).eval()
     posterior = fit_laplace(model, Letters(), rows(3))
-    with pytest.raises(ConfigError, match="'laplace' posterior, whose draws are no LoRA weights"):
+    with pytest.raises(ConfigError, match="'laplace' posterior, whose draws are not LoRA weights"):
         export_lora(posterior, tmp_path / "out", draws=2)
     assert [path.name for path in export_lora(posterior, tmp_path / "out", draws=0)] == ["mean"]

@@ -58,10 +58,8 @@ def save_posterior(model: nn.Module | Posterior, path: str | os.PathLike[str], *
         ConfigError: `path` exists, or the adapter has settings or a name that cannot be saved faithfully.
         PosteriorError: the adapter holds NaN, infinities, or a standard deviation of 0.
     """
-    posterior = model if isinstance(model, Posterior) else None
-    model, adapter, kind = active_adapter(model if posterior is None else posterior.model)
-    if posterior is None:
-        posterior = Variational(model) if kind == Variational.adapter else Point(model)
+    posterior = as_posterior(model)
+    model, adapter, kind = active_adapter(posterior.model)
     if posterior.adapter != kind:
         raise ConfigError(f"a {posterior.kind!r} posterior: found a {kind!r} adapter, expected {posterior.adapter!r}.")
     tensors = adapter_tensors(model, adapter)
@@ -81,6 +79,18 @@ def save_posterior(model: nn.Module | Posterior, path: str | os.PathLike[str], *
         names = (CONFIG_FILE, TENSOR_FILE, PART_FILE)
         written = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.name in names]
         write_manifest(folder, content, written)
+
+
+def as_posterior(model: nn.Module | Posterior) -> Posterior:
+    """Return the posterior that the active adapter of a model holds; a `Posterior` itself.
+
+    Raises:
+        ConfigError: as `active_adapter`.
+    """
+    if isinstance(model, Posterior):
+        return model
+    found, _, kind = active_adapter(model)
+    return Variational(found) if kind == Variational.adapter else Point(found)
 
 
 def _check_savable(model: PeftModel, tensors: dict[str, Tensor]) -> None:
