@@ -36,12 +36,12 @@ GOLDEN_SEED = 593881292489614372
 GOLDEN_NOISE = [0.30668920278549194, 0.6310138702392578, -0.2016453742980957, -1.4310078620910645]
 GRID = [
     (mean, sign * rho, prior)
-    for mean in (0.0, 1e-3, -1e-3, 10.0, -10.0)
-    for rho in (1e-4, 1e-3, 0.035, 0.05, 1.0)
+    for mean in (0.0, 1e-3, -10.0)
+    for rho in (1e-4, 0.05, 1.0)
     for sign in (1, -1)
     for prior in (0.02, 0.2, 1.0)
 ]
-CYCLES = (1, 2, 3, 7, 53, 316, 909, 1022, 1023, 1074, 1075, 100_000)
+CYCLES = (1, 2, 53, 1023, 1075, 100_000)
 
 
 def scalar(value: float) -> torch.Tensor:
@@ -49,11 +49,11 @@ def scalar(value: float) -> torch.Tensor:
 
 
 @pytest.mark.property("S01")
-@pytest.mark.parametrize(("mean", "rho", "prior"), GRID)
-def test_kl_is_that_of_two_normals(mean: float, rho: float, prior: float, figure: Figure) -> None:
-    expected = kl_divergence(Normal(scalar(mean), scalar(rho) ** 2), Normal(0.0, scalar(prior))).item()
-    error = abs(gaussian_kl(scalar(mean), scalar(rho), prior).item() - expected)
-    figure("error of the KL, of itself or 0.01 nats if that is more", error / max(expected, 0.01), at_most=1e-13)
+def test_kl_is_that_of_two_normals(figure: Figure) -> None:
+    for mean, rho, prior in GRID:
+        expected = kl_divergence(Normal(scalar(mean), scalar(rho) ** 2), Normal(0.0, scalar(prior))).item()
+        error = abs(gaussian_kl(scalar(mean), scalar(rho), prior).item() - expected)
+        figure("error of the KL, of itself or 0.01 nats if that is more", error / max(expected, 0.01), at_most=1e-13)
 
 
 @pytest.mark.property("S01")
@@ -73,17 +73,17 @@ def test_kl_adds_up_entries_in_float64_whatever_their_dtype() -> None:
 
 
 @pytest.mark.property("S02")
-@pytest.mark.parametrize(("mean", "rho", "prior"), GRID)
-def test_kl_gradient_is_the_closed_form(mean: float, rho: float, prior: float, figure: Figure) -> None:
-    m, g = scalar(mean).requires_grad_(), scalar(rho).requires_grad_()
-    automatic = torch.autograd.grad(gaussian_kl(m, g, prior), (m, g))
-    by_hand = (mean / prior**2, 2 * rho * (rho**2 / prior**2 - 1 / rho**2))
-    size = (abs(mean) / prior**2, 2 * abs(rho) ** 3 / prior**2 + 2 / abs(rho))  # of the terms, which may cancel
-    closed = gaussian_kl_gradient(scalar(mean), scalar(rho), prior)
-    for one, two, hand, scale in zip(automatic, closed, by_hand, size, strict=True):
-        for found in (one.item(), two.item()):
-            error = abs(found - hand) / scale if scale else abs(found - hand)
-            figure("error of the KL's gradient, of the size of its terms", error, at_most=1e-12)
+def test_kl_gradient_is_the_closed_form(figure: Figure) -> None:
+    for mean, rho, prior in GRID:
+        m, g = scalar(mean).requires_grad_(), scalar(rho).requires_grad_()
+        automatic = torch.autograd.grad(gaussian_kl(m, g, prior), (m, g))
+        by_hand = (mean / prior**2, 2 * rho * (rho**2 / prior**2 - 1 / rho**2))
+        size = (abs(mean) / prior**2, 2 * abs(rho) ** 3 / prior**2 + 2 / abs(rho))  # of the terms, which may cancel
+        closed = gaussian_kl_gradient(scalar(mean), scalar(rho), prior)
+        for one, two, hand, scale in zip(automatic, closed, by_hand, size, strict=True):
+            for computed in (one.item(), two.item()):
+                error = abs(computed - hand) / scale if scale else abs(computed - hand)
+                figure("error of the KL's gradient, of the size of its terms", error, at_most=1e-12)
 
 
 @pytest.mark.property("S02")
@@ -134,15 +134,9 @@ def test_linear_weights_rise_in_equal_steps() -> None:
     assert np.diff(weights) == pytest.approx(weights[0], rel=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("rows", "steps"), [(640, 316), (1119, 393), (2251, 518), (2558, 544), (4957, 706), (9427, 909)]
-)
-def test_cycle_steps_are_the_papers(rows: int, steps: int) -> None:
-    assert cycle_steps(rows, 4) == steps
-    assert cycle_steps(rows, 2, processes=2) == steps
-
-
-def test_cycle_steps_are_at_least_one() -> None:
+def test_cycle_steps_are_the_papers() -> None:
+    for rows, steps in [(640, 316), (1119, 393), (2251, 518), (2558, 544), (4957, 706), (9427, 909)]:
+        assert cycle_steps(rows, 4) == cycle_steps(rows, 2, processes=2) == steps
     assert cycle_steps(1, 4096) == 1
     assert cycle_steps(640, 4, gamma=4.0) == int(100 * 640 ** (3.14159 / 4) / 4)
 
@@ -156,9 +150,6 @@ def test_keys_give_distinct_seeds_that_never_change() -> None:
     assert derive_seed(1) != derive_seed("1") and derive_seed("ab", "c") != derive_seed("a", "bc")
     assert all(0 <= derive_seed(*key) < 2**63 for key in keys)
     assert derive_seed("draw", 0, 0, "model.layers.0.self_attn.q_proj") == GOLDEN_SEED  # saved draws depend on it
-
-
-def test_an_integer_of_numpy_is_the_same_key() -> None:
     assert derive_seed("draw", np.int64(7), np.int32(3), "q") == derive_seed("draw", 7, 3, "q")
 
 
@@ -211,9 +202,7 @@ def test_training_noise_depends_on_every_part_of_its_key(figure: Figure) -> None
 
 @pytest.mark.property("K04")
 def test_noise_neither_reads_nor_moves_the_global_state() -> None:
-    before = (
-        torch.get_rng_state()
-    )  # Python's own is checked in a fresh process: the type checker of this suite uses it
+    before = torch.get_rng_state()  # jaxtyping's checks use Python's own, which a fresh process checks
     first = prediction_noise(3, 4, "q", (5, 6))
     torch.rand(7)
     assert torch.equal(first, prediction_noise(3, 4, "q", (5, 6)))
