@@ -25,10 +25,7 @@ from bayestune_cli.streams import LOUD, LastingStream, flush_output, quietly
 from bayestune_cli.table import table
 from bayestune_cli.train import train
 
-_STOPPED: dict[int, tuple[str, int]] = {
-    signal.SIGINT: ("interrupted", INTERRUPTED),
-    signal.SIGTERM: ("terminated", TERMINATED),
-}
+_STOPPED = {signal.SIGINT: ("interrupted", INTERRUPTED), signal.SIGTERM: ("terminated", TERMINATED)}
 
 app = typer.Typer(
     rich_markup_mode=None,
@@ -72,20 +69,21 @@ def invoke(arguments: Sequence[str]) -> int:
     In the main thread SIGINT and SIGTERM end the command; a second one ends the process.
     """
     with contextlib.redirect_stderr(LastingStream(sys.stderr)):
-        given = [argument for argument in arguments if argument != "--debug"]
-        return flush_output(_invoke(given, debug="--debug" in arguments))
+        return flush_output(_invoke(arguments))
 
 
-def _invoke(arguments: list[str], *, debug: bool) -> int:
-    as_json, loud = "--json" in arguments, LOUD.set(debug)
+def _invoke(arguments: Sequence[str]) -> int:
+    debug, as_json = "--debug" in arguments, "--json" in arguments
+    loud = LOUD.set(debug)
     try:
         with stoppable():
-            code = app(arguments, prog_name="bayestune", standalone_mode=False)
+            given = [argument for argument in arguments if argument != "--debug"]
+            code = app(given, prog_name="bayestune", standalone_mode=False)
         return code if isinstance(code, int) else OK
     except typer.TyperException as error:
         return fail(f"error: {error.format_message()}", error, USER, as_json=as_json)
     except Stopped as stopped:
-        what, code = _STOPPED[stopped.number]
+        what, code = _STOPPED[signal.Signals(stopped.number)]
         return fail(f"{what}: {stopped}" if str(stopped) else what, stopped, code, as_json=as_json)
     except Exception as error:
         from bayestune.errors import BayestuneError, TrainingError

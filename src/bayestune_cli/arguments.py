@@ -15,7 +15,8 @@ LINEARISED_DRAWS = 1000
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder written by `bayestune train`.")]
 Data = Annotated[str | None, typer.Option(help="Folder of data sets; default: the one used in training.")]
 Draws = Annotated[
-    int | None, typer.Option(help="Draws to average; 0 for the posterior mean. Default: as in the run's evaluation.")
+    int | None,
+    typer.Option(min=0, help="Number of draws; 0 for the posterior mean only. Default: as in the run's evaluation."),
 ]
 Predictive = Annotated[
     str | None,
@@ -44,8 +45,6 @@ def load(folder: Path, data: str | None, predictive: str | None) -> "Run":
 
 def draw_count(run: "Run", draws: int | None, predictive: str | None = None) -> int:
     """Return `draws`, or by default the run's own number, or many of the cheap linearized draws."""
-    if draws is not None and draws < 0:
-        raise FlagError(f"--draws: found {draws}, expected 0 (the mean) or more.")
     if draws is not None:
         return draws
     return LINEARISED_DRAWS if predictive == "linearised" else run.default_draws

@@ -37,14 +37,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise FlagError(f"--config {path}: found more than {_LIMIT} bytes, expected one setting per line.")
     try:
         settings = _Loader(text).get_single_data()
-    except (
-        yaml.YAMLError,
-        ValueError,
-        ArithmeticError,
-        LookupError,
-        AttributeError,
-        RecursionError,
-    ) as error:  # of its constructors
+    except (yaml.YAMLError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError) as error:
         raise FlagError(f"--config {path}: not YAML: {error}") from error
     if not isinstance(settings, dict):
         found = "nothing" if settings is None else f"a {type(settings).__name__}"

@@ -14,14 +14,7 @@ class FlagError(typer.TyperException):
 
 
 def fail(message: str, error: BaseException, code: int, *, as_json: bool) -> int:
-    """Report `error` and return `code`.
-
-    Args:
-        message: what went wrong.
-        error: the exception; its type goes into the JSON object.
-        code: exit code.
-        as_json: also print a JSON object to stdout; its message has no "error: " in front.
-    """
+    """Print `message`, for `as_json` also as an object with the type of `error`, and return the exit code `code`."""
     line = " ".join(message.split())
     print(line, file=sys.stderr)
     if as_json:

@@ -21,8 +21,7 @@ def evaluate(
     predictive: Predictive = None,
     seed: Seed = 0,
     ood: Annotated[
-        str | None,
-        typer.Option(help="Out-of-distribution data sets, comma-separated, each as name or name:split."),
+        str | None, typer.Option(help="Out-of-distribution data sets, comma-separated, as name or name:split.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

@@ -5,17 +5,14 @@ from typing import Annotated
 
 import typer
 
-from bayestune_cli.arguments import Data, Overwrite, RunFolder, Seed, draw_count, load
+from bayestune_cli.arguments import Data, Draws, Overwrite, RunFolder, Seed, draw_count, load
 from bayestune_cli.errors import FlagError
 
 
 def export(
     run: RunFolder,
     output: Annotated[Path, typer.Option(help="Folder to write: mean, draw_0, draw_1, ...")],
-    draws: Annotated[
-        int | None,
-        typer.Option(help="Draws to write; 0 for the mean only. Default: as in the run's evaluation."),
-    ] = None,
+    draws: Draws = None,
     seed: Seed = 0,
     data: Data = None,
     overwrite: Overwrite = False,

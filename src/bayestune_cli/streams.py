@@ -68,26 +68,22 @@ def quietly(command: Callable[..., Any]) -> Callable[..., Any]:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Hide the warnings, logs and loading bars of libraries; show our own warnings in one line each."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # before the imports below, which already log
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from transformers.utils.logging import disable_progress_bar, enable_progress_bar
+    with contextlib.ExitStack() as undo:
+        undo.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.WARNING)  # before the imports below, which already log
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        undo.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
-            from bayestune.errors import BayestuneWarning
+        from bayestune.errors import BayestuneWarning
 
-            def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-                if issubclass(category, BayestuneWarning):  # a library may turn its own warnings on again
-                    print(f"warning: {message}", file=sys.stderr)
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if issubclass(category, BayestuneWarning):  # a library may turn its own warnings on again
+                print(f"warning: {message}", file=sys.stderr)
 
-            warnings.simplefilter("always", BayestuneWarning)
-            warnings.showwarning = show
-            disable_progress_bar()
-            try:
-                yield
-            finally:
-                enable_progress_bar()
-    finally:
-        logging.disable(before)
+        warnings.simplefilter("always", BayestuneWarning)
+        warnings.showwarning = show
+        disable_progress_bar()
+        undo.callback(enable_progress_bar)
+        yield

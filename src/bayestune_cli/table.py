@@ -34,7 +34,7 @@ def table(
         str | None, typer.Option(help="Training sets, comma-separated; default: all of the table.")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="YAML file with settings of `bayestune train` for every run; flags win.")
+        Path | None, typer.Option(help="YAML file of `bayestune train` settings for every run; flags win.")
     ] = None,
     runs: Annotated[Path, typer.Option(help="Folder of the runs, shared by all tables.")] = Path("runs/tables"),
     results: Annotated[Path, typer.Option(help="Folder of the records, one JSON file per cell.")] = Path("results"),
@@ -49,9 +49,9 @@ def table(
     given = {"data": data, "model": model, "seeds": seeds, "methods": methods, "steps": steps, "tasks": tasks}
     given |= {"config": config, "dry-run": dry_run}
     if rebuild:
-        for name, value in given.items():
-            if value:
-                raise FlagError(f"table: found --{name} with --rebuild, expected one of the two: it is for training.")
+        unused = next((name for name, value in given.items() if value), None)
+        if unused:
+            raise FlagError(f"table: found --{unused} with --rebuild, expected one of the two: it is for training.")
     else:
         _train(_grid(table, given, results=results, runs=runs), dry_run=dry_run)
     if not dry_run:

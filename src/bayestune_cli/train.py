@@ -15,7 +15,8 @@ from bayestune_cli.errors import FlagError
 
 _TYPES = {"int": int, "float": float, "str": str, "names": str}
 _EITHER = ("kl_learning_rate", "posterior_std")
-"""Settings of which one takes the place of the other."""
+"""Alternative settings: a flag for one replaces either in a config file."""
+_DEFAULT_METHOD = "blob"
 
 
 @cache
@@ -25,8 +26,12 @@ def _options() -> tuple[dict[str, Any], ...]:
 
 
 def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """`command` with an option for each setting in the place of its ``**given``."""
-    own = list(inspect.signature(command).parameters.values())[:-1]
+    """Return `command` with an option for each setting in place of its ``**given``."""
+    own = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in inspect.signature(command).parameters.values()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
     made = [
         inspect.Parameter(
             option["name"],
@@ -36,19 +41,14 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
         )
         for option in _options()
     ]
-    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
-    ordered = [*parameters[:2], *made, *parameters[2:]]
+    ordered = [*own[:2], *made, *own[2:]]
     command.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in ordered}
     return command
 
 
 def _check_of_method(given: Mapping[str, Any], method: str) -> None:
-    """Refuse a flag that the method has no use for. A file may hold settings of several methods.
-
-    Raises:
-        FlagError: naming the flag, and the methods that have.
-    """
+    """Raise an error for a flag of other methods. A config file may hold settings of several methods."""
     for option in _options():
         name, methods = option["name"], option["methods"]
         if methods is not None and name in given and method not in methods:
@@ -83,24 +83,13 @@ def train(
     if set(_EITHER) & given.keys():
         settings = {name: value for name, value in settings.items() if name not in _EITHER}
     settings.update(given)
-    if "method" in settings:
-        _check_of_method(given, settings["method"])
+    _check_of_method(given, settings.get("method", _DEFAULT_METHOD))
 
     from bayestune.experiment import Experiment, run, score_table
-    from bayestune.methods import DEFAULT
 
-    if "method" not in settings:
-        _check_of_method(given, DEFAULT.name)
     experiment = Experiment.from_dict(settings, where="train" if config is None else f"--config {config}")
-    result = run(
-        experiment,
-        output,
-        overwrite=overwrite,
-        resume=resume,
-        command=["bayestune", *sys.argv[1:]],
-        record=record,
-        progress=True,
-    )
+    command = ["bayestune", *sys.argv[1:]]
+    result = run(experiment, output, overwrite=overwrite, resume=resume, command=command, record=record, progress=True)
     if not result.scores:
         return  # one of several processes, and not the one that evaluates
     print(score_table(result.scores))

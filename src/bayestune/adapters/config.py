@@ -81,46 +81,31 @@ class BayesLoraConfig(LoraConfig):
         for name in ("prior_std", "rho_init"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-                raise ConfigError(f"{self._name} {name}: found {value!r}, expected a number above 0.")
-        if self.estimator not in get_args(Estimator):
-            raise ConfigError(
-                f"{self._name} estimator: found {self.estimator!r}, expected one of {get_args(Estimator)}."
-            )
-        if self.distribution not in get_args(Distribution):
-            raise ConfigError(
-                f"{self._name} distribution: found {self.distribution!r}, expected one of {get_args(Distribution)}."
-            )
+                raise self._error(name, "a number above 0.")
+        for name, allowed in (("estimator", get_args(Estimator)), ("distribution", get_args(Distribution))):
+            if getattr(self, name) not in allowed:
+                raise self._error(name, f"one of {allowed}.")
         self._check_distribution()
         for name, reason in _REFUSED.items():
-            if getattr(self, name):
-                raise ConfigError(
-                    f"{self._name} does not support {name}={getattr(self, name)!r}: {reason}. Leave it out."
-                )
+            value = getattr(self, name)
+            if value:
+                raise ConfigError(f"{type(self).__name__} does not support {name}={value!r}: {reason}. Leave it out.")
         if self.init_lora_weights not in _INITS:
-            raise ConfigError(
-                f"{self._name} init_lora_weights: found {self.init_lora_weights!r}, expected one of {_INITS}; "
-                "other values change the base weights or replace A after the posterior is made."
-            )
+            others = "other values change the base weights or replace A after the posterior is made."
+            raise self._error("init_lora_weights", f"one of {_INITS}; {others}")
 
-    @property
-    def _name(self) -> str:
-        return type(self).__name__
+    def _error(self, name: str, expected: str) -> ConfigError:
+        return ConfigError(f"{type(self).__name__} {name}: found {getattr(self, name)!r}, expected {expected}")
 
     def _check_distribution(self) -> None:
         if self.distribution == "gaussian_ab" and self.lora_bias:
-            raise ConfigError(f"{self._name} lora_bias: found True, expected False where B is random (gaussian_ab).")
-        if self.distribution != "dropout":
-            return
-        if not 0 < self.lora_dropout < 1:
-            raise ConfigError(
-                f"{self._name} lora_dropout: found {self.lora_dropout!r}, expected a probability between 0 and 1: "
-                "distribution='dropout' has no other randomness."
-            )
-        if self.estimator != "independent":
-            raise ConfigError(
-                f"{self._name} estimator: found {self.estimator!r}, expected 'independent' for "
-                "distribution='dropout': flipping signs needs symmetric noise."
-            )
+            raise self._error("lora_bias", "False where B is random (gaussian_ab).")
+        if self.distribution == "dropout" and not 0 < self.lora_dropout < 1:
+            reason = "distribution='dropout' has no other randomness."
+            raise self._error("lora_dropout", f"a probability between 0 and 1: {reason}")
+        if self.distribution == "dropout" and self.estimator != "independent":
+            reason = "flipping signs needs symmetric noise."
+            raise self._error("estimator", f"'independent' for distribution='dropout': {reason}")
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write adapter_config.json, and a note in the model card that loading needs `import bayestune`.
@@ -145,7 +130,5 @@ class BlobConfig(BayesLoraConfig):
 
     def __post_init__(self) -> None:
         if self.distribution != "gaussian_a":
-            raise ConfigError(
-                f"BlobConfig distribution: found {self.distribution!r}, expected 'gaussian_a'; use BayesLoraConfig."
-            )
+            raise self._error("distribution", "'gaussian_a'; use BayesLoraConfig.")
         super().__post_init__()

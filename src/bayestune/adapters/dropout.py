@@ -26,16 +26,8 @@ class DropoutLinear(RandomLinear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, name: str, p: float) -> "DropoutLinear":
-        """Make a layer from a LoRA A matrix, whose parameters it keeps.
-
-        Args:
-            linear: the A matrix.
-            name: path of the adapted layer in the base model.
-            p: probability that an input is dropped.
-        """
-        layer = cls.taking_over(linear)
-        assert isinstance(layer, cls)
-        layer.take_name(name)
+        """Make a layer from the LoRA A matrix of the adapted layer `name`; it keeps the matrix's parameters."""
+        layer = cls.named(linear, name)
         layer.p = p
         return layer
 

@@ -37,9 +37,7 @@ class GaussianLinear(RandomLinear):
             prior_std: s_p, the standard deviation of the prior.
             rho_init: upper bound of the initial G.
         """
-        layer = cls.taking_over(linear)
-        assert isinstance(layer, cls)
-        layer.take_name(name)
+        layer = cls.named(linear, name)
         layer.prior_std = prior_std
         rho = torch.empty_like(layer.weight)
         if not rho.is_meta:

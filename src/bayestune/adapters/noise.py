@@ -46,9 +46,7 @@ class TrainingNoise:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the base model."""
-        if not module.training or is_disabled(module):
-            return
-        layers = random_layers(module)
+        layers = random_layers(module) if module.training and not is_disabled(module) else {}
         if not layers:
             return
         if is_merged(module):
@@ -68,15 +66,10 @@ class TrainingNoise:
 
 
 def training_noise(model: nn.Module) -> TrainingNoise:
-    """Return the `TrainingNoise` of `model`.
-
-    Raises:
-        DrawError: the model has no random layer.
-    """
-    for module in model.modules():
-        noise = find_noise(module)
-        if noise is not None:
-            return noise
+    """Return the `TrainingNoise` of `model`, or raise a `DrawError` if it has no random layer."""
+    noise = next(filter(None, map(find_noise, model.modules())), None)
+    if noise is not None:
+        return noise
     raise DrawError("this model has no random adapter: make it with get_peft_model(base, BayesLoraConfig(...)).")
 
 

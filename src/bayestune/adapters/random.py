@@ -17,6 +17,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +92,7 @@ class FullPrecisionLinear(nn.Linear):
     """A linear layer whose parameters stay in float32 (or float64) when the model is cast to half precision."""
 
     @classmethod
-    def taking_over(cls, linear: nn.Linear) -> "FullPrecisionLinear":
+    def taking_over(cls, linear: nn.Linear) -> Self:
         """Make a layer that owns the parameters of `linear`, in float32 if they were narrower."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
@@ -100,7 +101,7 @@ class FullPrecisionLinear(nn.Linear):
         layer.bias = None if linear.bias is None else _at_least_float32(linear.bias)
         return layer
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FullPrecisionLinear":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def keep_precision(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
@@ -122,10 +123,12 @@ class RandomLinear(FullPrecisionLinear):
     routed: bool
     noise: LayerNoise | None
 
-    def take_name(self, name: str) -> None:
-        """Set the name of the layer, which has no noise yet."""
-        self.name, self.noise = name, None
-        self.routed = "experts" in name.split(".")
+    @classmethod
+    def named(cls, linear: nn.Linear, name: str) -> Self:
+        """Make a layer that owns the parameters of `linear` and has no noise yet."""
+        layer = cls.taking_over(linear)
+        layer.name, layer.noise, layer.routed = name, None, "experts" in name.split(".")
+        return layer
 
     @abstractmethod
     def drawn(self, epsilon: Float[Tensor, "*draws r n"]) -> Float[Tensor, "*draws r n"]:
