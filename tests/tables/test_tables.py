@@ -147,8 +147,30 @@ def test_table2_has_detection_of_the_other_data_only(plain: dict[str, Any], othe
     assert total.columns == ("ARC-E",)
     assert line(total, "BLoB, N = 10") == ["81.20"]
     assert looks(total, 0) == {"MLE": "_", "BLoB, N = 10": "*"}
-    epistemic = block(table, "Out-of-distribution AUPR by epistemic")
+    epistemic = block(table, "AUPR of epistemic")
     assert line(epistemic, "MLE") == ["-"] and line(epistemic, "BLoB, N = 10") == ["70.00"]
+
+
+def test_epistemic_uncertainty_is_no_detection_score_and_what_is_below_one_half_is_named(
+    other: dict[str, Any],
+) -> None:
+    def scores(total: float, epistemic: float) -> dict[str, Any]:
+        values = {"max_prob": 0.5, "total": total, "epistemic": epistemic}
+        return {name: {"auroc": value, "aupr": 0.3} for name, value in values.items()}
+
+    cells = [cell(other, "bbb", seed, draws=10, detection=scores(0.45, 0.2)) for seed in (1, 2)]
+    cells += [cell(other, "blob", seed, draws=10, detection=scores(0.6, 0.4)) for seed in (1, 2)]
+    table = table_view(cells, "table2")
+    named = [found for found in table.blocks if "epistemic" in found.heading]
+    assert [found.heading.partition(",")[0] for found in named] == [
+        "AUROC of epistemic uncertainty",
+        "AUPR of epistemic uncertainty",
+    ]
+    assert not any(value.best or value.second for found in named for line in found.lines for value in line.values)
+    assert [note for note in table.notes if "below 50 %" in note] == [
+        "AUROC below 50 %, so lower uncertainty on the other data: total uncertainty of BBB, N = 10 on ARC-E; "
+        "epistemic uncertainty of BBB, N = 10 on ARC-E, BLoB, N = 10 on ARC-E."
+    ]
 
 
 def test_data_says_what_was_trained_and_evaluated_on(plain: dict[str, Any]) -> None:
@@ -237,3 +259,11 @@ def test_the_same_cells_give_the_same_bytes_wherever_they_lie(plain: dict[str, A
     assert made[0] == made[1]
     for text in made[0]:
         assert str(tmp_path) not in text and not re.search(r"20\d\d-\d\d|home|/tmp", text)
+
+
+@pytest.mark.parametrize("name", ["table1", "table2"])
+def test_the_committed_tables_are_those_that_results_give(name: str) -> None:
+    root = Path(__file__).parents[2]
+    view = table_view(read_cells(root / "results" / name), name)
+    for suffix, text in (("md", markdown(view)), ("html", table_html(view))):
+        assert (root / "docs" / "tables" / f"{name}.{suffix}").read_text(encoding="utf-8") == text

@@ -18,10 +18,8 @@ from bayestune.report.views import Figure, Page, Section, Table, shown
 from bayestune.tables.details import run_listings, threshold_listing
 from bayestune.tables.fields import BINS, COVERAGES, HISTOGRAM_ENDS, Cell
 from bayestune.tables.layouts import Column, layout, line_keys, line_label
-from bayestune.tables.summary import AURC, DETECTION, ECE, Measure, spread
+from bayestune.tables.summary import AURC, AUROC, ECE, Measure, spread
 from bayestune.tables.table import counted, measure_block, table_view
-
-_AUROC = {measure.path[1]: measure for measure in DETECTION if measure.path[-1] == "auroc"}
 
 _SCORES = "One line per method and one column per data set; means over seeds."
 _RELIABILITY = (
@@ -35,9 +33,10 @@ _SELECTIVE = (
     "share of rows answered. Lower risk is better; AURC is the area under the curve. Curves are means over seeds."
 )
 _OTHER_DATA = (
-    "The model was trained on one data set and evaluated on a different one. If it is less certain on the other data "
-    "(orange, right of blue), the two can be separated: AUROC is the probability that a row of the other data has the "
-    "higher uncertainty, and 50 % is chance. The last bin also holds everything above."
+    "The model was trained on one data set and evaluated on a different one. AUROC is the probability that a row of "
+    "the other data (orange) has a higher uncertainty than a row of the first (blue). 50 % is chance; below one half, "
+    "the uncertainty is lower on the other data. Total uncertainty is an out-of-distribution score; epistemic "
+    "uncertainty is not an out-of-distribution score. The last bin also holds everything above."
 )
 _PROVENANCE = "What is needed to reproduce the numbers. Absolute paths are cut to their last part."
 
@@ -182,8 +181,9 @@ def _pooled_histogram(cells: Sequence[Cell], score: str) -> Histogram:
     """Return the histogram of the rows of all cells together, with the AUROC as its caption."""
     known = [cell["in_distribution"]["uncertainty"][score]["counts"] for cell in cells]
     other = [cell["uncertainty"][score]["counts"] for cell in cells]
+    below = spread([AUROC[score].of(cell) for cell in cells]).mean < 50
     return Histogram(
-        caption=f"AUROC {_spread(_AUROC[score], cells)}",
+        caption=f"AUROC {_spread(AUROC[score], cells)}{' (below one half)' if below else ''}",
         known=torch.tensor(known).sum(0).tolist(),
         other=torch.tensor(other).sum(0).tolist(),
         end=HISTOGRAM_ENDS[score],

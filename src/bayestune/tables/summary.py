@@ -10,13 +10,16 @@ from bayestune.tables.fields import Cell
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """A score of a cell as tables print it: multiplied by `scale`, with `digits` decimals."""
+    """A score of a cell as tables print it: multiplied by `scale`, with `digits` decimals.
+
+    `higher_is_better` is None for a value that is not ranked.
+    """
 
     heading: str
     path: tuple[str, ...]
     scale: float = 100.0
     digits: int = 2
-    higher_is_better: bool
+    higher_is_better: bool | None
 
     def of(self, cell: Cell) -> float:
         """Return the score of the cell, in the printed unit."""
@@ -47,16 +50,23 @@ MEASURES = (
     Measure(heading="NLL, nats (lower is better)", path=("nll",), scale=1.0, digits=3, higher_is_better=False),
 )
 
-_SCORES = {"max_prob": "1 - largest probability", "total": "total uncertainty", "epistemic": "epistemic uncertainty"}
+UNCERTAINTIES = {
+    "max_prob": "1 - largest probability",
+    "total": "total uncertainty",
+    "epistemic": "epistemic uncertainty",
+}
 DETECTION = tuple(
     Measure(
-        heading=f"Out-of-distribution {name} by {text}, % (higher is better)",
+        heading=f"{name} of epistemic uncertainty, % (not an out-of-distribution score)"
+        if score == "epistemic"
+        else f"Out-of-distribution {name} by {text}, % (higher is better)",
         path=("detection", score, name.lower()),
-        higher_is_better=True,
+        higher_is_better=None if score == "epistemic" else True,
     )
-    for score, text in _SCORES.items()
+    for score, text in UNCERTAINTIES.items()
     for name in ("AUROC", "AUPR")
 )
+AUROC = {measure.path[1]: measure for measure in DETECTION if measure.path[-1] == "auroc"}
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -72,7 +82,7 @@ def ranks(measure: Measure, spreads: Mapping[Any, Spread]) -> tuple[set[Any], se
     """
     most = max((value.seeds for value in spreads.values()), default=0)
     means = {key: float(measure.text(value.mean)) for key, value in spreads.items() if value.seeds == most}
-    if len(means) < 2:
+    if len(means) < 2 or measure.higher_is_better is None:
         return set(), set()
     highest, *lower = sorted(set(means.values()), reverse=measure.higher_is_better)
     best = {key for key, mean in means.items() if mean == highest}

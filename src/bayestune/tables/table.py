@@ -7,7 +7,7 @@ from bayestune.report.views import Block, Line, Table, Value, shown
 from bayestune.tables.fields import Cell
 from bayestune.tables.layouts import Column, Layout, layout, line_keys, line_label
 from bayestune.tables.published import CAUTION, SOURCE, figures, is_published
-from bayestune.tables.summary import DETECTION, MEASURES, Measure, Spread, ranks, spread
+from bayestune.tables.summary import AUROC, DETECTION, MEASURES, UNCERTAINTIES, Measure, Spread, ranks, spread
 
 MISSING = Value(text="-")
 
@@ -78,7 +78,7 @@ def measure_block(cells: Sequence[Cell], columns: Sequence[Column], measure: Mea
 
 
 def _spreads(cells: Sequence[Cell], measure: Measure, column: Column) -> dict[_Key, Spread]:
-    """Return one spread per line with cells in the column. A single draw has no epistemic uncertainty to rank by."""
+    """Return one spread per line with cells in the column. A single draw has no epistemic uncertainty."""
     values: dict[_Key, list[float]] = {}
     for cell in cells:
         if column.has(cell) and not ("epistemic" in measure.path and cell["draws"] < 2):
@@ -119,6 +119,17 @@ def _data_block(cells: Sequence[Cell], columns: Sequence[Column]) -> Block:
     return Block(heading="Data", corner="", columns=labels, lines=tuple(lines))
 
 
+def _below_half(cells: Sequence[Cell], columns: Sequence[Column], uncertainty: str) -> str:
+    """Name the lines and columns in which the mean AUROC of an uncertainty is below one half."""
+    places = []
+    for column in columns:
+        if column.task != column.eval_task:
+            by_key = _spreads(cells, AUROC[uncertainty], column)
+            low = [key for key in line_keys(cells) if key in by_key and by_key[key].mean < 50]
+            places += [f"{line_label(*key)} on {column.label}" for key in low]
+    return f"{UNCERTAINTIES[uncertainty]} of {', '.join(places)}" if places else ""
+
+
 def _notes(cells: Sequence[Cell], chosen: Layout, columns: Sequence[Column]) -> Iterator[str]:
     absent = [column.label for column in chosen.columns if column not in columns]
     if absent:
@@ -136,5 +147,8 @@ def _notes(cells: Sequence[Cell], chosen: Layout, columns: Sequence[Column]) -> 
             "AUROC, AUPR (average precision): how well each uncertainty separates the rows of the column (positive) "
             "from the evaluation rows of the training task. With fewer than two draws, epistemic uncertainty is zero."
         )
+        below = [text for name in AUROC if (text := _below_half(cells, columns, name))]
+        if below:
+            yield f"AUROC below 50 %, so lower uncertainty on the other data: {'; '.join(below)}."
     if any(map(is_published, cells)):
         yield f"Lines [{CAUTION}]: figures of {SOURCE}, not measured here."
