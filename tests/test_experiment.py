@@ -61,30 +61,17 @@ def experiment(world: Path, **changes: Any) -> Experiment:
     ("name", "value"),
     [
         ("steps", 0),
-        ("steps", True),
         ("steps", None),
-        ("seed", -1),
         ("seed", 2**32),
         ("weight_decay", float("nan")),
-        ("batch_size", 0),
         ("learning_rate", 0.0),
         ("learning_rate", float("nan")),
-        ("learning_rate", float("inf")),
-        ("prior_std", -0.2),
         ("method", "vi"),
-        ("members", 1),
         ("lora_dropout", 0.0),
-        ("weight_decay", -1e-5),
-        ("tolerance", 0.0),
         ("laplace_layers", "first"),
-        ("precision", "fp16"),
-        ("estimator", "antithetic"),
-        ("kl_schedule", "cosine"),
         ("task", " "),
         ("model", 3),
         ("target_modules", []),
-        ("target_modules", [3]),
-        ("draws", 0),
     ],
 )
 def test_a_setting_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
@@ -337,28 +324,19 @@ def test_the_table_shows_each_score_with_its_interval() -> None:
 # The packaged data, and the demo.
 
 
-@pytest.mark.parametrize(("split", "count"), [("train", 150), ("test", 191), ("ood", 102)])
-def test_the_packaged_questions_are_sound(split: str, count: int) -> None:
-    path = PACKAGED / f"{split}.jsonl.gz"
-    rows = read_rows(path)
-    assert [row.id for row in rows] == [f"everyday-{split}-{i:03d}" for i in range(1, count + 1)]
-    for row in rows:
-        assert len({choice.lower() for choice in row.choices}) == 4
-    places = Counter(row.target for row in rows)
-    assert min(places[i] for i in range(4)) >= 0.2 * count
-    assert path.read_bytes()[4:8] == bytes(4)  # no time stamp: the same rows are the same bytes
-
-
-def test_no_packaged_question_is_in_two_splits() -> None:
-    texts = [
-        json.loads(line)["question"].lower()
-        for path in sorted(PACKAGED.glob("*.gz"))
-        for line in gzip.open(path, "rt", encoding="utf-8")
-    ]
-    assert len(texts) == len(set(texts)) == 443
-
-
-def test_the_packaged_readme_counts_its_rows() -> None:
+def test_the_packaged_questions_are_sound_and_in_one_split_each() -> None:
+    questions = []
+    for split, count in (("train", 150), ("test", 191), ("ood", 102)):
+        path = PACKAGED / f"{split}.jsonl.gz"
+        rows = read_rows(path)
+        assert [row.id for row in rows] == [f"everyday-{split}-{i:03d}" for i in range(1, count + 1)]
+        for row in rows:
+            assert len({choice.lower() for choice in row.choices}) == 4
+        places = Counter(row.target for row in rows)
+        assert min(places[i] for i in range(4)) >= 0.2 * count
+        assert path.read_bytes()[4:8] == bytes(4)  # no time stamp: the same rows are the same bytes
+        questions += [json.loads(line)["question"].lower() for line in gzip.open(path, "rt", encoding="utf-8")]
+    assert len(questions) == len(set(questions)) == 443
     text = (PACKAGED / "README.md").read_text(encoding="utf-8")
     assert "| all | 150 | 191 |" in text and "102 in all" in text
 

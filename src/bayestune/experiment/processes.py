@@ -1,4 +1,4 @@
-"""Which of several training processes this is, as torchrun and `accelerate launch` tell each in its environment."""
+"""The rank of this training process, from the environment that torchrun and `accelerate launch` set."""
 
 import os
 import sys
@@ -16,7 +16,7 @@ def is_main() -> bool:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process at once: at the interpreter's own end gloo's threads can abort it, or wait for each other."""
+    """Exit at once: in a normal exit of the interpreter, gloo's threads can abort or deadlock."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,6 +1,5 @@
 """A training bar with the time left, on stderr."""
 
-from types import TracebackType
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -8,32 +7,22 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class ProgressBar(TrainerCallback):
-    """One bar for all updates, with the latest NLL (nats a row) and, of a posterior, the KL (nats) and mean std."""
+    """One bar for all updates, with the latest NLL (nats per row) and, for Gaussian posteriors, KL (nats) and std."""
 
     def __init__(self, description: str, *, disable: bool) -> None:
         self._description = description
         self._disable = disable
         self._bar: tqdm | None = None
 
-    def __enter__(self) -> "ProgressBar":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc=self._description,
-            unit="step",
-            disable=self._disable,
-        )
+        total, done = state.max_steps, state.global_step
+        self._bar = tqdm(total=total, initial=done, desc=self._description, unit="step", disable=self._disable)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,4 +1,4 @@
-"""Where the numbers of a run come from beside its settings, and whether that is as it was in an earlier record."""
+"""What the numbers of a run depend on besides its settings, and how that differs from an earlier record."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,14 +16,14 @@ from bayestune.files import file_sha256
 from bayestune.tasks import AnyRow
 
 _SETTINGS = ("config.json", "tokenizer*.json", "*.model", "vocab.*", "merges.txt", "*_tokens*.json")
-"""The files beside the weights that say how these are used and how texts become tokens."""
+"""The configuration and tokenizer files beside the weights."""
 
 
 def provenance(backbone: Backbone, rows: Mapping[str, Sequence[AnyRow]], adapter: str | None) -> dict[str, Any]:
     """Hashes of the base's files, the rows and the adapter to start from; processes, versions and hardware.
 
     Args:
-        rows: those of each use, such as "train", "eval" and "fit"; none where there are no rows for it.
+        rows: by use, such as "train" and "eval"; an empty list is left out.
     """
     start = {} if adapter is None else {"start": file_sha256(adapter_file(Path(adapter)))}
     hashes = {
@@ -36,7 +36,7 @@ def provenance(backbone: Backbone, rows: Mapping[str, Sequence[AnyRow]], adapter
 
 
 def _hashes(backbone: Backbone, *patterns: str) -> dict[str, str]:
-    """By name, of the files in the model's folder, or where what was fetched from the Hugging Face Hub is kept."""
+    """Hashes by file name, from the model's folder or the cache of the Hugging Face Hub."""
     folder: Path | None = Path(backbone.source)
     if not folder.is_dir():
         config = try_to_load_from_cache(backbone.source, "config.json")
@@ -48,7 +48,7 @@ def _hashes(backbone: Backbone, *patterns: str) -> dict[str, str]:
 
 
 def warn_if_other(record: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Warn of what is not as it was when `record` was made; an empty one says nothing."""
+    """Warn about every value in which `found` differs from `record`."""
     names = _differences(record, found)
     if names:
         warnings.warn(
@@ -59,7 +59,7 @@ def warn_if_other(record: Mapping[str, Any], found: Mapping[str, Any]) -> None:
 
 
 def _differences(record: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """What both say, and not alike: "processes", "sha256.train_rows", "versions.torch" and so on."""
+    """Keys that both have with different values: "processes", "sha256.train_rows", "versions.torch" and so on."""
     names = []
     for name in record.keys() & found.keys():
         one, other = record[name], found[name]

@@ -1,4 +1,4 @@
-"""What is written beside a result, so that it can be judged and repeated: versions, hashes, hardware."""
+"""Versions, hardware and hashes of rows, recorded with every result."""
 
 import hashlib
 import importlib.metadata

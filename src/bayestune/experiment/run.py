@@ -11,18 +11,9 @@ import torch
 from peft import PeftModel
 
 from bayestune.adapters import gaussian_layers
-from bayestune.experiment.backbone import (
-    find_backbone,
-    load_base,
-)
+from bayestune.experiment.backbone import find_backbone, load_base
 from bayestune.experiment.fitting import autocast, fitting
-from bayestune.experiment.folder import (
-    CHECKPOINTS,
-    POSTERIOR,
-    RESULT,
-    check_output,
-    run_folder,
-)
+from bayestune.experiment.folder import CHECKPOINTS, POSTERIOR, RESULT, check_output, run_folder
 from bayestune.experiment.processes import is_main
 from bayestune.experiment.provenance import provenance, warn_if_other
 from bayestune.experiment.rows import RunRows

@@ -7,7 +7,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from bayestune.errors import ConfigError
+from bayestune.errors import ConfigError, one_line
 from bayestune.experiment.backbone import add_adapter, new_head
 from bayestune.experiment.folder import POSTERIOR
 from bayestune.experiment.settings import Experiment
@@ -98,7 +98,7 @@ def _of_another_program(start: Start, folder: Path) -> PeftModel:
         config = model.peft_config["default"]
         config.auto_mapping = config.revision = None  # the base is the one given, and so it is saved
     except Exception as error:  # whatever a damaged file makes safetensors, PEFT or re raise
-        raise ConfigError(f"adapter {folder}: does not fit the base: {' '.join(str(error).split())[:300]}") from error
+        raise ConfigError(f"adapter {folder}: does not fit the base: {one_line(error)}") from error
     shapes = {key: list(tensor.shape) for key, tensor in adapter_tensors(model, "default").items()}
     given = {key: list(tensor.shape) for key, tensor in found.items()}
     wrong = sorted(key for key in shapes.keys() | given.keys() if shapes.get(key) != given.get(key))

@@ -1,4 +1,4 @@
-"""Signals during training: what they raise waits for the end of the update, and for its checkpoint."""
+"""Delay SIGINT and SIGTERM during training until the update is done and its checkpoint is saved."""
 
 import signal
 import threading
@@ -11,11 +11,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopAtStep(TrainerCallback):
-    """Inside its `with`, what SIGINT and SIGTERM raise waits until the update is done and a checkpoint of it saved.
+    """As a context, holds back the exception of SIGINT or SIGTERM until the current update has a checkpoint.
 
-    The handlers are those that were there before, and are there again afterwards; one that raises nothing stops
-    nothing. What a second signal raises, is raised at once. Without `active`, and outside the main thread, nothing
-    is changed.
+    It calls the handlers that were installed before, and restores them on exit. The exception of a second signal is
+    raised at once. Without `active`, or outside the main thread, it does nothing.
     """
 
     def __init__(self, *, active: bool) -> None:

@@ -72,33 +72,21 @@ class Training:
         callbacks: Sequence[TrainerCallback] = (),
         **arguments: Any,
     ) -> None:
-        """Train `model` in place.
+        """Train the adapter of `model` in place.
 
-        Args:
-            model: with a trainable adapter.
-            label: shown beside the progress bar.
-            seed: instead of that of the experiment.
-            folder: instead of `checkpoints`.
-            resume: instead of `resume`.
-            callbacks: of the trainer.
-            **arguments: take the place of those of `TrainingArguments` that the experiment gives.
+        `seed`, `folder`, `resume` and `**arguments` (of `TrainingArguments`) replace those of the experiment; `label`
+        is shown beside the progress bar.
         """
-        changes = {"checkpoints": folder, "resume": resume}
-        training = dataclasses.replace(self, **{name: value for name, value in changes.items() if value is not None})
-        training._train(model, label, callbacks, {**({} if seed is None else {"seed": seed}), **arguments})
-
-    def _train(
-        self, model: PeftModel, label: str, callbacks: Sequence[TrainerCallback], arguments: dict[str, Any]
-    ) -> None:
-        method = self.experiment.method
-        given = TrainingArguments(**{**_arguments(self.experiment, self.checkpoints), **arguments})
+        method, folder = self.experiment.method, folder or self.checkpoints
+        seeded = {} if seed is None else {"seed": seed}
+        given = TrainingArguments(**{**_arguments(self.experiment, folder), **seeded, **arguments})
         saves = given.save_strategy != "no"
         size = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
         with (
-            ProgressBar(f"train {label}", disable=not (self.progress and is_main())) as bar,
+            contextlib.closing(ProgressBar(f"train {label}", disable=not (self.progress and is_main()))) as bar,
             # Several processes would stop at different updates, and wait for each other.
             StopAtStep(active=saves and process_count() == 1) as stop,
-            writing(self.checkpoints, needed=3 * size),  # the weights, and AdamW's two moments
+            writing(folder, needed=3 * size),  # the weights, and AdamW's two moments
         ):
             trainer = BayesTrainer(
                 model,
@@ -110,20 +98,19 @@ class Training:
                 callbacks=[*callbacks, bar, stop],
             )
             trainer.remove_callback(PrinterCallback)
-            last = self._last_checkpoint() if self.resume else None
+            last = _last_checkpoint(folder) if (self.resume if resume is None else resume) else None
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         if not saves and is_main():
             with contextlib.suppress(OSError):  # something else put a file there
-                self.checkpoints.rmdir()  # the Trainer makes it all the same
+                folder.rmdir()  # the Trainer makes it all the same
 
-    def _last_checkpoint(self) -> Path | None:
-        """Where to go on from; None if the run ended before its first checkpoint."""
-        last = last_complete(self.checkpoints)
-        if last is None and any(self.checkpoints.glob("checkpoint-*")):
-            raise ConfigError(
-                f"{self.checkpoints}: found no checkpoint that is whole; to train anew, pass --overwrite."
-            )
-        return last
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint to continue from; None if the run ended before its first."""
+    last = last_complete(folder)
+    if last is None and any(folder.glob("checkpoint-*")):
+        raise ConfigError(f"{folder}: found no complete checkpoint; pass --overwrite to train from the start.")
+    return last
 
 
 def _arguments(experiment: Experiment, checkpoints: Path) -> dict[str, Any]:
