@@ -281,7 +281,7 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(world: Path, tmp_pat
     assert invoke(["train", "--output", str(run), "--resume"]) == 2
     err = capsys.readouterr().err
     assert "optimizer.safetensors was cut or altered" in err and "there is no older one that is whole" in err
-    assert err.splitlines()[-1].startswith(f"error: {run / 'checkpoints'}: found no checkpoint that is whole")
+    assert err.splitlines()[-1].startswith(f"error: {run / 'checkpoints'}: found no complete checkpoint")
     assert snapshot(run) == before
 
 
