@@ -17,7 +17,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Self
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bayestune.errors import DrawError
+
+_Layer = TypeVar("_Layer", bound="FullPrecisionLinear")
+_Random = TypeVar("_Random", bound="RandomLinear")
 
 
 class _ThreadDraw(threading.local):
@@ -92,7 +95,7 @@ class FullPrecisionLinear(nn.Linear):
     """A linear layer whose parameters stay in float32 (or float64) when the model is cast to half precision."""
 
     @classmethod
-    def taking_over(cls, linear: nn.Linear) -> Self:
+    def taking_over(cls: type[_Layer], linear: nn.Linear) -> _Layer:
         """Make a layer that owns the parameters of `linear`, in float32 if they were narrower."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
@@ -101,7 +104,7 @@ class FullPrecisionLinear(nn.Linear):
         layer.bias = None if linear.bias is None else _at_least_float32(linear.bias)
         return layer
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FullPrecisionLinear":
         def keep_precision(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
@@ -124,7 +127,7 @@ class RandomLinear(FullPrecisionLinear):
     noise: LayerNoise | None
 
     @classmethod
-    def named(cls, linear: nn.Linear, name: str) -> Self:
+    def named(cls: type[_Random], linear: nn.Linear, name: str) -> _Random:
         """Make a layer that owns the parameters of `linear` and has no noise yet."""
         layer = cls.taking_over(linear)
         layer.name, layer.noise, layer.routed = name, None, "experts" in name.split(".")
