@@ -1,4 +1,4 @@
-# make demo | make test | make test-nightly | make lint | make mutants | make properties; each makes .venv first. PYTHON=... picks the interpreter (3.11 or newer).
+# make demo | make test | make test-nightly | make lint | make docs | make mutants | make properties; each makes .venv first. PYTHON=... picks the interpreter (3.11 or newer).
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,8 +6,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 ORACLES := laplace-torch curvlinops-for-pytorch backpack-for-pytorch asdfghjkl einconv linear_operator unfoldNd
 RUNS := $(VENV)/.runs
 TESTS := $(VENV)/.tests
+DOCS := $(VENV)/.docs
 
-.PHONY: venv demo test test-nightly lint mutants properties declared
+.PHONY: venv demo test test-nightly lint docs mutants properties declared
 
 venv: $(TESTS)
 
@@ -35,6 +36,16 @@ lint: $(TESTS)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
+
+$(DOCS): $(TESTS)
+	$(PIP) install --constraint constraints.txt --editable '.[demo,test,docs]'
+	touch $(DOCS)
+
+# The site, in .venv/site: warnings are errors, and the quickstart is a notebook that runs.
+docs: export OMP_NUM_THREADS = 1
+docs: $(DOCS)
+	$(BIN)/python -m typer bayestune_cli.app utils docs --name bayestune --title 'Command line' --output docs/command_line.md
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs $(VENV)/site
 
 # Minutes to an hour: long runs, kills at random, soak. Seeds change from day to day; SEED=n repeats those of another.
 test-nightly: export OMP_NUM_THREADS = 1

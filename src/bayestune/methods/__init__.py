@@ -21,6 +21,8 @@ from bayestune.methods.laplace import LaplacePosterior as LaplacePosterior
 from bayestune.methods.laplace import fit_laplace as fit_laplace
 from bayestune.methods.map import Map as Map
 from bayestune.methods.mle import Mle as Mle
+from bayestune.methods.scale import ScaleSearch as ScaleSearch
+from bayestune.methods.scale import fit_scale as fit_scale
 from bayestune.methods.swag import Swag as Swag
 from bayestune.methods.swag import SwagCallback as SwagCallback
 from bayestune.methods.swag import SwagPosterior as SwagPosterior

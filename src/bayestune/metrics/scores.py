@@ -65,7 +65,9 @@ def brier(log_probs: Float[Tensor, "rows classes"], labels: Int[Tensor, " rows"]
 
 
 def ece(log_probs: Float[Tensor, "rows classes"], labels: Int[Tensor, " rows"], *, bins: int = 15) -> float:
-    """Return the expected calibration error, sum_b n_b / n |accuracy_b - confidence_b| (Guo et al. 2017, equation 3).
+    """Return the expected calibration error (Guo et al. 2017, equation 3).
+
+    ``ECE = sum_b n_b / n |accuracy_b - confidence_b|`` over bins b of equal width.
 
     Args:
         log_probs: log-probabilities.

@@ -1,0 +1,117 @@
+r"""The scale of a posterior's standard deviation, chosen on held-out rows after training.
+
+Training fixes the width of the posterior by the KL and the number of updates, not by the data (docs/recipe.md). The
+factor c of all standard deviations, ``Omega <- c Omega``, is then the one whose draws give held-out rows the smallest
+mean negative log-likelihood of the averaged prediction; c = 0 is the mean alone.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from bayestune.adapters import gaussian_layers
+from bayestune.errors import ConfigError, DataError, PosteriorError
+from bayestune.functional import clamp_rho, derive_seed
+from bayestune.inference import predict
+from bayestune.metrics import row_nll
+from bayestune.sampling import Posterior
+from bayestune.tasks import AnyRow, Task
+
+FACTORS = tuple(2 ** (k / 2) for k in range(-4, 13))
+"""1/4 to 64, in steps of the square root of 2."""
+ALWAYS = FACTORS[:7]
+"""Those up to 2, which every search tries, besides 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleSearch:
+    """The result of `fit_scale`.
+
+    Attributes:
+        scale: the chosen factor c.
+        nll: mean NLL of the held-out rows (nats) by factor.
+    """
+
+    scale: float
+    nll: dict[float, float]
+
+
+def fit_scale(
+    posterior: Posterior,
+    task: Task,
+    rows: Sequence[AnyRow],
+    *,
+    draws: int = 10,
+    seed: int = 0,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> ScaleSearch:
+    """Multiply every standard deviation of `posterior`, in place, by the factor with the smallest held-out NLL.
+
+    The factors are 0 and 2^(k/2) from 1/4 to 2, then further ones until the NLL was above its minimum twice in a row.
+    All of them share the same noise, in antithetic pairs, so that differences between factors are not those between
+    draws. The noise is not that of `predict` with the same seed.
+
+    Args:
+        posterior: of a Gaussian adapter.
+        task: what the rows ask.
+        rows: labeled rows that the posterior was not trained on.
+        draws: draws per factor, an even number.
+        seed: of the noise.
+        batch_size: rows per forward, before draws are stacked.
+        progress: show a bar on stderr.
+
+    Returns:
+        The factor and the NLL of every factor tried.
+
+    Raises:
+        ConfigError: the adapter has no Gaussian, or `draws` is not a positive even number.
+        DataError: there are no rows, or a row has no label.
+    """
+    layers = gaussian_layers(posterior.model).values()
+    if not layers:
+        raise ConfigError("fit_scale: found an adapter without a Gaussian, expected method blob, bbb or tfb.")
+    if draws < 2 or draws % 2:
+        raise ConfigError(f"fit_scale: found draws={draws}, expected an even number: draws come in opposite pairs.")
+    if not rows or any(row.target is None for row in rows):
+        raise DataError(f"fit_scale: found {len(rows)} rows, expected at least one, each with a label.")
+    start = [layer.rho.detach().clone() for layer in layers]
+    pairs, noise = posterior.with_predictive("antithetic"), derive_seed("scale", seed)
+
+    @torch.no_grad()
+    def set_scale(factor: float) -> None:
+        for layer, rho in zip(layers, start, strict=True):
+            layer.rho.copy_(clamp_rho(rho * math.sqrt(factor)))
+
+    def nll(factor: float) -> float:
+        set_scale(factor)
+        found = predict(pairs, task, rows, draws=draws if factor else 0, seed=noise, batch_size=batch_size)
+        assert isinstance(found.labels, Tensor)
+        return row_nll(found.log_probs, found.labels).mean().item()
+
+    scale = 1.0
+    try:
+        found = _search(nll, progress)
+        scale = min(found, key=lambda factor: found[factor])
+    finally:
+        set_scale(scale)
+    return ScaleSearch(scale=scale, nll=found)
+
+
+def _search(nll: Callable[[float], float], progress: bool) -> dict[float, float]:
+    """The NLL by factor, in rising order."""
+    found, above = {0.0: nll(0.0)}, 0
+    with tqdm(FACTORS, desc="scale", unit="factor", disable=not progress) as factors:
+        for factor in factors:
+            if factor > ALWAYS[-1] and above >= 2:
+                break
+            try:
+                found[factor] = nll(factor)
+            except PosteriorError:  # so wide that the logits are no longer finite
+                break
+            above = above + 1 if found[factor] > min(found.values()) else 0
+    return found
