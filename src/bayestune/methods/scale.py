@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from bayestune.adapters import gaussian_layers
@@ -53,20 +52,14 @@ def fit_scale(
     """Multiply every standard deviation of `posterior`, in place, by the factor with the smallest held-out NLL.
 
     The factors are 0 and 2^(k/2) from 1/4 to 2, then further ones until the NLL was above its minimum twice in a row.
-    All of them share the same noise, in antithetic pairs, so that differences between factors are not those between
-    draws. The noise is not that of `predict` with the same seed.
+    All share the same noise, in antithetic pairs. It is not the noise of `predict` with the same seed.
 
     Args:
         posterior: of a Gaussian adapter.
-        task: what the rows ask.
-        rows: labeled rows that the posterior was not trained on.
+        task, rows: labeled rows that the posterior was not trained on.
         draws: draws per factor, an even number.
         seed: of the noise.
-        batch_size: rows per forward, before draws are stacked.
-        progress: show a bar on stderr.
-
-    Returns:
-        The factor and the NLL of every factor tried.
+        batch_size, progress: as in `predict`.
 
     Raises:
         ConfigError: the adapter has no Gaussian, or `draws` is not a positive even number.
@@ -74,11 +67,8 @@ def fit_scale(
     """
     layers = gaussian_layers(posterior.model).values()
     if not layers:
-        raise ConfigError("fit_scale: found an adapter without a Gaussian, expected method blob, bbb or tfb.")
-    if draws < 2 or draws % 2:
-        raise ConfigError(f"fit_scale: found draws={draws}, expected an even number: draws come in opposite pairs.")
-    if not rows or any(row.target is None for row in rows):
-        raise DataError(f"fit_scale: found {len(rows)} rows, expected at least one, each with a label.")
+        raise ConfigError("fit_scale: found an adapter without a Gaussian, expected one, as BLoB has.")
+    _check(rows, draws)
     start = [layer.rho.detach().clone() for layer in layers]
     pairs, noise = posterior.with_predictive("antithetic"), derive_seed("scale", seed)
 
@@ -90,16 +80,22 @@ def fit_scale(
     def nll(factor: float) -> float:
         set_scale(factor)
         found = predict(pairs, task, rows, draws=draws if factor else 0, seed=noise, batch_size=batch_size)
-        assert isinstance(found.labels, Tensor)
         return row_nll(found.log_probs, found.labels).mean().item()
 
-    scale = 1.0
+    scale = 1.0  # if the search fails
     try:
         found = _search(nll, progress)
         scale = min(found, key=lambda factor: found[factor])
     finally:
         set_scale(scale)
     return ScaleSearch(scale=scale, nll=found)
+
+
+def _check(rows: Sequence[AnyRow], draws: int) -> None:
+    if draws < 2 or draws % 2:
+        raise ConfigError(f"fit_scale: found draws={draws}, expected an even number: draws come in opposite pairs.")
+    if not rows or any(row.target is None for row in rows):
+        raise DataError(f"fit_scale: found {len(rows)} rows, expected at least one, each with a label.")
 
 
 def _search(nll: Callable[[float], float], progress: bool) -> dict[float, float]:
