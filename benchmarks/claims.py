@@ -1,4 +1,4 @@
-"""What speed was to be reached, and what the records say: the first table of docs/performance.md."""
+"""Targets for speed and what the records say: the first table of docs/performance.md."""
 
 import statistics
 from collections.abc import Mapping
@@ -23,12 +23,12 @@ def record(name: str) -> dict[str, Any] | None:
 
 
 def claims() -> list[list[str]]:
-    """Claim, what was to be reached, what was measured, and whether that reaches it."""
+    """Return claim, target, measurement, and whether the target is met."""
     return [*_training(), *_ten_draws(), *_quality(), *_growth(), *_start()]
 
 
 def exponent(curve: Mapping[str, Mapping[str, float]], unit: str) -> float:
-    """The slope of log(unit) over log(size), by least squares."""
+    """Return the slope of log(unit) over log(size), by least squares."""
     sizes = np.log([float(size) for size in curve])
     return float(np.polyfit(sizes, np.log([max(point[unit], 1.0e-9) for point in curve.values()]), 1)[0])
 
@@ -42,7 +42,7 @@ def _claim(
 
 
 def _paired(claim: str, limit: float, one: dict[str, Any] | None, missing: str = "not measured") -> list[str]:
-    """A median of ratios with its standard error; where the limit is within it, nothing is decided."""
+    """Return a median of ratios with its standard error; "undecided" if the limit is within it."""
     if one is None:
         return [claim, f"≤ {limit:g}", missing, ""]
     found, error = one["ratio"], uncertainty(one["quartiles"], one["pairs"])

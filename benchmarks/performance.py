@@ -1,9 +1,9 @@
-"""docs/performance.md and its plot from results/bench/*.json: nothing in them is typed by hand but the words.
+"""Make docs/performance.md and its plot from results/bench/*.json; no figure in them is typed by hand.
 
     python benchmarks/performance.py            # rewrite them
     python benchmarks/performance.py --check    # exit 1 if the page differs from what results/ gives
 
-The records are made by `benchmarks/bench.sh`; `claims.py` says what was to be reached.
+`benchmarks/bench.sh` makes the records; `claims.py` holds the targets.
 """
 
 import statistics
@@ -36,38 +36,44 @@ def main() -> None:
 def page() -> str:
     parts = [
         "# Performance",
-        "Made by `python benchmarks/performance.py` from `results/bench/*.json`, which `benchmarks/bench.sh` makes. "
-        "Ways that are compared take turns in one process; a ratio is the median over these rounds, with quartiles "
-        "or ± its standard error; from process to process it differs by more, as the tables of ten draws show. "
-        '"Control" is a second plain LoRA by the first: how far it is from 1 is the machine\'s doing. '
-        '"Reference" is the released code\'s way, written afresh in `benchmarks/looped_reference.py`: noise on '
-        "activations with signs for every token, the KL by autograd in float64, a second optimiser, draws in a loop. "
-        "`llama-4x128` is 4 rows of 128 tokens on a 4-layer Llama of width 512 with a vocabulary of 32,000 and random "
-        "weights, `minilm-8x4x64` 8 rows of 4 choices of 64 tokens on MiniLM, `llama7b` the shape of Llama-2-7B.",
+        "`python benchmarks/performance.py` makes this page from `results/bench/*.json`, and `benchmarks/bench.sh` "
+        "makes those records; run it on an idle machine. One figure takes minutes: "
+        "`.venv/bin/python benchmarks/train_step.py --shape llama-4x128`.",
+        "Compared variants take turns in one process. A ratio is the median over these rounds, with its quartiles or "
+        "± its standard error. Ratios differ more between processes than within one.",
+        "- **Control**: a second plain-LoRA run, timed against the first; its distance from 1 is noise.\n"
+        "- **Reference**: the algorithm of the released code, rewritten in `benchmarks/looped_reference.py`: noise on "
+        "activations with signs per token, the KL by autograd in float64, a second optimizer, draws in a loop.\n"
+        "- **`llama-4x128`**: 4 rows of 128 tokens on a 4-layer Llama of width 512 with a vocabulary of 32,000 and "
+        "random weights.\n"
+        "- **`minilm-8x4x64`**: 8 rows of 4 choices of 64 tokens on MiniLM.\n"
+        "- **`llama7b`**: the shape of Llama-2-7B.",
         _machine(),
-        "## What was to be reached",
-        _table(["claim", "to reach", "measured", ""], claims()),
-        "## A training step of BLoB, by one of plain LoRA",
+        "## Targets",
+        _table(["claim", "target", "measured", ""], claims()),
+        "## Training: BLoB relative to plain LoRA",
         _training(),
         "## Ten draws",
-        "By ten plain LoRA forwards, one after the other, with the logits of every position (first columns), by a "
-        "loop that asks for the label's logits alone, and by one forward, beside it the ratio of operations. "
-        '"At once" is how many draws ride in one forward.',
+        "Time of ten draws, divided by the time of ten plain-LoRA forward passes one after the other (loop), of ten "
+        'that compute the logits of the labels only (short loop), and of one forward pass. "At once" is the number '
+        "of draws in one forward pass. If the model is small and the batch full, ten draws cost about ten forward "
+        "passes; computing the label's logits only, and filling the machine with several draws, makes them cheaper.",
         _prediction(),
-        "### How many at once",
+        "### Draws per forward pass",
         _chunks(),
-        "## Without draws of weights",
+        "## Predictives without draws of weights",
         _sampling_free(),
-        "How the NLL falls with independent, antithetic and Latin-hypercube draws is in [draws.md](draws.md).",
+        "[draws.md](draws.md) shows how the NLL falls with independent, antithetic and Latin-hypercube draws.",
         "## Growth",
         _scaling(),
-        "## Start of the command line",
+        "## Start-up of the command line",
         _start(),
-        "## What was left out",
-        "- GPU figures: none of the machines that made these records had one. The scripts take `--device cuda`.\n"
-        "- A Triton kernel for the product of the stacked [mean | noise] projection: what it would gain can only be "
-        "seen on a GPU, so there is none; the products are torch's batched ones.\n"
-        "- The head is computed at one position a row, but for the whole vocabulary, of which the labels are taken.",
+        "## Not measured and not done",
+        "- There are no GPU figures: the machines that made these records had no GPU. The scripts take "
+        "`--device cuda`.\n"
+        "- There is no Triton kernel for the product of the stacked [mean | noise] projection: its gain can only "
+        "be measured on a GPU. The products are torch's batched ones.\n"
+        "- The head is computed at one position per row, but for the whole vocabulary instead of the labels only.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -78,7 +84,7 @@ def _machine() -> str:
     return (
         f"Machine: {hardware['cores']} {hardware['machine']} cores, {hardware['threads']} threads, "
         f"{hardware['device']}; torch {versions['torch']}, "
-        f"transformers {versions['transformers']}, peft {versions['peft']}. Float32 where nothing else is said."
+        f"transformers {versions['transformers']}, peft {versions['peft']}. Float32 unless stated otherwise."
     )
 
 
@@ -108,9 +114,9 @@ def _training() -> str:
                           f"{trainer['checks_ratio']:.3f}", str(trainer["pairs"])])  # fmt: skip
     heads_whole = ["shape", "BLoB / LoRA", "control", "LoRA in `BayesTrainer` / LoRA", "rounds"]
     return (
-        f"{_table(heads, rows)}\n\nMemory is the peak of a process of its own, less G and its gradient for BLoB.\n\n"
-        "The same for whole updates of the trainers: `BayesTrainer` with BLoB, by transformers' Trainer with plain "
-        f"LoRA, batches, clipping and checks included.\n\n{_table(heads_whole, whole)}"
+        f"{_table(heads, rows)}\n\nMemory is the peak of a separate process, without G and its gradient for BLoB.\n\n"
+        "Whole updates of the trainers, including batches, clipping and checks: `BayesTrainer` with BLoB, relative to "
+        f"transformers' Trainer with plain LoRA.\n\n{_table(heads_whole, whole)}"
     )
 
 
@@ -134,14 +140,15 @@ def _chunks() -> str:
     if found is None:
         return "Not measured."
     ways = sorted({int(way) for shape in found["shapes"].values() for way in shape["ratios"]})
-    heads = ["shape", "tokens a draw", *(str(way) for way in ways), "chosen", "dearer than the best"]
+    heads = ["shape", "tokens per draw", *(str(way) for way in ways), "chosen", "slower than the best"]
     rows = []
     for name, shape in found["shapes"].items():
         ratios = [f"{shape['ratios'][str(way)]:.2f}" if str(way) in shape["ratios"] else "" for way in ways]
         rows.append([name, str(shape["tokens"]), *ratios, str(shape["chosen"]), f"{shape['regret']:.0%}"])
     return (
-        "Ten draws by the loop of ten plain forwards, for each number of draws in one forward. A CPU takes as many as "
-        f"keep a forward within {found['cpu_tokens']} tokens.\n\n{_table(heads, rows)}"
+        "Time of ten draws, divided by that of the loop, for each number of draws in one forward pass. On a CPU, "
+        "bayestune takes as many as keep a forward pass "
+        f"within {found['cpu_tokens']} tokens.\n\n{_table(heads, rows)}"
     )
 
 
@@ -161,10 +168,10 @@ def _sampling_free() -> str:
     float32 = statistics.mean(ratio(run["float32"]["linearised"], run["float32"]["mean"]) for run in found["runs"])
     head = (
         f"`Variational(model, predictive=...)` on {len(found['runs'])} posterior(s) of `bayestune table`, "
-        f"{found['rows']} rows of the evaluation split, mean over {found['repeats']} seeds of the draws, one of 100 "
-        "draws. NLL in nats; time by that of the "
-        f"mean alone, in {found['runs'][0]['precision']}. In float32 the linearised predictive takes {float32:.1f} "
-        "times the mean: backward through torch's attention in bf16 is slow on a CPU."
+        f"{found['rows']} rows of the evaluation split, averaged over {found['repeats']} seeds of the draws (one seed "
+        "for 100 draws). The NLL is in nats. The time is relative to that of the mean alone, in "
+        f"{found['runs'][0]['precision']}. In float32 the linearised predictive takes {float32:.1f} times as long as "
+        "the mean: the backward pass through torch's attention in bf16 is slow on a CPU."
     )
     return f"{head}\n\n{_table(['predictive, draws', 'NLL', 'ECE', 'time'], lines)}"
 
@@ -181,10 +188,9 @@ def _scaling() -> str:
             lines.append([f"{what}, {unit}", *slopes])
     base = ", ".join(f"{name} {value}" for name, value in found["base"].items())
     return (
-        f"One size at a time, the others being {base}, on a 4-layer Llama of 512. The exponents of "
-        "seconds and of the peak of memory above what the model takes, over all sizes and between the last two; 1 is "
-        "linear. "
-        "Of larger sizes, where attention's square of the tokens would show, nothing is known.\n\n"
+        f"One size varies at a time on a 4-layer Llama of width 512; the others are {base}. The table shows the "
+        "exponents of the seconds and of the peak memory above that of the model, over all sizes and between the last "
+        "two; 1 is linear. Larger sizes, where the quadratic cost of attention would show, were not measured.\n\n"
         f"{_table(['', *names], lines)}\n\n![Seconds and memory against size](images/scaling.png)"
     )
 
@@ -205,7 +211,7 @@ def _start() -> str:
 
 
 def plot(found: dict[str, Any] | None) -> None:
-    """Seconds and memory against each size, with a grey line of slope 1 to compare with."""
+    """Plot seconds and memory against each size, with a gray line of slope 1 for comparison."""
     if found is None:
         return
     names, colours = ("tokens", "rows", "rank", "layers", "draws"), {"train": "C0", "predict": "C1"}

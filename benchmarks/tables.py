@@ -1,6 +1,6 @@
-"""Make the tables of README.md from results/*.json: nothing in them is typed by hand.
+"""Make the tables of README.md and docs/results.md from results/*.json; nothing in them is typed by hand.
 
-python benchmarks/tables.py            # rewrite the parts of README.md between the markers
+python benchmarks/tables.py            # rewrite the parts of both pages between the markers
 python benchmarks/tables.py --check    # exit 1 if they differ from what results/ gives
 """
 
@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import claims
 from options import parser
 
 from bayestune.tables import read_cells
@@ -26,34 +25,31 @@ def main() -> None:
     made = parser(__doc__)
     made.add_argument("--check", action="store_true")
     options = made.parse_args()
-    readme = ROOT / "README.md"
-    before = readme.read_text(encoding="utf-8")
-    after = before
-    for name, table in {
-        "demo": demo_table(),
-        "real": real_table(),
-        "tuning": tuning_table(),
-        "methods": methods_table(),
-        "speed": speed_table(),
-    }.items():
-        after = between(after, name, table)
-    if options.check:
-        sys.exit(0 if after == before else "README.md: a table differs from results/; run benchmarks/tables.py")
-    readme.write_text(after, encoding="utf-8")
+    pages = {
+        "README.md": {"real": real_table},
+        "docs/results.md": {"demo": demo_table, "tuning": tuning_table, "methods": methods_table},
+    }
+    for name, tables in pages.items():
+        before = after = (ROOT / name).read_text(encoding="utf-8")
+        for marker, make in tables.items():
+            after = between(after, marker, make())
+        if options.check and after != before:
+            sys.exit(f"{name}: a table differs from results/; run benchmarks/tables.py")
+        (ROOT / name).write_text(after, encoding="utf-8")
 
 
 def between(text: str, name: str, table: str) -> str:
-    """`text` with what stands between the markers of `name` replaced by `table`."""
+    """Return `text` with the part between the markers of `name` replaced by `table`."""
     begin, end = f"<!-- {name}: made by benchmarks/tables.py -->\n", f"<!-- end {name} -->"
     head, found, rest = text.partition(begin)
     _, closed, tail = rest.partition(end)
     if not (found and closed):
-        raise SystemExit(f"README.md: found no pair of markers for {name!r}")
+        raise SystemExit(f"found no pair of markers for {name!r}")
     return f"{head}{begin}\n{table}\n{end}{tail}"
 
 
 def demo_table() -> str:
-    """One line a seed and method, from results/demo/seed*.json."""
+    """Return one line per seed and method, from results/demo/seed*.json."""
     lines = [f"| seed | method | {' | '.join(METRICS.values())} |", "|---|---|---|---|---|---|"]
     for record in load("demo"):
         for method, scores in record["methods"].items():
@@ -63,7 +59,7 @@ def demo_table() -> str:
 
 
 def real_table() -> str:
-    """Mean and standard deviation over seeds, one line a task, budget and method, from results/real/*.json."""
+    """Return mean and standard deviation over seeds per task, budget and method, from results/real/*.json."""
     heads = ["task", "updates", "method", *METRICS.values(), "rows", "seeds"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     records = load("real")
@@ -80,7 +76,7 @@ def real_table() -> str:
 
 
 def tuning_table() -> str:
-    """One line a setting, scored on rows cut from train, from results/tuning/*.json."""
+    """Return one line per setting, scored on rows cut from train, from results/tuning/*.json."""
     heads = ["method", "learning rate", "KL weights", "KL rate", *METRICS.values(), "rows"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for record in load("tuning"):
@@ -94,7 +90,7 @@ def tuning_table() -> str:
 
 
 def methods_table() -> str:
-    """Mean and standard deviation over seeds, one line a data set and method, from the cells of table 1."""
+    """Return mean and standard deviation over seeds per data set and method, from the cells of table 1."""
     heads = ["data set", "updates", "method", *METRICS.values(), "AURC", "rows", "seeds"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     cells = read_cells(ROOT / "results" / "table1")
@@ -108,25 +104,8 @@ def methods_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def speed_table() -> str:
-    """What was to be reached and what was measured, and ten draws by three baselines, from results/bench/*.json."""
-    lines = [
-        "| | to reach | measured | |",
-        "|---|---|---|---|",
-        *(f"| {' | '.join(claim)} |" for claim in claims.claims()),
-    ]
-    heads = ["ten draws", "by ten forwards", "by ten with the label's logits alone", "by one forward"]
-    lines += ["", f"| {' | '.join(heads)} |", "|---|---|---|---|"]
-    for shape in claims.TEN_DRAWS:
-        found = claims.record(f"predict_{shape}")
-        if found is not None:
-            ratios = [f"{found[name]:.2f}" for name in ("per_loop", "per_short_loop", "per_forward")]
-            lines.append(f"| {shape} | {' | '.join(ratios)} |")
-    return "\n".join(lines) + "\n"
-
-
 def spread(values: Iterable[float]) -> str:
-    """Mean ± standard deviation (n - 1); the value alone where there is one."""
+    """Return "mean ± standard deviation" (n - 1), or a single value alone."""
     values = list(values)
     if len(values) == 1:
         return f"{values[0]:.3f}"

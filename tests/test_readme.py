@@ -1,4 +1,4 @@
-"""The README's tables and docs/performance.md are those that results/ gives."""
+"""The tables of README.md and docs/results.md, and docs/performance.md, are those that results/ gives."""
 
 import subprocess
 import sys
