@@ -15,16 +15,17 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
 
 from bayestune.adapters import BlobConfig, gaussian_layers, random_layers
 from bayestune.errors import ConfigError, PosteriorError
 from bayestune.files import disk
 from bayestune.files import folders as folder_module
 from bayestune.inference.draws import draw
-from bayestune.methods import load_posterior, save_posterior
-from bayestune.storage.state import check_name
+from bayestune.methods import EnsemblePosterior, load_posterior, save_posterior
+from bayestune.storage.state import adapter_tensors, check_name
 from models import BERT, LLAMA, blob, scatter
-from storage.cases import CASES, answers, store
+from storage.cases import CASES, Case, answers, store
 
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "bayestune_manifest.json"}
 TESTS = Path(__file__).parent.parent
@@ -106,17 +107,46 @@ def test_the_file_holds_every_variational_tensor_and_nothing_else(saved: Path) -
         assert {entry.name for entry in (saved / name).iterdir()} == FILES, name
 
 
-def test_the_model_card_says_what_to_import(saved: Path) -> None:
-    lines = (saved / "named" / "README.md").read_text().splitlines()
+def test_the_model_card_is_filled_and_says_what_to_import(saved: Path) -> None:
+    text = (saved / "named" / "README.md").read_text()
+    lines = text.splitlines()
     assert [line.split("  #")[0] for line in lines].count("import bayestune") == 1
     assert lines.index("from peft import PeftModel") == next(
         number + 1 for number, line in enumerate(lines) if line.startswith("import bayestune")
     )
     assert any("PeftModel.from_pretrained(" in line for line in lines)
-
-
-def test_the_card_of_plain_lora_asks_for_nothing(saved: Path) -> None:
+    for fact in ("LlamaForCausalLM", "variational, gaussian_a", "CAUSAL_LM", "rank 4, alpha 8, on `q_proj, v_proj`"):
+        assert fact in text
+    assert "More Information Needed" not in text
     assert "import bayestune" not in (saved / "plain" / "README.md").read_text()
+
+
+_AS_THE_CARD_SAYS = """
+import sys
+card = open(sys.argv[1] + "/README.md", encoding="utf-8").read()
+scope = {}
+exec(card.split("```python")[1].split("```")[0].replace("this/folder", sys.argv[1]), scope)
+found = scope.get("model") or scope["posterior"].model
+print(type(found).__name__, "bayestune" in sys.modules, found.get_base_model().config.num_labels)
+"""
+
+
+@pytest.mark.parametrize("kind", ["variational", "point", "ensemble"])
+def test_a_fresh_process_loads_as_the_model_card_says(tmp_path: Path, kind: str) -> None:
+    BERT.build().save_pretrained(tmp_path / "base")
+    case = Case(architecture=BERT, plain=kind != "variational")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    model = scatter(get_peft_model(base, case.config()))
+    members = [{key: t.clone() for key, t in adapter_tensors(model, "default").items()}] * 2
+    save_posterior(EnsemblePosterior(model, members) if kind == "ensemble" else model, tmp_path / "p")
+    done = subprocess.run(
+        [sys.executable, "-c", _AS_THE_CARD_SAYS, str(tmp_path / "p")],
+        env={**os.environ, "PYTHONPATH": str(TESTS.parent / "src")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["PeftModelForSequenceClassification", str(kind != "point"), "3"]
 
 
 @pytest.mark.parametrize("trainable", [False, True])

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bayestune.adapters import is_merged
-from bayestune.adapters.card import add_notice
+from bayestune.adapters.card import write_card
 from bayestune.errors import ConfigError, PosteriorError
 from bayestune.files import new_folder, strict_json
 from bayestune.sampling.base import Posterior
@@ -62,17 +62,17 @@ def save_posterior(model: nn.Module | Posterior, path: str | os.PathLike[str], *
     model, adapter, kind = active_adapter(posterior.model)
     if posterior.adapter != kind:
         raise ConfigError(f"a {posterior.kind!r} posterior: found a {kind!r} adapter, expected {posterior.adapter!r}.")
-    tensors = adapter_tensors(model, adapter)
+    config, tensors = adapter_config(model, adapter), adapter_tensors(model, adapter)
     _check_savable(model, tensors)
     with new_folder(path, overwrite=overwrite) as folder:
         _write_adapter(model, adapter, folder)
-        if kind == Variational.adapter:
-            add_notice(folder)
+        adapter_only = posterior.kind in (Point.kind, Variational.kind) and posterior.temperature == 1.0
+        write_card(folder, model.get_base_model(), config, posterior.kind, adapter_only=adapter_only)
         _check_written(folder, kind, tensors)
         content = {
             "posterior": posterior.kind,
             "std": STD if kind == Variational.adapter else None,
-            "base": {"name": adapter_config(model, adapter).base_model_name_or_path, **fingerprint(model)},
+            "base": {"name": config.base_model_name_or_path, **fingerprint(model)},
             "tensors": describe(tensors),
             **_write_parts(posterior, folder),
         }
