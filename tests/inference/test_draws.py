@@ -165,6 +165,41 @@ def test_a_merged_adapter_has_no_draws() -> None:
         logits(model)
 
 
+def test_nothing_is_merged_inside_a_draw() -> None:
+    """PEFT would merge the mean."""
+    model = blob(LLAMA).eval()
+    expected = logits(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(DrawError, match="inside draw.*export_lora"), draw(model, index=1):
+            merge()
+        assert torch.equal(logits(model), expected)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_belongs_to_one_draw() -> None:
+    """Also a cache that the model made itself, and that of the mean. The same draw may be entered again."""
+    model = blob(LLAMA).eval()
+    with torch.no_grad(), draw(model, index=0, seed=3):
+        expected = model(input_ids=IDS).logits[:, 5:]
+        cache = model(input_ids=IDS[:, :5], use_cache=True).past_key_values
+    for index in (0, 1):
+        with torch.no_grad(), draw(model, index=index, seed=3):
+            if index == 1:
+                with pytest.raises(DrawError, match="cache of draw 0 of seed 3, expected one of draw 1 of seed 3"):
+                    model(input_ids=IDS[:, 5:], past_key_values=cache)
+                assert model(input_ids=IDS, past_key_values=DynamicCache()).logits.isfinite().all()
+            else:
+                found = model(input_ids=IDS[:, 5:], past_key_values=copy.deepcopy(cache)).logits
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(DrawError, match="cache of draw 0 of seed 3, expected one of the mean"), torch.no_grad():
+        model(input_ids=IDS[:, 5:], past_key_values=cache)
+    with torch.no_grad():
+        cache = model(input_ids=IDS[:, :5], use_cache=True).past_key_values
+    with pytest.raises(DrawError, match="cache of the mean, expected one of draw 0"), draw(model):
+        model(input_ids=IDS[:, 5:], past_key_values=cache)
+
+
 def test_a_model_without_a_posterior_has_no_draws() -> None:
     plain = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"]))
     with pytest.raises(DrawError, match="no active Gaussian adapter"), draw(plain):

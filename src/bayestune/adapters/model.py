@@ -7,11 +7,12 @@ from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from bayestune.adapters.caches import check_cache, mark_cache
 from bayestune.adapters.config import BayesLoraConfig
 from bayestune.adapters.dropout import DropoutLinear
 from bayestune.adapters.gaussian import GaussianLinear
 from bayestune.adapters.noise import TrainingNoise, find_noise
-from bayestune.adapters.random import FullPrecisionLinear, RandomLinear
+from bayestune.adapters.random import FullPrecisionLinear, RandomLinear, refuse_in_draw
 from bayestune.errors import ConfigError
 
 # The last is the `out_proj` of nn.MultiheadAttention, which reads its weight without calling the layer.
@@ -34,6 +35,8 @@ class BayesLoraModel(LoraModel):
         super()._post_injection_hook(model, config, adapter_name)
         if find_noise(model) is None:
             model.register_forward_pre_hook(TrainingNoise(config.estimator), with_kwargs=True)
+            model.register_forward_pre_hook(check_cache, with_kwargs=True)
+            model.register_forward_hook(mark_cache)
 
     def _check_new_adapter_config(self, config: BayesLoraConfig) -> None:
         """Check before any module is changed, so that after an error a model with other adapters is as it was."""
@@ -73,6 +76,20 @@ class BayesLoraModel(LoraModel):
         layer.lora_B[adapter_name] = b.train(self.model.training)
         if lora_config.distribution == "dropout":
             layer.lora_dropout[adapter_name] = nn.Identity()  # the masks are part of A
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Merge the mean into the base weights, as PEFT does.
+
+        Raises:
+            DrawError: inside `draw`.
+        """
+        refuse_in_draw("merge_adapter")
+        super().merge_adapter(*args, **kwargs)
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Merge the mean and return the base model; raises a DrawError inside `draw`."""
+        refuse_in_draw("merge_and_unload")
+        return super().merge_and_unload(*args, **kwargs)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Raise an error: PEFT would drop the variances of a weighted sum of Gaussians.

@@ -37,13 +37,19 @@ class _ThreadDraw(threading.local):
         # On the instance, not the class: torch.compile guards only what it finds there.
         self.weights: Mapping[int, Tensor] | None = None
         self.sizes: frozenset[int] | None = None
+        self.key: tuple[int, int] | None = None
 
 
 _ACTIVE = _ThreadDraw()
 
 
 @contextmanager
-def drawn_weights(weights: Mapping["RandomLinear", Tensor], *, sizes: frozenset[int] | None = None) -> Iterator[None]:
+def drawn_weights(
+    weights: Mapping["RandomLinear", Tensor],
+    *,
+    sizes: frozenset[int] | None = None,
+    key: tuple[int, int] | None = None,
+) -> Iterator[None]:
     """Context in which each layer of `weights` uses the given matrix.
 
     With K stacked draws the batch must hold K copies of the rows, the draw being the outermost index. Only the current
@@ -52,14 +58,29 @@ def drawn_weights(weights: Mapping["RandomLinear", Tensor], *, sizes: frozenset[
     Args:
         weights: a matrix [r, n] per layer, or [K, r, n] for K stacked draws.
         sizes: allowed sizes of dimension 0 of a layer's input of stacked draws (see `row_major_sizes`); None for any.
+        key: (seed, index) of a single draw, which key-value caches remember.
     """
-    before = _ACTIVE.weights, _ACTIVE.sizes
+    before = _ACTIVE.weights, _ACTIVE.sizes, _ACTIVE.key
     _ACTIVE.weights = {**(before[0] or {}), **{id(layer): weight for layer, weight in weights.items()}}
-    _ACTIVE.sizes = sizes
+    _ACTIVE.sizes, _ACTIVE.key = sizes, key
     try:
         yield
     finally:
-        _ACTIVE.weights, _ACTIVE.sizes = before
+        _ACTIVE.weights, _ACTIVE.sizes, _ACTIVE.key = before
+
+
+def current_draw() -> tuple[int, int] | None:
+    """Return (seed, index) of the draw that `bayestune.draw` holds in this thread; None for the mean."""
+    return _ACTIVE.key
+
+
+def refuse_in_draw(call: str) -> None:
+    """Raise a DrawError if weights are drawn in this thread, where `call` would use the mean."""
+    if _ACTIVE.weights is not None:
+        raise DrawError(
+            f"{call} inside draw(...): found drawn weights, but the mean would be merged: leave the draw first, or "
+            "write the draw as plain LoRA with export_lora and merge that."
+        )
 
 
 def row_major_sizes(shape: tuple[int, ...], groups: int) -> frozenset[int]:

@@ -23,7 +23,8 @@ def draw(model: nn.Module, *, index: int = 0, seed: int = 0) -> Iterator[None]:
 
     The weights are fixed at entry, without a gradient, and are the same for every token, row, batch size, device and
     process. The model is in evaluation mode inside; its modes and its mean are back on exit, also after an exception.
-    Only the current thread is affected, so threads may hold different draws of one model.
+    Only the current thread is affected, so threads may hold different draws of one model. A key-value cache
+    (`past_key_values`) belongs to the draw that filled it: a forward of another draw, or of the mean, refuses it.
 
     Raises:
         ConfigError: `index` or `seed` is no whole number, or below 0.
@@ -32,7 +33,8 @@ def draw(model: nn.Module, *, index: int = 0, seed: int = 0) -> Iterator[None]:
     for name, value in {"index": index, "seed": seed}.items():
         if not isinstance(value, SupportsIndex) or operator.index(value) < 0:
             raise ConfigError(f"draw {name}: found {value!r}, expected a whole number, at least 0.")
-    with evaluation_mode(model), drawn_weights(single_weights(model, index, seed)):
+    key = operator.index(seed), operator.index(index)
+    with evaluation_mode(model), drawn_weights(single_weights(model, index, seed), key=key):
         yield
 
 
