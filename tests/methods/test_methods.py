@@ -1,6 +1,7 @@
 """Every method of an experiment: from its settings to a run folder, and back."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -347,6 +348,34 @@ def test_a_run_records_the_size_of_the_adapter_that_it_started_from(world: Path,
     recorded = json.loads((tmp_path / "run" / "result.json").read_text())["sha256"]
     assert recorded["start"] == file_sha256(adapter / "adapter_model.safetensors")
     assert load_run(tmp_path / "run").experiment.rank == 3
+
+
+@pytest.mark.filterwarnings("ignore:fit_temperature. stopped at the bound:bayestune.errors.BayestuneWarning")
+def test_nothing_is_fitted_on_the_draws_that_are_scored(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TFB's anchor rows are a sample by the run's seed; the draws of the fits are those of no evaluation."""
+    anchors: list[list[str]] = []
+    seeds: list[int] = []
+    tfb, experiments = sys.modules["bayestune.methods.tfb"], sys.modules["bayestune.experiment.run"]
+
+    def anchor_loss(task: Any, rows: Any, **settings: Any) -> Any:
+        anchors.append([row.id for row in rows])
+        seeds.append(settings["seed"])
+        return right_loss(task, rows, **settings)
+
+    def predict(*args: Any, **settings: Any) -> Any:
+        seeds.append(settings["seed"])
+        return right_predict(*args, **settings)
+
+    right_loss, right_predict = tfb.anchor_loss, experiments.predict
+    monkeypatch.setattr(tfb, "anchor_loss", anchor_loss)
+    monkeypatch.setattr(experiments, "predict", predict)
+    for seed in (0, 1):
+        given = experiment(world, method="tfb", temperature_split="train", seed=seed, steps=1)
+        run(given, tmp_path / str(seed))
+    assert [len(set(ids)) for ids in anchors] == [8, 8] and set(anchors[0]) != set(anchors[1])
+    assert len(set(seeds)) == 4 and not {0, 1} & set(seeds)
 
 
 def test_a_width_at_the_end_of_the_search_is_told(world: Path, mle: Result, tmp_path: Path) -> None:

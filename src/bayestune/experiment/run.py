@@ -22,7 +22,7 @@ from bayestune.experiment.start import Start
 from bayestune.experiment.train import Training
 from bayestune.experiment.trained import Run, resolve
 from bayestune.files import file_sha256, write_json, writing
-from bayestune.functional import std
+from bayestune.functional import derive_seed, std
 from bayestune.inference import Prediction, Scores, evaluate, predict
 from bayestune.methods import Posterior, Updates, fit_temperature, save_posterior
 from bayestune.storage.manifest import TENSOR_FILE
@@ -163,12 +163,11 @@ def _save(posterior: Posterior, training: Training, temperature_rows: Sequence[A
 
 
 def _temperature(posterior: Posterior, training: Training, rows: Sequence[AnyRow]) -> float:
-    """The temperature on held-out rows, at the number of draws that the posterior is evaluated with."""
+    """The temperature on held-out rows, at as many draws as are scored, but others."""
     experiment = training.experiment
+    draws, seed = experiment.method.draw_counts(experiment.draws)[-1], derive_seed("temperature", experiment.seed)
     with autocast(experiment):
-        found = predict(
-            posterior, training.task, rows, draws=experiment.method.draw_counts(experiment.draws)[-1], seed=0
-        )
+        found = predict(posterior, training.task, rows, draws=draws, seed=seed)
     return fit_temperature(found.draw_log_probs, found.labels)
 
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from bayestune import metrics
 from bayestune.adapters import BayesLoraConfig, gaussian_layers
 from bayestune.errors import BayestuneWarning, ConfigError, DataError, PosteriorError
+from bayestune.functional import derive_seed
 from bayestune.inference.predict import predict
 from bayestune.methods.base import Fitting, PostHocMethod, plain_adapter
 from bayestune.methods.mle import Mle
@@ -264,7 +265,7 @@ def _set_width(blob: PeftModel, singular: dict[str, Tensor], sigma: float) -> No
 
 
 class Tfb(PostHocMethod):
-    """The widest posterior whose NLL on the first `anchor_rows` training rows stays within the tolerance."""
+    """The widest posterior whose NLL on a sample of `anchor_rows` training rows stays within the tolerance."""
 
     name = "tfb"
     label = "TFB"
@@ -279,7 +280,10 @@ class Tfb(PostHocMethod):
     )
 
     def fit_to(self, model: PeftModel, run: Fitting) -> Variational:
-        loss = anchor_loss(run.task, run.rows[: self.anchor_rows], draws=run.draws, seed=run.seed)
+        generator = torch.Generator().manual_seed(derive_seed("anchor rows", run.seed))
+        chosen = torch.randperm(len(run.rows), generator=generator)[: self.anchor_rows].tolist()
+        rows = [run.rows[i] for i in chosen]
+        loss = anchor_loss(run.task, rows, draws=run.draws, seed=derive_seed("anchor draws", run.seed))
         with run.precision():
             fitted, search = fit_tfb(model, loss, tolerance=self.tolerance)
         if search.at_high:
