@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from bayestune.adapters import GaussianLinear, gaussian_layers, random_layers, training_noise
 from bayestune.errors import ConfigError
@@ -22,16 +22,12 @@ class NoiseCallback(TrainerCallback):
         DrawError: when training begins, if the model has no random adapter.
     """
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         self._random = list(random_layers(kwargs["model"]).values())
         self._noise = training_noise(kwargs["model"])
         self._noise.seed, self._noise.rank = args.seed, args.process_index
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._noise.step = state.global_step
         self.rewind()
 
@@ -66,14 +62,10 @@ class KLCallback(NoiseCallback):
         self._along_nll = True
         self._rate = self._weight = 0.0  # of this update
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         _restore_float32(kwargs["model"])
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         if args.fp16:
             raise ConfigError("fp16=True scales the loss, and the KL step is taken outside the scaler: use bf16=True.")
@@ -94,9 +86,7 @@ class KLCallback(NoiseCallback):
         self._along_nll = not _holds_rho(self._layers, optimizer)
         super().on_train_begin(args, state, control, **kwargs)
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         group = kwargs["optimizer"].param_groups[0]
         self._rate = self.settings.learning_rate * group["lr"] / _peak_rate(group, args)
         self._weight = self.settings.schedule(state.global_step, self.settings.cycle)
@@ -115,9 +105,7 @@ class KLCallback(NoiseCallback):
             advice="look at the schedule of KLSettings, or lower its learning_rate",
         )
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         kl_step(self._layers, rate=self._rate, weight=self._weight, along_nll=self._along_nll)
 
     @torch.no_grad()
