@@ -2,7 +2,8 @@
 
     process.py FOLDER [FAULT]
 
-Without a fault it trains every kind of `KINDS`, one after the other. FAULT is what befalls process 1 when plain LoRA
+Without a fault it trains every kind of `KINDS`, one after the other. With "dropout" it trains plain LoRA with dropout,
+and again from the second of its checkpoints. Any other FAULT is what befalls process 1 when plain LoRA
 is trained: "killed" at update 5, "memory" runs out in its second micro-batch, or it has fewer "rows" than the others.
 """
 
@@ -87,6 +88,29 @@ def main(folder: Path) -> None:
         (folder / f"{kind}-{rank}.json").write_text(json.dumps(scores(trainer)))
 
 
+class Watched(BayesTrainer):
+    """Keeps the state of torch's generator, which dropout reads, at each forward."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.states = [*getattr(self, "states", []), torch.get_rng_state()]
+        return super().training_step(*args, **kwargs)
+
+
+def dropout(folder: Path) -> None:
+    """Write the states of the generator, and whether the resumed run is the whole one, to dropout-RANK.json."""
+    runs = []
+    for name, resume in (("whole", None), ("resumed", str(folder / "whole" / "checkpoint-2"))):
+        torch.manual_seed(len(name))  # whatever the process did before
+        args = arguments(folder / name, max_steps=4, ddp_backend="gloo", save_strategy="steps", save_steps=2)
+        trainer = Watched(lora(lora_dropout=0.5), task=TASK, args=args, train_rows=rows(20))
+        trainer.train(resume_from_checkpoint=resume)
+        runs.append((trainer.states, list(trained(trainer.model).values())))
+    (whole, weights), (resumed, again) = runs
+    same = [torch.equal(*pair) for pair in zip([*whole[2:], *weights], [*resumed, *again], strict=True)]
+    found = {"states": [state.tolist() for state in whole], "same": all(same)}
+    (folder / f"dropout-{os.environ['RANK']}.json").write_text(json.dumps(found))
+
+
 def faulty(folder: Path, fault: str) -> None:
     """Plain LoRA with a checkpoint after every second update; the error goes to FAULT-RANK.txt."""
     rank = int(os.environ["RANK"])
@@ -123,5 +147,11 @@ def no_memory(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1])) if len(sys.argv) == 2 else faulty(Path(sys.argv[1]), sys.argv[2])
+    given = Path(sys.argv[1])
+    if len(sys.argv) == 2:
+        main(given)
+    elif sys.argv[2] == "dropout":
+        dropout(given)
+    else:
+        faulty(given, sys.argv[2])
     leave(0)

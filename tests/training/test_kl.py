@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from bayestune.adapters import gaussian_layers, training_noise
-from bayestune.errors import ConfigError
+from bayestune.errors import BayestuneWarning, ConfigError
 from bayestune.functional import RHO_FLOOR, gaussian_kl
 from bayestune.training import BayesTrainer, KLCallback, KLSettings, elbo_kl_weight
-from bayestune.training.kl import JOINED, kl_step
+from bayestune.training.kl import JOINED, kl_step, posterior_summary
 from models import LLAMA
 from training.toys import TASK, arguments, double_blob, lora, rows, trained
 
@@ -23,14 +23,22 @@ from training.toys import TASK, arguments, double_blob, lora, rows, trained
 class PlainTrainer(Trainer):
     """transformers' Trainer with a task's loss: every parameter, G too, is in the optimiser."""
 
+    loss_is_scaled_for_ga: bool | None = False
+
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         return TASK.loss(model, inputs).mean()
 
 
-def plain_trainer(model: Any, output: Path, callbacks: list[TrainerCallback], **settings: Any) -> PlainTrainer:
-    return PlainTrainer(
+def plain_trainer(
+    model: Any,
+    output: Path,
+    callbacks: list[TrainerCallback],
+    owner: type[PlainTrainer] = PlainTrainer,
+    **settings: Any,
+) -> PlainTrainer:
+    return owner(
         model=model,
         args=arguments(output, remove_unused_columns=False, **settings),
         train_dataset=[TASK.example(row) for row in rows(4)],
@@ -160,6 +168,55 @@ def test_callback_follows_the_schedule_and_the_clock(tmp_path: Path) -> None:
     plain_trainer(model, tmp_path, [KLCallback(settings)], max_steps=3, gradient_accumulation_steps=2).train()
     assert seen == [(0, 0), (1, 1), (2, 2)]
     assert training_noise(model).seed == 5
+
+
+def test_a_loss_that_ignores_the_items_of_the_batch_is_warned_of(tmp_path: Path) -> None:
+    """Only where the Trainer takes it for a loss that is divided by their number, and accumulates."""
+
+    class Divided(PlainTrainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None):
+            return TASK.loss(model, inputs).sum() / num_items_in_batch
+
+    norms = {}
+    for owner, scaled, accumulation in [
+        (PlainTrainer, None, 4),
+        (PlainTrainer, False, 4),
+        (Divided, None, 4),
+        (PlainTrainer, None, 1),
+    ]:
+        made = plain_trainer(
+            double_blob(),
+            tmp_path,
+            [KLCallback(KLSettings(cycle=2))],
+            owner,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=accumulation,
+        )
+        made.loss_is_scaled_for_ga = scaled
+        if (owner, scaled, accumulation) == (PlainTrainer, None, 4):
+            with pytest.warns(BayestuneWarning, match=r"PlainTrainer.compute_loss .* 4 times too large"):
+                made.train()
+        else:
+            made.train()
+        norms[owner, scaled, accumulation] = made.state.log_history[0]["grad_norm"]
+    assert norms[PlainTrainer, None, 4] == pytest.approx(4 * norms[PlainTrainer, False, 4], rel=1e-12)
+    assert norms[Divided, None, 4] == pytest.approx(norms[PlainTrainer, False, 4], rel=1e-12)
+
+
+def test_the_log_of_a_plain_trainer_has_the_kl_and_the_std(tmp_path: Path) -> None:
+    seen: list[dict[str, float]] = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            seen.append(dict(logs))
+
+    model = double_blob()
+    made = plain_trainer(model, tmp_path, [Reporter(), KLCallback(KLSettings(cycle=2))], max_steps=2)
+    made.train()
+    expected = posterior_summary(gaussian_layers(model).values())
+    for logs in (seen[1], made.state.log_history[1]):
+        assert {name: logs[name] for name in ("kl", "std")} == expected
+    assert "kl" not in made.state.log_history[-1]  # the summary of the run
 
 
 @pytest.mark.property("N09")

@@ -64,6 +64,16 @@ def test_two_processes_train_what_one_trains(
         figure(f"NLL of {kind} on 7 rows in batches of 2 and 2, nats", worst, at_most=1e-12)
 
 
+@pytest.mark.property("P05")
+def test_each_process_has_dropout_masks_of_its_own_and_resumes_with_them(tmp_path: Path) -> None:
+    done = launch(tmp_path, "dropout")
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"dropout-{rank}.json").read_text()) for rank in (0, 1))
+    assert first["same"] and second["same"]
+    states = [*first["states"], *second["states"]]
+    assert len(states) == 8 and len(set(map(tuple, states))) == 8
+
+
 @pytest.mark.property("R07")
 @pytest.mark.nightly
 def test_a_killed_process_ends_the_run_and_leaves_a_checkpoint(tmp_path: Path, figure: Callable[..., None]) -> None:

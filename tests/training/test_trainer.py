@@ -1,5 +1,6 @@
 """`BayesTrainer`: what is optimised, logged, evaluated, and refused."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,14 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor
+from transformers import AutoModelForMultipleChoice, BertConfig, BertForMaskedLM
 
-from bayestune.adapters import gaussian_layers, training_noise
+from bayestune.adapters import BlobConfig, gaussian_layers, training_noise
 from bayestune.errors import ConfigError, DataError
 from bayestune.functional import cycle_steps, paper_kl_weight, uniform_kl_weight
 from bayestune.tasks import Row
 from bayestune.training import BayesTrainer, KLSettings
-from models import LLAMA
+from models import LLAMA, seeded
 from training.toys import TASK, Recorder, arguments, double_blob, lora, rows, trained
 
 
@@ -187,6 +189,49 @@ def test_arguments_that_cannot_be_right_are_refused(tmp_path: Path, settings: di
         setattr(args, name, value)
     with pytest.raises(ConfigError, match=next(iter(settings))):
         BayesTrainer(double_blob(), task=TASK, args=args, train_rows=rows(2))
+
+
+@pytest.mark.parametrize("saved", [None, ["classifier"], ["bert.pooler.dense", "classifier"]])
+def test_a_new_head_that_nothing_saves_is_refused(tmp_path: Path, saved: list[str] | None) -> None:
+    """Its random weights would be trained around, and missing from every file: name all of it, or load it."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    seeded(lambda: BertForMaskedLM(BertConfig(vocab_size=64, **sizes)), 0).save_pretrained(tmp_path / "base")
+    base = AutoModelForMultipleChoice.from_pretrained(tmp_path / "base")
+    base.save_pretrained(tmp_path / "complete")
+    model = get_peft_model(base, BlobConfig(target_modules=["query"], modules_to_save=saved))
+    left = sorted({"bert.pooler.dense", "classifier"} - set(saved or []))
+    if left:
+        with pytest.raises(ConfigError, match=re.escape(f"new layers {', '.join(left)}") + ".* modules_to_save"):
+            BayesTrainer(model, task=TASK, args=arguments(tmp_path), train_rows=rows(2))
+        complete = AutoModelForMultipleChoice.from_pretrained(tmp_path / "complete")
+        model = get_peft_model(complete, BlobConfig(target_modules=["query"]))
+    BayesTrainer(model, task=TASK, args=arguments(tmp_path), train_rows=rows(2))
+
+
+def test_evaluation_without_rows_names_eval_rows(tmp_path: Path) -> None:
+    trainer = BayesTrainer(double_blob(), task=TASK, args=arguments(tmp_path), train_rows=rows(2))
+    with pytest.raises(ConfigError, match="eval_rows: found None"):
+        trainer.evaluate()
+    args = arguments(tmp_path, eval_strategy="steps", eval_steps=1)
+    with pytest.raises(ConfigError, match="eval_rows: found None"):
+        BayesTrainer(double_blob(), task=TASK, args=args, train_rows=rows(2))
+
+
+def test_a_loss_does_not_wait_for_the_device_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = BayesTrainer(double_blob(), task=TASK, args=arguments(tmp_path), train_rows=rows(8))
+    waits: list[str] = []
+    for name in ("__int__", "__index__", "item", "tolist"):
+        right = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda self, *args, name=name, right=right: (waits.append(name), right(self, *args))[1]
+        )
+    counts = []
+    for size in (2, 8):
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(size)])
+        waits.clear()
+        trainer.compute_loss(trainer.model, batch)
+        counts.append(len(waits))
+    assert counts[0] == counts[1], waits
 
 
 def test_models_and_rows_that_cannot_be_right_are_refused(tmp_path: Path) -> None:

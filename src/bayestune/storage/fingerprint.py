@@ -42,7 +42,8 @@ def fingerprint(model: nn.Module, *, heads: Collection[str] = ()) -> dict[str, A
     adapters: list[str] = []
     if isinstance(model, PeftModel):
         model, adapters = model.get_base_model(), model.active_adapters
-    return settings(model) | {"weights": {n: _hashes(p) for n, p in _parameters(model, "", adapters, heads)}}
+    parameters = base_parameters(model, adapters=adapters, heads=heads)
+    return settings(model) | {"weights": {name: _hashes(parameter) for name, parameter in parameters}}
 
 
 def settings(base: nn.Module) -> dict[str, Any]:
@@ -99,8 +100,8 @@ def _same(expected: str | None, found: str | None) -> bool:
     return exact == other_exact or (dtype != other_dtype and rounded == other_rounded)
 
 
-def _parameters(
-    module: nn.Module, prefix: str, adapters: Sequence[str], heads: Collection[str]
+def base_parameters(
+    module: nn.Module, prefix: str = "", *, adapters: Sequence[str], heads: Collection[str] = ()
 ) -> Iterator[tuple[str, nn.Parameter]]:
     """The base's parameters with the names they have without PEFT."""
     if prefix.removesuffix(".") in heads:
@@ -114,7 +115,7 @@ def _parameters(
     for name, parameter in module.named_parameters(recurse=False):
         yield prefix + name, parameter
     for name, child in module.named_children():
-        yield from _parameters(child, f"{prefix}{name}.", adapters, heads)
+        yield from base_parameters(child, f"{prefix}{name}.", adapters=adapters, heads=heads)
 
 
 def _hashes(parameter: nn.Parameter) -> str | None:

@@ -1,18 +1,21 @@
 """`KLCallback`: the KL step after every optimizer step, in any transformers Trainer; `NoiseCallback`: keyed noise."""
 
+import dis
+import inspect
 import math
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from bayestune.adapters import GaussianLinear, gaussian_layers, random_layers, training_noise
-from bayestune.errors import ConfigError
+from bayestune.errors import BayestuneWarning, ConfigError
 from bayestune.functional import gaussian_kl_gradient
 from bayestune.training.finite import all_finite, first_nonfinite, stopped
-from bayestune.training.kl import KLSettings, kl_step, layer_groups
+from bayestune.training.kl import KLSettings, kl_step, layer_groups, posterior_summary
 
 
 class NoiseCallback(TrainerCallback):
@@ -41,9 +44,10 @@ class NoiseCallback(TrainerCallback):
 class KLCallback(NoiseCallback):
     """Adds the KL term to `transformers.Trainer` or TRL's `SFTTrainer`, after every optimizer step.
 
-    It also keys the training noise and keeps M, G and B in float32. If the optimizer holds G, as in a plain Trainer,
-    it has already moved G along the NLL, and only the KL part is added here. `BayesTrainer` leaves G to this callback,
-    as BLoB's released code does. Gradient clipping acts on the NLL gradients of M, G and B together, not on the KL.
+    It also keys the training noise, keeps M, G and B in float32 and logs the KL ("kl") and the mean "std". If the
+    optimizer holds G, as in a plain Trainer, it has already moved G along the NLL, and only the KL part is added here.
+    `BayesTrainer` leaves G to this callback, as BLoB's released code does. Gradient clipping acts on the NLL gradients
+    of M, G and B together, not on the KL.
 
     Args:
         settings: cycle, schedule and learning rate of the KL.
@@ -84,6 +88,11 @@ class KLCallback(NoiseCallback):
                 "share of its peak. To train G alone, give a very small rate."
             )
         self._along_nll = not _holds_rho(self._layers, optimizer)
+        trainer = _calling_trainer()
+        if trainer is not None:
+            _warn_of_unscaled_loss(trainer, args.gradient_accumulation_steps)
+            handler = trainer.callback_handler  # first, so that every logger reads what `on_log` adds
+            handler.callbacks = [self, *(callback for callback in handler.callbacks if callback is not self)]
         super().on_train_begin(args, state, control, **kwargs)
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -107,6 +116,14 @@ class KLCallback(NoiseCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         kl_step(self._layers, rate=self._rate, weight=self._weight, along_nll=self._along_nll)
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Add "kl", in nats, and the mean "std" to the log of a loss."""
+        logs = kwargs["logs"]
+        if "loss" in logs and "kl" not in logs:
+            summary = posterior_summary(self._layers)
+            logs.update(summary)
+            state.log_history[-1].update(summary)
 
     @torch.no_grad()
     def _nonfinite_gradient(self) -> tuple[str, int] | None:
@@ -149,6 +166,31 @@ def _holds_rho(layers: list[GaussianLinear], optimizer: torch.optim.Optimizer) -
             f"the optimizer holds G (rho) of {len(held)} of {len(rhos)} Gaussian layers: give it all of them or none."
         )
     return bool(held)
+
+
+def _calling_trainer() -> Trainer | None:
+    """Return the Trainer that called the callback, which does not get it as an argument."""
+    frame = inspect.currentframe()
+    while frame is not None and not isinstance(frame.f_locals.get("self"), Trainer):
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals["self"]
+
+
+def _warn_of_unscaled_loss(trainer: Trainer, accumulation: int) -> None:
+    """Warn of a loss that is a mean over its micro-batch where the Trainer expects its share of the update's mean."""
+    if accumulation == 1 or trainer.loss_is_scaled_for_ga is not None:
+        return
+    loss = trainer.compute_loss_func or type(trainer).compute_loss
+    reads = {each.argval for each in dis.get_instructions(loss) if each.opname.startswith("LOAD")}
+    scaled = trainer.compute_loss_func is not None or trainer.model_accepts_loss_kwargs
+    if scaled and "num_items_in_batch" not in reads:
+        warnings.warn(
+            f"{loss.__qualname__} does not use num_items_in_batch, but the Trainer expects a loss divided by it: with "
+            f"gradient_accumulation_steps={accumulation} the NLL gradient is {accumulation} times too large against "
+            "the KL. Divide the summed loss by num_items_in_batch, or set loss_is_scaled_for_ga = False in the class.",
+            BayestuneWarning,
+            stacklevel=2,
+        )
 
 
 def _restore_float32(model: nn.Module) -> None:

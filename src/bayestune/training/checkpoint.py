@@ -15,13 +15,16 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer
+from transformers.trainer_utils import TrainOutput
 
 from bayestune.errors import TrainingError
+from bayestune.functional import derive_seed
 from bayestune.training import checkpoint_files, checkpoint_state
 from bayestune.training.checkpoint_files import ADAPTER, STATE, UNFINISHED
 
@@ -38,6 +41,13 @@ class SafeTrainer(Trainer):
     """
 
     _saves_to: Path | None = None
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Like `Trainer.train`, but each process has dropout masks of its own."""
+        rank = self.args.process_index
+        if rank:
+            torch.manual_seed(derive_seed("dropout", self.args.seed, rank))
+        return super().train(*args, **kwargs)
 
     def resume_settings(self) -> dict[str, Any]:
         """Return the settings that a resumed run must share with the interrupted one, as JSON values."""

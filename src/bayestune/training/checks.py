@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from peft import PeftModel
-from torch import nn
-from transformers import TrainingArguments
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainingArguments
 
 from bayestune.errors import ConfigError, DataError
+from bayestune.storage.fingerprint import base_parameters
 from bayestune.storage.state import check_name
 from bayestune.training.kl import KLSettings
 
@@ -75,6 +76,7 @@ def check_model(
         )
     for adapter in model.peft_config:  # each becomes a folder of every checkpoint
         check_name(adapter)
+    check_new_layers(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("model: no parameter is trainable; load the posterior with trainable=True.")
     if train_draws < 1:
@@ -89,6 +91,29 @@ def check_model(
         raise ConfigError(f"prior_std: found {prior_std}, expected a number above 0.")
 
 
+def check_new_layers(model: PeftModel) -> None:
+    """Raise a `ConfigError` if the base has layers with random first weights that the adapter does not save.
+
+    `from_pretrained` marks the parameters that it loads. Embeddings that were resized have no mark and are let pass.
+    """
+    base = model.get_base_model()
+    embeddings = (
+        (base.get_input_embeddings(), base.get_output_embeddings()) if isinstance(base, PreTrainedModel) else ()
+    )
+    resized = {id(parameter) for module in embeddings if module is not None for parameter in module.parameters()}
+    marks: dict[str, bool] = {}
+    for name, parameter in base_parameters(base, adapters=model.active_adapters):
+        plain = type(parameter) is nn.Parameter and type(parameter.data) is Tensor and parameter.is_floating_point()
+        if plain and id(parameter) not in resized:
+            marks[name] = getattr(parameter, "_is_hf_initialized", False)
+    new = sorted({name.rpartition(".")[0] for name, loaded in marks.items() if not loaded})
+    if new and any(marks.values()):
+        raise ConfigError(
+            f"model: its checkpoint has no weights for the new layers {', '.join(new)}, expected the adapter to train "
+            f"and save them: give its config modules_to_save={new}, or load a base that has them."
+        )
+
+
 def check_rows(args: TrainingArguments, rows: int) -> None:
     """Raise an error if an epoch has no batch: there are no rows, or `dataloader_drop_last` drops all of them."""
     if not rows:
@@ -98,6 +123,14 @@ def check_rows(args: TrainingArguments, rows: int) -> None:
         raise ConfigError(
             f"dataloader_drop_last=True drops all training rows: found {rows}, expected at least one batch of "
             f"{batch}; leave it False, or take smaller batches."
+        )
+
+
+def check_eval_rows(rows: object) -> None:
+    """Raise a `ConfigError` if there is nothing to evaluate on."""
+    if rows is None:
+        raise ConfigError(
+            "eval_rows: found None, expected rows to evaluate on: give them to BayesTrainer(eval_rows=...)."
         )
 
 

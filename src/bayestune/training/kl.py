@@ -9,11 +9,12 @@ optimizer needs no backward pass and no state: `KLCallback` takes its step right
 
 with ``eta`` the KL learning rate, following the main schedule, and ``pi`` the KL weight of this update.
 
-With the mean NLL over rows as the loss, the negative ELBO per row of a training set of N rows is
-``mean NLL + KL / N``: `elbo_kl_weight(N)`. The paper's weights instead count the whole KL once per cycle of M updates
-(they add up to about 1), on average ``N / M`` times as strong: for N > M the posterior is tempered, closer to the
-prior. The fixed point of G is that of the weighted objective. That of M is not, as AdamW rescales the NLL gradient but
-not the KL's (as with decoupled weight decay and an L2 penalty); with `optim="sgd"` and equal learning rates both are.
+If the loss is the mean NLL over rows, the negative ELBO per row of a training set of N rows is ``mean NLL + KL / N``:
+`elbo_kl_weight(N)`. If the loss is a mean over tokens, as TRL's is, N counts the trained tokens instead. The paper's
+weights instead count the whole KL once per cycle of M updates (they add up to about 1), on average ``N / M`` times as
+strong: for N > M the posterior is tempered, closer to the prior. The fixed point of G is that of the weighted
+objective. That of M is not, as AdamW rescales the NLL gradient but not the KL's (as with decoupled weight decay and an
+L2 penalty); with `optim="sgd"` and equal learning rates both are.
 """
 
 import math
@@ -36,9 +37,17 @@ Schedule = Callable[[int, int], float]
 
 
 def elbo_kl_weight(rows: int) -> Schedule:
-    """Return the schedule of the constant weight ``1 / rows``; the objective is then the negative ELBO per row."""
+    """Return the schedule of the constant weight ``1 / rows``; the objective is then the negative ELBO per row.
+
+    Args:
+        rows: how many units that the loss is a mean over there are in the training set. `BayesTrainer` takes the mean
+            over rows. TRL's `SFTTrainer` and transformers' causal models take it over tokens: give the number of
+            tokens with a label (not -100), or the KL weighs too much by the number of tokens per row.
+    """
     if rows < 1:
-        raise ConfigError(f"elbo_kl_weight rows: found {rows}, expected the number of training rows, at least 1.")
+        raise ConfigError(
+            f"elbo_kl_weight rows: found {rows}, expected the number of training rows (or tokens), at least 1."
+        )
     return lambda step, cycle: 1.0 / rows
 
 

@@ -8,7 +8,7 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -16,10 +16,10 @@ from bayestune.adapters import gaussian_layers, random_layers, training_noise
 from bayestune.errors import ConfigError, TrainingError
 from bayestune.functional import cycle_steps, gaussian_penalty
 from bayestune.tasks import AnyRow, Task
+from bayestune.training import checks
 from bayestune.training.batches import ROW, Collator, Examples, LengthGrouped
 from bayestune.training.callbacks import KLCallback, NoiseCallback
 from bayestune.training.checkpoint import SafeTrainer
-from bayestune.training.checks import check_model, check_rows, check_same_settings, checked_arguments
 from bayestune.training.finite import Quantity, first_nonfinite, listed, nonfinite_rows, stopped
 from bayestune.training.kl import KLSettings, posterior_summary
 from bayestune.training.memory import BackOff, outputs_in_parts
@@ -42,7 +42,8 @@ class BayesTrainer(SafeTrainer):
         task: the task, which owns prompts, labels and the loss.
         args: as in `transformers.Trainer`; `remove_unused_columns` is ignored and `data_seed` defaults to `seed`.
         train_rows: training rows; default `task.rows("train")`.
-        eval_rows: rows of `evaluate()`.
+        eval_rows: rows that `evaluate()` and the evaluations during training (`eval_strategy`) score. They take the
+            place of `Trainer`'s `eval_dataset`.
         kl: the KL term; default `paper_kl_weight` in cycles of `cycle_steps(rows, batch)` updates, rate 0.01.
         prior_std: s_p of MAP training of plain LoRA: the loss is ``mean NLL + ||theta||^2 / (2 s_p^2 rows)`` over all
             trained weights, heads included. None for the MLE.
@@ -71,13 +72,15 @@ class BayesTrainer(SafeTrainer):
         train_draws: int = 1,
         callbacks: Sequence[TrainerCallback] | None = None,
     ) -> None:
-        args = checked_arguments(args)
+        args = checks.checked_arguments(args)
         self.task, self.train_draws, self.prior_std = task, train_draws, prior_std
         self._gaussian, random = gaussian_layers(model), random_layers(model)
         self._noise = training_noise(model) if random else None
-        check_model(model, bool(random), bool(self._gaussian), kl, prior_std, train_draws)
+        checks.check_model(model, bool(random), bool(self._gaussian), kl, prior_std, train_draws)
         train = Examples(task, task.rows("train") if train_rows is None else train_rows, model)
-        check_rows(args, len(train))
+        checks.check_rows(args, len(train))
+        if args.eval_strategy != "no":
+            checks.check_eval_rows(eval_rows)
         self._train = train
         self._noise_callback = NoiseCallback() if random else None
         if self._gaussian:
@@ -98,7 +101,12 @@ class BayesTrainer(SafeTrainer):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ConfigError("the accelerate configuration asks for DeepSpeed or FSDP: not supported, use DDP.")
         if args.world_size > 1:
-            check_same_settings(gather_object([self.resume_settings()]))
+            checks.check_same_settings(gather_object([self.resume_settings()]))
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Like `Trainer.get_eval_dataloader`, of `eval_rows` by default."""
+        checks.check_eval_rows(self.eval_dataset if eval_dataset is None else eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create AdamW (or plain SGD) over M, which is not decayed, B and the trained heads, but not G."""
