@@ -16,7 +16,7 @@ from bayestune.methods import LaplacePosterior, fit_laplace
 from bayestune.methods.laplace import linears as linears_module
 from bayestune.tasks import Row
 from inference.cases import Letters, rows
-from methods.laplace_cases import bert_with_head, covered, plain
+from methods.laplace_cases import Labels, bert_with_head, covered, plain
 from models import LLAMA, blob, llama, scatter
 
 
@@ -104,6 +104,24 @@ def test_factors_that_do_not_fit_are_refused_before_anything_is_done(monkeypatch
         monkeypatch.setattr(linears_module, "free_bytes", lambda device: 9)
         fit_laplace(bert_with_head(), task, rows(3), layers="last")
     assert model.training
+
+
+def test_the_advice_is_what_makes_the_factors_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapted lm_head has as many outputs as the vocabulary has tokens, and is the last layer too."""
+    head = plain(r=2, target_modules=["v_proj", "lm_head"])
+    monkeypatch.setattr(linears_module, "free_bytes", lambda device: 8 * (5 * 32**2 + 16**2 + 8))
+    for layers in ("all", "last"):
+        with pytest.raises(
+            ConfigError, match="largest is of 'lm_head', 64 wide: leave it out of target_modules"
+        ) as caught:
+            fit_laplace(head, Letters(), rows(3), layers=layers)
+        assert "use layers=" not in str(caught.value)
+    with pytest.raises(ConfigError, match="q_proj', 32 wide: use layers='last', or leave it out of target_modules"):
+        fit_laplace(plain(r=2), Letters(), rows(3))
+    fit_laplace(plain(r=2), Letters(), rows(3), layers="last")
+    monkeypatch.setattr(linears_module, "free_bytes", lambda device: 9)
+    with pytest.raises(ConfigError, match="'classifier', 32 wide: leave it out of modules_to_save"):
+        fit_laplace(bert_with_head(), Labels(), rows(3), layers="last")
 
 
 def test_free_memory_is_a_number_of_bytes() -> None:

@@ -59,25 +59,37 @@ def covered_linears(model: nn.Module, *, layers: str) -> dict[str, nn.Linear]:
 
 
 def refuse_if_too_large(model: nn.Module, *, layers: str) -> None:
-    """Raise a ConfigError, with the numbers, if the factors exceed the free memory of a device; allocates nothing.
+    """Raise a ConfigError, with the numbers, if the factors exceed the free memory of a device; allocates nothing."""
+    linears = covered_linears(model, layers=layers)
+    for device, needed in _bytes_by_device(linears).items():
+        free = free_bytes(device)
+        if needed <= free:
+            continue
+        there = {name: max(linear.weight.shape) for name, linear in linears.items() if linear.weight.device == device}
+        widest = max(there, key=lambda name: there[name])
+        advice = f"leave it out of {'target_modules' if '.lora_' in widest else 'modules_to_save'}"
+        if layers == "all":
+            last = _bytes_by_device(covered_linears(model, layers="last"))
+            advice = f"use layers='last', or {advice}" if all(last[d] <= free_bytes(d) for d in last) else advice
+        raise ConfigError(
+            f"the Kronecker factors of layers={layers!r} need {needed:,} bytes on {device}, found {free:,} bytes "
+            f"free; the largest is of {widest.split('.lora_')[0]!r}, {there[widest]} wide: {advice}."
+        )
 
-    The factors need ``sum over layers of (m^2 + n^2)`` numbers for weights [m, n], plus `EIGEN_COPIES` times the
-    largest of these matrices while it is decomposed. Activations and gradients of a batch come on top.
+
+def _bytes_by_device(linears: dict[str, nn.Linear]) -> dict[torch.device, int]:
+    """``sum over layers of (m^2 + n^2)`` numbers for weights [m, n], plus `EIGEN_COPIES` times the largest matrix.
+
+    The copies are those of its decomposition. Activations and gradients of a batch come on top.
     """
     held: Counter[torch.device] = Counter()
     largest: Counter[torch.device] = Counter()
-    for linear in covered_linears(model, layers=layers).values():
+    for linear in linears.values():
         device, size = linear.weight.device, factor_dtype(linear).itemsize
         squares = linear.out_features**2 * size, linear.in_features**2 * size
         held[device] += sum(squares)
         largest[device] = max(largest[device], *squares)
-    for device, bytes_held in held.items():
-        needed, free = bytes_held + EIGEN_COPIES * largest[device], free_bytes(device)
-        if needed > free:
-            raise ConfigError(
-                f"the Kronecker factors of layers={layers!r} need {needed:,} bytes on {device}, found {free:,} bytes "
-                "free: use layers='last', or adapt fewer or narrower layers."
-            )
+    return {device: held[device] + EIGEN_COPIES * largest[device] for device in held}
 
 
 def factor_dtype(linear: nn.Linear) -> torch.dtype:
