@@ -280,7 +280,7 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(world: Path, tmp_pat
     before = snapshot(run)
     assert invoke(["train", "--output", str(run), "--resume"]) == 2
     err = capsys.readouterr().err
-    assert "optimizer.safetensors was cut or altered" in err and "there is no older one that is whole" in err
+    assert "optimizer.safetensors was cut or altered" in err and "no older checkpoint is whole" in err
     assert err.splitlines()[-1].startswith(f"error: {run / 'checkpoints'}: found no complete checkpoint")
     assert snapshot(run) == before
 
@@ -300,6 +300,7 @@ def test_a_posterior_of_another_run_is_not_taken_in_silence(world: Path, tmp_pat
 def test_an_unfinished_run_says_how_to_go_on(world: Path, tmp_path: Path, capsys: Any) -> None:
     run = shutil.copytree(world / "run", tmp_path / "run")
     (run / "result.json").unlink()
+    shutil.rmtree(run / "posterior")
     for command in ([*train_arguments(world), "--output", str(run)], ["evaluate", str(run)]):
         assert invoke(command) == 2
         assert "--resume" in capsys.readouterr().err
@@ -409,7 +410,7 @@ def test_an_output_that_is_not_empty_is_left_alone(world: Path, tmp_path: Path, 
         (["evaluate", "{tmp}"], ["result.json", "finished run"]),
         (["evaluate", "{run}", "--split", "tset"], ["tset"]),
         (["evaluate", "{run}", "--ood", "colors"], ["colors"]),
-        (["evaluate", "{run}", "--draws", "-1"], ["draws", "-1"]),
+        (["evaluate", "{run}", "--draws", "-1"], ["draws", "0"]),
         (["predict", "{run}", "--input", "{tmp}/none.jsonl", "--output", "{tmp}/a"], ["none.jsonl"]),
         (["predict", "{run}", "--input", "{tmp}/bad.jsonl", "--output", "{tmp}/a"], ["bad.jsonl:2", "r9", "choices"]),
         (["predict", "{run}", "--input", "{tmp}/bad.jsonl", "--output", "{tmp}/no/a"], ["{tmp}/no"]),

@@ -63,6 +63,8 @@ def expected(field: FieldInfo) -> str:
         return "a list of module names such as q_proj"
     if kind is str:
         return "a text"
+    if kind is bool:
+        return "true or false"
     low = next((part for part in field.metadata if isinstance(part, annotated_types.Ge)), None)
     above = next((part for part in field.metadata if isinstance(part, annotated_types.Gt)), None)
     below = next((part for part in field.metadata if isinstance(part, annotated_types.Lt)), None)

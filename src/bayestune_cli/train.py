@@ -6,14 +6,17 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bayestune_cli.config import read_run_file
 from bayestune_cli.errors import FlagError
 
-_TYPES = {"int": int, "float": float, "str": str, "names": str}
+if TYPE_CHECKING:
+    from bayestune.experiment import Result
+
+_TYPES = {"bool": bool, "int": int, "float": float, "str": str, "names": str}
 _EITHER = ("kl_learning_rate", "posterior_std")
 """Alternative settings: a flag for one replaces either in a config file."""
 _DEFAULT_METHOD = "blob"
@@ -66,9 +69,7 @@ def train(
             "run, to make it again: a warning names data, weights, versions that differ from the record."
         ),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the last checkpoint in --output, with its settings.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output, with its settings.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --output.")] = False,
     **given: Any,
 ) -> None:
@@ -85,14 +86,24 @@ def train(
     settings.update(given)
     _check_of_method(given, settings.get("method", _DEFAULT_METHOD))
 
-    from bayestune.experiment import Experiment, run, score_table
+    from bayestune.experiment import Experiment, run
+    from bayestune.experiment.processes import is_main
 
     experiment = Experiment.from_dict(settings, where="train" if config is None else f"--config {config}")
     command = ["bayestune", *sys.argv[1:]]
     result = run(experiment, output, overwrite=overwrite, resume=resume, command=command, record=record, progress=True)
-    if not result.scores:
-        return  # one of several processes, and not the one that evaluates
-    print(score_table(result.scores))
+    if is_main():
+        _show(result)
+
+
+def _show(result: "Result") -> None:
+    from bayestune.experiment import score_table
+
+    if result.scores:
+        print(score_table(result.scores))
+    if result.posterior_std is not None:
+        print(f"posterior std {result.posterior_std:.4g}, mean over weights")
+    experiment = result.experiment
     if experiment.temperature_split is not None:
         print(f"temperature {result.temperature:.4g}, fitted on {experiment.temperature_split}")
     print(f"{result.output}: posterior/, experiment.json, result.json ({result.seconds:.0f} s)")

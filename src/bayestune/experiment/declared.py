@@ -17,7 +17,7 @@ from bayestune.settings import base_type, expected
 SOURCE = Path(__file__).parents[2]
 OPTIONS = SOURCE / "bayestune_cli" / "options.json"
 PAGE = SOURCE.parent / "docs" / "methods.md"
-_TYPES = {int: "int", float: "float", str: "str"}
+_TYPES = {bool: "bool", int: "int", float: "float", str: "str"}
 
 
 def options() -> list[dict[str, Any]]:

@@ -11,14 +11,16 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from bayestune.errors import ConfigError
-from bayestune.experiment.settings import Experiment
-from bayestune.files import alone, check_writable, read_json, remove, write_json
+from bayestune.experiment.settings import REPORTING, Experiment
+from bayestune.files import MANIFEST, alone, check_writable, read_json, remove, write_json
 
 POSTERIOR, CHECKPOINTS, RESULT, EXPERIMENT = "posterior", "checkpoints", "result.json", "experiment.json"
+TRAINED = "trained.json"
+"""What result.json will say about the training, until that is written."""
 ADAPTER = "adapter"
 """The plain LoRA adapter that a run trained as the start of "laplace", "tfb" or "swag"."""
 
-_OWN = (POSTERIOR, CHECKPOINTS, ADAPTER, RESULT, EXPERIMENT)
+_OWN = (POSTERIOR, CHECKPOINTS, ADAPTER, RESULT, EXPERIMENT, TRAINED)
 _INSIDE = "run"
 """Base of the lock's name when the lock is in the folder itself."""
 
@@ -27,6 +29,11 @@ def earlier_run(output: Path) -> Path:
     """Where the old run of `output` is kept while it is being replaced."""
     output = output.resolve()
     return output.with_name(f".{output.name}.before")
+
+
+def is_trained(output: Path) -> bool:
+    """Whether the run has a complete posterior, and at most its temperature and scores are missing."""
+    return (output / POSTERIOR / MANIFEST).is_file() and (output / TRAINED).is_file()
 
 
 def check_output(output: Path, experiment: Experiment, *, overwrite: bool, resume: bool) -> None:
@@ -75,10 +82,11 @@ def _check_content(output: Path, experiment: Experiment, *, overwrite: bool, res
 def _check_resumed(output: Path, experiment: Experiment) -> None:
     if (output / RESULT).exists():
         raise ConfigError(f"output {output}: this run is finished, there is nothing to resume.")
-    saved = read_json(output / EXPERIMENT, "the settings of the run to resume")
+    recorded = read_json(output / EXPERIMENT, "the settings of the run to resume")
+    saved = Experiment.from_dict(recorded, where=str(output / EXPERIMENT)).as_dict()
     sizes = () if experiment.adapter is None else ("rank", "lora_alpha", "target_modules")  # those of the adapter
     for name, value in experiment.as_dict().items():
-        if name not in sizes and saved.get(name) != value:
+        if name not in (*sizes, *REPORTING) and saved.get(name) != value:
             raise ConfigError(
                 f"output {output}: cannot resume with {name}={value!r}, the run has {saved.get(name)!r}; use its "
                 "settings, or another --output."
@@ -133,8 +141,7 @@ def _in_place(output: Path, experiment: Experiment, *, resume: bool) -> Iterator
         os.rename(output, before)
     try:
         output.mkdir(exist_ok=True)
-        if not resume:
-            write_json(output / EXPERIMENT, experiment.as_dict())
+        write_json(output / EXPERIMENT, experiment.as_dict())
         yield
     except BaseException:
         if before.is_dir() and not _has_something(output):
@@ -154,7 +161,9 @@ def _has_something(output: Path) -> bool:
     """Whether an unfinished run left a posterior, an adapter or a file of a checkpoint."""
     if any((output / name).is_dir() for name in (POSTERIOR, ADAPTER)):
         return True
-    return any(path.is_file() for path in (output / CHECKPOINTS).rglob("*"))
+    checkpoints = output / CHECKPOINTS
+    found = (path.relative_to(checkpoints) for path in checkpoints.rglob("*") if path.is_file())
+    return any("runs" not in path.parts for path in found)  # TensorBoard's logs lie in "runs"
 
 
 def _put_back(before: Path, output: Path) -> None:

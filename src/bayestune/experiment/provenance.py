@@ -49,7 +49,7 @@ def _hashes(backbone: Backbone, *patterns: str) -> dict[str, str]:
 
 def warn_if_other(record: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Warn about every value in which `found` differs from `record`."""
-    names = _differences(record, found)
+    names = differences(record, found)
     if names:
         warnings.warn(
             f"the record was made with other {', '.join(names)}: the numbers need not be the same.",
@@ -58,7 +58,7 @@ def warn_if_other(record: Mapping[str, Any], found: Mapping[str, Any]) -> None:
         )
 
 
-def _differences(record: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+def differences(record: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """Keys that both have with different values: "processes", "sha256.train_rows", "versions.torch" and so on."""
     names = []
     for name in record.keys() & found.keys():

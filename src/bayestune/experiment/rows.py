@@ -36,7 +36,7 @@ class RunRows:
         """
         return cls(
             train=_checked(task, experiment.train_split),
-            evaluation=_checked(task, experiment.eval_split),
+            evaluation=_checked(task, experiment.eval_split if experiment.eval else None, experiment.eval_rows),
             more={name: _checked(task, split) for name, split in own_splits(experiment).items()},
             temperature=_checked(task, experiment.temperature_split),
         )
@@ -61,7 +61,7 @@ class RunRows:
 HELD_OUT = "temperature_split"
 
 
-def _checked(task: Task, split: str | None) -> list[AnyRow]:
-    rows = [] if split is None else task.rows(split)
+def _checked(task: Task, split: str | None, count: int | None = None) -> list[AnyRow]:
+    rows = [] if split is None else task.rows(split)[:count]
     task.check(rows)
     return rows

@@ -11,20 +11,21 @@ import torch
 from peft import PeftModel
 
 from bayestune.adapters import gaussian_layers
+from bayestune.errors import ConfigError
 from bayestune.experiment.backbone import find_backbone, load_base
 from bayestune.experiment.fitting import autocast, fitting
-from bayestune.experiment.folder import CHECKPOINTS, POSTERIOR, RESULT, check_output, run_folder
+from bayestune.experiment.folder import CHECKPOINTS, POSTERIOR, RESULT, TRAINED, check_output, is_trained, run_folder
 from bayestune.experiment.processes import is_main
-from bayestune.experiment.provenance import provenance, warn_if_other
+from bayestune.experiment.provenance import differences, provenance, warn_if_other
 from bayestune.experiment.rows import RunRows
 from bayestune.experiment.settings import Experiment
 from bayestune.experiment.start import Start
 from bayestune.experiment.train import Training
 from bayestune.experiment.trained import Run, resolve
-from bayestune.files import file_sha256, write_json, writing
+from bayestune.files import file_sha256, read_json, write_json, writing
 from bayestune.functional import derive_seed, std
 from bayestune.inference import Prediction, Scores, evaluate, predict
-from bayestune.methods import Posterior, Updates, fit_temperature, save_posterior
+from bayestune.methods import Posterior, fit_temperature, load, save_posterior
 from bayestune.storage.manifest import TENSOR_FILE
 from bayestune.storage.state import adapter_tensors
 from bayestune.tasks import AnyRow
@@ -34,8 +35,8 @@ from bayestune.tasks import AnyRow
 class Result:
     """What a run gave.
 
-    `scores` and `predictions` are keyed by the method's name, with "_n0" (the mean) or "_n10" (10 draws) behind it
-    if the method is evaluated at several numbers of draws.
+    `scores` and `predictions` are keyed by the method's name, followed by "_n0" (the mean) or "_n10" (10 draws) if
+    the method can be evaluated at several numbers of draws. `posterior_std` is the mean over all Gaussian weights.
     """
 
     experiment: Experiment
@@ -44,6 +45,7 @@ class Result:
     predictions: dict[str, Prediction]
     seconds: float
     temperature: float = 1.0
+    posterior_std: float | None = None
 
 
 def run(
@@ -66,7 +68,7 @@ def run(
         output: the folder of the run.
         overwrite: replace the run in `output`. If the new run fails before its first checkpoint, the old one is
             restored.
-        resume: continue from the last checkpoint.
+        resume: continue from the last checkpoint, or with the scores if the posterior is complete.
         command: recorded in result.json.
         record: the result.json of an earlier run that this one repeats; a warning names what differs.
         progress: show bars on stderr.
@@ -78,22 +80,23 @@ def run(
         DiskError: a file cannot be written; the last checkpoint is whole.
     """
     started, output = time.monotonic(), Path(output)
+    trained = resume and is_trained(output)
     ready = _prepared(experiment, output, overwrite, resume, progress)
-    training, rows = ready.training, ready.rows
-    experiment, method = training.experiment, training.experiment.method
+    experiment = ready.training.experiment
     warn_if_other(record or {}, ready.origin)
-    job = fitting(training, ready.start, rows.more)
     if not is_main():
-        method.fit(ready.model, job)
+        if not trained:
+            _fit(ready)
         return Result(experiment=experiment, output=output, scores={}, predictions={}, seconds=0.0)
     with writing(output), run_folder(output, experiment, overwrite=overwrite, resume=resume):
-        posterior = method.fit(ready.model, job)
-        _save(posterior, training, rows.temperature, output / POSTERIOR)
-        finished = Run(experiment=experiment, task=training.task, posterior=posterior)
-        result = _scored(finished, output, rows, started, progress)
-        hashes = {"adapter": file_sha256(output / POSTERIOR / TENSOR_FILE), **ready.origin["sha256"]}
-        more = {"sha256": hashes, "repeated_rows": ready.repeated, "kl": _kl(finished, training.updates)}
-        write_json(output / RESULT, {**_record(result, rows, command), **ready.origin, **more})
+        posterior, made = _restored(ready, output) if trained else _trained(ready, output, started)
+        if trained:
+            started -= made["seconds"]
+        result = _scored(posterior, ready, output, started, made["posterior_std"])
+        hashes = {**made["sha256"], "adapter": file_sha256(output / POSTERIOR / TENSOR_FILE)}
+        more = {"sha256": hashes, "repeated_rows": ready.repeated}
+        write_json(output / RESULT, {**made, **_record(result, ready.rows, command), **more})
+        (output / TRAINED).unlink()
     return result
 
 
@@ -132,11 +135,53 @@ def _prepared(experiment: Experiment, output: Path, overwrite: bool, resume: boo
     return _Prepared(training=training, start=start, model=model, rows=rows, origin=origin, repeated=repeated)
 
 
-def _scored(finished: Run, output: Path, rows: RunRows, started: float, progress: bool) -> Result:
-    """The scores of a run at each of its numbers of draws."""
+def _fit(ready: _Prepared) -> Posterior:
+    job = fitting(ready.training, ready.start, ready.rows.more)
+    return ready.training.experiment.method.fit(ready.model, job)
+
+
+def _trained(ready: _Prepared, output: Path, started: float) -> tuple[Posterior, dict[str, Any]]:
+    """Train and save the posterior; return it, and what result.json says about the training."""
+    posterior = _fit(ready)
+    std = _mean_std(posterior.model)
+    seconds = time.monotonic() - started
+    made = {**ready.origin, "kl": _kl(ready.training, std), "posterior_std": std, "seconds": seconds}
+    write_json(output / TRAINED, made)
+    _save(posterior, ready.training, output / POSTERIOR)
+    return posterior, made
+
+
+def _restored(ready: _Prepared, output: Path) -> tuple[Posterior, dict[str, Any]]:
+    """What `_trained` returned before the run was interrupted.
+
+    Raises:
+        ConfigError: the rows or files that it was trained with are different now.
+    """
+    made = read_json(output / TRAINED, "the record of a training")
+    now = ready.origin["sha256"]
+    changed = set(differences(made["sha256"], now)) - {"eval_rows"}
+    if changed:
+        raise ConfigError(
+            f"output {output}: its posterior was trained with other {', '.join(sorted(changed))} than are there now; "
+            "bring them back, or train again with --overwrite."
+        )
+    made["sha256"] = now
+    return load(ready.model.unload(), output / POSTERIOR), made
+
+
+def _scored(
+    posterior: Posterior, ready: _Prepared, output: Path, started: float, posterior_std: float | None
+) -> Result:
+    """Fit the temperature if the run has one, and score the posterior at each number of draws."""
+    training, rows = ready.training, ready.rows
+    if rows.temperature and posterior.temperature == 1:
+        posterior.temperature = _temperature(posterior, training, rows.temperature)
+        save_posterior(posterior, output / POSTERIOR, overwrite=True)
+    finished = Run(experiment=training.experiment, task=training.task, posterior=posterior)
     predictions = {
-        key: finished.predict(rows.evaluation, draws=draws, progress=progress)
+        key: finished.predict(rows.evaluation, draws=draws, progress=training.progress)
         for key, draws in finished.evaluations().items()
+        if rows.evaluation
     }
     return Result(
         experiment=finished.experiment,
@@ -145,11 +190,12 @@ def _scored(finished: Run, output: Path, rows: RunRows, started: float, progress
         predictions=predictions,
         seconds=time.monotonic() - started,
         temperature=finished.posterior.temperature,
+        posterior_std=posterior_std,
     )
 
 
-def _save(posterior: Posterior, training: Training, temperature_rows: Sequence[AnyRow], folder: Path) -> None:
-    """Save the posterior, before and after its temperature is fitted, and remove an empty folder of checkpoints."""
+def _save(posterior: Posterior, training: Training, folder: Path) -> None:
+    """Save the posterior, and remove an empty folder of checkpoints."""
     if not training.experiment.checkpoint_steps and training.checkpoints.is_dir():
         with contextlib.suppress(OSError):
             training.checkpoints.rmdir()
@@ -157,9 +203,6 @@ def _save(posterior: Posterior, training: Training, temperature_rows: Sequence[A
     size = copies * sum(tensor.nbytes for tensor in adapter_tensors(posterior.model, "default").values())
     with writing(folder, needed=size + sum(tensor.nbytes for tensor in posterior.tensors().values())):
         save_posterior(posterior, folder, overwrite=training.resume)
-        if temperature_rows:
-            posterior.temperature = _temperature(posterior, training, temperature_rows)
-            save_posterior(posterior, folder, overwrite=True)
 
 
 def _temperature(posterior: Posterior, training: Training, rows: Sequence[AnyRow]) -> float:
@@ -183,16 +226,20 @@ def _record(result: Result, rows: RunRows, command: Sequence[str]) -> dict[str, 
         "experiment": experiment.as_dict(),
         "command": list(command),
         "temperature": result.temperature,
+        "posterior_std": result.posterior_std,
         "steps": experiment.steps,
         "seconds": round(result.seconds, 1),
         "rows": {"train": len(rows.train), "eval": len(rows.evaluation)},
     }
 
 
-def _kl(trained: Run, updates: Updates) -> dict[str, Any] | None:
-    """The KL's cycle (updates) and rate, and the mean standard deviation that came of them; None without a KL."""
-    kl = trained.experiment.method.kl(updates)
-    if kl is None:
-        return None
-    widths = torch.cat([std(layer.rho.detach()).flatten() for layer in gaussian_layers(trained.model).values()])
-    return {"cycle": kl.cycle, "learning_rate": kl.learning_rate, "std": widths.mean().item()}
+def _mean_std(model: PeftModel) -> float | None:
+    """Mean standard deviation of the Gaussian weights; None without any."""
+    widths = [std(layer.rho.detach()).flatten() for layer in gaussian_layers(model).values()]
+    return torch.cat(widths).mean().item() if widths else None
+
+
+def _kl(training: Training, posterior_std: float | None) -> dict[str, Any] | None:
+    """The KL's cycle (updates), its rate and the standard deviation that came of them; None without a KL."""
+    kl = training.experiment.method.kl(training.updates)
+    return kl and {"cycle": kl.cycle, "learning_rate": kl.learning_rate, "std": posterior_std}

@@ -21,6 +21,8 @@ _FAMILY_DEFAULTS: Mapping[Family, Mapping[str, Any]] = MappingProxyType(
     }
 )
 """The paper's settings: Llama-2 for causal models, RoBERTa for encoders."""
+REPORTING = ("eval", "eval_rows", "report_to")
+"""Settings without an effect on what is trained."""
 _TEXT = r"\S"
 _PAPER = "default: the paper's for this kind of model"
 
@@ -66,8 +68,12 @@ class Experiment(Settings):
     eval_split: str | None = Field(
         None, pattern=_TEXT, description="Rows to score, such as test or dev+test; default: the usual one."
     )
+    eval: bool = Field(True, description="Score the posterior once it is trained.")
+    eval_rows: int | None = Field(
+        None, ge=1, le=LARGEST_WHOLE, description="Score only the first rows of the split, this many; default: all."
+    )
     draws: int = Field(
-        10, ge=1, le=LARGEST_WHOLE, description="Draws in the evaluation, which always includes the mean."
+        10, ge=0, le=LARGEST_WHOLE, description="Draws in the evaluation, beside the mean; 0 for the mean alone."
     )
     checkpoint_steps: int = Field(0, ge=0, le=LARGEST_WHOLE, description="Updates between checkpoints; 0 for none.")
     adapter: str | None = Field(
@@ -75,6 +81,9 @@ class Experiment(Settings):
     )
     temperature_split: str | None = Field(
         None, pattern=_TEXT, description="Rows to fit a temperature on, such as dev, with any method; default: none."
+    )
+    report_to: Literal["none", "tensorboard", "wandb", "trackio", "mlflow"] = Field(
+        "none", description="Tracker that training logs to: tensorboard, wandb, trackio or mlflow."
     )
 
     @model_validator(mode="before")

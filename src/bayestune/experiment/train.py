@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from bayestune.errors import ConfigError
 from bayestune.experiment.processes import is_main, process_count
@@ -46,6 +47,9 @@ class Training:
         Raises:
             ConfigError: as `BayesTrainer`, or as the method's own check.
         """
+        tracker = self.experiment.report_to
+        if tracker not in ("none", *get_available_reporting_integrations()):
+            raise ConfigError(f"report_to {tracker!r} needs the package {tracker}: install it.")
         check_arguments(TrainingArguments(**_arguments(self.experiment, self.checkpoints)))
         self.experiment.method.check(model, self.updates)
 
@@ -133,7 +137,7 @@ def _arguments(experiment: Experiment, checkpoints: Path) -> dict[str, Any]:
         "save_total_limit": 2,
         "logging_steps": max(1, experiment.steps // 50),
         "disable_tqdm": True,
-        "report_to": "none",
+        "report_to": experiment.report_to,
         "dataloader_pin_memory": torch.cuda.is_available(),
         **experiment.method.training_arguments(),
     }

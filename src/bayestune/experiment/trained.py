@@ -13,7 +13,7 @@ from bayestune.experiment.fitting import autocast
 from bayestune.experiment.folder import EXPERIMENT, POSTERIOR, RESULT, earlier_run
 from bayestune.experiment.rows import HELD_OUT, own_splits
 from bayestune.experiment.settings import Experiment
-from bayestune.files import file_sha256, read_json
+from bayestune.files import MANIFEST, file_sha256, read_json
 from bayestune.inference import Prediction, predict
 from bayestune.methods import Posterior, load
 from bayestune.storage.manifest import TENSOR_FILE
@@ -39,9 +39,10 @@ class Run:
         return self.experiment.method.draw_counts(self.experiment.draws)[-1]
 
     def evaluations(self) -> dict[str, int]:
-        """Number of draws of each evaluation, by its key: the method's name, with the draws if there are several."""
-        counts, name = self.experiment.method.draw_counts(self.experiment.draws), self.experiment.method.name
-        return {name: counts[0]} if len(counts) == 1 else {f"{name}_n{draws}": draws for draws in counts}
+        """Draws of each evaluation, by its key: the method's name, with the draws if several are possible."""
+        method, draws = self.experiment.method, self.experiment.draws
+        counts, several = method.draw_counts(draws), len(method.draw_counts(draws or 1)) > 1
+        return {f"{method.name}_n{count}" if several else method.name: count for count in counts}
 
     def predict(
         self, rows: Sequence[AnyRow], *, draws: int, seed: int = 0, task: Task | None = None, progress: bool = False
@@ -54,12 +55,15 @@ class Run:
 def load_run(folder: str | Path, *, data: str | Path | None = None) -> Run:
     """The trained run in `folder`, in evaluation mode; `data` replaces the data folder it was trained with.
 
+    The run may have been interrupted while it was scored.
+
     Raises:
-        ConfigError: not the folder of a finished run. PosteriorError: its posterior is incomplete or altered.
+        ConfigError: not the folder of a trained run. PosteriorError: its posterior is incomplete or altered.
     """
     folder = Path(folder)
     what = "the folder of a finished run, as `bayestune train --output` makes it"
-    if not (folder / RESULT).is_file():
+    scored = (folder / RESULT).is_file()
+    if not scored and not (folder / POSTERIOR / MANIFEST).is_file():
         waiting = earlier_run(folder)
         hint = f" The run that was to be replaced there waits in {waiting}." if waiting.is_dir() else ""
         hint = hint or (" Continue it: train --resume." if (folder / EXPERIMENT).is_file() else "")
@@ -71,8 +75,10 @@ def load_run(folder: str | Path, *, data: str | Path | None = None) -> Run:
     experiment, task = resolve(experiment, backbone)
     base, _ = load_base(backbone, task, experiment)
     posterior = load(base, folder / POSTERIOR)
-    recorded = read_json(folder / RESULT, what).get("sha256", {}).get("adapter")
-    if recorded != file_sha256(folder / POSTERIOR / TENSOR_FILE):
+    if not scored and experiment.temperature_split is not None and posterior.temperature == 1:
+        raise ConfigError(f"{folder}: the temperature of this run is not fitted yet; continue it: train --resume.")
+    recorded = read_json(folder / RESULT, what).get("sha256", {}).get("adapter") if scored else None
+    if scored and recorded != file_sha256(folder / POSTERIOR / TENSOR_FILE):
         message = f"{folder}: the posterior is not the one that {RESULT} was made with; its scores are of another."
         warnings.warn(message, BayestuneWarning, stacklevel=2)
     return Run(experiment=experiment, task=task, posterior=posterior)

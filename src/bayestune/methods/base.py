@@ -115,7 +115,7 @@ class Method(Settings, ABC):
 
     def draw_counts(self, draws: int) -> tuple[int, ...]:
         """The numbers of draws of its evaluations, in order, if `draws` are asked for; 0 is the mean."""
-        return (0,) if self.has_no_draws else (0, draws)
+        return (0,) if self.has_no_draws or draws == 0 else (0, draws)
 
     @classmethod
     def lines(cls) -> dict[str, Line]:

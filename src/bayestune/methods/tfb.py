@@ -283,7 +283,8 @@ class Tfb(PostHocMethod):
         generator = torch.Generator().manual_seed(derive_seed("anchor rows", run.seed))
         chosen = torch.randperm(len(run.rows), generator=generator)[: self.anchor_rows].tolist()
         rows = [run.rows[i] for i in chosen]
-        loss = anchor_loss(run.task, rows, draws=run.draws, seed=derive_seed("anchor draws", run.seed))
+        draws = run.draws or Variational.default_draws
+        loss = anchor_loss(run.task, rows, draws=draws, seed=derive_seed("anchor draws", run.seed))
         with run.precision():
             fitted, search = fit_tfb(model, loss, tolerance=self.tolerance)
         if search.at_high:

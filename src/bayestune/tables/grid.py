@@ -11,13 +11,13 @@ from typing import Any
 from bayestune.errors import ConfigError, MissingSplitError
 from bayestune.experiment.backbone import Backbone, build_task, find_backbone
 from bayestune.experiment.rows import HELD_OUT
-from bayestune.experiment.settings import Experiment
+from bayestune.experiment.settings import REPORTING, Experiment
 from bayestune.tables.cells import Cell, portable, read_cells
 from bayestune.tables.layouts import layout, lines
 from bayestune.tasks import TokenizedTask
 
-_FREE = ("data", "adapter", "target_modules", "checkpoint_steps")
-"""Settings that say where things are, or that a plan does not know yet."""
+_FREE = ("data", "adapter", "target_modules", "checkpoint_steps", *REPORTING)
+"""Settings that say where things are, that a plan does not know yet, or that do not change what is trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +113,9 @@ def _check(grid: Grid) -> None:
     for name in ("method", "task", "seed", "adapter"):
         if name in grid.settings:
             raise ConfigError(f"table: found the setting {name!r}, which differs from run to run; leave it out.")
+    for name in ("eval", "eval_rows"):
+        if name in grid.settings:
+            raise ConfigError(f"table: found the setting {name!r}, expected none: a table scores all rows.")
     data = _experiment(grid, task="any").data
     if data is not None and not Path(data).is_dir():
         raise ConfigError(f"--data {data}: no such folder, expected one with the data sets of {grid.table}.")

@@ -36,7 +36,7 @@ class Laplace(PostHocMethod):
         refuse_if_too_large(model, layers=self.laplace_layers)
 
     def draw_counts(self, draws: int) -> tuple[int, ...]:
-        return (1,) if self.laplace_predictive == "probit" else (0, draws)
+        return (1,) if self.laplace_predictive == "probit" and draws else super().draw_counts(draws)
 
     def fit_to(self, model: PeftModel, run: Fitting) -> LaplacePosterior:
         validation = run.more_rows.get("fit_split") or None
