@@ -177,11 +177,16 @@ def test_a_loss_that_ignores_the_items_of_the_batch_is_warned_of(tmp_path: Path)
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None):
             return TASK.loss(model, inputs).sum() / num_items_in_batch
 
+    class Passed(Divided):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return super().compute_loss(*args, **kwargs)
+
     norms = {}
     for owner, scaled, accumulation in [
         (PlainTrainer, None, 4),
         (PlainTrainer, False, 4),
         (Divided, None, 4),
+        (Passed, None, 4),
         (PlainTrainer, None, 1),
     ]:
         made = plain_trainer(

@@ -4,6 +4,7 @@ import dis
 import inspect
 import math
 import warnings
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -133,11 +134,13 @@ class KLCallback(NoiseCallback):
             mean = get_total_norm([layer.weight for layer in group], math.inf)
             rho = get_total_norm([layer.rho for layer in group], math.inf)
             largest += gaussian_kl_gradient(mean, rho, prior_std)
-        moved = [layer for layer in self._layers if self._along_nll and layer.rho.grad is not None]
-        along = {f"G of {layer.name} (with its NLL)": layer.rho.grad for layer in moved}
+        along: dict[str, Tensor] = {}
+        for layer in self._layers:
+            if self._along_nll and layer.rho.grad is not None:
+                along[f"G of {layer.name} (with its NLL)"] = layer.rho.grad
         if all_finite(largest) and all_finite(along.values()):
             return None
-        gradients = {}
+        gradients: dict[str, Tensor] = {}
         for layer in self._layers:
             mean, rho = gaussian_kl_gradient(layer.weight, layer.rho, layer.prior_std)
             gradients |= {f"M of {layer.name}": mean, f"G of {layer.name}": rho}
@@ -180,10 +183,9 @@ def _warn_of_unscaled_loss(trainer: Trainer, accumulation: int) -> None:
     """Warn of a loss that is a mean over its micro-batch where the Trainer expects its share of the update's mean."""
     if accumulation == 1 or trainer.loss_is_scaled_for_ga is not None:
         return
-    loss = trainer.compute_loss_func or type(trainer).compute_loss
-    reads = {each.argval for each in dis.get_instructions(loss) if each.opname.startswith("LOAD")}
+    loss = inspect.unwrap(trainer.compute_loss_func or type(trainer).compute_loss)
     scaled = trainer.compute_loss_func is not None or trainer.model_accepts_loss_kwargs
-    if scaled and "num_items_in_batch" not in reads:
+    if scaled and inspect.isfunction(loss) and not _reads(loss, "num_items_in_batch"):
         warnings.warn(
             f"{loss.__qualname__} does not use num_items_in_batch, but the Trainer expects a loss divided by it: with "
             f"gradient_accumulation_steps={accumulation} the NLL gradient is {accumulation} times too large against "
@@ -191,6 +193,13 @@ def _warn_of_unscaled_loss(trainer: Trainer, accumulation: int) -> None:
             BayestuneWarning,
             stacklevel=2,
         )
+
+
+def _reads(function: FunctionType, argument: str) -> bool:
+    """Return whether the code of `function` reads `argument`, by its name or among others (``*args, **kwargs``)."""
+    given = inspect.getfullargspec(function)
+    loads = (each.argrepr for each in dis.get_instructions(function) if each.opname.startswith("LOAD"))
+    return not {argument, given.varargs, given.varkw}.isdisjoint(name for names in loads for name in names.split(", "))
 
 
 def _restore_float32(model: nn.Module) -> None:

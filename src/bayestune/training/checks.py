@@ -32,7 +32,8 @@ def check_arguments(args: TrainingArguments) -> None:
     for name, reason in _UNSUPPORTED.items():
         if getattr(args, name):
             raise ConfigError(f"BayesTrainer does not support {name}={getattr(args, name)!r}: {reason}.")
-    if (args.activation_checkpointing_kwargs or {}).get("preserve_rng_state") is False:
+    kwargs = args.activation_checkpointing_kwargs
+    if isinstance(kwargs, dict) and kwargs.get("preserve_rng_state") is False:
         raise ConfigError(
             "BayesTrainer does not support activation_checkpointing_kwargs with preserve_rng_state=False: recomputed "
             "dropout masks would differ and gradients be wrong; leave out preserve_rng_state."

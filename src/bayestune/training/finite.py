@@ -51,10 +51,10 @@ def nonfinite_rows(nll: Float[Tensor, "draws rows"], index: Int[Tensor, " rows"]
     bad = ~nll.detach().isfinite()
     if not bad.any():
         return None
-    draw, row = bad.nonzero()[0].tolist()
-    others = [ids[other] for other in index[bad.any(0)].tolist() if other != index[row]]
+    draw, row = (int(i) for i in bad.nonzero()[0])
+    others = [ids[int(i)] for i in index[bad.any(0)] if i != index[row]]
     also = f" (and that of {listed(others)} is not finite)" if others else ""
-    return f"the NLL of row {ids[index[row]]!r} is {nll[draw, row].item()}{also}"
+    return f"the NLL of row {ids[int(index[row])]!r} is {nll[draw, row].item()}{also}"
 
 
 def listed(ids: Sequence[str], at_most: int = 5) -> str:

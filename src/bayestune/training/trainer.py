@@ -81,7 +81,7 @@ class BayesTrainer(SafeTrainer):
         checks.check_rows(args, len(train))
         if args.eval_strategy != "no":
             checks.check_eval_rows(eval_rows)
-        self._train = train
+        self._train, self._collator = train, Collator(task)
         self._noise_callback = NoiseCallback() if random else None
         if self._gaussian:
             batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -91,7 +91,7 @@ class BayesTrainer(SafeTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=Collator(task),
+            data_collator=self._collator,
             train_dataset=train,
             eval_dataset=None if eval_rows is None else Examples(task, eval_rows, model),
             compute_metrics=lambda found: task.metrics(*map(torch.as_tensor, (found.predictions, found.label_ids))),
@@ -254,7 +254,7 @@ class BayesTrainer(SafeTrainer):
         return settings
 
     def _batch_of(self, rows: Sequence[int]) -> dict[str, Any]:
-        return self.data_collator([self._train[row] for row in rows])
+        return self._collator([self._train[row] for row in rows])
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         assert self.model is not None
