@@ -355,27 +355,28 @@ def test_nothing_is_fitted_on_the_draws_that_are_scored(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TFB's anchor rows are a sample by the run's seed; the draws of the fits are those of no evaluation."""
-    anchors: list[list[str]] = []
-    seeds: list[int] = []
-    tfb, experiments = sys.modules["bayestune.methods.tfb"], sys.modules["bayestune.experiment.run"]
+    anchors: list[set[str]] = []
+    seeds: dict[str, set[int]] = {}
 
-    def anchor_loss(task: Any, rows: Any, **settings: Any) -> Any:
-        anchors.append([row.id for row in rows])
-        seeds.append(settings["seed"])
-        return right_loss(task, rows, **settings)
+    def watch(module: str) -> None:
+        right = sys.modules[module].predict
 
-    def predict(*args: Any, **settings: Any) -> Any:
-        seeds.append(settings["seed"])
-        return right_predict(*args, **settings)
+        def predict(model: Any, task: Any, rows: Any, *, draws: int, seed: int, **settings: Any) -> Any:
+            seeds.setdefault(module, set()).add(seed)
+            anchors.extend([{row.id for row in rows}] if module.endswith("tfb") else [])
+            return right(model, task, rows, draws=draws, seed=seed, **settings)
 
-    right_loss, right_predict = tfb.anchor_loss, experiments.predict
-    monkeypatch.setattr(tfb, "anchor_loss", anchor_loss)
-    monkeypatch.setattr(experiments, "predict", predict)
+        monkeypatch.setattr(sys.modules[module], "predict", predict)
+
+    watch("bayestune.methods.tfb")  # the anchor rows
+    watch("bayestune.experiment.run")  # the temperature
+    watch("bayestune.experiment.trained")  # the scores
     for seed in (0, 1):
         given = experiment(world, method="tfb", temperature_split="train", seed=seed, steps=1)
         run(given, tmp_path / str(seed))
-    assert [len(set(ids)) for ids in anchors] == [8, 8] and set(anchors[0]) != set(anchors[1])
-    assert len(set(seeds)) == 4 and not {0, 1} & set(seeds)
+    assert len(anchors[0]) == 8 and anchors[0] != anchors[-1]
+    assert [len(found) for found in seeds.values()] == [2, 2, 1]
+    assert len(set.union(*seeds.values())) == 5 and 1 not in set.union(*seeds.values())
 
 
 def test_a_width_at_the_end_of_the_search_is_told(world: Path, mle: Result, tmp_path: Path) -> None:

@@ -34,8 +34,8 @@ def fit_temperature(log_probs: Float[Tensor, "draws rows classes"], labels: Int[
 
     Args:
         log_probs: log-probabilities of a prediction on validation rows at temperature 1
-            (`Prediction.draw_log_probs`). They stand for the logits, from which they differ by a constant per row.
-            They may be -inf.
+            (`Prediction.draw_log_probs`), of another seed than the predictions that are scored. They stand for the
+            logits, from which they differ by a constant per row. They may be -inf.
         labels: classes of the rows.
 
     Returns:

@@ -164,7 +164,8 @@ def anchor_loss(
 ) -> Callable[[PeftModel], float]:
     """A function of a model: the mean NLL (nats per row) of its predictive over `rows`, for `fit_tfb`.
 
-    Every call uses the same `draws` draws of `seed`, so that two widths differ by their widths alone.
+    Every call uses the same `draws` draws, so that two widths differ by their widths alone. They depend on `seed`, but
+    are not the draws that `predict` takes with it.
 
     Raises:
         ConfigError: `draws` below 1.
@@ -176,8 +177,10 @@ def anchor_loss(
         if row.target is None:
             raise DataError(f"anchor_loss: row {row.id!r} has no label, expected labelled anchor rows.")
 
+    noise = derive_seed("anchor", seed)
+
     def loss(model: PeftModel) -> float:
-        prediction = predict(model, task, rows, draws=draws, seed=seed, batch_size=batch_size)
+        prediction = predict(model, task, rows, draws=draws, seed=noise, batch_size=batch_size)
         assert prediction.labels is not None
         return metrics.nll(prediction.log_probs, prediction.labels)
 
@@ -284,7 +287,7 @@ class Tfb(PostHocMethod):
         chosen = torch.randperm(len(run.rows), generator=generator)[: self.anchor_rows].tolist()
         rows = [run.rows[i] for i in chosen]
         draws = run.draws or Variational.default_draws
-        loss = anchor_loss(run.task, rows, draws=draws, seed=derive_seed("anchor draws", run.seed))
+        loss = anchor_loss(run.task, rows, draws=draws, seed=run.seed)
         with run.precision():
             fitted, search = fit_tfb(model, loss, tolerance=self.tolerance)
         if search.at_high:
