@@ -91,7 +91,7 @@ def test_settings_survive_json() -> None:
 
 
 def test_defaults_are_the_papers_for_each_kind_of_model() -> None:
-    given = Experiment(model="m", task="t", learning_rate=0.5)
+    given = Experiment(model="m", task="t", recipe="paper", learning_rate=0.5)
     causal, encoder = given.resolved("causal"), given.resolved("encoder")
     names = ("batch_size", "lora_alpha", "kl_learning_rate", "max_tokens")
     assert [causal.as_dict()[name] for name in names] == [4, 16, 0.01, 300]
@@ -119,7 +119,8 @@ def test_the_kl_rate_of_a_width_follows_from_the_run() -> None:
     given = Experiment(model="m", task="t", steps=300, posterior_std=0.06).resolved("encoder")
     kl = kl_of(given, rows=1000)
     assert kl is not None and kl.cycle == 47
-    found = kl_only_std(kl.learning_rate, updates=300, cycle=47, start=initial_std(0.05), prior_std=0.2)
+    settings = {"updates": 300, "cycle": 47, "start": initial_std(0.05), "prior_std": 0.2, "schedule": kl.schedule}
+    found = kl_only_std(kl.learning_rate, **settings)
     assert found == pytest.approx(0.06, rel=1e-9)
 
 

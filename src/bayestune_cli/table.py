@@ -61,7 +61,7 @@ def table(
 def _grid(table: str, given: Mapping[str, Any], *, results: Path, runs: Path) -> "Grid":
     """Return the runs that the flags ask for."""
     settings = {} if given["config"] is None else read_config(given["config"])
-    settings |= {name: given[name] for name in _PLACES if given[name] is not None}
+    settings = {"recipe": "paper"} | settings | {name: given[name] for name in _PLACES if given[name] is not None}
     if "model" not in settings:
         raise FlagError("table: found no --model, expected one (or --rebuild, which trains nothing).")
 

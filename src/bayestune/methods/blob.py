@@ -46,21 +46,26 @@ class Blob(Method):
         }
     )
 
+    recipe: Literal["default", "paper"] = Field(
+        "default",
+        description="What settings that are not given become. default: std 0.3 x the prior's, uniform KL weights, no "
+        "cycle longer than the run. paper: its KL weights, KL rate and flipout.",
+    )
     prior_std: float = Field(0.2, gt=0, description="Standard deviation of the prior.")
     rho_init: float = Field(0.05, gt=0, description="Initial G; the standard deviation is G^2.")
-    estimator: Literal["independent", "flipout", "flipout_token"] = Field(
-        "independent", description="Training noise: independent per row, flipout, or flipout_token."
+    estimator: Literal["independent", "flipout", "flipout_token"] | None = Field(
+        None, description="Training noise: independent per row (default), flipout, or flipout_token (paper)."
     )
-    kl_schedule: Literal["paper", "uniform", "linear", "elbo"] = Field(
-        "paper", description="Weights of the KL: paper, uniform, linear, or elbo (1/rows in every update)."
+    kl_schedule: Literal["paper", "uniform", "linear", "elbo"] | None = Field(
+        None, description="Weights of the KL: paper, uniform (default), linear, or elbo (1/rows in every update)."
     )
     kl_learning_rate: float | None = Field(
-        None, gt=0, description="Learning rate of the SGD step on G and the KL; default: the paper's for this model."
+        None, gt=0, description="Learning rate of the SGD step on G and the KL; default: it follows from the std."
     )
     posterior_std: float | None = Field(
         None,
         gt=0,
-        description="Target posterior std. Sets the KL learning rate for you; use it instead of --kl-learning-rate.",
+        description="Target posterior std, default 0.3 x the prior's. Sets the KL learning rate for you.",
     )
 
     @model_validator(mode="after")
@@ -72,15 +77,25 @@ class Blob(Method):
         return self
 
     def resolved(self, family: Family) -> "Blob":
+        paper = self.recipe == "paper"
+        filled = {
+            "estimator": self.estimator or ("flipout_token" if paper else "independent"),
+            "kl_schedule": self.kl_schedule or ("paper" if paper else "uniform"),
+        }
         if self.kl_learning_rate is None and self.posterior_std is None:
-            return self.replace(kl_learning_rate=_PAPER_RATES[family])
-        return self
+            std = 0.3 * self.prior_std
+            if paper or std <= initial_std(self.rho_init):  # a start that wide stays as it is given
+                filled["kl_learning_rate"] = _PAPER_RATES[family]
+            else:
+                filled["posterior_std"] = std
+        return self.replace(**filled)
 
     def adapter_config(self, **lora: Any) -> LoraConfig:
-        own = {"prior_std": self.prior_std, "rho_init": self.rho_init, "estimator": self.estimator}
+        own = {"prior_std": self.prior_std, "rho_init": self.rho_init, "estimator": self.estimator or "independent"}
         return BayesLoraConfig(**lora, **own, distribution=self.distribution)
 
     def kl(self, updates: Updates) -> KLSettings:
+        assert self.kl_schedule is not None, "only resolved settings have one"
         growth = self._growth(updates)
         rate = self.kl_learning_rate
         if rate is None:
@@ -90,10 +105,11 @@ class Blob(Method):
 
     def _growth(self, updates: Updates) -> dict[str, Any]:
         """The arguments of `kl_only_std` and `kl_rate_for_std` beside the rate and the std."""
+        cycle = cycle_steps(updates.rows, updates.batch_size, processes=updates.processes)
         return {
             "updates": updates.steps,
-            "cycle": cycle_steps(updates.rows, updates.batch_size, processes=updates.processes),
-            "schedule": _SCHEDULES.get(self.kl_schedule) or elbo_kl_weight(updates.rows),
+            "cycle": cycle if self.recipe == "paper" else min(cycle, updates.steps),
+            "schedule": elbo_kl_weight(updates.rows) if self.kl_schedule == "elbo" else _SCHEDULES[self.kl_schedule],
             "start": initial_std(self.rho_init),
             "prior_std": self.prior_std,
             "warmup": updates.warmup,

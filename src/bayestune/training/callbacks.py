@@ -17,6 +17,7 @@ from bayestune.errors import BayestuneWarning, ConfigError
 from bayestune.functional import gaussian_kl_gradient
 from bayestune.training.finite import all_finite, first_nonfinite, stopped
 from bayestune.training.kl import KLSettings, kl_step, layer_groups, posterior_summary
+from bayestune.training.posterior_std import kl_only_std, warn_of_width
 
 
 class NoiseCallback(TrainerCallback):
@@ -94,7 +95,23 @@ class KLCallback(NoiseCallback):
             _warn_of_unscaled_loss(trainer, args.gradient_accumulation_steps)
             handler = trainer.callback_handler  # first, so that every logger reads what `on_log` adds
             handler.callbacks = [self, *(callback for callback in handler.callbacks if callback is not self)]
+        if state.is_world_process_zero and state.global_step == 0:
+            self._check_width(args, state)
         super().on_train_begin(args, state, control, **kwargs)
+
+    def _check_width(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Warn if the KL leaves the std near its start or near the prior's, under a rate that falls linearly."""
+        start, prior_std = posterior_summary(self._layers)["std"], self._layers[0].prior_std
+        reached = kl_only_std(
+            self.settings.learning_rate,
+            updates=state.max_steps,
+            cycle=self.settings.cycle,
+            start=start,
+            prior_std=prior_std,
+            schedule=self.settings.schedule,
+            warmup=args.get_warmup_steps(state.max_steps) / state.max_steps,
+        )
+        warn_of_width(reached, start=start, prior_std=prior_std, updates=state.max_steps)
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         group = kwargs["optimizer"].param_groups[0]

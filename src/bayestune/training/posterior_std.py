@@ -12,10 +12,11 @@ for each number of updates; `kl_rate_for_std` fixes the posterior instead.
 
 import math
 import sys
+import warnings
 
 from scipy.optimize import root_scalar
 
-from bayestune.errors import ConfigError
+from bayestune.errors import BayestuneWarning, ConfigError
 from bayestune.functional import paper_kl_weight
 from bayestune.training.kl import Schedule
 
@@ -50,6 +51,20 @@ def kl_only_std(
         warmup: share of the updates in which the rate rises linearly from 0; it then falls linearly to 0.
     """
     return _grow(rate, _weights(updates, cycle, schedule, warmup), start, prior_std)
+
+
+def warn_of_width(reached: float, *, start: float, prior_std: float, updates: int) -> None:
+    """Warn if the KL alone leaves the std within 25 % of its start, or takes it to within 10 % of the prior's."""
+    moved = f"posterior std: in {updates} updates the KL takes it from {start:.3g} to {reached:.3g}"
+    if reached < 1.25 * start:
+        effect = "hardly from its start, so that draws differ little from the mean and the result is nearly plain LoRA"
+        remedy = "give more steps, a posterior_std (--posterior-std), or kl_schedule='uniform' (--kl-schedule uniform)"
+    elif reached > 0.9 * prior_std:
+        effect = f"nearly to the prior's {prior_std:.3g}, whatever the data say"
+        remedy = "give fewer steps, a posterior_std (--posterior-std), or a smaller KL learning rate or kl_schedule"
+    else:
+        return
+    warnings.warn(f"{moved}, {effect}: {remedy}.", BayestuneWarning, stacklevel=3)
 
 
 def check_std(std: float, *, start: float, prior_std: float) -> None:
