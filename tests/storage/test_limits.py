@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bayestune.errors import PosteriorError
-from bayestune.storage import load_posterior, loading, save_posterior
+from bayestune.storage import load_posterior, loading, save_posterior, state
 from models import LLAMA, adapter_state, assert_same, blob
 from storage.spoil import CONFIG, seal
 
@@ -28,7 +28,7 @@ def folder(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
         pytest.fail("PEFT was given these settings")
 
     monkeypatch.setattr(loading, "skeleton", never)
-    monkeypatch.setattr(loading, "adapted", never)
+    monkeypatch.setattr(state, "adapted", never)
     return shutil.copytree(saved, tmp_path / "posterior")
 
 

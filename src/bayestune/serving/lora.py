@@ -19,18 +19,9 @@ from bayestune.files import new_folder
 from bayestune.functional import prediction_noise
 from bayestune.sampling import Point, Posterior, Variational
 from bayestune.sampling.base import SubstitutedDraws
+from bayestune.storage import state
 from bayestune.storage.manifest import CONFIG_FILE, TENSOR_FILE, write_manifest
 from bayestune.storage.saving import as_posterior
-from bayestune.storage.state import (
-    active_adapter,
-    adapter_config,
-    adapter_tensors,
-    check_values,
-    config_fault,
-    lora_layers,
-    owned_heads,
-    parameter_names,
-)
 
 
 def export_lora(
@@ -65,7 +56,7 @@ def export_lora(
         PosteriorError: the adapter holds NaN, infinities, or a standard deviation of 0.
     """
     posterior = as_posterior(model)
-    model, adapter, kind = active_adapter(posterior.model)
+    model, adapter, kind = state.active_adapter(posterior.model)
     _check_exportable(posterior, adapter, kind, draws)
     substituted = _substituted(posterior, adapter, draws, seed)
     notes = _notes(posterior, adapter)
@@ -73,7 +64,7 @@ def export_lora(
     names |= {f"draw_{index}": index for index in range(draws)}
     with new_folder(path, overwrite=overwrite) as folder:
         for name, index in names.items():
-            tensors = {key: t for key, t in adapter_tensors(model, adapter).items() if not key.endswith(".rho")}
+            tensors = {key: t for key, t in state.adapter_tensors(model, adapter).items() if not key.endswith(".rho")}
             if index is not None:
                 tensors |= substituted[index] if substituted else _drawn(model, seed, index)
             source = {"draw": "mean"} if index is None else {"draw": str(index), "seed": str(seed)}
@@ -90,10 +81,10 @@ def _check_exportable(posterior: Posterior, adapter: str, kind: str, draws: int)
         raise ConfigError(
             f"draws: found {draws}, but adapter {adapter!r} is plain LoRA, a point without a posterior: pass draws=0."
         )
-    fault = config_fault(adapter_config(posterior.model, adapter), kind)
+    fault = state.config_fault(state.adapter_config(posterior.model, adapter), kind)
     if fault:
         raise ConfigError(f"the adapter cannot be exported as plain LoRA: {fault}.")
-    check_values(adapter_tensors(posterior.model, adapter))
+    state.check_values(state.adapter_tensors(posterior.model, adapter))
 
 
 def _substituted(posterior: Posterior, adapter: str, draws: int, seed: int) -> list[dict[str, Tensor]]:
@@ -105,7 +96,7 @@ def _substituted(posterior: Posterior, adapter: str, draws: int, seed: int) -> l
         raise ConfigError(
             f"draws: found {draws} of a {posterior.kind!r} posterior, whose draws are not LoRA weights: pass draws=0."
         )
-    keys = {name: key for key, name in parameter_names(posterior.model, adapter).items()}
+    keys = {name: key for key, name in state.parameter_names(posterior.model, adapter).items()}
     return [{keys[name]: tensor for name, tensor in drawn.items()} for drawn in sampler.weights]
 
 
@@ -121,8 +112,8 @@ def _drawn(model: PeftModel, seed: int, index: int) -> dict[str, Tensor]:
 
 def _write(folder: Path, model: PeftModel, adapter: str, tensors: dict[str, Tensor], source: dict[str, str]) -> None:
     """Write one adapter: every layer with the largest rank, zero padded, and its scale folded into B."""
-    check_values(tensors)
-    config, layers = adapter_config(model, adapter), lora_layers(model, adapter)
+    state.check_values(tensors)
+    config, layers = state.adapter_config(model, adapter), state.lora_layers(model, adapter)
     rank = max(layer.r[adapter] for layer in layers.values())
     for path, layer in layers.items():
         a, b = sorted(key for key in tensors if key.startswith(f"base_model.model.{path}.lora_"))
@@ -150,7 +141,7 @@ def _write(folder: Path, model: PeftModel, adapter: str, tensors: dict[str, Tens
 
 def _targets(model: PeftModel, adapter: str) -> list[str]:
     """Names that match the adapted layers and no other module: their last components where these suffice."""
-    layers = lora_layers(model, adapter).keys()
+    layers = state.lora_layers(model, adapter).keys()
     modules = [name for name, _ in model.get_base_model().named_modules()]
     shared = {name.rpartition(".")[2] for name in modules if name not in layers}
     return sorted({name if name.rpartition(".")[2] in shared else name.rpartition(".")[2] for name in layers})
@@ -158,13 +149,13 @@ def _targets(model: PeftModel, adapter: str) -> list[str]:
 
 def _notes(posterior: Posterior, adapter: str) -> list[str]:
     """What the exported folders cannot express, which is warned of, and what a server may refuse."""
-    limits, heads = [], owned_heads(posterior.model, adapter)
+    limits, heads = [], state.owned_heads(posterior.model, adapter)
     if posterior.temperature != 1.0:
         limits.append(
             f"the posterior divides its logits by a temperature of {posterior.temperature}, which LoRA cannot hold."
         )
     tied = tied_head(posterior.model)
-    if tied in lora_layers(posterior.model, adapter):
+    if tied in state.lora_layers(posterior.model, adapter):
         limits.append(
             f"{tied} is adapted and its weight is tied to another layer's, such as the embeddings: use the adapters "
             "unmerged, since merging one changes both layers."

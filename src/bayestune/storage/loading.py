@@ -20,6 +20,7 @@ from bayestune.errors import ConfigError, PosteriorError
 from bayestune.files import existing_folder, strict_json
 from bayestune.sampling.base import Posterior
 from bayestune.sampling.posteriors import Point, Variational
+from bayestune.storage import state
 from bayestune.storage.fingerprint import fingerprint, settings, settings_difference, weights_difference
 from bayestune.storage.manifest import (
     CONFIG_FILE,
@@ -30,16 +31,6 @@ from bayestune.storage.manifest import (
     member_folder,
     read_files,
     read_manifest,
-)
-from bayestune.storage.state import (
-    ADAPTERS,
-    adapted,
-    adapter_tensors,
-    describe,
-    owned_heads,
-    settings_fault,
-    tensor_fault,
-    value_fault,
 )
 
 
@@ -144,9 +135,9 @@ class _Saved:
         tensors = self.tensors(TENSOR_FILE, "tensors")
         half = any(".lora_" in key and t.dtype in (torch.float16, torch.bfloat16) for key, t in tensors.items())
         self._check_fit(base, config, tensors, autocast=not half)
-        model = adapted(base, config, autocast=not half)
+        model = state.adapted(base, config, autocast=not half)
         set_peft_model_state_dict(model, tensors)
-        filled = adapter_tensors(model, "default")
+        filled = state.adapter_tensors(model, "default")
         wrong = [key for key, tensor in tensors.items() if not torch.equal(filled[key].cpu(), tensor)]
         if wrong:
             model.unload()
@@ -157,12 +148,12 @@ class _Saved:
         kind = "point" if self.manifest["std"] is None else "variational"
         try:
             values = strict_json(self.contents[CONFIG_FILE], limit=CONFIG_LIMIT)
-            fault = settings_fault(values, kind)
+            fault = state.settings_fault(values, kind)
             if fault:
                 raise ValueError(fault)
             # The base is the one given: where the file says it came from is not followed.
             unused = {"auto_mapping": None, "base_model_name_or_path": None, "revision": None}
-            return ADAPTERS[kind](**{**values, **unused})
+            return state.ADAPTERS[kind](**{**values, **unused})
         except (ValueError, TypeError) as error:
             raise PosteriorError(f"{self.folder / CONFIG_FILE}: {_one_line(error)}") from error
 
@@ -175,7 +166,7 @@ class _Saved:
             tensors = safetensors.torch.load(data)
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
             raise PosteriorError(f"{path} is not a safetensors file ({error}): restore the folder.") from error
-        fault = tensor_fault(self.manifest[entry], describe(tensors)) or value_fault(tensors)
+        fault = state.tensor_fault(self.manifest[entry], state.describe(tensors)) or state.value_fault(tensors)
         if fault:
             raise PosteriorError(f"{path}: {fault}.")
         return tensors
@@ -193,10 +184,10 @@ class _Saved:
             raise PosteriorError(
                 f"{self.folder / CONFIG_FILE} does not fit the base model: {_one_line(error)}"
             ) from error
-        fault = tensor_fault(describe(adapter_tensors(model, "default")), describe(tensors))
+        fault = state.tensor_fault(state.describe(state.adapter_tensors(model, "default")), state.describe(tensors))
         if fault:
             raise PosteriorError(f"{self.folder / TENSOR_FILE}: {fault}. {advice}")
-        difference = weights_difference(expected, fingerprint(base, heads=owned_heads(model, "default")))
+        difference = weights_difference(expected, fingerprint(base, heads=state.owned_heads(model, "default")))
         if difference:
             raise PosteriorError(f"{self.folder} belongs to another base model: {difference}. {advice}")
 
@@ -230,7 +221,7 @@ def skeleton(base: nn.Module, config: LoraConfig, *, autocast: bool) -> PeftMode
             memo[id(tensor)] = torch.empty_like(tensor, device="meta")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT will say the same again of the base itself
-        return adapted(copy.deepcopy(base, memo), copy.deepcopy(config), autocast=autocast)
+        return state.adapted(copy.deepcopy(base, memo), copy.deepcopy(config), autocast=autocast)
 
 
 def _one_line(error: Exception) -> str:

@@ -19,6 +19,7 @@ from bayestune.errors import ConfigError, PosteriorError
 from bayestune.files import new_folder, strict_json
 from bayestune.sampling.base import Posterior
 from bayestune.sampling.posteriors import Point, Variational
+from bayestune.storage import state
 from bayestune.storage.fingerprint import fingerprint
 from bayestune.storage.manifest import (
     CONFIG_FILE,
@@ -28,17 +29,6 @@ from bayestune.storage.manifest import (
     TENSOR_FILE,
     member_folder,
     write_manifest,
-)
-from bayestune.storage.state import (
-    active_adapter,
-    adapter_config,
-    adapter_tensors,
-    check_values,
-    describe,
-    lora_layers,
-    settings_fault,
-    tensor_fault,
-    value_fault,
 )
 
 
@@ -59,10 +49,10 @@ def save_posterior(model: nn.Module | Posterior, path: str | os.PathLike[str], *
         PosteriorError: the adapter holds NaN, infinities, or a standard deviation of 0.
     """
     posterior = as_posterior(model)
-    model, adapter, kind = active_adapter(posterior.model)
+    model, adapter, kind = state.active_adapter(posterior.model)
     if posterior.adapter != kind:
         raise ConfigError(f"a {posterior.kind!r} posterior: found a {kind!r} adapter, expected {posterior.adapter!r}.")
-    config, tensors = adapter_config(model, adapter), adapter_tensors(model, adapter)
+    config, tensors = state.adapter_config(model, adapter), state.adapter_tensors(model, adapter)
     _check_savable(model, tensors)
     with new_folder(path, overwrite=overwrite) as folder:
         _write_adapter(model, adapter, folder)
@@ -73,7 +63,7 @@ def save_posterior(model: nn.Module | Posterior, path: str | os.PathLike[str], *
             "posterior": posterior.kind,
             "std": STD if kind == Variational.adapter else None,
             "base": {"name": config.base_model_name_or_path, **fingerprint(model)},
-            "tensors": describe(tensors),
+            "tensors": state.describe(tensors),
             **_write_parts(posterior, folder),
         }
         names = (CONFIG_FILE, TENSOR_FILE, PART_FILE)
@@ -89,15 +79,15 @@ def as_posterior(model: nn.Module | Posterior) -> Posterior:
     """
     if isinstance(model, Posterior):
         return model
-    found, _, kind = active_adapter(model)
+    found, _, kind = state.active_adapter(model)
     return Variational(found) if kind == Variational.adapter else Point(found)
 
 
 def _check_savable(model: PeftModel, tensors: dict[str, Tensor]) -> None:
     if is_merged(model):
         raise ConfigError("the adapter is merged into the base weights: call unmerge_adapter() before saving.")
-    check_values(tensors)
-    adapters = {t.data_ptr() for name in model.peft_config for t in adapter_tensors(model, name).values()}
+    state.check_values(tensors)
+    adapters = {t.data_ptr() for name in model.peft_config for t in state.adapter_tensors(model, name).values()}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.data_ptr() not in adapters:
             raise ConfigError(
@@ -122,7 +112,7 @@ def _list_layers(model: PeftModel, adapter: str, path: Path) -> None:
     values = strict_json(path.read_bytes(), limit=CONFIG_LIMIT)
     if not (isinstance(values["target_modules"], str) or isinstance(values.get("exclude_modules"), str)):
         return
-    layers = sorted(lora_layers(model, adapter))
+    layers = sorted(state.lora_layers(model, adapter))
     names = [name for name, _ in model.get_base_model().named_modules()]
     if any(name.endswith(f".{layer}") for name in names for layer in layers):
         return  # PEFT would also adapt the modules whose names end like this
@@ -131,11 +121,11 @@ def _list_layers(model: PeftModel, adapter: str, path: Path) -> None:
 
 def _check_written(folder: Path, kind: str, tensors: dict[str, Tensor]) -> None:
     """Check that PEFT wrote exactly `tensors`, and settings that `load_posterior` will accept."""
-    fault = settings_fault(strict_json((folder / CONFIG_FILE).read_bytes(), limit=CONFIG_LIMIT), kind)
+    fault = state.settings_fault(strict_json((folder / CONFIG_FILE).read_bytes(), limit=CONFIG_LIMIT), kind)
     if fault:
         raise ConfigError(f"the adapter cannot be saved as a posterior: {fault}.")
     written = safetensors.torch.load_file(folder / TENSOR_FILE)
-    fault = tensor_fault(describe(tensors), describe(written))
+    fault = state.tensor_fault(state.describe(tensors), state.describe(written))
     if fault or not all(torch.equal(written[key], tensor.cpu()) for key, tensor in tensors.items()):
         raise ConfigError(
             f"PEFT did not write this adapter whole ({fault or 'other values'}): is an adapter of the model named "
@@ -155,7 +145,7 @@ def _write_parts(posterior: Posterior, folder: Path) -> dict[str, Any]:
         for group in (posterior.tensors(), *posterior.more_members())
     )
     for group in (tensors, *members):
-        fault = value_fault(group)
+        fault = state.value_fault(group)
         if fault:
             raise PosteriorError(f"{fault}: this posterior is not written.")
     if tensors:
@@ -166,4 +156,4 @@ def _write_parts(posterior: Posterior, folder: Path) -> dict[str, Any]:
         shutil.copyfile(folder / CONFIG_FILE, path / CONFIG_FILE)
         save_file(member, path / TENSOR_FILE)
     settings = {**posterior.settings(), "temperature": posterior.temperature}
-    return {"settings": settings, "parts": describe(tensors), "members": len(members) + 1}
+    return {"settings": settings, "parts": state.describe(tensors), "members": len(members) + 1}
