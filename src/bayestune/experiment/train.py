@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from bayestune.errors import ConfigError
 from bayestune.experiment.processes import is_main, process_count
