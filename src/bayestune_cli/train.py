@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 _TYPES = {"bool": bool, "int": int, "float": float, "str": str, "names": str}
 _EITHER = ("kl_learning_rate", "posterior_std")
 """Alternative settings: a flag for one replaces either in a config file."""
-_DEFAULT_METHOD = "blob"
 
 
 @cache
@@ -84,7 +83,8 @@ def train(
     if set(_EITHER) & given.keys():
         settings = {name: value for name, value in settings.items() if name not in _EITHER}
     settings.update(given)
-    _check_of_method(given, settings.get("method", _DEFAULT_METHOD))
+    default = next(option["default"] for option in _options() if option["name"] == "method")
+    _check_of_method(given, settings.get("method", default))
 
     from bayestune.experiment import Experiment, run
     from bayestune.experiment.processes import is_main

@@ -36,7 +36,8 @@ def _option(name: str, field: FieldInfo, methods: list[str] | None) -> dict[str,
     help_text = field.description or ""
     if name == "method":
         names = "; ".join(f"{method.name}, {method.summary}" for method in METHODS.values())
-        return {"name": name, "type": "str", "help": f"{names}. Default {DEFAULT.name}.", "methods": None}
+        help_text = f"{names}. Default {DEFAULT.name}."
+        return {"name": name, "type": "str", "help": help_text, "methods": None, "default": DEFAULT.name}
     if methods is not None:
         help_text = f"{', '.join(methods)}: {help_text}"
     elif name == "adapter":
