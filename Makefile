@@ -44,7 +44,7 @@ $(DOCS): $(TESTS)
 # The site, in .venv/site: warnings are errors, and the quickstart is a notebook that runs.
 docs: export OMP_NUM_THREADS = 1
 docs: $(DOCS)
-	$(BIN)/python -m typer bayestune_cli.app utils docs --name bayestune --title 'Command line' --output docs/command_line.md
+	$(BIN)/python -m typer bayestune_cli.app utils docs --name bayestune --title 'All commands and options' --output docs/options.md
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs $(VENV)/site
 
 # Minutes to an hour: long runs, kills at random, soak. Seeds change from day to day; SEED=n repeats those of another.
