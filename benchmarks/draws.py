@@ -3,13 +3,13 @@
     python benchmarks/draws.py RUN... --data DIR              # results/bench/draws.json
     python benchmarks/draws.py --page                         # docs/draws.md from it; predicts nothing
 
-Each RUN is the folder of a BLoB run. For every way and number N of draws, the mean NLL (nats) over `--rows` rows of
-the evaluation split is measured up to 20 times, with noise that no other of these times has. The answers come from
-`POOL` noise matrices, their negatives, and 20 hypercubes for each N in `CUBES`:
+Each RUN is the folder of a BLoB run. For every kind and number N of draws, the mean NLL (nats) over `--rows` rows
+of the evaluation split is measured up to 20 times, each time with fresh noise. The draws come from `POOL` noise
+matrices, their negatives, and 20 hypercubes for each N in `CUBES`:
 
-independent   N matrices (POOL / N times, where that is less than 20)
+independent   N matrices (POOL / N repeats, if that is less than 20)
 antithetic    N/2 matrices and their negatives
-hypercube     every weight has one value in each of N equal parts of its distribution, in an order of its own
+hypercube     each weight has one value in each of N equal parts of its distribution, in a random order per weight
 """
 
 import statistics
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def curves(run: Run, rows: list[AnyRow]) -> dict[str, dict[str, list[float]]]:
-    """way -> N -> the NLL of each repeat."""
+    """Return the NLL of each repeat, by kind and by N."""
     labels = torch.tensor([row.target for row in rows])
     pool = answers(run, rows, POOL, lambda layer, k: normal(layer, "pool", k))
     negative = answers(run, rows, POOL, lambda layer, k: -normal(layer, "pool", k))
@@ -91,7 +91,7 @@ def curves(run: Run, rows: list[AnyRow]) -> dict[str, dict[str, list[float]]]:
 
 
 def parts(size: int) -> list[slice]:
-    """Places of the pool, `size` at a time, none twice."""
+    """Return disjoint slices of the pool, `size` long."""
     return [slice(i * size, (i + 1) * size) for i in range(min(REPEATS, POOL // size))]
 
 
@@ -101,7 +101,7 @@ def normal(layer: RandomLinear, *key: Any) -> Tensor:
 
 
 def cube(number: int, repeat: int) -> Callable[[RandomLinear, int], Tensor]:
-    """Noise of draw k: Phi^-1((place + u) / N), the place of each weight going through a permutation of its own."""
+    """Return the noise of draw k: Phi^-1((place + u) / N), with a random permutation of places per weight."""
 
     def noise(layer: RandomLinear, k: int) -> Tensor:
         generator = torch.Generator().manual_seed(derive_seed("cube", layer.name, number, repeat))
@@ -114,7 +114,7 @@ def cube(number: int, repeat: int) -> Callable[[RandomLinear, int], Tensor]:
 
 
 def answers(run: Run, rows: list[AnyRow], number: int, noise: Callable[[RandomLinear, int], Tensor]) -> Tensor:
-    """log p(class | row, draw k) for k < number, [number, rows, classes], float64."""
+    """Return log p(class | row, draw k) for k < number: [number, rows, classes], float64."""
     task, model = run.task, run.model
     examples = [task.example(row) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: task.tokens(examples[i]))
@@ -134,20 +134,20 @@ def answers(run: Run, rows: list[AnyRow], number: int, noise: Callable[[RandomLi
 
 
 def nll(log_probs: Tensor, labels: Tensor) -> float:
-    """Mean over rows of -log of the average over draws."""
+    """Return the mean over rows of -log of the average over draws."""
     picked = log_probs.gather(-1, labels.expand(len(log_probs), -1)[..., None])[..., 0]
     return (torch.tensor(float(len(log_probs))).log() - picked.logsumexp(0)).mean().item()
 
 
 def page(record: dict[str, Any]) -> str:
-    """Mean over runs and repeats of the NLL, and its standard deviation over repeats, averaged over runs."""
+    """Return mean and standard deviation over repeats of the NLL, both averaged over runs, as Markdown."""
     ways = ("independent", "antithetic", "hypercube")
     lines = [
-        "# How many draws",
+        "# Number of draws",
         "",
-        "Made by `python benchmarks/draws.py --page` from `results/bench/draws.json`. Mean NLL in nats over "
-        f"{record['rows']} rows, over up to {record['repeats']} repeats that share no noise and {len(record['runs'])} "
-        "posterior(s); ± is the standard deviation over repeats, averaged over posteriors.",
+        "`python benchmarks/draws.py --page` makes this page from `results/bench/draws.json`. It shows the mean "
+        f"NLL (nats) over {record['rows']} rows, up to {record['repeats']} repeats with independent noise, and "
+        f"{len(record['runs'])} posterior(s). ± is the standard deviation over repeats, averaged over posteriors.",
         "",
         "| draws | " + " | ".join(ways) + " |",
         "|---" * (len(ways) + 1) + "|",

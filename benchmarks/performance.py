@@ -236,6 +236,7 @@ def plot(found: dict[str, Any] | None) -> None:
             axis.grid(color="0.92")
             if column == 0:
                 axis.set_ylabel(label)
+            if column == row == 0:
                 axis.legend()
     figure.savefig(PLOT / "scaling.png", dpi=110)
     plt.close(figure)

@@ -1,14 +1,13 @@
-"""What could beat the paper's recipe for BLoB: each change alone, scored on rows cut from a train split.
+"""Changes to the paper's recipe for BLoB, each alone, scored on rows cut from a train split.
 
     python benchmarks/recipe.py --data DIR                        # every missing record in results/recipe
     python benchmarks/recipe.py --data DIR --variants paper,elbo --seeds 1,2,3
     python benchmarks/recipe.py --page                            # docs/recipe.md from the records; trains nothing
 
-Trains on the first 1000 rows of OpenBookQA's train split and scores 1000 others of it: not its last 400, on which the
-settings of the baseline were chosen, and nothing of dev and test. Little data, about ten passes: plain LoRA is
-overconfident there. Every run has the same rows, order, updates and starting weights, but for what `VARIANTS` names,
-other numbers of updates and other data among them. A killed call goes on with the records that are missing.
-"""
+Trains on the first 1000 rows of OpenBookQA's train split and scores 1000 other rows of it. It does not use the last
+400 rows, on which the settings of the baseline were chosen, nor dev and test. With little data and about ten
+passes, plain LoRA is overconfident. All runs have the same rows, order, updates and starting weights, except for
+what `VARIANTS` names. After an interruption, the same command makes the missing records."""
 
 import math
 import statistics
@@ -57,10 +56,12 @@ class Variant:
     """One change to the recipe.
 
     Attributes:
-        what: in words. settings: of `Experiment`. train_draws: of `BayesTrainer`.
+        what: description.
+        settings: settings of `Experiment`.
         against: the variant that its NLL is compared with.
-        adaptive: AdamW moves G along the NLL, instead of plain SGD; the KL's step stays SGD.
-        empirical: the prior of each layer is the one under which the KL is least, in every update.
+        train_draws: as in `BayesTrainer`.
+        adaptive: AdamW instead of SGD moves G along the NLL; the step of the KL stays SGD.
+        empirical: in every update, each layer takes the prior that minimizes the KL.
     """
 
     what: str
@@ -114,7 +115,7 @@ VARIANTS = {
 
 
 class EmpiricalPrior(TrainerCallback):
-    """Sets the prior of each layer to the maximiser of the ELBO, ``s_p^2 = mean(M^2 + G^4)``, before every update."""
+    """Set the prior of each layer to the maximizer of the ELBO, ``s_p^2 = mean(M^2 + G^4)``, before every update."""
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for layer in gaussian_layers(kwargs["model"]).values():
@@ -123,7 +124,7 @@ class EmpiricalPrior(TrainerCallback):
 
 
 class AdaptiveTrainer(BayesTrainer):
-    """G is among AdamW's parameters, without decay; `KLCallback` then adds the KL's part alone."""
+    """Put G among the parameters of AdamW, without decay; `KLCallback` then adds the step of the KL only."""
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         new = self.optimizer is None
@@ -171,7 +172,7 @@ def files(folder: Path) -> list[Path]:
 
 
 def measure(name: str, seed: int, data: str, runs: Path) -> dict[str, Any]:
-    """Train the variant, keep its posterior, and score the held-out rows at the mean and with 10 draws."""
+    """Train the variant, save its posterior, and score the held-out rows at the mean and with 10 draws."""
     variant = VARIANTS[name]
     backbone = find_backbone(SETTINGS["model"])
     settings = {"method": "blob", **SETTINGS, **variant.settings, "seed": seed, "target_modules": ("query", "value")}
@@ -220,7 +221,7 @@ def measure(name: str, seed: int, data: str, runs: Path) -> dict[str, Any]:
 
 
 def arguments(experiment: Experiment, folder: str) -> TrainingArguments:
-    """The arguments of a run of `bayestune train`, without its log."""
+    """Return the arguments of a run of `bayestune train`, without its log."""
     assert experiment.learning_rate is not None and experiment.batch_size is not None
     return TrainingArguments(
         output_dir=folder,
@@ -242,12 +243,12 @@ def arguments(experiment: Experiment, folder: str) -> TrainingArguments:
 
 
 def page(records: Sequence[dict[str, Any]]) -> str:
-    """The records as Markdown: a line a variant, and for its NLL the difference from the paper's recipe, by seed."""
+    """Return the records as Markdown: one line per variant, with the difference of its NLL from the paper's recipe."""
     heads = [
         "variant",
         "draws",
         *METRICS.values(),
-        "NLL less the paper's, by seed",
+        "NLL minus the paper's, by seed",
         "std",
         "std without data",
         "seconds",
@@ -277,7 +278,7 @@ def updates(experiment: Experiment, rows: int) -> Updates:
 
 
 def std_without_data(record: dict[str, Any]) -> float:
-    """Where the KL alone takes the standard deviation of a weight that starts at the mean of all starts."""
+    """Return the standard deviation that the KL alone reaches for a weight that starts at the mean of all starts."""
     experiment = Experiment.from_dict(
         {name: value for name, value in record["experiment"].items() if name != "train_draws"}, where="record"
     )
@@ -303,36 +304,53 @@ def spread(values: Sequence[float]) -> str:
 
 INTRODUCTION = f"""# Changes to the recipe of BLoB
 
-Made by `python benchmarks/recipe.py --page` from the records in `results/recipe`, one a variant and seed, with its
-command. MiniLM is trained on the first {TRAIN_ROWS} rows of OpenBookQA's train split, in {SETTINGS["steps"]}
-updates of {SETTINGS["batch_size"]} rows, and scored on {HELD_OUT} others of that split. The settings of the
-baseline were chosen on the {TUNED_ON} rows after those. The lines of ARC-Easy are on rows of its train split,
-{TRAIN_ROWS} trained on and 851 scored, and those of 150 and 600 updates differ from the rest in that; each is
+`python benchmarks/recipe.py --page` makes this page from the records in `results/recipe`: one per variant and seed,
+with its command.
+
+MiniLM is trained on the first {TRAIN_ROWS} rows of OpenBookQA's train split, in {SETTINGS["steps"]} updates of
+{SETTINGS["batch_size"]} rows, and scored on {HELD_OUT} other rows of that split. The settings of the baseline were
+chosen on the {TUNED_ON} rows after those. The ARC-Easy lines train on {TRAIN_ROWS} rows of its train split and
+score 851. The lines of 150 and 600 updates differ from the others in the number of updates. Each of these groups is
 compared with its own first line.
 
-All runs of a seed share rows, order and starting weights, so the NLL (nats) is also given as the difference from
-the paper's recipe with 10 draws, seed by seed. Mean and standard deviation over seeds where there are several.
-"std" is the mean standard deviation of a weight of A, "std without data" where the KL's steps alone would have
-taken it, and "seconds" training alone, on one core that was not always alone.
+All runs of a seed share rows, order and starting weights. The NLL (in nats) is therefore also given as the
+difference from the paper's recipe with 10 draws, seed by seed. Scores are means with the standard deviation over
+seeds if there are several. The remaining columns are:
 
-The two columns of standard deviations agree: in runs as short as these the width of the posterior is set by the
-rate and the weights of the KL and by the number of updates, and hardly by the data. While it is small against the
-prior, each update adds about 4 x rate x weight to std = G^2, so a run of C cycles, under a learning rate that falls
-linearly to 0, ends near `std = start + 2 x rate x C`. A cycle is `functional.cycle_steps(rows, batch_size)`
-updates, here 47, so 300 are 6.4 cycles; `start` is 0.0018 (`rho_init` 0.05): 0.0018 + 2 x 0.002 x 6.4 = 0.027 for
-the paper's rate. The rate is then a choice of the width, to be made on held-out rows (a split of them, with
-`--eval-split`); `posterior_std` sets the width instead, and the rate follows exactly. In a run of one or two cycles
-the paper's weights make all of the width in a few updates; `kl_schedule` "uniform" grows it steadily.
+- **std**: the mean standard deviation of a weight of A.
+- **std without data**: the standard deviation that the steps of the KL alone would reach.
+- **seconds**: the training time on one core, which was sometimes shared.
 
-What the lines show. A wider posterior is the one change that wins by more than seeds differ: on few rows, in many
-passes; not in 150 updates. At equal width the weights of the KL make no difference. What flipout, two draws an
-update, AdamW for G, and other priors change is within what seeds change, with one seed each. The empirical-Bayes
-prior is about as bad as not training: the NLL of a guess among four is ln 4 = 1.386. Seed 2 of ARC-Easy learned
-nothing either, at both widths, so that its mean and deviation say little: compare by seed.
+## Width of the posterior
 
-Why the paper's rate is still the default: on all of OpenBookQA's train split, in 600 updates, where plain LoRA is
-only mildly overconfident, the width 0.06 has no lower NLL and a lower accuracy ("BLoB, std 0.06" in [table
-1](tables/table1.md)). One width does not fit few rows and many.
+The two columns of standard deviations agree: in runs this short, the rate and the weights of the KL and the number of
+updates set the width of the posterior, and the data hardly changes it.
+
+While the std is small compared with the prior, each update adds about 4 x rate x weight to std = G^2. A run of C
+cycles, with a learning rate that falls linearly to 0, therefore ends near `std = start + 2 x rate x C`. A cycle is
+`functional.cycle_steps(rows, batch_size)` updates, here 47, so 300 updates are 6.4 cycles. `start` is 0.0018
+(`rho_init` 0.05). For the paper's rate this gives 0.0018 + 2 x 0.002 x 6.4 = 0.027.
+
+Choosing the rate is thus choosing the width, and should be done on held-out rows (a split of them, with
+`--eval-split`). `posterior_std` sets the width instead, and the rate follows exactly. In a run of one or two
+cycles, the paper's weights produce the whole width in a few updates; `kl_schedule` "uniform" grows it steadily.
+
+## Findings
+
+- A wider posterior is the only change whose gain exceeds the differences between seeds. It helps on few rows in
+  many passes, and does not help in 150 updates.
+- At equal width, the weights of the KL make no difference.
+- Flipout, two draws per update, AdamW for G, and different priors change the scores by no more than seeds do, with
+  one seed each.
+- The empirical-Bayes prior is about as bad as not training: the NLL of a guess among four is ln 4 = 1.386.
+- Seed 2 of ARC-Easy also learned nothing, at both widths. The means and deviations there say little; compare by
+  seed.
+
+The paper's rate is still the default. On all of OpenBookQA's train split, in 600 updates, plain LoRA is only mildly
+overconfident, and the width 0.06 has no lower NLL and a lower accuracy ("BLoB, std 0.06" in [table
+1](tables/table1.md)). One width does not fit both few rows and many.
+
+## Results
 """
 
 

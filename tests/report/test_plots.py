@@ -72,6 +72,15 @@ def test_the_diagonal_and_the_whole_unit_square_are_shown():
         assert below.get_ylim()[0] == 0
 
 
+def test_panels_have_the_same_scales():
+    found = panels(plots.reliability_figure(CURVES))
+    assert len({below.get_ylim() for _, below in found}) == 1
+    for above, below in found:
+        assert above.get_xticks().tolist() == below.get_xticks().tolist() == [0, 0.25, 0.5, 0.75, 1]
+        largest = max(bar.get_height() for bar in below.containers[0])
+        assert below.get_ylim()[1] >= largest
+
+
 def test_bytes_are_the_same_again_whatever_the_user_has_set(saved):
     with mpl.rc_context({"svg.hashsalt": None, "font.size": 20, "axes.facecolor": "black"}):
         before = dict(mpl.rcParams)

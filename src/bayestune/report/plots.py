@@ -33,6 +33,7 @@ OVERCONFIDENT = ("#c23b4a", "#fbe3e4", "////")
 UNDERCONFIDENT = ("#2a7f3e", "#e0f2e1", "\\\\\\\\")
 KNOWN, OTHER = "#2f6fb3", "#d9772b"
 LINES = ("#8a3033", "#d9772b", "#b59b00", "#2a7f3e", "#1695a3", "#2f6fb3", "#6a4fb3", "#55606e")
+TICKS = (0, 0.25, 0.5, 0.75, 1)
 _STYLE = Path(__file__).with_name("plots.mplstyle")
 
 
@@ -89,9 +90,16 @@ def reliability_panels(panels: Mapping[str, tuple[str, metrics.ReliabilityBins]]
         for (above, below), (_, bins) in zip(axes, panels.values(), strict=True):
             _draw_bins(above, bins)
             _draw_shares(below, bins)
+            above.tick_params(labelbottom=False)
+        highest = max(below.get_ylim()[1] for _, below in axes)
+        for above, below in axes:
+            below.set_ylim(0, highest)
+            for ax in (above, below):
+                ax.set_xticks(TICKS)
+                ax.xaxis.set_major_formatter("{x:g}")
         confidence = Line2D([], [], color="black", linewidth=1.6, label="mean confidence")
         handles = [Patch(facecolor=ACCURACY, label="accuracy"), confidence]
-        for (edge, face, hatch), label in ((OVERCONFIDENT, "overconfident by"), (UNDERCONFIDENT, "underconfident by")):
+        for (edge, face, hatch), label in ((OVERCONFIDENT, "overconfident"), (UNDERCONFIDENT, "underconfident")):
             handles.append(Patch(facecolor=face, edgecolor=edge, hatch=hatch, label=label))
         _legend(figure, handles)
     return figure
@@ -186,10 +194,8 @@ def _draw_bins(axes: Axes, bins: metrics.ReliabilityBins) -> None:
         axes.bar(left[side], (confidence - accuracy)[side], width[side], accuracy[side], **look)
     axes.plot([0, 1], [0, 1], color="#555555", linewidth=1, linestyle=(0, (4, 3)))
     axes.hlines(confidence, left, left + width, color="black", linewidth=1.6)
-    ticks = [0, 0.25, 0.5, 0.75, 1]
-    axes.set(xlim=(0, 1), ylim=(0, 1), xticks=ticks, yticks=ticks, ylabel="accuracy")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter("{x:g}")
+    axes.set(xlim=(0, 1), ylim=(0, 1), yticks=TICKS, ylabel="accuracy")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(True)
 
 
