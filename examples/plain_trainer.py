@@ -1,0 +1,64 @@
+"""BLoB in a plain transformers Trainer: a causal model reads short texts, and answers under several draws.
+
+    python examples/plain_trainer.py MODEL
+
+MODEL is a folder or a Hugging Face id of a causal model with layers q_proj and v_proj.
+"""
+
+import sys
+import tempfile
+
+import torch
+from peft import get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+)
+
+import bayestune as bt
+from bayestune.functional import uniform_kl_weight
+from bayestune.training import initial_std, kl_rate_for_std
+
+STEPS, PRIOR, RHO = 30, 0.2, 0.05
+TEXTS = ["The cup is red.", "The hat is green.", "The door is blue.", "The leaf is green."] * 4
+
+
+def main() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    base = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+    config = bt.BlobConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], prior_std=PRIOR, rho_init=RHO)
+    model = get_peft_model(base, config)
+
+    # The KL learning rate that takes the standard deviation to 0.06 in this many updates.
+    width = {"updates": STEPS, "cycle": STEPS, "schedule": uniform_kl_weight, "warmup": 0.06}
+    rate = kl_rate_for_std(0.06, start=initial_std(RHO), prior_std=PRIOR, **width)
+    kl = bt.KLSettings(cycle=STEPS, schedule=uniform_kl_weight, learning_rate=rate)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder, max_steps=STEPS, learning_rate=1e-3, warmup_steps=0.06, logging_steps=10, save_strategy="no",
+            report_to="none", weight_decay=0.0,
+        )  # fmt: skip
+        Trainer(
+            model,
+            arguments,
+            train_dataset=[tokenizer(text) for text in TEXTS],
+            data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+            callbacks=[bt.KLCallback(kl)],
+        ).train()
+
+    model.eval()
+    batch = tokenizer("The cup is", return_tensors="pt").to(model.device)
+    probabilities = []
+    for index in range(10):
+        with torch.no_grad(), bt.draw(model, index=index, seed=0):
+            probabilities.append(model(**batch).logits[0, -1].softmax(-1))
+    averaged = torch.stack(probabilities).mean(0)
+    print("next token:", repr(tokenizer.decode(averaged.argmax())), f"with probability {averaged.max():.3f}")
+
+
+if __name__ == "__main__":
+    main()
