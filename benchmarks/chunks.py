@@ -1,4 +1,4 @@
-"""How many draws to stack in one forward on a CPU: the measurement that `CPU_TOKENS` was chosen by.
+"""Number of draws to stack in one forward pass on a CPU: the measurement behind `CPU_TOKENS`.
 
     python benchmarks/chunks.py [--json FILE]
 

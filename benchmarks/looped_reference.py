@@ -1,4 +1,4 @@
-"""The way of the released BLoB code, written afresh from its description, to be measured against.
+"""The algorithm of the released BLoB code, rewritten from its description as a baseline.
 
 Noise is added to activations with random signs for every token (flipout); the KL is a float64 loss that autograd
 differentiates; a second optimiser, plain SGD, moves G along NLL + KL; N draws are N full forwards, each with the
@@ -18,7 +18,7 @@ PRIOR_STD, RHO = 0.2, 0.05
 
 
 class PerTokenFlipout(nn.Module):
-    """``M x + t * ((E * G^2)(u * x))``, E normal, one a forward; signs u [.., n] and t [.., r] for every token."""
+    """``M x + t * ((E * G^2)(u * x))``, E normal, one per forward pass; signs u [.., n] and t [.., r] per token."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class PerTokenFlipout(nn.Module):
 
 
 def take_over(model: PeftModel) -> list[PerTokenFlipout]:
-    """Put a `PerTokenFlipout` in the place of every A matrix of a plain LoRA model."""
+    """Replace every A matrix of a plain LoRA model by a `PerTokenFlipout`."""
     found = []
     for module in model.modules():
         if isinstance(module, LoraLayer):
@@ -50,7 +50,7 @@ def take_over(model: PeftModel) -> list[PerTokenFlipout]:
 
 
 class ReferenceTraining:
-    """One training step of the released code: two losses, two backward passes, two optimisers."""
+    """Take one training step of the released code: two losses, two backward passes, two optimizers."""
 
     def __init__(self, model: PeftModel, loss: Callable[[PeftModel], Tensor]) -> None:
         self.model, self.loss = model, loss
@@ -75,6 +75,6 @@ class ReferenceTraining:
 
 @torch.no_grad()
 def looped(model: PeftModel, logits: Callable[[PeftModel], Tensor], draws: int) -> Tensor:
-    """log of the mean probabilities over `draws` forwards."""
+    """Return the log of the mean probabilities over `draws` forward passes."""
     found = torch.stack([logits(model).log_softmax(-1) for _ in range(draws)])
     return found.logsumexp(0) - math.log(draws)

@@ -1,4 +1,4 @@
-"""Timing several ways of doing the same in turn, so that a machine's moods fall on all of them alike."""
+"""Time several variants in turn, so that noise of the machine affects all of them alike."""
 
 import statistics
 import sys
@@ -17,7 +17,7 @@ from bayestune.experiment.record import hardware, versions
 def seconds(
     ways: Mapping[str, Callable[[], object]], *, pairs: int, warmup: int, device: str
 ) -> dict[str, list[float]]:
-    """Seconds of each way in each of `pairs` rounds: A B C, A B C, ...; the `warmup` rounds before do not count."""
+    """Return the seconds of each variant in each of `pairs` rounds (A B C, A B C, ...) after `warmup` rounds."""
     found: dict[str, list[float]] = {name: [] for name in ways}
     for turn in tqdm(range(warmup + pairs), desc="rounds", unit="round", disable=None):
         for name, way in ways.items():
@@ -31,31 +31,31 @@ def seconds(
 
 
 def ratio(times: Sequence[float], others: Sequence[float]) -> float:
-    """Median over rounds of one way's time by another's."""
+    """Return the median over rounds of the ratio of two times."""
     return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
 def spread(times: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
-    """Quartiles of the same ratios."""
+    """Return the quartiles of the same ratios."""
     ratios = [a / b for a, b in zip(times, others, strict=True)]
     first, _, third = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
     return first, third
 
 
 def uncertainty(quartiles: Sequence[float], rounds: int) -> float:
-    """Standard error of the median of normal ratios: ``1.2533 (q3 - q1) / (1.349 sqrt(rounds))``."""
+    """Return the standard error of the median of normal ratios: ``1.2533 (q3 - q1) / (1.349 sqrt(rounds))``."""
     return 1.2533 * (quartiles[1] - quartiles[0]) / (1.349 * rounds**0.5)
 
 
 def peak_memory() -> int:
-    """Largest resident memory of this process so far, in bytes (Linux)."""
+    """Return the largest resident memory of this process so far, in bytes (Linux)."""
     # Not getrusage: its maximum outlives exec, so a child starts with that of its parent.
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def header(device: str) -> dict[str, Any]:
-    """What made a result, and when: the command, the day (UTC), versions and hardware."""
+    """Return the provenance of a result: command, day (UTC), versions and hardware."""
     command, today = ["python", *sys.argv], datetime.now(UTC).date().isoformat()
     return {"command": command, "date": today, "device": device, "versions": versions(), "hardware": hardware()}
 

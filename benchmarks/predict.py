@@ -1,4 +1,4 @@
-"""Ten draws of a posterior against plain forwards.
+"""Time ten draws of a posterior against plain forward passes.
 
     python benchmarks/predict.py [--shape llama-1x100] [--device cpu] [--json FILE]
 

@@ -1,4 +1,4 @@
-"""Plain LoRA (MLE) and BLoB on OpenBookQA and ARC-Easy with the MiniLM backbone: same rows, same budget, each seed.
+"""Plain LoRA (MLE) and BLoB on OpenBookQA and ARC-Easy with the MiniLM backbone: same rows and budget for each seed.
 
     python benchmarks/real_data.py --data DIR                       # every missing cell, then results/real/*.json
     python benchmarks/real_data.py --data DIR --tune                # settings compared on rows cut from train
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def tune(task: str, method: str, options: argparse.Namespace) -> None:
-    """Train on all but the last rows of train and score those: nothing of dev or test is read."""
+    """Train on all but the last rows of train and score the latter; dev and test are not read."""
     folder = Path(options.runs) / "tuning-data" / f"{task}_tuning"
     if not folder.exists():
         folder.mkdir(parents=True)
@@ -72,7 +72,7 @@ def tune(task: str, method: str, options: argparse.Namespace) -> None:
 
 
 def cell(settings: dict, name: str, group: str, options: argparse.Namespace) -> None:
-    """Train and score one cell unless its JSON is there."""
+    """Train and score one cell unless its JSON exists."""
     record = RESULTS / group / f"{name}.json"
     if record.exists():
         return

@@ -1,4 +1,4 @@
-"""How time and memory grow with tokens, rows, rank, adapted layers and draws: a 4-layer Llama, one size at a time.
+"""Growth of time and memory with tokens, rows, rank, adapted layers and draws on a 4-layer Llama, one at a time.
 
     python benchmarks/scaling.py [--json FILE]
 
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def point(*, what: str, tokens: int, rows: int, rank: int, layers: int, draws: int) -> dict[str, Any]:
-    """Seconds of each repeat, and bytes of the peak above what was resident before."""
+    """Return the seconds of each repeat, and the peak memory in bytes above what was resident before."""
     shape = Shape(name="", model="llama", rows=rows, choices=None, tokens=tokens)
     model = adapted(shape, rank, layers)
     way = training(model, shape) if what == "train" else prediction(model, shape, draws)
@@ -83,7 +83,7 @@ def point(*, what: str, tokens: int, rows: int, rank: int, layers: int, draws: i
 
 
 def adapted(shape: Shape, rank: int, layers: int) -> PeftModel:
-    """BLoB on the query and value projections of the last `layers` layers."""
+    """Return BLoB on the query and value projections of the last `layers` layers."""
     config = BlobConfig(
         r=rank,
         lora_alpha=ALPHA,

@@ -1,4 +1,4 @@
-"""Models and batches of real shape with random weights, by names such as "llama-1x100" or "minilm-8x4x64".
+"""Models and batches of realistic shape with random weights, by names such as "llama-1x100" or "minilm-8x4x64".
 
     <model>-<rows>x<tokens>            one sequence a row
     <model>-<rows>x<choices>x<tokens>  one sequence a choice (encoders)
@@ -41,7 +41,7 @@ _LLAMA7B = LlamaConfig(
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """One of the shapes of the module's docstring; `choices` is None for one sequence a row."""
+    """One of the shapes in the module docstring; `choices` is None for one sequence per row."""
 
     name: str
     model: str
@@ -65,7 +65,7 @@ class Shape:
         return self.model != "minilm"
 
     def base(self, device: str) -> PreTrainedModel:
-        """The same weights in every call."""
+        """Return a model with the same weights in every call."""
         with torch.random.fork_rng(), torch.device(device):
             torch.manual_seed(0)
             if self.model == "llama":
@@ -80,7 +80,7 @@ class Shape:
             return auto.from_pretrained(embedded_model(), num_labels=CLASSES).to(device)
 
     def adapted(self, device: str, *, bayesian: bool) -> PeftModel:
-        """Plain LoRA or BLoB, B away from 0."""
+        """Return plain LoRA or BLoB, with B different from 0."""
         targets = ["q_proj", "v_proj", "lm_head"] if self.causal else ["query", "value"]
         config = (BlobConfig if bayesian else LoraConfig)(
             r=RANK,
@@ -100,7 +100,7 @@ class Shape:
         return model
 
     def batch(self, device: str) -> dict[str, Tensor]:
-        """Random tokens without padding, and labels."""
+        """Return random tokens without padding, and labels."""
         shape = (self.rows, self.tokens) if self.choices is None else (self.rows, self.choices, self.tokens)
         generator = torch.Generator().manual_seed(0)
         classes = self.choices or CLASSES
@@ -113,7 +113,7 @@ class Shape:
 
 
 class Answers(ClassTask):
-    """The logits of `CLASSES` tokens at the last position (causal), or of the head: as the library's tasks ask."""
+    """Classification by the logits of `CLASSES` tokens at the last position (causal) or of the head, as in the library."""
 
     name = "benchmark"
 
@@ -127,13 +127,13 @@ class Answers(ClassTask):
         return widen(model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1, 10 : 10 + CLASSES])
 
     def whole_logits(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
-        """The same numbers from the logits of the whole vocabulary at every position, as a plain loop has them."""
+        """Return the same from the logits of the whole vocabulary at every position, as a plain loop does."""
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         logits = model(**inputs, **({"use_cache": False} if self.shape.causal else {})).logits
         return widen(logits[:, -1, 10 : 10 + CLASSES] if self.shape.causal else logits)
 
     def example(self, row: AnyRow) -> dict[str, Any]:
-        """Random tokens that follow from the row's id, and its label."""
+        """Return random tokens seeded by the row's id, and its label."""
         assert isinstance(row, TextRow) and self.shape.choices is None
         generator = torch.Generator().manual_seed(derive_seed(row.id))
         tokens = torch.randint(5, 30_000, (self.shape.tokens,), generator=generator)

@@ -1,4 +1,4 @@
-"""How long `bayestune --help` takes, beside Python's own start.
+"""Time of `bayestune --help`, compared with the start of Python itself.
 
     python benchmarks/start.py [--json FILE]
 

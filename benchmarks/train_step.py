@@ -1,4 +1,4 @@
-"""A training step of BLoB against one of plain LoRA, in time and in memory; the released code's way beside it.
+"""Time and memory of a training step of BLoB, of plain LoRA, and of the released code's algorithm.
 
     python benchmarks/train_step.py [--shape llama-4x128] [--device cpu] [--checkpointing] [--json FILE]
 
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def step_of(way: str, shape: Shape, options: argparse.Namespace) -> Callable[[], None]:
-    """A closure that takes one training step."""
+    """Return a closure that takes one training step."""
     model = shape.adapted(options.device, bayesian=way == "blob").train()
     if options.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -117,7 +117,7 @@ def peak(step: Callable[[], None], device: str) -> int:
 
 
 def memory_of(way: str, shape: str, options: argparse.Namespace) -> int:
-    """Peak memory of a way in a process of its own, in bytes."""
+    """Return the peak memory of a variant in a separate process, in bytes."""
     command = [sys.executable, __file__, "--memory-of", way, "--shape", shape, "--device", options.device]
     command += ["--checkpointing"] if options.checkpointing else []
     environment = {**os.environ, **GIVING_BACK}
@@ -126,7 +126,7 @@ def memory_of(way: str, shape: str, options: argparse.Namespace) -> int:
 
 
 def extra_bytes(shape: Shape) -> int:
-    """G and its gradient."""
+    """Return the bytes of G and its gradient."""
     model = shape.adapted("meta" if shape.causal else "cpu", bayesian=True)
     return sum(2 * layer.rho.numel() * layer.rho.element_size() for layer in gaussian_layers(model).values())
 

@@ -1,4 +1,4 @@
-"""An update of `BayesTrainer` against one of transformers' Trainer with plain LoRA: whole trainings, step by step.
+"""Time of an update of `BayesTrainer` against transformers' Trainer with plain LoRA, over whole trainings.
 
     python benchmarks/trainer_step.py [--shape llama-4x128] [--device cpu] [--json FILE]
 
@@ -31,7 +31,7 @@ WAYS = ("lora", "bayes_lora", "blob", "lora_again")
 
 
 class PlainTrainer(Trainer):
-    """transformers' own, with the loss of the task."""
+    """transformers' Trainer with the loss of the task."""
 
     def __init__(self, task: Answers, **settings: Any) -> None:
         super().__init__(**settings)
@@ -42,7 +42,7 @@ class PlainTrainer(Trainer):
 
 
 class Turns:
-    """Whose turn it is, and the seconds that each took."""
+    """The variant whose turn it is, and the seconds of each."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.waiting, self.seconds = list(names), {name: [] for name in names}
@@ -58,7 +58,7 @@ class Turns:
             self._changed.notify_all()
 
     def trained(self, name: str, trainer: Trainer) -> None:
-        """Train, and leave the others to themselves at the end or at an error."""
+        """Train; at the end or on an error, release the other variants."""
         try:
             trainer.train()
         finally:
@@ -68,7 +68,7 @@ class Turns:
 
 
 class InTurn(TrainerCallback):
-    """Takes the turn before the first update and hands it on after each."""
+    """Take the turn before the first update and pass it on after each."""
 
     def __init__(self, name: str, turns: Turns, device: str) -> None:
         self.name, self.turns, self.device, self.start = name, turns, device, 0.0

@@ -181,9 +181,9 @@ def _pooled_histogram(cells: Sequence[Cell], score: str) -> Histogram:
     """Return the histogram of the rows of all cells together, with the AUROC as its caption."""
     known = [cell["in_distribution"]["uncertainty"][score]["counts"] for cell in cells]
     other = [cell["uncertainty"][score]["counts"] for cell in cells]
-    below = spread([AUROC[score].of(cell) for cell in cells]).mean < 50
+    below = "\nbelow one half" if spread([AUROC[score].of(cell) for cell in cells]).mean < 50 else ""
     return Histogram(
-        caption=f"AUROC {_spread(AUROC[score], cells)}{' (below one half)' if below else ''}",
+        caption=f"AUROC {_spread(AUROC[score], cells)}{below}",
         known=torch.tensor(known).sum(0).tolist(),
         other=torch.tensor(other).sum(0).tolist(),
         end=HISTOGRAM_ENDS[score],
