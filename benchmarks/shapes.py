@@ -113,7 +113,7 @@ class Shape:
 
 
 class Answers(ClassTask):
-    """Classification by the logits of `CLASSES` tokens at the last position (causal) or of the head, as in the library."""
+    """Classification by the logits of `CLASSES` tokens at the last position (causal) or of the head."""
 
     name = "benchmark"
 
