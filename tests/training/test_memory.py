@@ -136,7 +136,7 @@ def test_failing_in_the_first_update_is_the_run_that_started_smaller(
     task = Short(fails, backward=backward)
     with pytest.warns(BayestuneWarning, match="step 0: memory ran out on cpu") as seen:
         found = run(trainer_of(tmp_path, kind, task))
-    told = [str(warning.message) for warning in seen if warning.category is BayestuneWarning]
+    told = [str(warning.message) for warning in seen if "memory ran out" in str(warning.message)]
     assert task.failed == len(told) == (2 if size == 1 else 1)
     assert f"this and later updates use {size};" in told[-1]
     assert_same_run(found, small(kind, size))
@@ -180,7 +180,7 @@ def test_at_one_row_it_stops_and_nothing_is_updated(tmp_path: Path) -> None:
     ):
         trainer.train()
     assert task.calls == 3
-    told = [str(warning.message) for warning in seen if warning.category is BayestuneWarning]
+    told = [str(warning.message) for warning in seen if "memory ran out" in str(warning.message)]
     assert [message.split("with ")[1][:6] for message in told] == ["4 rows", "2 rows"]
     assert all(torch.equal(one, two) for one, two in zip(before, trained(trainer.model).values(), strict=True))
 

@@ -31,7 +31,7 @@ class Examples(Dataset[tuple[int, dict[str, Any]]]):
         for row in rows:
             if row.target is None:
                 raise row.fault(row.target_field, "nothing", "a label to train or evaluate on")
-        self.ids = [row.id for row in rows]
+        self._task, self.ids = task, [row.id for row in rows]
         self._examples = task.examples(rows, model)
         content = json.dumps(self._examples, sort_keys=True)
         self.sha256 = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
@@ -43,16 +43,14 @@ class Examples(Dataset[tuple[int, dict[str, Any]]]):
     def __getitem__(self, index: int) -> tuple[int, dict[str, Any]]:
         return index, self._examples[index]
 
-
-class Collator:
-    """`task.collate`, plus the row indices under the key `ROW`."""
-
-    def __init__(self, task: Task) -> None:
-        self._task = task
-
-    def __call__(self, items: Sequence[tuple[int, dict[str, Any]]]) -> dict[str, Tensor]:
+    def collate(self, items: Sequence[tuple[int, dict[str, Any]]]) -> dict[str, Tensor]:
+        """Like `Task.collate`, plus the row indices under the key `ROW`."""
         batch = self._task.collate([example for _, example in items])
         return {**batch, ROW: torch.tensor([index for index, _ in items])}
+
+    def batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Return the batch of these rows."""
+        return self.collate([self[row] for row in rows])
 
 
 class LengthGrouped(Sampler[int]):

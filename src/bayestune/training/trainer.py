@@ -17,7 +17,7 @@ from bayestune.errors import ConfigError, TrainingError
 from bayestune.functional import cycle_steps, gaussian_penalty
 from bayestune.tasks import AnyRow, Task
 from bayestune.training import checks
-from bayestune.training.batches import ROW, Collator, Examples, LengthGrouped
+from bayestune.training.batches import ROW, Examples, LengthGrouped
 from bayestune.training.callbacks import KLCallback, NoiseCallback
 from bayestune.training.checkpoint import SafeTrainer
 from bayestune.training.finite import Quantity, first_nonfinite, listed, nonfinite_rows, stopped
@@ -81,7 +81,7 @@ class BayesTrainer(SafeTrainer):
         checks.check_rows(args, len(train))
         if args.eval_strategy != "no":
             checks.check_eval_rows(eval_rows)
-        self._train, self._collator = train, Collator(task)
+        self._train = train
         self._noise_callback = NoiseCallback() if random else None
         if self._gaussian:
             batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -91,13 +91,13 @@ class BayesTrainer(SafeTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=self._collator,
+            data_collator=train.collate,
             train_dataset=train,
             eval_dataset=None if eval_rows is None else Examples(task, eval_rows, model),
             compute_metrics=lambda found: task.metrics(*map(torch.as_tensor, (found.predictions, found.label_ids))),
             callbacks=[*([self._noise_callback] if self._noise_callback else []), *(callbacks or [])],
         )
-        self._memory = BackOff(self.args, self._train.ids, self._batch_of)
+        self._memory = BackOff(self.args, self._train.ids, self._train.batch)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ConfigError("the accelerate configuration asks for DeepSpeed or FSDP: not supported, use DDP.")
         if args.world_size > 1:
@@ -253,9 +253,6 @@ class BayesTrainer(SafeTrainer):
             settings["kl_weight"] = self.kl.schedule(self.state.global_step, self.kl.cycle)
         return settings
 
-    def _batch_of(self, rows: Sequence[int]) -> dict[str, Any]:
-        return self._collator([self._train[row] for row in rows])
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         assert self.model is not None
         bad = first_nonfinite({name: p for name, p in self.model.named_parameters() if p.requires_grad})
@@ -289,7 +286,7 @@ class BayesTrainer(SafeTrainer):
         """Return whether the gradient of this row alone, in this process, is not finite."""
         assert self.model is not None
         self._undo_update(self.model)
-        super().training_step(self.model, self._batch_of([row]), num_items_in_batch)
+        super().training_step(self.model, self._train.batch([row]), num_items_in_batch)
         return not all(gradient.square().isfinite().all() for gradient in self._gradients().values())
 
     def _stopped(self, quantity: Quantity, problem: str, *, advice: str) -> TrainingError:
