@@ -78,7 +78,7 @@ class Blob(Method):
 
     def resolved(self, family: Family) -> "Blob":
         paper = self.recipe == "paper"
-        filled = {
+        filled: dict[str, Any] = {
             "estimator": self.estimator or ("flipout_token" if paper else "independent"),
             "kl_schedule": self.kl_schedule or ("paper" if paper else "uniform"),
         }
@@ -95,7 +95,6 @@ class Blob(Method):
         return BayesLoraConfig(**lora, **own, distribution=self.distribution)
 
     def kl(self, updates: Updates) -> KLSettings:
-        assert self.kl_schedule is not None, "only resolved settings have one"
         growth = self._growth(updates)
         rate = self.kl_learning_rate
         if rate is None:
@@ -105,6 +104,7 @@ class Blob(Method):
 
     def _growth(self, updates: Updates) -> dict[str, Any]:
         """The arguments of `kl_only_std` and `kl_rate_for_std` beside the rate and the std."""
+        assert self.kl_schedule is not None, "only resolved settings have one"
         cycle = cycle_steps(updates.rows, updates.batch_size, processes=updates.processes)
         return {
             "updates": updates.steps,
