@@ -23,6 +23,7 @@ for shape in llama-1x100 llama-4x100 minilm-1x4x40 minilm-8x4x64; do
 done
 "$PYTHON" benchmarks/chunks.py --json $out/chunks.json
 "$PYTHON" benchmarks/scaling.py --json $out/scaling.json
+"$PYTHON" benchmarks/command.py --json $out/command.json
 "$PYTHON" benchmarks/start.py --json $out/start.json
 if [ -n "${RUNS:-}" ]; then
     # shellcheck disable=SC2086

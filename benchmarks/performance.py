@@ -191,7 +191,23 @@ def _scaling() -> str:
         f"One size varies at a time on a 4-layer Llama of width 512; the others are {base}. The table shows the "
         "exponents of the seconds and of the peak memory above that of the model, over all sizes and between the last "
         "two; 1 is linear. Larger sizes, where the quadratic cost of attention would show, were not measured.\n\n"
-        f"{_table(['', *names], lines)}\n\n![Seconds and memory against size](images/scaling.png)"
+        f"{_table(['', *names], lines)}\n\n![Seconds and memory against size](images/scaling.png){_command()}"
+    )
+
+
+def _command() -> str:
+    found = record("command")
+    if found is None:
+        return ""
+    lines = [
+        [rows, f"{one['seconds'] - found['start']['seconds']:.1f}", f"{one['bytes'] / 2**20:.0f}"]
+        for rows, one in found["curve"].items()
+    ]
+    return (
+        "\n\nThe whole command, `bayestune predict`, on a MiniLM: seconds above the "
+        f"{found['start']['seconds']:.1f} of one row, and peak memory; exponent of the seconds "
+        f"{found['exponent']:.2f}.\n\n"
+        f"{_table(['rows', 'seconds', 'MiB'], lines)}"
     )
 
 

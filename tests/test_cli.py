@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import warnings
@@ -18,13 +16,12 @@ import typer.main
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from bayestune import demo
 from bayestune.adapters import gaussian_layers
 from bayestune.errors import BayestuneWarning
 from bayestune.experiment import load_run
 from bayestune.experiment.settings import all_fields
 from bayestune.inference import evaluate, predict
-from bayestune.methods import Variational
+from bayestune.methods import DEFAULT, Variational
 from bayestune_cli.app import app, invoke
 from bayestune_cli.streams import quietly
 from toys import pretrained_llama, questions, write_data, write_rows
@@ -77,23 +74,13 @@ def snapshot(folder: Path) -> dict[str, str]:
 # The whole way: train, evaluate, predict, export.
 
 
-@pytest.mark.parametrize(
-    ("method", "flag", "value"),
-    [
-        ("mle", "posterior-std", 0.06),
-        ("laplace", "rho-init", 0.5),
-        ("blob", "members", 3),
-        ("map", "swag-steps", 9),
-        ("swag", "map-prior-std", 1.0),
-    ],
-)
-def test_a_flag_of_another_method_is_refused(
-    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, flag: str, value: float
-) -> None:
-    command = [*train_arguments(world, method=method), f"--{flag}", str(value), "--output", str(tmp_path / "run")]
-    assert invoke(command) == 2
-    assert f"error: --{flag}: found it with method {method!r}, expected method" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+def test_a_flag_of_another_method_is_refused(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for method, flag, value in (("mle", "posterior-std", 0.06), (None, "members", 3), ("swag", "map-prior-std", 1.0)):
+        flags = train_arguments(world, **({} if method is None else {"method": method}))
+        assert invoke([*flags, f"--{flag}", str(value), "--output", str(tmp_path / "run")]) == 2
+        found = f"error: --{flag}: found it with method {method or DEFAULT.name!r}, expected method"
+        assert found in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
 
 
 def test_the_record_says_how_wide_the_posterior_became(world: Path, tmp_path: Path) -> None:
@@ -317,83 +304,44 @@ def test_overwrite_replaces_the_whole_run(world: Path, tmp_path: Path) -> None:
 
 # What is refused: exit 2, one line, nothing trained or written.
 
-BAD_ROWS = {
-    "label out of range": ('{"id": "r7", "question": "Q", "choices": ["a", "b"], "answer": 2}', ["r7", "answer", "2"]),
-    "label missing": ('{"id": "r7", "question": "Q", "choices": ["a", "b"]}', ["r7", "answer"]),
-    "label a letter": ('{"id": "r7", "question": "Q", "choices": ["a", "b"], "answer": "B"}', ["r7", "answer", "'B'"]),
-    "one choice": ('{"id": "r7", "question": "Q", "choices": ["a"], "answer": 0}', ["r7", "choices"]),
-    "cut off": ('{"id": "r7", "question": "Q", "choi', ["not one JSON object"]),
-    "too long": (
-        json.dumps({"id": "r7", "question": "long " * 80, "choices": ["a", "b"], "answer": 0}),
-        ["r7", "question", "tokens"],
-    ),
-}
+REFUSED: list[tuple[dict[str, Any], list[str]]] = [
+    ({"model": "./nowhere"}, ["nowhere", "no such folder"]),
+    ({"task": "colors"}, ["colors", "openbookqa"]),
+    ({"data": "/no/such/folder"}, ["/no/such/folder: no such folder", "--data"]),
+    ({"eval_split": "tset"}, ["tset"]),
+    ({"steps": 0}, ["steps", "0"]),
+    ({"steps": "ten"}, ["--steps"]),
+    ({"learning_rate": -1}, ["learning_rate", "-1"]),
+    ({"method": "bolb"}, ["method", "bolb", "blob"]),
+    ({"estimator": "none"}, ["estimator", "none"]),
+    ({"max_tokens": 300}, ["max_tokens", "300", "256"]),
+    ({"target_modules": "query"}, ["target_modules", "query"]),
+    ({"stepz": 5}, ["--stepz", "--steps"]),
+    ({"resume": ""}, ["experiment.json"]),
+]
 
 
-@pytest.mark.parametrize("split", ["train", "dev"])
-@pytest.mark.parametrize("case", BAD_ROWS)
-def test_a_bad_row_stops_training_before_it_begins(
-    world: Path, tmp_path: Path, capsys: Any, case: str, split: str
-) -> None:
-    line, words = BAD_ROWS[case]
-    data = write_data(tmp_path / "data")
-    (data / "colours" / "dev.jsonl.gz").unlink()
-    write_rows(data / "colours" / "dev.jsonl", questions(16, 4))
-    with (data / "colours" / f"{split}.jsonl").open("a") as file:
-        file.write(line + "\n")
-    refused(
-        tmp_path,
-        [*train_arguments(world, data=data), "--output", str(tmp_path / "run")],
-        [f"{split}.jsonl", *words],
-        capsys,
-    )
-
-
-REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "unknown model folder": ({"model": "./nowhere"}, ["nowhere", "no such folder"]),
-    "unknown data set": ({"task": "colors"}, ["colors", "openbookqa"]),
-    "no data folder": ({"data": "/no/such/folder"}, ["/no/such/folder: no such folder", "--data"]),
-    "unknown split": ({"eval_split": "tset"}, ["tset"]),
-    "no steps": ({"steps": 0}, ["steps", "0"]),
-    "steps not a number": ({"steps": "ten"}, ["--steps"]),
-    "rate below zero": ({"learning_rate": -1}, ["learning_rate", "-1"]),
-    "unknown method": ({"method": "bolb"}, ["method", "bolb", "blob"]),
-    "unknown estimator": ({"estimator": "none"}, ["estimator", "none"]),
-    "more tokens than positions": ({"max_tokens": 300}, ["max_tokens", "300", "256"]),
-    "no such layer": ({"target_modules": "query"}, ["target_modules", "query"]),
-    "unknown flag": ({"stepz": 5}, ["--stepz", "--steps"]),
-    "nothing to resume": ({"resume": ""}, ["experiment.json"]),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_wrong_setting_is_refused(world: Path, tmp_path: Path, capsys: Any, case: str) -> None:
-    changes, words = REFUSED[case]
-    arguments = [*train_arguments(world, **changes), "--output", str(tmp_path / "run")]
-    refused(tmp_path, [argument for argument in arguments if argument], words, capsys)
+def test_a_wrong_setting_is_refused(world: Path, tmp_path: Path, capsys: Any) -> None:
+    for changes, words in REFUSED:
+        arguments = [*train_arguments(world, **changes), "--output", str(tmp_path / "run")]
+        refused(tmp_path, [argument for argument in arguments if argument], words, capsys)
 
 
 CONFIGS = {
     "learning_rat: 0.1": ["learning_rat", "did you mean 'learning_rate'"],
     "- model": ["list"],
     "": ["nothing"],
-    "model: [": ["not YAML"],
-    "model: !!python/object/apply:os.getcwd []": ["not YAML"],
     "task: colours": ["model"],
     "steps: 1.5": ["steps", "1.5"],
 }
 
 
-@pytest.mark.parametrize("text", CONFIGS)
-def test_a_wrong_config_file_is_refused(world: Path, tmp_path: Path, capsys: Any, text: str) -> None:
+def test_a_wrong_config_file_is_refused(tmp_path: Path, capsys: Any) -> None:
     config = tmp_path / "run.yaml"
-    config.write_text(text if not text.startswith(("learning", "steps")) else f"model: m\ntask: t\n{text}")
-    refused(
-        tmp_path,
-        ["train", "--config", str(config), "--output", str(tmp_path / "run")],
-        [str(config), *CONFIGS[text]],
-        capsys,
-    )
+    for text, words in CONFIGS.items():
+        config.write_text(text if not text.startswith(("learning", "steps")) else f"model: m\ntask: t\n{text}")
+        command = ["train", "--config", str(config), "--output", str(tmp_path / "run")]
+        refused(tmp_path, command, [str(config), *words], capsys)
 
 
 def test_an_output_that_is_not_empty_is_left_alone(world: Path, tmp_path: Path, capsys: Any) -> None:
@@ -404,31 +352,26 @@ def test_an_output_that_is_not_empty_is_left_alone(world: Path, tmp_path: Path, 
     refused(tmp_path, [*command, "--overwrite"], ["no experiment.json"], capsys)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["evaluate", "{tmp}"], ["result.json", "finished run"]),
-        (["evaluate", "{run}", "--split", "tset"], ["tset"]),
-        (["evaluate", "{run}", "--ood", "colors"], ["colors"]),
-        (["evaluate", "{run}", "--draws", "-1"], ["draws", "0"]),
-        (["predict", "{run}", "--input", "{tmp}/none.jsonl", "--output", "{tmp}/a"], ["none.jsonl"]),
-        (["predict", "{run}", "--input", "{tmp}/bad.jsonl", "--output", "{tmp}/a"], ["bad.jsonl:2", "r9", "choices"]),
-        (["predict", "{run}", "--input", "{tmp}/bad.jsonl", "--output", "{tmp}/no/a"], ["{tmp}/no"]),
-        (["export", "{run}", "--output", "{tmp}/bad.jsonl"], ["bad.jsonl"]),
-        (["demo", "--output", "{tmp}"], ["bad.jsonl"]),
-        (["demo", "--output", "{tmp}/bad.jsonl"], ["a file"]),
-        (["demo", "--output", "{tmp}/d", "--seed", "-1"], ["--seed"]),
-        (["trian"], ["trian", "train"]),
-        (["export", "{run}"], ["--output"]),
-    ],
-)
-def test_a_wrong_use_of_a_run_is_refused(
-    world: Path, tmp_path: Path, capsys: Any, arguments: list[str], words: list[str]
-) -> None:
+def test_a_wrong_use_of_a_run_is_refused(world: Path, tmp_path: Path, capsys: Any) -> None:
     write_rows(tmp_path / "bad.jsonl", [*questions(0, 1), {"id": "r9", "question": "Q", "choices": "ab"}])
-    places = {"tmp": tmp_path, "run": world / "run"}
+    run, bad, output = str(world / "run"), str(tmp_path / "bad.jsonl"), ["--output", str(tmp_path / "a")]
     before = snapshot(world)
-    refused(tmp_path, [part.format(**places) for part in arguments], [word.format(**places) for word in words], capsys)
+    for arguments, words in (
+        (["evaluate", str(tmp_path)], ["result.json", "finished run"]),
+        (["evaluate", run, "--split", "tset"], ["tset"]),
+        (["evaluate", run, "--ood", "colors"], ["colors"]),
+        (["evaluate", run, "--draws", "-1"], ["draws", "-1"]),
+        (["predict", run, "--input", str(tmp_path / "none.jsonl"), *output], ["none.jsonl"]),
+        (["predict", run, "--input", bad, *output], ["bad.jsonl:2", "r9", "choices"]),
+        (["predict", run, "--input", bad, "--output", str(tmp_path / "no" / "a")], [str(tmp_path / "no")]),
+        (["export", run, "--output", bad], ["bad.jsonl"]),
+        (["demo", "--output", str(tmp_path)], ["bad.jsonl"]),
+        (["demo", "--output", bad], ["a file"]),
+        (["demo", *output, "--seed", "-1"], ["--seed"]),
+        (["trian"], ["trian", "train"]),
+        (["export", run], ["--output"]),
+    ):
+        refused(tmp_path, arguments, words, capsys)
     assert snapshot(world) == before
 
 
@@ -477,40 +420,6 @@ def test_training_that_diverges_stops_with_3(world: Path, tmp_path: Path, capsys
     assert not (run / "posterior").exists() and not (run / "result.json").exists()
 
 
-def test_an_internal_error_is_1_and_shows_its_place_when_asked(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
-) -> None:
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise ZeroDivisionError("of our making")
-
-    monkeypatch.setattr(demo, "run_demo", fail)
-    command = ["demo", "--output", str(tmp_path / "demo")]
-    assert invoke(command) == 1
-    err = capsys.readouterr().err
-    assert "ZeroDivisionError" in err and "Traceback" not in err and err.count("\n") == 1
-    assert invoke([*command, "--debug"]) == 1
-    assert "Traceback" in capsys.readouterr().err
-
-
-def test_signals_have_their_exit_codes_and_the_handler_is_put_back(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def interrupt(*args: Any, seed: int, **kwargs: Any) -> None:
-        os.kill(os.getpid(), seed)
-        raise AssertionError("the signal did not arrive")
-
-    monkeypatch.setattr(demo, "run_demo", interrupt)
-    handler = signal.getsignal(signal.SIGTERM)
-    # A process started in the background may have inherited an ignored SIGINT.
-    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-            assert invoke(["demo", "--output", str(tmp_path / "demo"), "--seed", str(int(number))]) == code
-    finally:
-        signal.signal(signal.SIGINT, inherited)
-    assert signal.getsignal(signal.SIGTERM) is handler
-
-
 # The surface.
 
 
@@ -521,7 +430,18 @@ def test_the_flags_are_these() -> None:
     assert flags == {
         "train": all_fields().keys() | run_flags,
         "evaluate": {"run", "data", "split", "draws", "predictive", "seed", "ood", "as_json"},
-        "predict": {"run", "input", "output", "data", "draws", "predictive", "seed", "overwrite"},
+        "predict": {
+            "run",
+            "input",
+            "output",
+            "data",
+            "draws",
+            "predictive",
+            "seed",
+            "on_bad_row",
+            "resume",
+            "overwrite",
+        },
         "export": {"run", "output", "data", "draws", "seed", "overwrite"},
         "demo": {"output", "seed", "overwrite"},
         "table": {
@@ -535,6 +455,7 @@ def test_the_flags_are_these() -> None:
 def test_help_names_the_commands_and_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert invoke(["--help"]) == 0
     out = capsys.readouterr().out
+    assert invoke([]) == 0 and capsys.readouterr() == (out, "")
     for word in ("train", "evaluate", "predict", "export", "demo", "table", "report", "Exit codes", "130", "143"):
         assert word in out
 

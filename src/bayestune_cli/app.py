@@ -30,7 +30,6 @@ _STOPPED = {signal.SIGINT: ("interrupted", INTERRUPTED), signal.SIGTERM: ("termi
 app = typer.Typer(
     rich_markup_mode=None,
     add_completion=False,
-    no_args_is_help=True,
     help="Bayesian LoRA: train a posterior over LoRA weights, get calibrated answers, serve draws as plain LoRA.",
     epilog="Exit codes: 0 success; 1 internal error; 2 wrong flag, file, row or setting (nothing is trained or "
     "overwritten), or a file that cannot be written (the last checkpoint is kept); 3 training stopped: a loss, "
@@ -78,7 +77,7 @@ def _invoke(arguments: Sequence[str]) -> int:
     try:
         with stoppable():
             given = [argument for argument in arguments if argument != "--debug"]
-            code = app(given, prog_name="bayestune", standalone_mode=False)
+            code = app(given or ["--help"], prog_name="bayestune", standalone_mode=False)
         return code if isinstance(code, int) else OK
     except typer.TyperException as error:
         return fail(f"error: {error.format_message()}", error, USER, as_json=as_json)

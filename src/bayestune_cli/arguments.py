@@ -14,9 +14,19 @@ if TYPE_CHECKING:
 LINEARISED_DRAWS = 1000
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder written by `bayestune train`.")]
 Data = Annotated[str | None, typer.Option(help="Folder of data sets; default: the one used in training.")]
+
+
+def _check_draws(draws: int | None) -> int | None:
+    if draws is not None and draws < 0:
+        raise FlagError(f"--draws: found {draws}, expected 0 (the mean) or more.")
+    return draws
+
+
 Draws = Annotated[
     int | None,
-    typer.Option(min=0, help="Number of draws; 0 for the posterior mean only. Default: as in the run's evaluation."),
+    typer.Option(
+        callback=_check_draws, help="Number of draws; 0 for the posterior mean. Default: as in the run's evaluation."
+    ),
 ]
 Predictive = Annotated[
     str | None,
@@ -27,6 +37,15 @@ Predictive = Annotated[
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the draws.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing --output.")]
+
+
+def check_run(folder: Path) -> None:
+    """Raise an error unless `folder` holds a finished run, or one waits to be put back there."""
+    waiting = folder.resolve().with_name(f".{folder.resolve().name}.before")
+    if not (folder / "result.json").is_file() and not waiting.is_dir():
+        hint = " Continue it: train --resume." if (folder / "experiment.json").is_file() else ""
+        expected = "the folder of a finished run, as `bayestune train --output` makes it"
+        raise FlagError(f"{folder}: found no result.json, expected {expected}.{hint}")
 
 
 def load(folder: Path, data: str | None, predictive: str | None) -> "Run":

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bayestune_cli.arguments import Data, Draws, Predictive, RunFolder, Seed, draw_count, load
+from bayestune_cli.arguments import Data, Draws, Predictive, RunFolder, Seed, check_run, draw_count, load
 
 if TYPE_CHECKING:
     from bayestune.experiment import Run
@@ -21,11 +21,17 @@ def evaluate(
     predictive: Predictive = None,
     seed: Seed = 0,
     ood: Annotated[
-        str | None, typer.Option(help="Out-of-distribution data sets, comma-separated, as name or name:split.")
+        str | None,
+        typer.Option(
+            help="Out-of-distribution data sets, comma-separated: name for its evaluation split, or name:split "
+            "such as name:test."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Score a run: accuracy, NLL, ECE and Brier with 95 % intervals, and out-of-distribution detection."""
+    check_run(run)
+
     from bayestune.experiment import score_table
     from bayestune.inference import evaluate as scores_of
 

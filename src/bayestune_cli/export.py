@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bayestune_cli.arguments import Data, Draws, Overwrite, RunFolder, Seed, draw_count, load
+from bayestune_cli.arguments import Data, Draws, Overwrite, RunFolder, Seed, check_run, draw_count, load
 from bayestune_cli.errors import FlagError
 
 
@@ -18,6 +18,7 @@ def export(
     overwrite: Overwrite = False,
 ) -> None:
     """Write the mean and draws of a run as ordinary LoRA adapters for PEFT and inference servers."""
+    check_run(run)
     if output.exists() and not overwrite:
         raise FlagError(f"--output {output}: it exists; choose another, or pass --overwrite.")
 

@@ -1,8 +1,10 @@
-"""`bayestune predict`."""
+"""`bayestune predict`: rows in, answers out, some at a time."""
 
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -14,10 +16,19 @@ from bayestune_cli.arguments import (
     RunFolder,
     Seed,
     check_output_file,
+    check_run,
     draw_count,
     load,
 )
 from bayestune_cli.errors import FlagError
+from bayestune_cli.rows import check_rows
+from bayestune_cli.signals import Stopped
+
+if TYPE_CHECKING:
+    from bayestune.experiment import Run
+    from bayestune.tasks import AnyRow, TokenizedTask
+
+_ROWS_AT_ONCE = 1000
 
 
 def predict(
@@ -28,21 +39,106 @@ def predict(
     draws: Draws = None,
     predictive: Predictive = None,
     seed: Seed = 0,
+    on_bad_row: Annotated[
+        Literal["stop", "skip"],
+        typer.Option(help="stop: refuse the whole file before the first answer; skip: leave the row out."),
+    ] = "stop",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Append to --output the rows that have no answer there yet.")
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Answer rows: probabilities, index of the answer, and total, aleatoric and epistemic uncertainty in nats."""
-    check_output_file(output, overwrite=overwrite)
+    check_run(run)
+    check_output_file(output, overwrite=overwrite or resume)
     if output.resolve() == input.resolve():
         raise FlagError(f"--output {output}: found the file of --input, expected another file.")
+    if overwrite and resume:
+        raise FlagError("predict: found --overwrite with --resume, expected one of the two.")
+    if on_bad_row == "stop":
+        check_rows(input)
+    elif not input.is_file():
+        raise FlagError(f"{input}: found no such file, expected the rows to answer; check the path")
+    done = _answered(output) if resume and output.exists() else set()
 
-    from bayestune.files import check_writable, write_text
-    from bayestune.tasks import read_rows
+    from bayestune.files import appending, check_writable, replacing
 
     check_writable(output.parent, f"--output {output}")
-    rows = read_rows(input, labelled=False)
     loaded = load(run, data, predictive)
-    loaded.task.check(rows)
-    prediction = loaded.predict(rows, draws=draw_count(loaded, draws, predictive), seed=seed, progress=True)
-    answers = [json.dumps(record, ensure_ascii=False) + "\n" for record in prediction.records(rows)]
-    write_text(output, "".join(answers))
-    print(f"{output}: {len(answers)} rows")
+    if on_bad_row == "stop":
+        _check(input, loaded.task)
+    count, keeps = draw_count(loaded, draws, predictive), not (overwrite and output.exists())
+    written, faults = 0, []
+    with appending(output) if keeps else replacing(output) as write:
+        try:
+            for rows, bad in _batches(input, loaded.task):
+                faults += bad
+                records = _records(loaded, rows, done, draws=count, seed=seed)
+                write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+                written += len(records)
+        except Stopped as stopped:
+            if written and keeps:
+                stopped.args = (f"{written} rows are answered in {output}; continue with --resume",)
+            raise
+    before = f", {len(done)} answered before" if resume else ""
+    skipped = f", {len(faults)} skipped; the first: {faults[0]}" if faults else ""
+    print(f"{output}: {written} rows{before}{skipped}")
+
+
+def _records(loaded: "Run", rows: list["AnyRow"], done: set[str], *, draws: int, seed: int) -> list[dict[str, Any]]:
+    """Return the answers of the rows that are not in `done`; all rows are predicted together, for the same bits."""
+    if all(row.id in done for row in rows):
+        return []
+    records = loaded.predict(rows, draws=draws, seed=seed, progress=True).records(rows)
+    return [record for record in records if record["id"] not in done]
+
+
+def _check(path: Path, task: "TokenizedTask") -> None:
+    """Raise an error for the first row of `path` that cannot be used, before any row is answered."""
+    from bayestune.errors import DataError
+
+    for rows, bad in _batches(path, task):
+        if bad:
+            raise DataError(f"{bad[0]} ({len(bad)} of {len(rows) + len(bad)} rows cannot be used)") from bad[0]
+
+
+def _batches(path: Path, task: "TokenizedTask") -> Iterator[tuple[list["AnyRow"], list[Exception]]]:
+    """Yield the usable rows of each `_ROWS_AT_ONCE` lines, and what is wrong with the others.
+
+    Batches depend on the file alone, so a resumed command forms the same ones.
+    """
+    from bayestune.tasks.data import scan_rows
+
+    places: dict[str, str] = {}
+    lines = scan_rows(path, labelled=False)
+    while batch := list(itertools.islice(lines, _ROWS_AT_ONCE)):
+        bad: list[Exception] = [line for line in batch if isinstance(line, Exception)]
+        rows: list[AnyRow] = []
+        parsed = [line for line in batch if not isinstance(line, Exception)]
+        for row, fault in zip(parsed, task.faults(parsed), strict=True):
+            if row.id in places:
+                fault = row.fault("id", f"the id of {places[row.id]} again", "ids that differ")
+            if fault is None:
+                places[row.id] = row.where
+                rows.append(row)
+            else:
+                bad.append(fault)
+        yield rows, bad
+
+
+def _answered(output: Path) -> set[str]:
+    """Return the ids that have an answer in `output`; an unfinished last line is removed."""
+    ids, whole = set(), 0
+    with output.open("r+b") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                answer: Any = json.loads(line)
+                ids.add(answer["id"])
+            except (ValueError, KeyError, TypeError) as error:
+                expected = "an answer of `bayestune predict`, to --resume from"
+                raise FlagError(f"--output {output}:{number}: found another line, expected {expected}.") from error
+            whole += len(line)
+        file.truncate(whole)
+    return ids

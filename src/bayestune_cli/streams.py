@@ -67,23 +67,27 @@ def quietly(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hide the warnings, logs and loading bars of libraries; show our own warnings in one line each."""
+    """Hide the warnings, logs and loading bars of libraries; show our own warnings in one line each.
+
+    Nothing is imported here, so a command can check its flags and files before it imports torch.
+    """
     with contextlib.ExitStack() as undo:
         undo.callback(logging.disable, logging.root.manager.disable)
-        logging.disable(logging.WARNING)  # before the imports below, which already log
+        logging.disable(logging.WARNING)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        bars = sys.modules.get("transformers.utils.logging")
+        if bars is None:
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        elif bars.is_progress_bar_enabled():
+            bars.disable_progress_bar()
+            undo.callback(bars.enable_progress_bar)
         undo.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
-        from transformers.utils.logging import disable_progress_bar, enable_progress_bar
-
-        from bayestune.errors import BayestuneWarning
-
-        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-            if issubclass(category, BayestuneWarning):  # a library may turn its own warnings on again
-                print(f"warning: {message}", file=sys.stderr)
-
-        warnings.simplefilter("always", BayestuneWarning)
-        warnings.showwarning = show
-        disable_progress_bar()
-        undo.callback(enable_progress_bar)
+        warnings.simplefilter("always")  # a library may turn its own warnings on again
+        warnings.showwarning = _show
         yield
+
+
+def _show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    ours = sys.modules.get("bayestune.errors")
+    if ours is not None and issubclass(category, ours.BayestuneWarning):
+        print(f"warning: {message}", file=sys.stderr)

@@ -247,10 +247,9 @@ def full_weight_kl(layer: GaussianLinear, base: Tensor, up: Tensor) -> Tensor:
 
 
 @pytest.mark.property("S09")
-@pytest.mark.parametrize("scaling", [1.0, 1.5])
 @pytest.mark.parametrize("name", UPS)
-def test_the_kl_of_the_full_weights_is_that_of_a(name: str, scaling: float, figure: Figure) -> None:
-    base, up = randn(4, 3, seed=1), scaling * UPS[name]
+def test_the_kl_of_the_full_weights_is_that_of_a(name: str, figure: Figure) -> None:
+    base, up = randn(4, 3, seed=1), 1.5 * UPS[name]
     layer = only_layer(adapted_linear(base, up))
     with torch.no_grad():
         layer.rho.copy_(0.5 + 0.2 * randn(2, 3, seed=6))

@@ -29,7 +29,7 @@ REFUSED = {
     "kasa_config": KasaConfig(),
     "megatron_config": {"a": 1},
 }
-INITS = ("eva", "olora", "pissa", "pissa_niter_4", "corda", "loftq", "orthogonal_", "lora_ga", "mica", 2, "True")
+INITS = ("eva", "pissa", "loftq", "orthogonal_", 2)
 
 
 @pytest.fixture(autouse=True)
@@ -48,15 +48,11 @@ def refused(make: Callable[[], object], *words: str) -> None:
         assert word in message
 
 
-def test_every_refused_option_is_tried() -> None:
-    assert REFUSED.keys() == _REFUSED.keys()
-
-
 @pytest.mark.filterwarnings("ignore:aLoRA is currently only supported:UserWarning")
-@pytest.mark.parametrize("option", REFUSED)
-def test_an_option_that_cannot_be_right(option: str) -> None:
-    refused(lambda: BayesLoraConfig(**{option: REFUSED[option]}), option, "Leave it out", _REFUSED[option])
-    LoraConfig(**{option: REFUSED[option], "task_type": "CAUSAL_LM"})  # PEFT itself takes it: the refusal is ours
+def test_an_option_that_cannot_be_right() -> None:
+    for option, reason in _REFUSED.items():
+        refused(lambda: BayesLoraConfig(**{option: REFUSED[option]}), option, "Leave it out", reason)  # noqa: B023
+        LoraConfig(**{option: REFUSED[option], "task_type": "CAUSAL_LM"})  # PEFT itself accepts it
 
 
 @pytest.mark.filterwarnings("ignore:.init_lora_weights. is:UserWarning")
@@ -67,7 +63,7 @@ def test_an_initialisation_that_changes_the_base_or_the_mean(init: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.eva_config. specified:UserWarning")
-@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
+@pytest.mark.parametrize("init", [False, "gaussian", "orthogonal"])
 def test_an_initialisation_of_the_mean_alone_is_taken(init: Any) -> None:
     base = LLAMA.build()
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
@@ -77,20 +73,15 @@ def test_an_initialisation_of_the_mean_alone_is_taken(init: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["prior_std", "rho_init"])
-@pytest.mark.parametrize("value", [0, 0.0, -0.1, float("nan"), float("inf"), True, "0.2", None, [0.2]], ids=repr)
+@pytest.mark.parametrize("value", [0, float("nan"), float("inf"), True, "0.2"], ids=repr)
 def test_a_scale_that_is_no_number_above_0(name: str, value: Any) -> None:
     refused(lambda: BayesLoraConfig(**{name: value}), name, repr(value), "a number above 0")
 
 
-@pytest.mark.parametrize("value", ["Flipout", "", None, 1, ["flipout"]], ids=repr)
-def test_an_unknown_estimator(value: Any) -> None:
-    refused(
-        lambda: BayesLoraConfig(estimator=value), "estimator", repr(value), "'independent', 'flipout', 'flipout_token'"
-    )
-
-
-@pytest.mark.parametrize("value", ["Dropout", "", None, 1, ["dropout"]], ids=repr)
-def test_an_unknown_distribution(value: Any) -> None:
+@pytest.mark.parametrize("value", ["Flipout", None, ["flipout"]], ids=repr)
+def test_an_unknown_estimator_or_distribution(value: Any) -> None:
+    known = "'independent', 'flipout', 'flipout_token'"
+    refused(lambda: BayesLoraConfig(estimator=value), "estimator", repr(value), known)
     refused(lambda: BayesLoraConfig(distribution=value), "distribution", repr(value), "'gaussian_ab', 'dropout'")
 
 
@@ -114,21 +105,18 @@ class Mixed(nn.Module):
 
 KINDS = [
     ("embedding", "Embedding"),
-    ("conv1d", "Conv1d"),
     ("conv2d", "Conv2d"),
-    ("conv3d", "Conv3d"),
     ("attention", "MultiheadAttention"),
     ("out_proj", "NonDynamicallyQuantizableLinear"),
 ]
 
 
 @pytest.mark.parametrize(("target", "kind"), KINDS)
-@pytest.mark.parametrize("as_regex", [False, True], ids=["list", "regex"])
-def test_a_target_that_is_not_linear(target: str, kind: str, as_regex: bool) -> None:
-    targets = rf"linear|(.*\.)?{target}" if as_regex else ["linear", target]
-    base = Mixed()
-    refused(lambda: get_peft_model(base, BayesLoraConfig(target_modules=targets)), target, kind, "target_modules")
-    assert not any(isinstance(module, LoraLayer) for module in base.modules())
+def test_a_target_that_is_not_linear(target: str, kind: str) -> None:
+    for targets in (["linear", target], rf"linear|(.*\.)?{target}"):
+        base, config = Mixed(), BayesLoraConfig(target_modules=targets)
+        refused(lambda: get_peft_model(base, config), target, kind, "target_modules")  # noqa: B023
+        assert not any(isinstance(module, LoraLayer) for module in base.modules())
 
 
 def adding(model: PeftModel, **settings: Any) -> Callable[[], None]:
@@ -166,12 +154,11 @@ def test_an_estimator_is_free_again_when_the_last_adapter_is_gone() -> None:
     refused(lambda: model.add_adapter("third", LLAMA.config()), "estimator")
 
 
-@pytest.mark.parametrize("combination", ["linear", "svd", "cat", "ties"])
-def test_a_weighted_sum_of_adapters(combination: str) -> None:
+def test_a_weighted_sum_of_adapters() -> None:
     model = blob(LLAMA)
     model.add_adapter("second", LLAMA.config())
     refused(
-        lambda: model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "sum", combination_type=combination),
+        lambda: model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "sum", combination_type="svd"),
         "add_weighted_adapter",
         "export_lora",
     )

@@ -25,7 +25,7 @@ PLACES = {
     "posterior": "bayestune.storage.saving.write_manifest",
     "evaluation": "bayestune.experiment.trained.predict",
     "record": "bayestune.experiment.run.write_json",
-    "answers": "bayestune.files.write_text",
+    "answers": "bayestune.files.replacing",
 }
 """Functions that a command calls where it can be made to wait."""
 

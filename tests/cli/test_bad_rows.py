@@ -83,13 +83,12 @@ def row(**changes: Any) -> bytes:
         (row()[:-2] + b",}\n", "not one JSON object"),
         (row()[:-1] + b"\r\n", "CRLF"),
         (b"\n", "a blank line"),
-        (row()[:-1] + row(id="r8"), "Extra data"),
         (row(question="Q\0Q").replace(b"\\u0000", b"\0"), "a NUL byte"),
         (b"\xef\xbb\xbf" + row(), "byte order mark"),
         (b'["a"]\n', "expected one JSON object"),
         (b'{"id": "r6", ' + row()[1:], "field 'id' is there twice"),
     ],
-    ids=["comma", "CRLF", "blank", "two", "NUL", "BOM", "list", "key twice"],
+    ids=["comma", "CRLF", "blank", "NUL", "BOM", "list", "key twice"],
 )
 def test_a_malformed_line_ends_every_command_with_2(
     world: Path, tmp_path: Path, capsys: Any, bad: bytes, says: str
@@ -102,8 +101,6 @@ def test_a_malformed_line_ends_every_command_with_2(
     ("changes", "words"),
     [
         ({"answer": 2}, ("(id r7)", "field 'answer'", "found 2")),
-        ({"answer": "B"}, ("(id r7)", "field 'answer'", "found 'B'")),
-        ({"choices": ["a"] * 27}, ("(id r7)", "field 'choices'", "27 choices")),
         ({"choices": ["a", 2]}, ("(id r7)", "field 'choices'", "found 2")),
         ({"question": " "}, ("(id r7)", "field 'question'", "only blanks")),
         ({"question": "long " * 80}, ("(id r7)", "field 'question'", "nothing is ever cut", "(1 of ")),
@@ -111,7 +108,7 @@ def test_a_malformed_line_ends_every_command_with_2(
         ({"id": 7}, ("(id 7)", "field 'id'", "found 7")),
         ({"id": "q61"}, ("(id q61)", "field 'id'", ".jsonl:2 again")),
     ],
-    ids=["range", "letter", "27 choices", "not text", "blank", "too long", "surrogate", "number as id", "id twice"],
+    ids=["range", "not text", "blank", "too long", "surrogate", "number as id", "id twice"],
 )
 def test_a_bad_field_ends_every_command_with_2_and_is_named_with_its_row(
     world: Path, tmp_path: Path, capsys: Any, changes: dict[str, Any], words: tuple[str, ...]

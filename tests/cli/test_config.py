@@ -18,8 +18,6 @@ REQUIRED = "model: m\ntask: t\n"
     ("text", "words"),
     [
         (REQUIRED + 'rank: !!int ""', "not YAML"),
-        (REQUIRED + "seed: !!bool maybe", "not YAML"),
-        (REQUIRED + "seed: !!timestamp x", "not YAML"),
         (REQUIRED + "seed: 1\nseed: 2", "found 'seed' twice"),
         (REQUIRED + f"target_modules: [{'q, ' * 10**6}]", "found more than 65536 bytes"),
         (REQUIRED + "data: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
@@ -41,12 +39,9 @@ def test_a_file_that_is_not_plain_is_refused(tmp_path: Path, text: str, words: s
     ("line", "words"),
     [
         ("rank: 1000000000", "rank: found 1000000000, expected at most 65536"),
-        ("members: 18446744073709551615", "members: found 18446744073709551615, expected at most 2147483647"),
-        ("seed: 4294967296", "seed: found 4294967296, expected at most 4294967295"),
         ("prior_std: .nan", "prior_std: found nan, expected a number above 0"),
         ("weight_decay: .inf", "weight_decay: found inf, expected a number"),
         ("learning_rate: 1e999", "learning_rate: found inf, expected a number above 0"),
-        ("lora_dropout: .nan", "lora_dropout: found nan, expected a number between 0 and 1"),
         ("target_modules: [[q_proj]]", "expected a list of module names"),
         ("data: [[[[]]]]", "data: found .*, expected a text"),
     ],

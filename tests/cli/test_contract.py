@@ -53,12 +53,20 @@ FAILURES: list[tuple[BaseException, int, str]] = [
     ("failure", "code", "line"), FAILURES, ids=[type(f).__name__ + str(c) for f, c, _ in FAILURES]
 )
 def test_each_failure_has_its_exit_code_one_line_and_valid_json(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], failure: BaseException, code: int, line: str
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    failure: BaseException,
+    code: int,
+    line: str,
 ) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise failure
 
     monkeypatch.setattr("bayestune.experiment.load_run", fail)
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    Path("run", "result.json").touch()
     assert invoke(["evaluate", "run"]) == code
     out, err = capsys.readouterr()
     assert out == "" and err.startswith(line) and err.count("\n") == 1 and "Traceback" not in err

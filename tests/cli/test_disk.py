@@ -137,8 +137,13 @@ def test_answers_that_do_not_fit_leave_the_earlier_ones(
 ) -> None:
     output = tmp_path / "answers.jsonl"
     output.write_text("mine")
-    fails_within(monkeypatch, "bayestune.files", "write_text", "fsync", errno.ENOSPC)
-    assert invoke(predicting(world, output, "--overwrite")) == 2
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        assert invoke(predicting(world, output, "--overwrite")) == 2
     line = only_line(capsys)
     assert line.startswith(f"error: {output}: cannot be written: No space left on device (")
     found = re.search(r"\(([\d.]+) MB free, about ([\d.]+) MB needed\)", line)

@@ -11,6 +11,7 @@ from bayestune.adapters.caches import check_cache, mark_cache
 from bayestune.adapters.config import BayesLoraConfig
 from bayestune.adapters.dropout import DropoutLinear
 from bayestune.adapters.gaussian import GaussianLinear
+from bayestune.adapters.layers import tied_head
 from bayestune.adapters.noise import TrainingNoise, find_noise
 from bayestune.adapters.random import FullPrecisionLinear, RandomLinear, refuse_in_draw
 from bayestune.errors import ConfigError
@@ -90,6 +91,15 @@ class BayesLoraModel(LoraModel):
         """Merge the mean and return the base model; raises a DrawError inside `draw`."""
         refuse_in_draw("merge_and_unload")
         return super().merge_and_unload(*args, **kwargs)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        tied = tied_head(self.model)
+        if tied is not None:
+            raise ConfigError(
+                f"{tied} is adapted and its weight is tied to another layer's, such as the embeddings, so merging "
+                "would change both: use the adapter unmerged, or untie the base model's weights first."
+            )
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Raise an error: PEFT would drop the variances of a weighted sum of Gaussians.

@@ -1,9 +1,11 @@
 """Files and folders that appear whole or not at all, locks, hashes, strict JSON, and disk errors."""
 
+from bayestune.files.disk import appending as appending
 from bayestune.files.disk import check_writable as check_writable
 from bayestune.files.disk import file_record as file_record
 from bayestune.files.disk import file_sha256 as file_sha256
 from bayestune.files.disk import flush as flush
+from bayestune.files.disk import replacing as replacing
 from bayestune.files.disk import write_text as write_text
 from bayestune.files.disk import writing as writing
 from bayestune.files.folders import MANIFEST as MANIFEST

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +57,44 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         DiskError: the disk is full, or cannot be written.
     """
+    with replacing(path) as write:
+        write(text)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Callable[[str], None]]:
+    """Yield a function that writes text to a UTF-8 file, which takes the place of `path` at the end.
+
+    Raises:
+        DiskError: the disk is full, or cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with writing(path, needed=len(text)):
-        try:
-            with temporary.open("x", encoding="utf-8", newline="\n") as file:
+    temporary.unlink(missing_ok=True)
+    try:
+        with appending(temporary, name=path) as write:
+            yield write
+        with writing(path):
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def appending(path: Path, *, name: Path | None = None) -> Iterator[Callable[[str], None]]:
+    """Yield a function that appends text to a UTF-8 file and flushes it to the disk; errors speak of `name`.
+
+    Raises:
+        DiskError: the disk is full, or cannot be written.
+    """
+    with path.open("a", encoding="utf-8", newline="\n") as file:
+
+        def write(text: str) -> None:
+            with writing(name or path, needed=len(text)):
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+
+        yield write
 
 
 def flush(folder: Path) -> None:

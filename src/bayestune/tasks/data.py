@@ -32,15 +32,31 @@ def read_rows(path: str | Path, *, labelled: bool = True) -> list[AnyDataRow]:
     Raises:
         DataError: naming file, line, id and field of the first thing that is wrong.
     """
-    path = Path(path)
-    rows = [
-        parse_row(_parse_line(line, f"{path}:{number}"), where=f"{path}:{number}", labelled=labelled)
-        for number, line in _lines(path)
-    ]
+    rows = []
+    for row in scan_rows(path, labelled=labelled):
+        if isinstance(row, DataError):
+            raise row
+        rows.append(row)
     if not rows:
         raise DataError(f"{path}: found no rows, expected one JSON object a line; check the path")
     check_together(rows)
     return rows
+
+
+def scan_rows(path: str | Path, *, labelled: bool = True) -> Iterator[AnyDataRow | DataError]:
+    """Yield each row of a file, or the error of a line that is not one. Ids and kinds are not compared.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    for number, line in _lines(Path(path)):
+        where = f"{path}:{number}"
+        try:
+            row = parse_row(_parse_line(line, where), where=where, labelled=labelled)
+        except DataError as error:
+            yield error
+        else:
+            yield row
 
 
 def check_together(rows: Sequence[AnyDataRow]) -> None:

@@ -105,13 +105,19 @@ class TokenizedTask(Task[P]):
         Raises:
             DataError: the first row that cannot be used, with the number of such rows.
         """
-        found = self._tokenize(rows)
-        if self.embeddings is not None:
-            found = self._without_embedding(rows, found, self.embeddings)
+        found = self._examined(rows)
         faults = [each for each in found if isinstance(each, DataError)]
         if faults:
             raise DataError(f"{faults[0]} ({len(faults)} of {len(rows)} rows cannot be used)") from faults[0]
         self._checked |= {id(row): (row, each) for row, each in zip(rows, _sound(found), strict=True)}
+
+    def faults(self, rows: Sequence[AnyRow]) -> list[DataError | None]:
+        """Return what is wrong with each row, or None; keeps no examples."""
+        return [each if isinstance(each, DataError) else None for each in self._examined(rows)]
+
+    def _examined(self, rows: Sequence[AnyRow]) -> list[dict[str, Any] | DataError]:
+        found = self._tokenize(rows)
+        return found if self.embeddings is None else self._without_embedding(rows, found, self.embeddings)
 
     def examples(self, rows: Sequence[AnyRow], model: nn.Module) -> list[dict[str, Any]]:
         """Return the `example` of each row, if `model` has an embedding for each of its tokens and for the padding.

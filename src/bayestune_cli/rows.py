@@ -1,0 +1,74 @@
+"""A first check of the rows of `bayestune predict` with the standard library, before torch is imported.
+
+The full check follows when the run is loaded; rare faults, such as a byte order mark, are left to it.
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bayestune_cli.errors import FlagError
+
+
+def check_rows(path: Path) -> None:
+    """Raise an error unless every line of `path` has the fields of a row, and an id of its own."""
+    lines: dict[str, int] = {}
+    number = 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip() and not line.startswith(b"\xef\xbb\xbf") and b"\0" not in line:
+                    row = _parsed(line, f"{path}:{number}")
+                    _check_fields(row, f"{path}:{number}")
+                    if row["id"] in lines:
+                        found = f"the id of {path}:{lines[row['id']]} again"
+                        raise _fault(f"{path}:{number}", row, "id", found, "ids that differ")
+                    lines[row["id"]] = number
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise FlagError(f"{path}: cannot be read: {error}; check the path and that the file is whole") from error
+    if number == 0:
+        raise FlagError(f"{path}: found no rows, expected one JSON object a line; check the path")
+
+
+def _parsed(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise FlagError(f"{where}: found byte {error.start} not in UTF-8; save the file as UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise FlagError(f"{where}: not one JSON object: {error}; fix or remove the row") from error
+    if not isinstance(row, dict):
+        raise FlagError(f"{where}: found {_shown(row)}, expected one JSON object {{...}}; fix or remove the row")
+    return row
+
+
+def _check_fields(row: Mapping[str, Any], where: str) -> None:
+    if ("question" in row or "choices" in row) == ("text" in row):
+        found = "both" if "text" in row else "neither"
+        raise _fault(where, row, "question", f"{found} of 'question' and 'text'", "one of them")
+    for name in ("id", "text" if "text" in row else "question"):
+        if not isinstance(row.get(name), str):
+            raise _fault(where, row, name, _shown(row[name]) if name in row else "nothing", "a text")
+    choices = row.get("choices")
+    if "text" in row:
+        return
+    if not isinstance(choices, list):
+        raise _fault(where, row, "choices", _shown(choices) if "choices" in row else "nothing", "a list of texts")
+    for choice in choices:
+        if not isinstance(choice, str):
+            raise _fault(where, row, "choices", f"{_shown(choice)} among the choices", "a list of texts")
+    if not 2 <= len(choices) <= 26:
+        raise _fault(where, row, "choices", f"{len(choices)} choices", "2 to 26")
+
+
+def _fault(where: str, row: Mapping[str, Any], name: str, found: str, expected: str) -> FlagError:
+    place = f"{where} (id {_shown(row.get('id')).strip(chr(39))})"
+    return FlagError(f"{place}: field '{name}': found {found}, expected {expected}; fix or remove the row")
+
+
+def _shown(value: object) -> str:
+    text = ascii(value)
+    return text if len(text) <= 60 else text[:57] + "..."
