@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from bayestune.tasks import AnyRow, TokenizedTask
 
 _ROWS_AT_ONCE = 1000
+_START = b'{"id": "'
+"""Start of an answer, by which an unfinished line is known from other text."""
 
 
 def predict(
@@ -51,14 +53,9 @@ def predict(
     """Answer rows: probabilities, index of the answer, and total, aleatoric and epistemic uncertainty in nats."""
     check_run(run)
     check_output_file(output, overwrite=overwrite or resume)
-    if output.resolve() == input.resolve():
-        raise FlagError(f"--output {output}: found the file of --input, expected another file.")
+    _check_files(input, output, whole=on_bad_row == "stop")
     if overwrite and resume:
         raise FlagError("predict: found --overwrite with --resume, expected one of the two.")
-    if on_bad_row == "stop":
-        check_rows(input)
-    elif not input.is_file():
-        raise FlagError(f"{input}: found no such file, expected the rows to answer; check the path")
     done = _answered(output) if resume and output.exists() else set()
 
     from bayestune.files import appending, check_writable, replacing
@@ -68,11 +65,11 @@ def predict(
     if on_bad_row == "stop":
         _check(input, loaded.task)
     count, keeps = draw_count(loaded, draws, predictive), not (overwrite and output.exists())
-    written, faults = 0, []
+    written, skipped, first = 0, 0, ""
     with appending(output) if keeps else replacing(output) as write:
         try:
             for rows, bad in _batches(input, loaded.task):
-                faults += bad
+                skipped, first = skipped + len(bad), first or "".join(map(str, bad[:1]))
                 records = _records(loaded, rows, done, draws=count, seed=seed)
                 write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
                 written += len(records)
@@ -81,8 +78,18 @@ def predict(
                 stopped.args = (f"{written} rows are answered in {output}; continue with --resume",)
             raise
     before = f", {len(done)} answered before" if resume else ""
-    skipped = f", {len(faults)} skipped; the first: {faults[0]}" if faults else ""
-    print(f"{output}: {written} rows{before}{skipped}")
+    left_out = f", {skipped} skipped; the first: {first}" if skipped else ""
+    print(f"{output}: {written} rows{before}{left_out}")
+
+
+def _check_files(input: Path, output: Path, *, whole: bool) -> None:
+    """Raise an error for files that cannot be used; with `whole`, also for a row that cannot."""
+    if output.resolve() == input.resolve():
+        raise FlagError(f"--output {output}: found the file of --input, expected another file.")
+    if whole:
+        check_rows(input)
+    elif not input.is_file():
+        raise FlagError(f"{input}: found no such file, expected the rows to answer; check the path")
 
 
 def _records(loaded: "Run", rows: list["AnyRow"], done: set[str], *, draws: int, seed: int) -> list[dict[str, Any]]:
@@ -131,7 +138,7 @@ def _answered(output: Path) -> set[str]:
     ids, whole = set(), 0
     with output.open("r+b") as file:
         for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
+            if not line.endswith(b"\n") and line.startswith(_START[: len(line)]):
                 break
             try:
                 answer: Any = json.loads(line)

@@ -93,13 +93,13 @@ class BayesLoraModel(LoraModel):
         return super().merge_and_unload(*args, **kwargs)
 
     def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
         tied = tied_head(self.model)
         if tied is not None:
             raise ConfigError(
                 f"{tied} is adapted and its weight is tied to another layer's, such as the embeddings, so merging "
                 "would change both: use the adapter unmerged, or untie the base model's weights first."
             )
+        super()._check_merge_allowed()
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Raise an error: PEFT would drop the variances of a weighted sum of Gaussians.
