@@ -40,9 +40,10 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 
 
 def check_run(folder: Path) -> None:
-    """Raise an error unless `folder` holds a finished run, or one waits to be put back there."""
+    """Raise an error unless `folder` holds a trained run, or one waits to be put back there."""
     waiting = folder.resolve().with_name(f".{folder.resolve().name}.before")
-    if not (folder / "result.json").is_file() and not waiting.is_dir():
+    signs = (folder / "result.json", folder / "posterior" / "bayestune_manifest.json", waiting)
+    if not any(path.exists() for path in signs):
         hint = " Continue it: train --resume." if (folder / "experiment.json").is_file() else ""
         expected = "the folder of a finished run, as `bayestune train --output` makes it"
         raise FlagError(f"{folder}: found no result.json, expected {expected}.{hint}")
