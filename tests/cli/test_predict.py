@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 
 from bayestune.experiment import Run
+from bayestune.sampling.posteriors import PREDICTIVES
+from bayestune.tables.layouts import TABLES
+from bayestune_cli import arguments, table
 from bayestune_cli import predict as command
 from bayestune_cli.app import invoke
 from bayestune_cli.signals import Stopped
@@ -71,6 +74,8 @@ def test_wrong_paths_and_rows_are_refused_before_torch_is_imported(tmp_path: Pat
         for r, i, o in cases
     ]
     commands += [["evaluate", str(tmp_path / "nowhere")], ["export", str(run), "--output", str(run)]]
+    commands += [["evaluate", str(run), "--predictive", "sobol"], ["table", "table9", "--rebuild"]]
+    commands += [["table", "table1", "--model", "m", "--seeds", "a"], ["table", "table1", "--rebuild", "--seeds", "1"]]
     code = "import json, sys; from bayestune_cli.app import invoke\n"
     code += "codes = [invoke(given) for given in json.loads(sys.argv[1])]\n"
     code += "print(json.dumps([codes, [m for m in ('torch', 'transformers', 'bayestune') if m in sys.modules]]))"
@@ -78,7 +83,14 @@ def test_wrong_paths_and_rows_are_refused_before_torch_is_imported(tmp_path: Pat
     assert json.loads(done.stdout) == [[2] * len(commands), []]
     lines = done.stderr.splitlines()
     assert len(lines) == len(commands)
-    for line, words in zip(lines, [*cases.values(), "nowhere: found no result.json", "it exists"], strict=True):
+    others = [
+        "nowhere: found no result.json",
+        "it exists",
+        "expected one of mc, antithetic",
+        "found 'table9', expected",
+    ]
+    others += ["--seeds: found 'a'", "found --seeds with --rebuild"]
+    for line, words in zip(lines, [*cases.values(), *others], strict=True):
         assert line.startswith("error: ") and words in line
 
 
@@ -138,3 +150,8 @@ def test_batches_change_nothing_but_the_last_bits_and_keep_no_rows(world: Path, 
     assert [row["id"] for row in one] == [row["id"] for row in other]
     for first, second in zip(one, other, strict=True):
         assert first["probs"] == pytest.approx(second["probs"], abs=1e-6)
+
+
+def test_names_that_are_checked_early_are_those_of_the_package() -> None:
+    assert arguments._PREDICTIVES == PREDICTIVES
+    assert table._TABLES == tuple(TABLES)
