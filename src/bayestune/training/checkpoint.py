@@ -46,7 +46,7 @@ class SafeTrainer(Trainer):
         """Like `Trainer.train`, but each process has dropout masks of its own."""
         rank = self.args.process_index
         if rank:
-            torch.manual_seed(derive_seed("dropout", self.args.seed, rank))
+            torch.manual_seed(derive_seed("masks", self.args.seed, rank))
         return super().train(*args, **kwargs)
 
     def resume_settings(self) -> dict[str, Any]:
