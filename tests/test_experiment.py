@@ -314,11 +314,13 @@ def test_the_hash_of_rows_is_of_their_content_and_order(tmp_path: Path) -> None:
 
 
 def test_the_table_shows_each_score_with_its_interval() -> None:
-    intervals = {"accuracy": (0.25, 0.75), "nll": (0.5, 1.5), "ece": (0.0, 0.125), "brier": (0.25, 0.5)}
-    scores = Scores(accuracy=0.5, nll=1.0, ece=0.0625, brier=0.375, rows=8, draws=2, intervals=intervals)
+    intervals = {"accuracy": (0.25, 0.75), "nll": (0.5, 1.5), "ece": (0.1, 0.2), "brier": (0.25, 0.5)}
+    values = {"accuracy": 0.5, "nll": 1.0, "ece": 0.0625, "ece_corrected": 0.031, "brier": 0.375}
+    scores = Scores(**values, rows=8, draws=2, intervals={**intervals, "ece_corrected": (0.0, 0.125)})
     lines = score_table({"MLE": scores, "BLoB N=2": scores}).splitlines()
-    assert lines[0].split() == ["accuracy", "NLL", "ECE", "Brier"]
-    assert lines[1].startswith("MLE       0.500 [0.250, 0.750]  1.000 [0.500, 1.500]")
+    assert lines[0].split() == ["accuracy", "NLL", "ECE", "ECE", "corrected", "Brier"]
+    shown = ["0.500 [0.250, 0.750]", "1.000 [0.500, 1.500]", "0.062", "0.031 [0.000, 0.125]", "0.375 [0.250, 0.500]"]
+    assert lines[1] == f"MLE       {'  '.join(shown)}"
     assert lines[3].startswith("8 rows")
 
 

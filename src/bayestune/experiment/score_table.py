@@ -10,13 +10,8 @@ def score_table(scores: Mapping[str, AnyScores]) -> str:
     headings = next(iter(scores.values())).headings
     lines = [["", *headings.values()]]
     for name, found in scores.items():
-        values = found.as_dict()
-        lines.append([name, *(_cell(values[key], found.intervals[key]) for key in headings)])
+        lines.append([name, *map(found.shown, headings)])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     rows = {found.rows for found in scores.values()}
     return "\n".join([*text, f"{'/'.join(map(str, sorted(rows)))} rows; 95 % bootstrap intervals over rows."])
-
-
-def _cell(value: float, interval: tuple[float, float]) -> str:
-    return f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"

@@ -12,6 +12,7 @@ from bayestune.metrics.scores import accuracy as accuracy
 from bayestune.metrics.scores import bootstrap_interval as bootstrap_interval
 from bayestune.metrics.scores import brier as brier
 from bayestune.metrics.scores import ece as ece
+from bayestune.metrics.scores import ece_corrected as ece_corrected
 from bayestune.metrics.scores import impossible_labels as impossible_labels
 from bayestune.metrics.scores import intervals as intervals
 from bayestune.metrics.scores import nll as nll

@@ -77,6 +77,39 @@ def ece(log_probs: Float[Tensor, "rows classes"], labels: Int[Tensor, " rows"], 
     return _column_distance(_calibration_terms(*_checked(log_probs, labels), bins).mean(0)).item()
 
 
+def ece_corrected(
+    log_probs: Float[Tensor, "rows classes"],
+    labels: Int[Tensor, " rows"],
+    *,
+    bins: int = 15,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, tuple[float, float]]:
+    """Return the bias-corrected ECE and an interval that contains it.
+
+    ECE is a sum of absolute values, so sampling noise increases it. With e the plain ECE and e* that of a resample of
+    the rows, the bootstrap estimate of this bias is ``mean(e*) - e``. The corrected ECE is ``2 e - mean(e*)`` (Efron
+    and Tibshirani 1993, section 10.6), and its basic interval ``[2 e - q_high(e*), 2 e - q_low(e*)]`` (Davison and
+    Hinkley 1997, equation 5.6); both are cut at 0.
+
+    Args:
+        log_probs: log-probabilities.
+        labels: classes.
+        bins: number of bins, as in `reliability_bins`.
+        level, resamples, seed: of the interval, as in `bootstrap_interval`.
+    """
+    log_probs, labels = _checked(log_probs, labels)
+    terms = _calibration_terms(log_probs, labels, bins)
+    plain, resampled = (
+        _column_distance(terms.mean(0)).item(),
+        _column_distance(_resampled_means(terms, resamples, seed)),
+    )
+    low, high = _percentiles(resampled, level)
+    estimate, low, high = (max(0.0, 2 * plain - value) for value in (resampled.mean().item(), high, low))
+    return estimate, (min(low, estimate), max(high, estimate))
+
+
 def row_accuracy(log_probs: Float[Tensor, "rows classes"], labels: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
     """Return, per row, 1 if the most probable class is the label and 0 otherwise. `accuracy` is the mean."""
     log_probs, labels = _checked(log_probs, labels)

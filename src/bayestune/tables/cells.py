@@ -60,7 +60,7 @@ def cell_record(
         raise DataError(f"cell: found {rows} rows whose label has probability 0, expected a finite NLL.")
     record: Cell = dict(zip(KEY, (table, task, prediction.task, method, prediction.draws, seed), strict=True))
     record |= {name: getattr(scores, name) for name in ("accuracy", "nll", "ece", "brier", "rows")}
-    record |= {"intervals": {name: list(ends) for name, ends in scores.intervals.items()}}
+    record |= {"intervals": {name: list(scores.intervals[name]) for name in ("accuracy", "nll", "ece", "brier")}}
     record |= {**_curves(prediction, labels), "uncertainty": _histograms(prediction), **provenance}
     record["command"] = [portable(part) for part in provenance["command"]]
     record["experiment"] = {name: portable(value) for name, value in provenance["experiment"].items()}

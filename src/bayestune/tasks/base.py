@@ -20,9 +20,11 @@ class AnyScores(ABC):
         headings: heading of each score in a table, by the name of its field.
         rows: number of rows. draws: number of draws.
         intervals: 95 % bootstrap interval over rows of each score in `headings`.
+        without_interval: scores that are shown without theirs.
     """
 
     headings: ClassVar[Mapping[str, str]]
+    without_interval: ClassVar[tuple[str, ...]] = ()
     rows: int
     draws: int
     intervals: dict[str, tuple[float, float]]
@@ -31,10 +33,16 @@ class AnyScores(ABC):
         """Return the fields as plain JSON values."""
         return asdict(self)  # type: ignore[call-overload]
 
+    def shown(self, name: str, *, digits: int = 3) -> str:
+        """Return a score and its interval as text."""
+        value = f"{getattr(self, name):.{digits}f}"
+        if name in self.without_interval or name not in self.intervals:
+            return value
+        low, high = self.intervals[name]
+        return f"{value} [{low:.{digits}f}, {high:.{digits}f}]"
+
     def __str__(self) -> str:
-        parts = [
-            f"{name} {getattr(self, name):.4f} [{low:.4f}, {high:.4f}]" for name, (low, high) in self.intervals.items()
-        ]
+        parts = [f"{name} {self.shown(name, digits=4)}" for name in self.headings]
         return f"{', '.join(parts)} ({self.rows} rows, {self.draws} draws)"
 
 

@@ -25,17 +25,26 @@ class Scores(AnyScores):
     Attributes:
         accuracy: share of right answers, in [0, 1].
         nll: mean negative log-likelihood per row, in nats.
-        ece: expected calibration error, in [0, 1].
+        ece: expected calibration error, in [0, 1]; sampling noise increases it.
+        ece_corrected: the same without this bias (`metrics.ece_corrected`).
         brier: Brier score, summed over classes, in [0, 2].
         rows: number of rows. draws: number of draws.
-        intervals: 95 % percentile bootstrap interval of each score.
+        intervals: 95 % bootstrap interval of each score. That of the plain ECE is biased too, and can exclude it.
     """
 
-    headings: ClassVar[Mapping[str, str]] = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE", "brier": "Brier"}
+    headings: ClassVar[Mapping[str, str]] = {
+        "accuracy": "accuracy",
+        "nll": "NLL",
+        "ece": "ECE",
+        "ece_corrected": "ECE corrected",
+        "brier": "Brier",
+    }
+    without_interval: ClassVar[tuple[str, ...]] = ("ece",)
 
     accuracy: float
     nll: float
     ece: float
+    ece_corrected: float
     brier: float
     rows: int
     draws: int
@@ -113,14 +122,17 @@ class Prediction(AnyPrediction[Scores]):
                 "evaluate: some rows have no label; found None, expected one of the classes for every row."
             )
         log_probs, labels = self.log_probs, self.labels
+        resampling = {"bins": bins, "resamples": resamples, "seed": seed}
+        corrected, interval = metrics.ece_corrected(log_probs, labels, **resampling)
         return Scores(
             accuracy=metrics.accuracy(log_probs, labels),
             nll=metrics.nll(log_probs, labels),
             ece=metrics.ece(log_probs, labels, bins=bins),
+            ece_corrected=corrected,
             brier=metrics.brier(log_probs, labels),
             rows=len(labels),
             draws=self.draws,
-            intervals=metrics.intervals(log_probs, labels, bins=bins, resamples=resamples, seed=seed),
+            intervals={**metrics.intervals(log_probs, labels, **resampling), "ece_corrected": interval},
         )
 
     def records(self, rows: Sequence[AnyRow]) -> list[dict[str, Any]]:
