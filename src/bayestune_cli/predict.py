@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
     from bayestune.tasks import AnyRow, TokenizedTask
 
 _ROWS_AT_ONCE = 1000
-_START = b'{"id": "'
-"""Start of an answer, by which an unfinished line is known from other text."""
+_FIELDS = {"id", "probs", "answer"}
+"""Fields of every answer, by which a file of answers is known from other files."""
 
 
 def predict(
@@ -56,7 +57,7 @@ def predict(
     _check_files(input, output, whole=on_bad_row == "stop")
     if overwrite and resume:
         raise FlagError("predict: found --overwrite with --resume, expected one of the two.")
-    done = _answered(output) if resume and output.exists() else set()
+    done, length = _answered(output) if resume and output.exists() else (set(), None)
 
     from bayestune.files import appending, check_writable, replacing
 
@@ -66,6 +67,8 @@ def predict(
         _check(input, loaded.task)
     count, keeps = draw_count(loaded, draws, predictive), not (overwrite and output.exists())
     written, skipped, first = 0, 0, ""
+    if length is not None:
+        os.truncate(output, length)  # an unfinished last line, now that all else has been checked
     with appending(output) if keeps else replacing(output) as write:
         try:
             for rows, bad in _batches(input, loaded.task):
@@ -133,19 +136,20 @@ def _batches(path: Path, task: "TokenizedTask") -> Iterator[tuple[list["AnyRow"]
         yield rows, bad
 
 
-def _answered(output: Path) -> set[str]:
-    """Return the ids that have an answer in `output`; an unfinished last line is removed."""
+def _answered(output: Path) -> tuple[set[str], int]:
+    """Return the ids that have an answer in `output`, and the bytes of its whole lines; only the last may be cut."""
     ids, whole = set(), 0
-    with output.open("r+b") as file:
+    with output.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n") and line.startswith(_START[: len(line)]):
+            if not line.endswith(b"\n") and ids:
                 break
             try:
                 answer: Any = json.loads(line)
-                ids.add(answer["id"])
-            except (ValueError, KeyError, TypeError) as error:
+            except ValueError:
+                answer = None
+            if not isinstance(answer, dict) or not answer.keys() >= _FIELDS:
                 expected = "an answer of `bayestune predict`, to --resume from"
-                raise FlagError(f"--output {output}:{number}: found another line, expected {expected}.") from error
+                raise FlagError(f"--output {output}:{number}: found another line, expected {expected}.")
+            ids.add(answer["id"])
             whole += len(line)
-        file.truncate(whole)
-    return ids
+    return ids, whole

@@ -119,7 +119,7 @@ def test_a_stopped_command_keeps_its_answers_and_resumes_with_the_same_bits(
     assert invoke(asking(world, source, cut, "--resume")) == 0
     assert "4 rows, 6 answered before" in capsys.readouterr().out
     assert cut.read_bytes() == whole.read_bytes()
-    for text in ("mine", "mine\n"):
+    for text in ("mine", "mine\n", '{"id": "a", "question": "Q"}\n{"id": "b"', '{"id": "a", "question": "Q"}'):
         cut.write_text(text)
         assert invoke(asking(world, source, cut, "--resume")) == 2
         assert "cut:1: found another line" in capsys.readouterr().err and cut.read_text() == text

@@ -92,7 +92,7 @@ def test_a_run_of_thirty_updates_has_a_width_or_says_so(trainer: str, tmp_path) 
     assert train(trainer, Blob().resolved("causal").kl(run), 30, str(tmp_path)) == []
     narrow = train(trainer, Blob(recipe="paper").resolved("causal").kl(run), 30, str(tmp_path))
     assert len(narrow) == 1
-    for word in ("30 updates", "hardly from its start", "plain LoRA", "steps", "--posterior-std", "--kl-schedule"):
+    for word in ("30 updates", "hardly from its start", "plain LoRA", "steps", "posterior_std", "kl_schedule"):
         assert word in narrow[0]
     wide = train(trainer, KLSettings(cycle=1, learning_rate=0.04), 30, str(tmp_path))
     assert len(wide) == 1 and "nearly to the prior's 0.2" in wide[0]

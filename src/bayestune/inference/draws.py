@@ -24,8 +24,8 @@ def draw(model: nn.Module, *, index: int = 0, seed: int = 0) -> Iterator[None]:
     The weights are fixed at entry, without a gradient, and are the same for every token, row, batch size, device and
     process. The model is in evaluation mode inside; its modes and its mean are back on exit, also after an exception.
     Only the current thread is affected, so threads may hold different draws of one model. A key-value cache
-    (`past_key_values`) belongs to the draw that filled it: a forward of another draw, or of the mean, refuses it
-    (compiled code does not check).
+    (`past_key_values`) belongs to the draw that filled it: a forward of another draw, or of the mean, refuses it.
+    Compiled code, caches passed by position, and calls of the inner base model are not checked.
 
     Raises:
         ConfigError: `index` or `seed` is no whole number, or below 0.

@@ -48,8 +48,8 @@ class Blob(Method):
 
     recipe: Literal["default", "paper"] = Field(
         "default",
-        description="What settings that are not given become. default: std 0.3 x the prior's, uniform KL weights, no "
-        "cycle longer than the run. paper: its KL weights, KL rate and flipout.",
+        description="What settings that are not given become. default: std 0.3 x the prior's unless it starts wider, "
+        "uniform KL weights, no cycle longer than the run. paper: its KL weights, KL rate and flipout.",
     )
     prior_std: float = Field(0.2, gt=0, description="Standard deviation of the prior.")
     rho_init: float = Field(0.05, gt=0, description="Initial G; the standard deviation is G^2.")
@@ -84,7 +84,7 @@ class Blob(Method):
         }
         if self.kl_learning_rate is None and self.posterior_std is None:
             std = 0.3 * self.prior_std
-            if paper or std <= initial_std(self.rho_init):  # a start that wide stays as it is given
+            if paper or std <= initial_std(self.rho_init):  # a start that wide needs no target
                 filled["kl_learning_rate"] = _PAPER_RATES[family]
             else:
                 filled["posterior_std"] = std

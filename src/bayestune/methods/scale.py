@@ -6,18 +6,21 @@ mean negative log-likelihood of the averaged prediction; c = 0 is the mean alone
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from peft import PeftModel
 from tqdm.auto import tqdm
 
 from bayestune.adapters import gaussian_layers
-from bayestune.errors import ConfigError, DataError, PosteriorError
+from bayestune.errors import BayestuneWarning, ConfigError, DataError, PosteriorError
 from bayestune.functional import clamp_rho, derive_seed
 from bayestune.inference import predict
 from bayestune.metrics import row_nll
 from bayestune.sampling import Posterior
+from bayestune.storage.saving import as_posterior
 from bayestune.tasks import AnyRow, Task
 
 FACTORS = tuple(2 ** (k / 2) for k in range(-4, 13))
@@ -40,7 +43,7 @@ class ScaleSearch:
 
 
 def fit_scale(
-    posterior: Posterior,
+    model: PeftModel | Posterior,
     task: Task,
     rows: Sequence[AnyRow],
     *,
@@ -49,14 +52,13 @@ def fit_scale(
     batch_size: int = 8,
     progress: bool = False,
 ) -> ScaleSearch:
-    """Multiply every standard deviation of `posterior`, in place, by the factor with the smallest held-out NLL.
+    """Multiply every standard deviation of a posterior, in place, by the factor with the smallest held-out NLL.
 
     The factors are 0 and 2^(k/2) from 1/4 to 2, then further ones until the NLL was above its minimum twice in a row.
     All share the same noise, in antithetic pairs. It is not the noise of `predict` with the same seed.
 
     Args:
-        posterior: of a Gaussian adapter.
-        task, rows: labeled rows that the posterior was not trained on.
+        model, task, rows: as in `predict`; labeled rows that the posterior was not trained on.
         draws: draws per factor, an even number.
         seed: of the noise.
         batch_size, progress: as in `predict`.
@@ -65,6 +67,7 @@ def fit_scale(
         ConfigError: the adapter has no Gaussian, or `draws` is not a positive even number.
         DataError: there are no rows, or a row has no label.
     """
+    posterior = as_posterior(model)
     layers = gaussian_layers(posterior.model).values()
     if not layers:
         raise ConfigError("fit_scale: found an adapter without a Gaussian, expected one, as BLoB has.")
@@ -85,7 +88,7 @@ def fit_scale(
     scale = 1.0  # if the search fails
     try:
         found = _search(nll, progress)
-        scale = min(found, key=lambda factor: found[factor])
+        scale = min(found, key=found.__getitem__)
     finally:
         set_scale(scale)
     return ScaleSearch(scale=scale, nll=found)
@@ -110,4 +113,9 @@ def _search(nll: Callable[[float], float], progress: bool) -> dict[float, float]
             except PosteriorError:  # so wide that the logits are no longer finite
                 break
             above = above + 1 if found[factor] > min(found.values()) else 0
+    if min(found, key=found.__getitem__) == FACTORS[-1]:
+        message = (
+            f"fit_scale: the NLL still falls at the largest factor, {FACTORS[-1]:g}: train with a wider posterior."
+        )
+        warnings.warn(message, BayestuneWarning, stacklevel=3)
     return found

@@ -88,16 +88,13 @@ def ece_corrected(
 ) -> tuple[float, tuple[float, float]]:
     """Return the bias-corrected ECE and an interval that contains it.
 
-    ECE is a sum of absolute values, so sampling noise increases it. With e the plain ECE and e* that of a resample of
-    the rows, the bootstrap estimate of this bias is ``mean(e*) - e``. The corrected ECE is ``2 e - mean(e*)`` (Efron
-    and Tibshirani 1993, section 10.6), and its basic interval ``[2 e - q_high(e*), 2 e - q_low(e*)]`` (Davison and
-    Hinkley 1997, equation 5.6); both are cut at 0.
+    Sampling noise increases the plain ECE, e. With e* that of a resample of the rows, the corrected one is
+    ``2 e - mean(e*)`` (Efron and Tibshirani 1993, section 10.6), and its basic interval
+    ``[2 e - q_high(e*), 2 e - q_low(e*)]`` (Davison and Hinkley 1997, equation 5.6); both are cut at 0.
 
     Args:
-        log_probs: log-probabilities.
-        labels: classes.
-        bins: number of bins, as in `reliability_bins`.
-        level, resamples, seed: of the interval, as in `bootstrap_interval`.
+        log_probs, labels, bins: as in `ece`.
+        level, resamples, seed: as in `bootstrap_interval`.
     """
     log_probs, labels = _checked(log_probs, labels)
     terms = _calibration_terms(log_probs, labels, bins)

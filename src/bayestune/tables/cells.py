@@ -24,7 +24,7 @@ from bayestune.tasks.rows import shown
 SHARED = ("steps", "batch_size", "rank", "lora_alpha", "target_modules", "max_tokens", "precision", "train_split")
 """Settings that must be the same for all methods of a table on one training set."""
 
-OWN = ("seed", "data", "draws", "method", "task", "checkpoint_steps", "eval_split", "model", "adapter")
+OWN = ("seed", "data", "draws", "method", "task", "checkpoint_steps", "eval_split", "model", "adapter", "report_to")
 """Settings that may differ between the cells of a method: recorded elsewhere in the cell, or without effect on it."""
 
 

@@ -56,12 +56,12 @@ def kl_only_std(
 def warn_of_width(reached: float, *, start: float, prior_std: float, updates: int) -> None:
     """Warn if the KL alone leaves the std within 25 % of its start, or takes it to within 10 % of the prior's."""
     moved = f"posterior std: in {updates} updates the KL takes it from {start:.3g} to {reached:.3g}"
-    if reached < 1.25 * start:
-        effect = "hardly from its start, so that draws differ little from the mean and the result is nearly plain LoRA"
-        remedy = "give more steps, a posterior_std (--posterior-std), or kl_schedule='uniform' (--kl-schedule uniform)"
-    elif reached > 0.9 * prior_std:
+    if reached > 0.9 * prior_std:
         effect = f"nearly to the prior's {prior_std:.3g}, whatever the data say"
-        remedy = "give fewer steps, a posterior_std (--posterior-std), or a smaller KL learning rate or kl_schedule"
+        remedy = "give fewer steps, a smaller posterior_std, or a smaller KL learning rate"
+    elif reached < 1.25 * start:
+        effect = "hardly from its start: draws differ little from the mean, and the result is nearly plain LoRA"
+        remedy = "give more steps, a larger posterior_std (in Python `kl_rate_for_std`), or a uniform kl_schedule"
     else:
         return
     warnings.warn(f"{moved}, {effect}: {remedy}.", BayestuneWarning, stacklevel=3)
