@@ -176,7 +176,7 @@ def test_predict_writes_one_object_a_row(world: Path, tmp_path: Path) -> None:
     found = answers(output)
     assert [row["id"] for row in found] == [row["id"] for row in rows]
     for row, answer in zip(rows, found, strict=True):
-        assert list(answer) == ["id", "probs", "answer", "total", "aleatoric", "epistemic"]
+        assert list(answer) == ["id", "probs", "answer", "label", "total", "aleatoric", "epistemic"]
         assert len(answer["probs"]) == len(row["choices"])
         assert sum(answer["probs"]) == pytest.approx(1, abs=1e-12)
         assert answer["answer"] == max(range(len(answer["probs"])), key=answer["probs"].__getitem__)

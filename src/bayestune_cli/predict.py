@@ -51,7 +51,7 @@ def predict(
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Answer rows: probabilities, index of the answer, and total, aleatoric and epistemic uncertainty in nats."""
+    """Answer rows: probabilities, index and text of the answer; total, aleatoric and epistemic uncertainty in nats."""
     check_run(run)
     check_output_file(output, overwrite=overwrite or resume)
     _check_files(input, output, whole=on_bad_row == "stop")

@@ -42,7 +42,7 @@ def test_a_file_that_is_not_plain_is_refused(tmp_path: Path, text: str, words: s
         ("prior_std: .nan", "prior_std: found nan, expected a number above 0"),
         ("weight_decay: .inf", "weight_decay: found inf, expected a number"),
         ("learning_rate: 1e999", "learning_rate: found inf, expected a number above 0"),
-        ("target_modules: [[q_proj]]", "expected a list of module names"),
+        ("target_modules: [[q_proj]]", "expected a list of names"),
         ("data: [[[[]]]]", "data: found .*, expected a text"),
     ],
 )

@@ -155,3 +155,13 @@ def test_batches_change_nothing_but_the_last_bits_and_keep_no_rows(world: Path, 
 def test_names_that_are_checked_early_are_those_of_the_package() -> None:
     assert arguments._PREDICTIVES == PREDICTIVES
     assert table._TABLES == tuple(TABLES)
+
+
+def test_an_answer_has_the_text_of_the_chosen_choice(world: Path, tmp_path: Path) -> None:
+    rows = questions(60, 4)
+    source = write_rows(tmp_path / "rows.jsonl", rows)
+    assert invoke(asking(world, source, tmp_path / "a")) == 0
+    answers = [json.loads(line) for line in (tmp_path / "a").read_text().splitlines()]
+    assert [each["label"] for each in answers] == [
+        row["choices"][each["answer"]] for row, each in zip(rows, answers, strict=True)
+    ]

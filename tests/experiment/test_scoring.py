@@ -12,10 +12,11 @@ import transformers.integrations.integration_utils as integrations
 from transformers import TrainerCallback
 
 from bayestune.adapters import gaussian_layers
-from bayestune.errors import ConfigError
-from bayestune.experiment import Experiment, Result, load_run, run
+from bayestune.errors import ConfigError, DataError
+from bayestune.experiment import Experiment, Result, load_run, other_task, run
 from bayestune.functional import std
 from bayestune.tables.grid import Grid, plan
+from bayestune.tasks import TextRow
 from bayestune.training import BayesTrainer
 from bayestune_cli.app import invoke
 from toys import pretrained_bert, questions, write_data, write_rows
@@ -151,3 +152,45 @@ def test_logs_go_to_the_tracker_that_is_named(world: Path, tmp_path: Path, monke
     monkeypatch.setitem(integrations.INTEGRATION_TO_CALLBACK, "trackio", Tracker)
     run(given(world, report_to="trackio"), tmp_path / "run")
     assert {"nll", "kl", "std"} <= set().union(*logged)
+
+
+def moods(folder: Path, name: str, *labels: str) -> None:
+    for split in ("train", "dev"):
+        rows = [{"id": str(i), "text": f"{split} {i} {label}", "label": label} for i, label in enumerate(labels)]
+        write_rows(folder / name / f"{split}.jsonl", rows)
+
+
+def test_a_run_keeps_the_names_of_its_classes_and_answers_without_its_data(world: Path, tmp_path: Path) -> None:
+    data, output = tmp_path / "data", tmp_path / "run"
+    moods(data, "moods", "good", "bad", "good")
+    result = run(given(world, task="moods", data=str(data)), output)
+    assert result.experiment.labels == ("bad", "good") and record(output)["experiment"]["labels"] == ["bad", "good"]
+    shutil.rmtree(data)
+    loaded = load_run(output)
+    assert loaded.task.labels == ("bad", "good")
+    rows = [TextRow(id="a", text="It is good.", label="good"), TextRow(id="b", text="It is bad.")]
+    answers = loaded.predict(rows, draws=2).records(rows)
+    assert [each["label"] for each in answers] == [("bad", "good")[each["answer"]] for each in answers]
+    source = write_rows(tmp_path / "rows.jsonl", [{"id": row.id, "text": row.text} for row in rows])
+    assert invoke(["predict", str(output), "--input", str(source), "--output", str(tmp_path / "answers")]) == 0
+    assert all(
+        json.loads(line)["label"] in ("bad", "good") for line in (tmp_path / "answers").read_text().splitlines()
+    )
+
+
+def test_another_data_set_is_scored_by_the_names_of_the_run(world: Path, tmp_path: Path) -> None:
+    moods(tmp_path, "moods", "good", "bad")
+    moods(tmp_path, "films", "good", "bad", "good")
+    write_rows(tmp_path / "meals" / "dev.jsonl", [{"id": "0", "text": "Mine is tasty.", "label": "tasty"}])
+    run(given(world, task="moods", data=str(tmp_path), eval=False), tmp_path / "run")
+    loaded = load_run(tmp_path / "run")
+    assert other_task(loaded, "films").labels == ("bad", "good")
+    with pytest.raises(DataError, match="field 'label': found 'tasty', expected one of"):
+        other_task(loaded, "meals").rows("dev")
+    with pytest.raises(ConfigError, match="data set rte: found no class names, expected 'bad', 'good'"):
+        other_task(loaded, "rte")
+    rows = [{"id": str(i), "text": "It is so.", "label": i} for i in range(2)]
+    write_rows(tmp_path / "counted" / "train.jsonl", rows)
+    run(given(world, task="counted", data=str(tmp_path), eval=False), tmp_path / "counted-run")
+    with pytest.raises(ConfigError, match="data set films: found kind 'text' with 2 named classes, expected 'text'"):
+        other_task(load_run(tmp_path / "counted-run"), "films")

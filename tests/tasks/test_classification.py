@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from bayestune.errors import DataError, TaskError
-from bayestune.tasks import Row, TextRow, classification
+from bayestune.tasks import Row, TextRow, classification, read_rows
+from toys import write_rows
 
 Tokenizers = dict[str, Callable[[], PreTrainedTokenizerFast]]
 Build = Callable[..., PreTrainedModel]
@@ -125,3 +126,24 @@ def test_labels_need_every_row_labelled(tokenizers: Tokenizers, sentences: list[
     assert batch["labels"].tolist() == [row.target for row in sentences]
     unlabelled = TextRow(id="u", text="It rains.")
     assert "labels" not in task.collate([task.example(row) for row in (sentences[0], unlabelled)])
+
+
+def test_named_classes_are_trained_by_index_and_answered_by_name(tokenizers: Tokenizers, tmp_path: Path) -> None:
+    rows = [{"id": str(i), "text": "It rains.", "label": label} for i, label in enumerate(["wet", "dry", "wet"])]
+    path = write_rows(tmp_path / "weather" / "train.jsonl", rows)
+    task = classification("weather", tokenizers["encoder"](), data=tmp_path)
+    assert task.labels == ("dry", "wet")
+    read = read_rows(path)
+    assert task.collate([task.example(row) for row in read])["labels"].tolist() == [1, 0, 1]
+    prediction = task.prediction(torch.tensor([[[0.0, 1.0], [0.0, 1.0], [1.0, 0.0]]]).double(), read, draws=0, seed=0)
+    assert prediction.scores(resamples=2).accuracy == pytest.approx(1 / 3)
+    assert [(each["answer"], each["label"]) for each in prediction.records(read)] == [
+        (1, "wet"),
+        (1, "wet"),
+        (0, "dry"),
+    ]
+    counted = classification("rte", tokenizers["encoder"]())
+    numbers = [TextRow(id="r", text="It rains.", label=1)]
+    assert (
+        "label" not in counted.prediction(torch.zeros(1, 1, 2).double(), numbers, draws=0, seed=0).records(numbers)[0]
+    )

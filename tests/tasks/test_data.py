@@ -146,6 +146,28 @@ def test_a_label_of_the_wrong_type_is_refused(tmp_path: Path, answer: object, fo
 
 
 @pytest.mark.property("D02")
+@pytest.mark.parametrize(("label", "found"), [(True, "True"), (1.0, "1.0"), (["a"], "['a']"), (None, "None")])
+def test_a_label_that_is_neither_a_number_nor_a_text_is_refused(tmp_path: Path, label: object, found: str) -> None:
+    message = refusal(tmp_path / "rows.jsonl", json.dumps({**TEXT, "label": label}).encode())
+    assert f"(id t1): field 'label': found {found}, expected a whole number, counted from 0, or a text" in message
+
+
+def test_a_label_may_be_a_text_but_not_an_empty_one(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(json.dumps({**TEXT, "label": "positive"}).encode())
+    assert [row.target for row in read_rows(path)] == ["positive"]
+    empty = refusal(path, json.dumps({**TEXT, "label": " "}).encode())
+    assert "(id t1): field 'label': found only blanks" in empty
+
+
+def test_text_labels_and_numbers_in_one_file_are_refused_with_both_places(tmp_path: Path) -> None:
+    rows = [{**TEXT, "label": "positive"}, {**TEXT, "id": "t2", "label": None}, {**TEXT, "id": "t3", "label": 1}]
+    path = tmp_path / "rows.jsonl"
+    message = refusal(path, "\n".join(map(json.dumps, rows)).encode(), labelled=False)
+    assert f"{path}:3 (id t3): field 'label': found 1, expected a text, as 'positive' of {path}:1" in message
+
+
+@pytest.mark.property("D02")
 def test_a_missing_label_is_refused_unless_unlabelled_rows_are_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     unlabelled = {key: value for key, value in GOOD.items() if key != "answer"}

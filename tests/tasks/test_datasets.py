@@ -87,6 +87,7 @@ def test_winogrande_finds_its_train_split_and_boolq_has_none_without_passages(tm
         ("openbookqa", {"text": "It rains.", "label": 0}, "field 'text': found a row with 'text'"),
         ("rte", FOUR, "field 'question': found a row with 'question'"),
         ("rte", {"text": "It rains.", "label": 2}, r"field 'label': found 2, expected 0\.\.1 \(2 classes\)"),
+        ("rte", {"text": "It rains.", "label": "no"}, r"field 'label': found 'no', expected 0\.\.1 \(2 classes\)"),
         ("boolq", {**FOUR, "choices": ["no", "yes"]}, r"field 'choices': found \['no', 'yes'\], expected \['False'"),
         (
             "winogrande_s",
@@ -120,6 +121,44 @@ def test_a_folder_of_the_users_without_rows_or_classes_is_refused(tmp_path: Path
     write(tmp_path / "one", "train", {"text": "Good.", "label": 0})
     with pytest.raises(DataError, match="one: found 1 classes in its labels, expected at least 2"):
         dataset("one", tmp_path)
+
+
+GOOD, BAD = ({"text": f"It is {label}.", "label": label} for label in ("good", "bad"))
+
+
+def test_classes_are_named_by_the_text_labels_of_the_train_split_sorted(tmp_path: Path) -> None:
+    write(tmp_path / "moods", "train", GOOD, BAD, GOOD)
+    write(tmp_path / "moods", "dev", GOOD, {"text": "Who knows?"})
+    spec = dataset("moods", tmp_path)
+    assert (spec.kind, spec.classes, spec.labels) == ("text", 2, ("bad", "good"))
+    assert [row.target for row in load_rows("moods", "train", tmp_path)] == ["good", "bad", "good"]
+    write(tmp_path / "counted", "train", {"text": "Good.", "label": 1})
+    assert dataset("counted", tmp_path).labels is None
+    with pytest.raises(DataError, match="moods: found 2 class names in its train split, expected the 3 of classes=3"):
+        dataset("moods", tmp_path, classes=3)
+
+
+def test_a_label_that_the_train_split_does_not_have_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "moods", "train", GOOD, BAD)
+    path = write(tmp_path / "moods", "dev", GOOD, {**GOOD, "label": "fair"})
+    says = rf"{path}:2 \(id dev-1\): field 'label': found 'fair', expected one of \['bad', 'good'\]"
+    with pytest.raises(DataError, match=says):
+        dataset("moods", tmp_path)
+
+
+def test_text_labels_in_one_split_and_numbers_in_another_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "moods", "train", GOOD, BAD)
+    dev = write(tmp_path / "moods", "dev", {"text": "Good.", "label": 1})
+    says = rf"{path}:1 \(id train-0\): field 'label': found 'good', expected a whole number, as 1 of {dev}:1"
+    with pytest.raises(DataError, match=says):
+        dataset("moods", tmp_path)
+
+
+def test_text_labels_without_a_train_split_need_the_names(tmp_path: Path) -> None:
+    write(tmp_path / "moods", "dev", GOOD, BAD)
+    with pytest.raises(DataError, match="moods: found text labels but no train split, expected train.jsonl"):
+        dataset("moods", tmp_path)
+    assert dataset("moods", tmp_path, labels=("bad", "good")).classes == 2
 
 
 HUB_ROWS: list[tuple[str, str, dict[str, Any], Row | TextRow]] = [

@@ -52,13 +52,13 @@ def test_the_prompt_puts_letters_before_texts(tokenizers: Tokenizers) -> None:
     assert task.prompt(row) == (
         "Select one of the choices that answers the following question:\nWhich?\nChoices:\nA) x\nB) y\nC) z\nAnswer:"
     )
-    assert task.labels(row) == [" A", " B", " C"]
+    assert task.answer_labels(row) == [" A", " B", " C"]
     boolean = causal("boolq", tokenizers["lettered"]())
     row = Row(id="r", question="is it so", choices=("False", "True"), answer=1, passage="It is so.")
     assert boolean.prompt(row) == (
         "Answer the question with only False or True.\nPassage: It is so.\nQuestion: is it so\nAnswer:"
     )
-    assert boolean.labels(row) == [" False", " True"]
+    assert boolean.answer_labels(row) == [" False", " True"]
 
 
 def test_beyond_common_prefix() -> None:
@@ -75,7 +75,7 @@ def test_scored_ids_are_the_prompt_with_its_label_beyond_the_common_prefix(
     for row in questions:
         example = task.example(row)
         prompt = task.prompt(row)
-        for label, scored in zip(task.labels(row), example["scored"], strict=True):
+        for label, scored in zip(task.answer_labels(row), example["scored"], strict=True):
             assert example["context"] + scored == whole(causal_tokenizer, prompt + label)
         assert len({scored[0] for scored in example["scored"]}) > 1  # nothing more could go into the context
 
@@ -117,7 +117,7 @@ def test_scores_equal_brute_force(
     found, uneven, worst = probabilities(task, model, rows), [], 0.0
     assert found.shape == (5, 5)
     for i, row in enumerate(rows):
-        sequences = [whole(causal_tokenizer, task.prompt(row) + label) for label in task.labels(row)]
+        sequences = [whole(causal_tokenizer, task.prompt(row) + label) for label in task.answer_labels(row)]
         with torch.inference_mode():
             expected = brute_force(oracle, sequences)
         worst = max(worst, (found[i, : len(sequences)] - expected).abs().max().item())
@@ -141,7 +141,9 @@ def test_words_of_several_tokens_are_scored_whole(tokenizers: Tokenizers, build:
     assert (batch["label_ids"][:, 1, 0] == -1).all()
     with torch.inference_mode():
         for row, found in zip(rows, probabilities(task, model, rows), strict=True):
-            expected = brute_force(model, [whole(tokenizer, task.prompt(row) + label) for label in task.labels(row)])
+            expected = brute_force(
+                model, [whole(tokenizer, task.prompt(row) + label) for label in task.answer_labels(row)]
+            )
             assert (found - expected).abs().max() <= 1e-12
 
 
@@ -392,9 +394,11 @@ def test_twenty_six_choices_are_scored(
     (tmp_path / "many" / "train.jsonl").write_text(json.dumps(fields) + "\n")
     tokenizer, model = tokenizers["lettered"](), build("llama")
     task = causal("many", tokenizer, data=tmp_path)
-    assert task.columns == 26 and task.labels(row)[-1] == " Z"
+    assert task.columns == 26 and task.answer_labels(row)[-1] == " Z"
     with torch.inference_mode():
-        expected = brute_force(model, [whole(tokenizer, task.prompt(row) + label) for label in task.labels(row)])
+        expected = brute_force(
+            model, [whole(tokenizer, task.prompt(row) + label) for label in task.answer_labels(row)]
+        )
     error = (probabilities(task, model, [row])[0] - expected).abs().max().item()
     figure("probabilities of 26 choices against brute force", error, at_most=1e-12)
 

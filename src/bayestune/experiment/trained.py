@@ -92,11 +92,12 @@ def other_task(trained: Run, name: str) -> TokenizedTask:
     """
     experiment, own = trained.experiment, trained.task
     assert experiment.max_tokens is not None
-    task = build_task(find_backbone(experiment.model), name, experiment.data, experiment.max_tokens)
-    if (type(task), task.head) != (type(own), own.head):
+    task = build_task(find_backbone(experiment.model), name, experiment.data, experiment.max_tokens, own.labels)
+    if (type(task), task.head, task.labels) != (type(own), own.head, own.labels):
+        named = "named " if task.labels else ""
         raise ConfigError(
-            f"data set {name}: found kind {task.kind!r} with {task.columns} classes, expected {own.kind!r} with "
-            f"{own.columns} as in {own.name}, which the run was trained on."
+            f"data set {name}: found kind {task.kind!r} with {task.columns} {named}classes, expected {own.kind!r} "
+            f"with {own.columns} as in {own.name}, which the run was trained on."
         )
     return task
 
@@ -105,7 +106,7 @@ def resolve(experiment: Experiment, backbone: Backbone) -> tuple[Experiment, Tok
     """The experiment with its defaults filled in, and its task."""
     experiment = experiment.resolved(backbone.family)
     assert experiment.max_tokens is not None
-    task = build_task(backbone, experiment.task, experiment.data, experiment.max_tokens)
+    task = build_task(backbone, experiment.task, experiment.data, experiment.max_tokens, experiment.labels)
     targets = experiment.target_modules or default_targets(backbone, task)
     split = experiment.eval_split or task.spec.evaluation
     for name, used in {**own_splits(experiment), HELD_OUT: experiment.temperature_split or ""}.items():
@@ -115,4 +116,4 @@ def resolve(experiment: Experiment, backbone: Backbone) -> tuple[Experiment, Tok
                 f"{name}: found {min(shared)!r}, which the run is scored on; choose other rows, or another "
                 "--eval-split."
             )
-    return experiment.replace(target_modules=targets, eval_split=split), task
+    return experiment.replace(target_modules=targets, eval_split=split, labels=task.labels), task

@@ -89,10 +89,12 @@ class Task(ABC, Generic[P]):
 
     Attributes:
         name: name of the data set. columns: number of outputs per row.
+        labels: names of the classes, by index; None where rows have numbers.
     """
 
     name: str
     columns: int
+    labels: tuple[str, ...] | None = None
 
     def rows(self, split: str) -> list[AnyRow]:
         """Return the labeled rows of a split, such as "train" or "dev+test".
@@ -101,6 +103,10 @@ class Task(ABC, Generic[P]):
             TaskError: the task has no data set of its own.
         """
         raise TaskError(f"task {self.name}: found no data set, so there is no split {split!r}; pass the rows")
+
+    def target(self, row: AnyRow) -> Any:
+        """Return the row's label as the loss takes it: a named class by its index."""
+        return row.target if self.labels is None or row.target is None else self.labels.index(row.target)
 
     @abstractmethod
     def example(self, row: AnyRow) -> dict[str, Any]:

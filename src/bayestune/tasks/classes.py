@@ -60,11 +60,12 @@ class Prediction(AnyPrediction[Scores]):
         draw_log_probs: log p(class | row, draw k), float64 on the CPU; one slice, the mean's, when `draws` is 0.
         labels: the right classes, or None if some row has none.
         draws: number of draws; 0 for the mean alone. seed: seed of the draws.
-        task: name of the task.
+        task: name of the task. names: names of the classes, by index, or None.
     """
 
     draw_log_probs: Float[Tensor, "slices rows classes"]
     labels: Int[Tensor, " rows"] | None
+    names: tuple[str, ...] | None = None
 
     def first(self, draws: int) -> "Prediction":
         """Return the prediction of the first `draws` draws.
@@ -139,18 +140,23 @@ class Prediction(AnyPrediction[Scores]):
         """Return one JSON object per row.
 
         Its keys are `id`, `probs` (of the choices that the row has), `answer` (index of the most probable class),
-        `total`, `aleatoric` and `epistemic` (nats).
+        `label` (text of that choice or name of that class; absent where classes have no names), `total`, `aleatoric`
+        and `epistemic` (nats).
         """
-        numbers = {name: getattr(self, name).tolist() for name in ("answer", "total", "aleatoric", "epistemic")}
-        probs = self.probs.tolist()
-        return [
-            {
-                "id": row.id,
-                "probs": probs[i][: len(row.choices)] if isinstance(row, Row) else probs[i],
-                **{name: values[i] for name, values in numbers.items()},
-            }
-            for i, row in enumerate(rows)
-        ]
+        numbers = {name: getattr(self, name).tolist() for name in ("total", "aleatoric", "epistemic")}
+        probs, answers, records = self.probs.tolist(), self.answer.tolist(), []
+        for i, row in enumerate(rows):
+            names = row.choices if isinstance(row, Row) else self.names
+            records.append(
+                {
+                    "id": row.id,
+                    "probs": probs[i][: len(row.choices)] if isinstance(row, Row) else probs[i],
+                    "answer": answers[i],
+                    **({} if names is None else {"label": names[answers[i]]}),
+                    **{name: values[i] for name, values in numbers.items()},
+                }
+            )
+        return records
 
 
 class ClassTask(Task[Prediction], ABC):
@@ -183,7 +189,7 @@ class ClassTask(Task[Prediction], ABC):
         temperature: float = 1.0,
     ) -> Prediction:
         """Return ``log softmax(outputs / temperature)`` of every draw as a `Prediction`."""
-        labels = [row.target for row in rows]
+        labels = [self.target(row) for row in rows]
         return Prediction(
             ids=tuple(row.id for row in rows),
             draw_log_probs=(outputs / temperature).log_softmax(-1),
@@ -191,4 +197,5 @@ class ClassTask(Task[Prediction], ABC):
             draws=draws,
             seed=seed,
             task=self.name,
+            names=self.labels,
         )

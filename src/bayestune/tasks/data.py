@@ -2,7 +2,7 @@
 
 One row is one JSON object on one line, UTF-8, ended by a newline. Multiple choice:
 `{"id", "question", "choices": [str, ...], "answer": int, "passage"?: str}`; sentences:
-`{"id", "text", "text_pair"?: str, "label": int}`. Other fields (`title`, say) are ignored. Nothing is skipped,
+`{"id", "text", "text_pair"?: str, "label": int | str}`. Other fields (`title`, say) are ignored. Nothing is skipped,
 repaired or cut.
 """
 
@@ -26,7 +26,7 @@ def read_rows(path: str | Path, *, labelled: bool = True) -> list[AnyDataRow]:
     """Read one `.jsonl` or `.jsonl.gz` file.
 
     Args:
-        path: the file. Its rows are all of one kind, and their ids differ.
+        path: the file. Its rows and their labels are all of one kind, and their ids differ.
         labelled: whether every row must have its `answer` or `label`; where not, it may be absent or null.
 
     Raises:
@@ -72,6 +72,18 @@ def check_together(rows: Sequence[AnyDataRow]) -> None:
                 "rows of one kind",
             )
         seen[row.id] = row
+    check_labels(rows)
+
+
+def check_labels(rows: Sequence[AnyDataRow]) -> None:
+    """Refuse labels that are texts in some rows and numbers in others, with the places of both."""
+    labelled = [row for row in rows if row.target is not None]
+    for row in labelled:
+        first = labelled[0]
+        if type(row.target) is not type(first.target):
+            wanted = "a text" if isinstance(first.target, str) else "a whole number"
+            expected = f"{wanted}, as {shown(first.target)} of {first.where}"
+            raise row.fault(row.target_field, shown(row.target), expected)
 
 
 def _kind(row: AnyDataRow) -> str:
@@ -174,10 +186,12 @@ def _string(fields: dict[str, Any], name: str, where: str) -> str:
     return value
 
 
-def _label(fields: dict[str, Any], name: str, where: str, labelled: bool) -> int | None:
-    value = fields.get(name)
+def _label(fields: dict[str, Any], name: str, where: str, labelled: bool) -> Any:
+    """A whole number, or None if `labelled` is false; a `label` may also be a text."""
+    value, named = fields.get(name), name == "label"
     if value is None and not labelled:
         return None
-    if type(value) is not int:  # a bool is an int to isinstance, and no label
-        raise fault(where, fields.get("id"), name, _found(fields, name), "a whole number, counted from 0")
-    return value
+    if type(value) is int or (named and isinstance(value, str)):  # a bool is an int to isinstance, and no label
+        return value
+    expected = f"a whole number, counted from 0{', or a text' if named else ''}"
+    raise fault(where, fields.get("id"), name, _found(fields, name), expected)

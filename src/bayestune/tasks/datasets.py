@@ -8,7 +8,7 @@ from typing import Literal
 
 from bayestune.errors import DataError, MissingSplitError
 from bayestune.tasks import hub
-from bayestune.tasks.data import check_together, parse_row, read_rows
+from bayestune.tasks.data import check_labels, check_together, parse_row, read_rows
 from bayestune.tasks.rows import AnyDataRow, AnyRow, Row, TextRow, shown
 
 Kind = Literal["choice", "text"]
@@ -24,7 +24,8 @@ class DatasetSpec:
     `folder`: its folder under the data folder. `classes`: the largest number of choices, or of labels. `splits`: file
     stems to look for, in order, where they differ from the split's own name. `evaluation`: the split usually
     reported; of a user's own set dev, or test if only that is there.
-    `fixed_choices`: the answers, where they are the same for all rows. `blank`: every question has one `_` to fill.
+    `labels`: the names of the classes, where labels are texts. `fixed_choices`: the answers, where they are the same
+    for all rows. `blank`: every question has one `_` to fill.
     `source`: where it is on the Hub; None for a data set of the user's.
     """
 
@@ -34,6 +35,7 @@ class DatasetSpec:
     classes: int
     splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     evaluation: str = "dev"
+    labels: tuple[str, ...] | None = None
     fixed_choices: tuple[str, ...] | None = None
     blank: bool = False
     source: hub.HubSource | None = None
@@ -47,8 +49,11 @@ class DatasetSpec:
             found, expected = ("text", "question") if self.kind == "choice" else ("question", "text")
             raise row.fault(found, f"a row with '{found}'", f"rows with '{expected}', as {self.name} has")
         if not isinstance(row, Row):
-            if row.label is not None and row.label >= self.classes:
-                raise row.fault("label", str(row.label), f"0..{self.classes - 1} ({self.classes} classes)")
+            known = self.labels or range(self.classes)
+            if row.label is not None and row.label not in known:
+                expected = f"0..{self.classes - 1} ({self.classes} classes)"
+                expected = expected if self.labels is None else f"one of {shown(list(self.labels))}"
+                raise row.fault("label", shown(row.label), expected)
             return
         if len(row.choices) > self.classes:
             raise row.fault("choices", f"{len(row.choices)} choices", f"at most {self.classes}, as {self.name} has")
@@ -130,11 +135,15 @@ KNOWN: tuple[DatasetSpec, ...] = (
 """The data sets known by name; besides these, any `mmlu_<subject>`."""
 
 
-def dataset(name: str, data: str | Path | None = None, *, classes: int | None = None) -> DatasetSpec:
+def dataset(
+    name: str, data: str | Path | None = None, *, classes: int | None = None, labels: tuple[str, ...] | None = None
+) -> DatasetSpec:
     """What is known of the data set `name`; a name that is not known is a folder of the user's in `data`.
 
     Args:
         classes: of a data set of the user's; by default counted over all its files, which are read.
+        labels: names of the classes of a data set of the user's with text labels, whose files are then not read; by
+            default those in its train split, sorted.
 
     Raises:
         DataError: neither known nor a folder in `data`, with the known names and the folder looked for.
@@ -145,6 +154,8 @@ def dataset(name: str, data: str | Path | None = None, *, classes: int | None = 
     if re.fullmatch(r"mmlu_[a-z_]+", name):
         return _mmlu(name)
     folder = None if data is None or not NAME.fullmatch(name) else Path(data) / name
+    if folder is not None and labels is not None:
+        return _named(name, folder, labels)
     if folder is not None and folder.is_dir():
         return _own(name, folder, classes)
     if data is not None and not Path(data).is_dir():
@@ -155,19 +166,53 @@ def dataset(name: str, data: str | Path | None = None, *, classes: int | None = 
 
 
 def _own(name: str, folder: Path, classes: int | None) -> DatasetSpec:
-    rows = [row for path in _files(folder) for row in read_rows(path, labelled=False)]
+    splits = [(_split(path), read_rows(path, labelled=False)) for path in _files(folder)]
+    rows = [row for _, found in splits for row in found]
     if not rows:
         raise DataError(f"{folder}: found no .jsonl or .jsonl.gz file, expected one a split, such as train.jsonl")
+    check_labels(rows)
+    if any(isinstance(row.target, str) for row in rows):
+        train = [row for split, found in splits if split == "train" for row in found]
+        return _named_by(train, rows, name, folder, classes)
     if isinstance(rows[0], Row):
         counted = max(len(row.choices) for row in rows if isinstance(row, Row))
     else:
-        counted = max((row.target + 1 for row in rows if row.target is not None), default=0)
+        counted = max((row.target + 1 for row in rows if isinstance(row.target, int)), default=0)
     if (classes or counted) < 2:
         raise DataError(f"{folder}: found {counted} classes in its labels, expected at least 2; label more rows")
     kind = "choice" if isinstance(rows[0], Row) else "text"
-    splits = {path.name.partition(".")[0] for path in _files(folder)}
-    evaluation = "test" if "test" in splits and "dev" not in splits else "dev"
-    return DatasetSpec(name=name, folder=name, kind=kind, classes=classes or counted, evaluation=evaluation)
+    return DatasetSpec(name=name, folder=name, kind=kind, classes=classes or counted, evaluation=_evaluation(folder))
+
+
+def _named_by(
+    train: list[AnyDataRow], rows: list[AnyDataRow], name: str, folder: Path, classes: int | None
+) -> DatasetSpec:
+    """A data set whose classes are the text labels of its train split; all rows are checked against them."""
+    labels = tuple(sorted({row.target for row in train if isinstance(row.target, str)}))
+    if not train:
+        raise DataError(f"{folder}: found text labels but no train split, expected train.jsonl with every label")
+    if len(labels) < 2 or classes not in (None, len(labels)):
+        expected = "at least 2; label more rows" if classes is None else f"the {classes} of classes={classes}"
+        raise DataError(f"{folder}: found {len(labels)} class names in its train split, expected {expected}")
+    spec = _named(name, folder, labels)
+    for row in rows:
+        spec.check(row)
+    return spec
+
+
+def _named(name: str, folder: Path, labels: tuple[str, ...]) -> DatasetSpec:
+    return DatasetSpec(
+        name=name, folder=name, kind="text", classes=len(labels), labels=labels, evaluation=_evaluation(folder)
+    )
+
+
+def _split(path: Path) -> str:
+    return path.name.partition(".")[0]
+
+
+def _evaluation(folder: Path) -> str:
+    splits = {_split(path) for path in _files(folder)}
+    return "test" if "test" in splits and "dev" not in splits else "dev"
 
 
 def _files(folder: Path) -> list[Path]:

@@ -104,20 +104,20 @@ class CausalMultipleChoice(TokenizedTask[Prediction], ClassTask):
         head = "Select one of the choices that answers the following question:"
         return f"{head}\n{passage}{row.question}\nChoices:\n{choices}\nAnswer:"
 
-    def labels(self, row: Row) -> list[str]:
+    def answer_labels(self, row: Row) -> list[str]:
         """Return the text that stands for each choice: " A", " B", ..., or the choice itself if choices are fixed."""
         return [f" {label}" for label in self.spec.fixed_choices or ascii_uppercase[: len(row.choices)]]
 
     def sequences(self, row: AnyRow) -> list[Text]:
         assert isinstance(row, Row)
         prompt = self.prompt(row)
-        return [(prompt + label, None) for label in self.labels(row)]
+        return [(prompt + label, None) for label in self.answer_labels(row)]
 
     def _scored(
         self, row: Row, encodings: list[dict[str, list[int]]]
     ) -> tuple[list[int], list[list[int]], str | None]:
         """The context, the tokens of each label beyond it, and what makes them useless as scores, if anything."""
-        labels = self.labels(row)
+        labels = self.answer_labels(row)
         context, scored = beyond_common_prefix([_without_appended(encoding) for encoding in encodings])
         if not context:
             return context, scored, "no token comes before the label"

@@ -111,14 +111,17 @@ class Row(AnyRow):
 
 @dataclass(frozen=True, kw_only=True)
 class TextRow(AnyRow):
-    """One sentence, or pair of sentences, with a class from 0, or None when unlabelled. Raises DataError as `Row`."""
+    """One sentence, or pair of sentences, with a class: its name, its number from 0, or None when unlabelled.
+
+    Raises DataError as `Row`.
+    """
 
     target_field: ClassVar[str] = "label"
 
     id: str
     text: str
     text_pair: str | None = None
-    label: int | None = None
+    label: int | str | None = None
     where: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -126,12 +129,14 @@ class TextRow(AnyRow):
         _check_text(self, "text", self.text)
         if self.text_pair is not None:
             _check_text(self, "text_pair", self.text_pair)
-        if self.label is not None and self.label < 0:
+        if isinstance(self.label, str):
+            _check_text(self, "label", self.label)
+        elif self.label is not None and self.label < 0:
             raise self.fault("label", str(self.label), "0 or more")
 
     @property
-    def target(self) -> int | None:
-        """The class index, or None when the row is unlabeled."""
+    def target(self) -> int | str | None:
+        """The class index or name, or None when the row is unlabeled."""
         return self.label
 
     @property

@@ -53,6 +53,7 @@ class TokenizedTask(Task[P]):
         self.spec = spec
         self.name = spec.name
         self.columns = spec.classes
+        self.labels = spec.labels
         self.tokenizer = tokenizer
         self.data = None if data is None else Path(data)
         self.max_tokens = min(max_tokens, tokenizer.model_max_length)
@@ -168,7 +169,7 @@ class TokenizedTask(Task[P]):
                 expected = "text that the tokenizer knows at least one token of"
                 return row.fault(name, f"text without a token ({shown(text)})", expected)
         try:
-            example = {"id": row.id, **self.encoded(row, encodings), "label": row.target}
+            example = {"id": row.id, **self.encoded(row, encodings), "label": self.target(row)}
         except DataError as error:
             return error
         tokens = self.tokens(example)

@@ -180,7 +180,7 @@ def _validated(model: PeftModel, linears: Linears, factors: Factors, task: Task,
     for rows, batch in batches:
         logits = probit_logits(_finite(traced(model, linears, task, batch), rows), factors, CANDIDATES)
         log_probs.append(logits.double().cpu().log_softmax(-1))
-        labels += [row.target for row in rows]
+        labels += [task.target(row) for row in rows]
     return best_candidate(torch.cat(log_probs, 1), torch.tensor(labels))
 
 
