@@ -53,8 +53,10 @@ def only_line(capsys: pytest.CaptureFixture[str]) -> str:
     return line
 
 
-def fails_within(patch: pytest.MonkeyPatch, module: str, name: str, call: str, number: int) -> None:
-    """While a function runs, `os.<call>` fails with the system's error `number`."""
+def fails_within(
+    patch: pytest.MonkeyPatch, module: str, name: str, call: str, number: int, file: str | None = None
+) -> None:
+    """While a function runs (for this `file`), `os.<call>` fails with the system's error `number`."""
     owner = importlib.import_module(module)
     real = getattr(owner, name)
 
@@ -62,6 +64,8 @@ def fails_within(patch: pytest.MonkeyPatch, module: str, name: str, call: str, n
         raise OSError(number, os.strerror(number))
 
     def failing(*args: Any, **kwargs: Any) -> Any:
+        if file not in (None, Path(str(args[0])).name):
+            return real(*args, **kwargs)
         with pytest.MonkeyPatch.context() as inside:
             inside.setattr(os, call, fail)
             return real(*args, **kwargs)
@@ -87,22 +91,27 @@ def test_a_full_disk_ends_a_run_and_leaves_the_last_checkpoint_and_posterior(
     posterior_call: str,
     number: int,
 ) -> None:
-    """At the record first, when there is a posterior; then at the posterior, which stays the one that is there."""
+    """At the posterior first, when there are checkpoints; then at the record, when there is a posterior."""
     output = tmp_path / "run"
     command = unfinished(world, output, 4)
-    finished = beside_checkpoints(world / "whole").keys()
-    steps = [("write_json", record_call, "result.json"), ("save_posterior", posterior_call, "posterior")]
-    for place, call, file in steps:
+    unscored = beside_checkpoints(world / "whole").keys() - {"result.json"} | {"trained.json"}
+    steps = [
+        ("save_posterior", posterior_call, "posterior", {"experiment.json", "trained.json"}),
+        ("write_json", record_call, "result.json", unscored),
+    ]
+    for place, call, file, left in steps:
         before = beside_checkpoints(output)
         with monkeypatch.context() as patch:
-            fails_within(patch, "bayestune.experiment.run", place, call, number)
+            only = file if place == "write_json" else None
+            fails_within(patch, "bayestune.experiment.run", place, call, number, only)
             assert invoke(command) == 2
         line = only_line(capsys)
         assert line.startswith(f"error: {output / file}: cannot be written: {os.strerror(number)}")
         assert ("MB free" in line) == (number == errno.ENOSPC)
         after = beside_checkpoints(output)
+        before.pop("trained.json", None)  # of another training
         assert {name: after[name] for name in before} == before
-        assert after.keys() == finished - {"result.json"}
+        assert after.keys() == left
     assert invoke(command) == 0
     assert adapter(output) == adapter(world / "whole")
 
