@@ -54,7 +54,7 @@ SETTINGS = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "mle": {"method": "mle"},
-    "paper": {"method": "blob", "kl_learning_rate": 2e-3},
+    "paper": {"method": "blob", "recipe": "paper"},
     **{
         f"std-{std:g}": {"method": "blob", "kl_schedule": "uniform", "posterior_std": std}
         for std in (0.06, 0.09, 0.13)
