@@ -32,7 +32,7 @@ from bayestune.files import write_json
 from bayestune.functional import derive_seed
 from bayestune.methods import Point, Posterior, Variational, fit_temperature, save_posterior
 from bayestune.methods.scale import fit_scale
-from bayestune.tasks import AnyRow, Task
+from bayestune.tasks import AnyRow, Task, TokenizedTask
 from bayestune.training.kl import posterior_summary
 
 RESULTS = Path(__file__).parent.parent / "results" / "widths"
@@ -62,22 +62,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def rows_of(task: Task, name: str, seed: int, tune: bool) -> tuple[list[AnyRow], list[AnyRow], list[AnyRow]]:
+def rows_of(task: TokenizedTask, name: str, seed: int, tune: bool) -> tuple[list[AnyRow], list[AnyRow], list[AnyRow]]:
     """Rows to train on, to choose on, and to score; rows that the base cannot read are left out beforehand."""
     train_split, score_split = TASKS[name]
-    rows = [row for row in task.rows(train_split) if usable(task, row)]
+    rows = usable(task, task.rows(train_split))
     first, rest = rows[: TRAINED + HELD_OUT], rows[TRAINED + HELD_OUT :]
     scored = rest[:TUNED] if tune else rest[TUNED:] if score_split is None else task.rows(score_split)
     random.Random(derive_seed("widths", seed)).shuffle(first)
-    return first[:TRAINED], first[TRAINED:], [row for row in scored if usable(task, row)][:SCORED]
+    return first[:TRAINED], first[TRAINED:], usable(task, scored)[:SCORED]
 
 
-def usable(task: Task, row: AnyRow) -> bool:
-    try:
-        task.check([row])
-    except Exception:
-        return False
-    return True
+def usable(task: TokenizedTask, rows: list[AnyRow]) -> list[AnyRow]:
+    return [row for row, fault in zip(rows, task.faults(rows), strict=True) if fault is None]
 
 
 def main() -> None:
