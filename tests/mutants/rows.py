@@ -27,7 +27,7 @@ def the_label_is_off_by_one() -> None:
 
 @defect("tasks/test_multiple_choice.py", "D09")
 def the_label_loses_its_blank() -> None:
-    name = f"{CHOICES}.CausalMultipleChoice.labels"
+    name = f"{CHOICES}.CausalMultipleChoice.answer_labels"
     wrap(name, lambda right: lambda self, row: [label.strip() for label in right(self, row)])
 
 
