@@ -78,7 +78,7 @@ def a_record_made_with_other_rows_passes_for_the_same() -> None:
     replace("bayestune.experiment.provenance.warn_if_other", lambda record, found: None)
 
 
-@defect("cli/test_disk.py", "export")
+@defect("cli/test_disk.py", "full_disk")
 def a_full_disk_is_an_internal_error() -> None:
     @contextmanager
     def wrong(path: Any, *, needed: int | None = None) -> Iterator[None]:
