@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _TYPES = {"bool": bool, "int": int, "float": float, "str": str, "names": str}
 _EITHER = ("kl_learning_rate", "posterior_std")
 """Alternative settings: a flag for one replaces either in a config file."""
+_OF_RECIPE = ("estimator", "kl_schedule", *_EITHER)
+"""Settings that a recipe fills: --recipe replaces them in a config file, such as the record of a run."""
 
 
 @cache
@@ -80,8 +82,8 @@ def train(
     if resume and config is None and not {"model", "task"} & given.keys():
         config = output / "experiment.json"
     settings, record = ({}, None) if config is None else read_run_file(config)
-    if set(_EITHER) & given.keys():
-        settings = {name: value for name, value in settings.items() if name not in _EITHER}
+    replaced = _OF_RECIPE if "recipe" in given else _EITHER if set(_EITHER) & given.keys() else ()
+    settings = {name: value for name, value in settings.items() if name not in replaced}
     settings.update(given)
     default = next(option["default"] for option in _options() if option["name"] == "method")
     _check_of_method(given, settings.get("method", default))

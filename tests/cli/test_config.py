@@ -1,6 +1,8 @@
 """Files for --config: plain, small data, or an error."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,3 +64,24 @@ def test_a_whole_number_too_large_for_a_float_is_refused() -> None:
     for name in ("learning_rate", "weight_decay", "lora_alpha"):
         with pytest.raises(ConfigError, match=f"{name}: found 1000"):
             Experiment.from_dict({"model": "m", "task": "t", name: 10**400}, where="result.json")
+
+
+def test_a_recipe_replaces_what_it_fills_in_the_record_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    default = Experiment(model="m", task="t").resolved("causal").as_dict()
+    config = tmp_path / "experiment.json"
+    config.write_text(json.dumps(default))
+    made: list[Experiment] = []
+
+    def run(experiment: Experiment, *args: Any, **kwargs: Any) -> None:
+        made.append(experiment)
+        raise ConfigError("stop here")
+
+    monkeypatch.setattr("bayestune.experiment.run", run)
+    for flags in ([], ["--recipe", "paper"]):
+        assert invoke(["train", "--config", str(config), "--output", str(tmp_path / "run"), *flags]) == 2
+    names = ("posterior_std", "kl_schedule", "kl_learning_rate", "estimator")
+    same, paper = (experiment.resolved("causal").as_dict() for experiment in made)
+    assert [same[name] for name in names] == [default[name] for name in names]
+    assert [paper[name] for name in names] == [None, "paper", 0.01, "flipout_token"]

@@ -62,7 +62,7 @@ def write_card(folder: Path, base: nn.Module, config: LoraConfig, kind: str, *, 
     """
     name, architecture = config.base_model_name_or_path, type(base).__name__
     lines = ""
-    if name and isinstance(base, PreTrainedModel) and hasattr(transformers, architecture):
+    if name and isinstance(base, PreTrainedModel) and architecture in dir(transformers):
         labels = f", num_labels={base.config.num_labels}" if "CLS" in str(config.task_type) else ""
         call = f"{architecture}.from_pretrained({json.dumps(name)}{labels})"
         lines = f"from transformers import {architecture}\n\nbase_model = {call}"
