@@ -426,6 +426,16 @@ def test_another_process_that_saves_there_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.property("P11")
+def test_a_folder_is_looked_at_by_the_holder_of_its_lock_alone(tmp_path: Path) -> None:
+    """While another process replaces it, what stands there changes between two looks and says nothing."""
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "half.bin").touch()
+    (tmp_path / ".p.old").mkdir()
+    with folder_module.alone(tmp_path / "p"), pytest.raises(ConfigError, match="another process is saving"):
+        save_posterior(blob(), tmp_path / "p", overwrite=True)
+
+
+@pytest.mark.property("P11")
 def test_who_comes_second_does_not_replace_what_came_first(tmp_path: Path) -> None:
     """The folder appears after it was looked for, and before the lock is had: it is looked for again."""
     first, real = blob(seed=0), folder_module.alone

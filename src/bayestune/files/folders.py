@@ -32,17 +32,13 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Pat
     """
     target = Path(os.path.abspath(path))
     aside = _aside(target)
-    if os.path.lexists(aside) and (aside.is_symlink() or not (aside / MANIFEST).is_file()):
-        raise ConfigError(
-            f"{aside} is in the way (an older folder would wait there) and holds no {MANIFEST}: move it away."
-        )
-    _check_target(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with alone(target):
+    with alone(target):  # only its holder looks at the folder: it changes under every other process
+        _check_aside(aside)
         _remove_litter(target)
         if aside.is_dir() and not os.path.lexists(target):
             os.rename(aside, target)
-        _check_target(target, overwrite)  # again: another process may have been first
+        _check_target(target, overwrite)
         work = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
         work.mkdir()
         try:
@@ -119,6 +115,13 @@ def remove(folder: Path) -> None:
     finally:
         for path in (litter, folder):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _check_aside(aside: Path) -> None:
+    if os.path.lexists(aside) and (aside.is_symlink() or not (aside / MANIFEST).is_file()):
+        raise ConfigError(
+            f"{aside} is in the way (an older folder would wait there) and holds no {MANIFEST}: move it away."
+        )
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
