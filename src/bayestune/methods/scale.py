@@ -47,7 +47,7 @@ def fit_scale(
     task: Task,
     rows: Sequence[AnyRow],
     *,
-    draws: int = 10,
+    draws: int = 4,
     seed: int = 0,
     batch_size: int = 8,
     progress: bool = False,
