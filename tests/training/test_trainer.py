@@ -13,17 +13,26 @@ from transformers import AutoModelForMultipleChoice, BertConfig, BertForMaskedLM
 
 from bayestune.adapters import BlobConfig, gaussian_layers, training_noise
 from bayestune.errors import ConfigError, DataError
-from bayestune.functional import cycle_steps, paper_kl_weight, uniform_kl_weight
+from bayestune.functional import uniform_kl_weight
 from bayestune.tasks import Row
-from bayestune.training import BayesTrainer, KLSettings
+from bayestune.training import BayesTrainer, KLSettings, kl_rate_for_std
+from bayestune.training.kl import posterior_summary
 from models import LLAMA, seeded
 from training.toys import TASK, Recorder, arguments, double_blob, lora, rows, trained
 
 
-def test_paper_settings_are_the_default(tmp_path: Path) -> None:
-    args = arguments(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=3)
-    trainer = BayesTrainer(double_blob(), task=TASK, args=args, train_rows=rows(9))
-    assert trainer.kl == KLSettings(cycle=cycle_steps(9, 6), schedule=paper_kl_weight, learning_rate=0.01)
+def test_the_default_kl_reaches_its_width_whether_steps_or_epochs_are_given(tmp_path: Path) -> None:
+    """9 rows in batches of 2 x 3: 2 updates an epoch, 60 in 30 epochs."""
+    batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "warmup_steps": 0.06}
+    model = get_peft_model(LLAMA.build(), LLAMA.config(rho_init=0.05))
+    found = [
+        BayesTrainer(model, task=TASK, args=arguments(tmp_path, **batches, **length), train_rows=rows(9)).kl
+        for length in ({"max_steps": 60}, {"max_steps": -1, "num_train_epochs": 30})
+    ]
+    start = posterior_summary(list(gaussian_layers(model).values()))["std"]
+    growth = {"updates": 60, "cycle": 39, "start": start, "prior_std": 0.2, "warmup": 4 / 60}
+    rate = kl_rate_for_std(0.06, schedule=uniform_kl_weight, **growth)
+    assert found == [KLSettings(cycle=39, schedule=uniform_kl_weight, learning_rate=rate)] * 2
 
 
 @pytest.mark.property("N09")

@@ -19,7 +19,7 @@ from bayestune.methods.base import Family, Line, Method, Updates
 from bayestune.sampling import Variational
 from bayestune.training import KLSettings, elbo_kl_weight, initial_std, kl_only_std, kl_rate_for_std
 from bayestune.training.kl import Schedule
-from bayestune.training.posterior_std import check_std
+from bayestune.training.posterior_std import DEFAULT_SHARE, check_std
 
 _SCHEDULES: dict[str, Schedule] = {
     "paper": paper_kl_weight,
@@ -83,7 +83,7 @@ class Blob(Method):
             "kl_schedule": self.kl_schedule or ("paper" if paper else "uniform"),
         }
         if self.kl_learning_rate is None and self.posterior_std is None:
-            std = 0.3 * self.prior_std
+            std = DEFAULT_SHARE * self.prior_std
             if paper or std <= initial_std(self.rho_init):  # a start that wide needs no target
                 filled["kl_learning_rate"] = _PAPER_RATES[family]
             else:

@@ -13,12 +13,19 @@ for each number of updates; `kl_rate_for_std` fixes the posterior instead.
 import math
 import sys
 import warnings
+from collections.abc import Collection
+from dataclasses import replace
 
 from scipy.optimize import root_scalar
+from transformers import TrainingArguments
 
+from bayestune.adapters import GaussianLinear
 from bayestune.errors import BayestuneWarning, ConfigError
-from bayestune.functional import paper_kl_weight
-from bayestune.training.kl import Schedule
+from bayestune.functional import cycle_steps, paper_kl_weight, uniform_kl_weight
+from bayestune.training.kl import KLSettings, Schedule, posterior_summary
+
+DEFAULT_SHARE = 0.3
+"""The default target of the std, as a share of the prior's."""
 
 _NEGLIGIBLE = 1e-12  # of a KL weight: a million of these move Omega by less than float32 resolves
 
@@ -51,6 +58,38 @@ def kl_only_std(
         warmup: share of the updates in which the rate rises linearly from 0; it then falls linearly to 0.
     """
     return _grow(rate, _weights(updates, cycle, schedule, warmup), start, prior_std)
+
+
+def default_kl(layers: Collection[GaussianLinear], rows: int, args: TrainingArguments) -> KLSettings:
+    """Return the KL that takes the std from its start to `DEFAULT_SHARE` of the prior's, in any number of updates.
+
+    Its weights are uniform, its cycle is the paper's but no longer than the run, and its rate is that of
+    `kl_rate_for_std`, or 0.01 if the std starts at that width or above.
+
+    Args:
+        layers: the Gaussian layers of the model, with one prior.
+        rows: number of training rows.
+        args: of the run, whose learning rate is taken to fall linearly.
+    """
+    accumulation, processes, updates = args.gradient_accumulation_steps, args.world_size, args.max_steps
+    if updates <= 0:
+        batches = math.ceil(rows / (args.per_device_train_batch_size * processes))
+        updates = math.ceil(args.num_train_epochs * math.ceil(batches / accumulation))
+    cycle = cycle_steps(rows, args.per_device_train_batch_size * accumulation, processes=processes)
+    start, prior_std = posterior_summary(layers)["std"], next(iter(layers)).prior_std
+    settings = KLSettings(cycle=min(cycle, updates), schedule=uniform_kl_weight)
+    if DEFAULT_SHARE * prior_std <= start:
+        return settings
+    rate = kl_rate_for_std(
+        DEFAULT_SHARE * prior_std,
+        updates=updates,
+        cycle=settings.cycle,
+        start=start,
+        prior_std=prior_std,
+        schedule=settings.schedule,
+        warmup=args.get_warmup_steps(updates) / updates,
+    )
+    return replace(settings, learning_rate=rate)
 
 
 def warn_of_width(reached: float, *, start: float, prior_std: float, updates: int) -> None:

@@ -14,7 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from bayestune.adapters import gaussian_layers, random_layers, training_noise
 from bayestune.errors import ConfigError, TrainingError
-from bayestune.functional import cycle_steps, gaussian_penalty
+from bayestune.functional import gaussian_penalty
 from bayestune.tasks import AnyRow, Task
 from bayestune.training import checks
 from bayestune.training.batches import ROW, Examples, LengthGrouped
@@ -23,6 +23,7 @@ from bayestune.training.checkpoint import SafeTrainer
 from bayestune.training.finite import Quantity, first_nonfinite, listed, nonfinite_rows, stopped
 from bayestune.training.kl import KLSettings, posterior_summary
 from bayestune.training.memory import BackOff, outputs_in_parts
+from bayestune.training.posterior_std import default_kl
 
 
 class BayesTrainer(SafeTrainer):
@@ -44,7 +45,7 @@ class BayesTrainer(SafeTrainer):
         train_rows: training rows; default `task.rows("train")`.
         eval_rows: rows that `evaluate()` and the evaluations during training (`eval_strategy`) score. They take the
             place of `Trainer`'s `eval_dataset`.
-        kl: the KL term; default `paper_kl_weight` in cycles of `cycle_steps(rows, batch)` updates, rate 0.01.
+        kl: the KL term; default `default_kl`, which takes the std to 0.3 x the prior's.
         prior_std: s_p of MAP training of plain LoRA: the loss is ``mean NLL + ||theta||^2 / (2 s_p^2 rows)`` over all
             trained weights, heads included. None for the MLE.
         train_draws: K, draws of the weights per row and update (uncorrelated but not independent with flipout).
@@ -84,8 +85,7 @@ class BayesTrainer(SafeTrainer):
         self._train = train
         self._noise_callback = NoiseCallback() if random else None
         if self._gaussian:
-            batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-            kl = kl or KLSettings(cycle=cycle_steps(len(train), batch, processes=args.world_size))
+            kl = kl or default_kl(self._gaussian.values(), len(train), args)
             self._noise_callback = KLCallback(kl)
         self.kl = kl
         super().__init__(
