@@ -2,6 +2,7 @@
 
     python benchmarks/widths.py --data DIR                      # every missing record in results/widths
     python benchmarks/widths.py --data DIR --tasks rte --seeds 1
+    python benchmarks/widths.py --page                          # docs/width.md from the records; trains nothing
 
 MiniLM is trained on 300 rows in 120 updates of 16, six passes: little data, on which plain LoRA is overconfident. 100
 further rows choose the scale of the standard deviation (`fit_scale`) and the temperatures (`fit_temperature`), with
@@ -10,6 +11,7 @@ on, their order, the initial weights and the draws. A killed call goes on with t
 """
 
 import random
+import statistics
 import sys
 import tempfile
 import time
@@ -28,14 +30,15 @@ from bayestune.adapters import gaussian_layers
 from bayestune.experiment import Experiment
 from bayestune.experiment.backbone import add_adapter, build_task, find_backbone, load_base
 from bayestune.experiment.record import hardware, rows_sha256, versions
-from bayestune.files import write_json
+from bayestune.files import read_json, write_json, write_text
 from bayestune.functional import derive_seed
 from bayestune.methods import Point, Posterior, Variational, fit_temperature
 from bayestune.methods.scale import fit_scale
 from bayestune.tasks import AnyRow, TokenizedTask
 from bayestune.training.kl import posterior_summary
 
-RESULTS = Path(__file__).parent.parent / "results" / "widths"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "results" / "widths"
 TASKS = {
     "openbookqa": ("train", "dev+test"),
     "arc_easy": ("train", "dev+test"),
@@ -59,6 +62,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "paper": {"method": "blob", "recipe": "paper"},
     "std-0.13": {"method": "blob", "posterior_std": 0.13},
 }
+RIVALS = {
+    ("point", "mle"): "plain LoRA",
+    ("point", "mle_temperature"): "plain LoRA, temperature",
+    ("point", "ensemble"): "ensemble of three",
+    ("paper", "n10"): "BLoB, the paper's recipe",
+    ("paper", "n10_temperature"): "BLoB, the paper's recipe, temperature",
+    ("paper", "scaled"): "BLoB, the paper's recipe, scale chosen",
+    ("default", "n10"): "BLoB, std 0.06",
+    ("default", "scaled"): "**BLoB, std 0.06, scale chosen (the default)**",
+    ("default", "scaled_temperature"): "BLoB, the default, temperature",
+}
+DEFAULT, PAPER = ("default", "scaled"), ("paper", "n10")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,13 +176,91 @@ def record(cell: Cell) -> dict[str, Any]:
     }
 
 
+Scored = dict[tuple[str, str], dict[int, dict[str, float]]]
+"""By rival and seed: the scores on one data set."""
+
+
+def page() -> str:
+    """The records as Markdown."""
+    records = [read_json(path, "a record") for path in sorted(RESULTS.glob("*.json"))]
+    found: dict[str, Scored] = {task: {rival: {} for rival in RIVALS} for task in TASKS}
+    for made in records:
+        for key, scores in made["scores"].items():
+            if (made["variant"], key) in RIVALS:
+                found[made["task"]][made["variant"], key][made["seed"]] = scores
+    whole = {task: scored for task, scored in found.items() if all(scored.values())}
+    parts = [INTRODUCTION, "## NLL\n", *_table(whole, "nll"), "\n## Accuracy\n", *_table(whole, "accuracy")]
+    parts += ["\n## ECE\n", *_table(whole, "ece"), "\n## The default against the others\n", *_against(whole)]
+    parts += ["\n## Chosen scales\n", *_scales(records)]
+    return "\n".join(parts) + "\n"
+
+
+def _table(found: dict[str, Scored], score: str) -> list[str]:
+    """One line per rival, one column per data set: mean and standard deviation over seeds."""
+    seeds = {task: len(scored[DEFAULT]) for task, scored in found.items()}
+    lines = [f"| | {' | '.join(f'{task} ({count} seeds)' for task, count in seeds.items())} |"]
+    lines.append("|---" * (len(found) + 1) + "|")
+    for rival, label in RIVALS.items():
+        values = [[scores[score] for scores in scored[rival].values()] for scored in found.values()]
+        cells = [f"{statistics.mean(v):.3f}" + (f" ± {statistics.stdev(v):.3f}" if len(v) > 1 else "") for v in values]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return lines
+
+
+def _against(found: dict[str, Scored]) -> list[str]:
+    """Rank of the default by mean NLL, and its difference from each other rival over the same seeds."""
+    lines = [
+        "| data set | rank of the default by NLL | its NLL minus the paper's recipe's, by seed |",
+        "|---|---|---|",
+    ]
+    for task, scored in found.items():
+        means = {rival: statistics.mean(s["nll"] for s in scores.values()) for rival, scores in scored.items()}
+        rank = sorted(means.values()).index(means[DEFAULT]) + 1
+        pairs = sorted(scored[DEFAULT].keys() & scored[PAPER].keys())
+        less = [scored[DEFAULT][seed]["nll"] - scored[PAPER][seed]["nll"] for seed in pairs]
+        lines.append(f"| {task} | {rank} of {len(means)} | {', '.join(f'{d:+.3f}' for d in less)} |")
+    return lines
+
+
+def _scales(records: list[dict[str, Any]]) -> list[str]:
+    lines = ["| data set | variant | std in training | factor, by seed |", "|---|---|---|---|"]
+    for task in TASKS:
+        for variant in ("paper", "default"):
+            mine = [made for made in records if (made["task"], made["variant"]) == (task, variant)]
+            if mine:
+                std = statistics.mean(made["posterior"]["std"] for made in mine)
+                factors = ", ".join(f"{made['scale']:.3g}" for made in mine)
+                lines.append(f"| {task} | {variant} | {std:.4f} | {factors} |")
+    return lines
+
+
+INTRODUCTION = f"""# The width by default: a comparison
+
+`python benchmarks/widths.py --page` makes this page from the records in `results/widths`: one per data set, variant
+and seed, with its command.
+
+MiniLM is trained on {TRAINED} rows of each data set, in {SETTINGS["steps"]} updates of {SETTINGS["batch_size"]}:
+about six passes over little data. {HELD_OUT} further rows choose the scale of the standard deviations and every
+temperature. They are no training rows of any rival, and the draws that choose are not those that score. At most
+{SCORED} rows of dev and test are scored. All rivals of a seed have the same rows. Rows of more than
+{SETTINGS["max_tokens"]} tokens are left out. Numbers are means, with the standard deviation over seeds where there are
+several; NLL in nats.
+"""
+
+
 def main() -> None:
     made = parser(__doc__)
-    made.add_argument("--data", required=True)
+    made.add_argument("--data", help="folder of the data sets")
+    made.add_argument("--page", action="store_true", help="write docs/width.md from the records")
     made.add_argument("--tasks", default=",".join(TASKS))
     made.add_argument("--variants", default="point,default,paper")
     made.add_argument("--seeds", default="1,2,3")
     options = made.parse_args()
+    if options.page:
+        write_text(ROOT / "docs" / "width.md", page())
+        return
+    if options.data is None:
+        made.error("expected --data DIR or --page")
     transformers.logging.set_verbosity_error()
     RESULTS.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds.split(","):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _TYPES = {"bool": bool, "int": int, "float": float, "str": str, "names": str}
 _EITHER = ("kl_learning_rate", "posterior_std")
 """Alternative settings: a flag for one replaces either in a config file."""
-_OF_RECIPE = ("estimator", "kl_schedule", *_EITHER)
+_OF_RECIPE = ("estimator", "kl_schedule", "posterior_scale", *_EITHER)
 """Settings that a recipe fills: --recipe replaces them in a config file, such as the record of a run."""
 
 
@@ -51,13 +51,24 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def _check_of_method(given: Mapping[str, Any], method: str) -> None:
-    """Raise an error for a flag of other methods. A config file may hold settings of several methods."""
+def _check_flags(given: Mapping[str, Any], method: str) -> None:
+    """Raise an error for an unknown value, and for a flag of other methods, which a config file may hold."""
     for option in _options():
-        name, methods = option["name"], option["methods"]
+        name, methods, choices = option["name"], option["methods"], option["choices"]
+        if choices and name in given and given[name] not in choices:
+            raise FlagError(f"{name}: found {given[name]!r}, expected one of {', '.join(choices)}.")
         if methods is not None and name in given and method not in methods:
             flag = "--" + name.replace("_", "-")
             raise FlagError(f"{flag}: found it with method {method!r}, expected method {' or '.join(methods)}.")
+
+
+def _check_folders(data: str | None, output: Path, *, keeps: bool) -> None:
+    """Raise an error for a missing data folder, and for an output folder that holds something but no begun run."""
+    if data is not None and not Path(data).is_dir():
+        raise FlagError(f"--data {data}: no such folder, expected the one with the data sets.")
+    found = {path.name for path in output.iterdir()} if output.is_dir() and keeps else set()
+    if found and ("result.json" in found or "experiment.json" not in found):
+        raise FlagError(f"output {output}: the folder is not empty; choose another, or pass --overwrite.")
 
 
 @_with_settings
@@ -86,7 +97,8 @@ def train(
     settings = {name: value for name, value in settings.items() if name not in replaced}
     settings.update(given)
     default = next(option["default"] for option in _options() if option["name"] == "method")
-    _check_of_method(given, settings.get("method", default))
+    _check_flags(given, settings.get("method", default))
+    _check_folders(settings.get("data"), output, keeps=not (resume or overwrite))
 
     from bayestune.experiment import Experiment, run
     from bayestune.experiment.processes import is_main
@@ -104,8 +116,18 @@ def _show(result: "Result") -> None:
     if result.scores:
         print(score_table(result.scores))
     if result.posterior_std is not None:
-        print(f"posterior std {result.posterior_std:.4g}, mean over weights")
+        print(f"posterior std {result.posterior_std:.4g}, mean over weights{_scale(result.fitted)}")
     experiment = result.experiment
     if experiment.temperature_split is not None:
         print(f"temperature {result.temperature:.4g}, fitted on {experiment.temperature_split}")
     print(f"{result.output}: posterior/, experiment.json, result.json ({result.seconds:.0f} s)")
+
+
+def _scale(fitted: Mapping[str, Any]) -> str:
+    """How the std came of that of training, if it was scaled on held-out rows."""
+    if "nll_by_scale" not in fitted:
+        return ""
+    return (
+        f": {fitted['posterior_scale']:.3g} x that of training, {fitted['trained_std']:.4g}, chosen on "
+        f"{fitted['rows']} held-out rows"
+    )

@@ -81,7 +81,7 @@ def test_a_recipe_replaces_what_it_fills_in_the_record_of_a_run(
     monkeypatch.setattr("bayestune.experiment.run", run)
     for flags in ([], ["--recipe", "paper"]):
         assert invoke(["train", "--config", str(config), "--output", str(tmp_path / "run"), *flags]) == 2
-    names = ("posterior_std", "kl_schedule", "kl_learning_rate", "estimator")
+    names = ("posterior_std", "kl_schedule", "kl_learning_rate", "estimator", "posterior_scale")
     same, paper = (experiment.resolved("causal").as_dict() for experiment in made)
     assert [same[name] for name in names] == [default[name] for name in names]
-    assert [paper[name] for name in names] == [None, "paper", 0.01, "flipout_token"]
+    assert [paper[name] for name in names] == [None, "paper", 0.01, "flipout_token", 1.0]

@@ -10,7 +10,15 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    BartConfig,
+    BartForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from bayestune.errors import ConfigError, DataError, TaskError
 from bayestune.tasks import Row, Task, encoder_multiple_choice, load_rows, multiple_choice
@@ -59,6 +67,20 @@ def test_the_prompt_puts_letters_before_texts(tokenizers: Tokenizers) -> None:
         "Answer the question with only False or True.\nPassage: It is so.\nQuestion: is it so\nAnswer:"
     )
     assert boolean.answer_labels(row) == [" False", " True"]
+
+
+def test_a_model_that_counts_padding_as_positions_is_refused(
+    causal_tokenizer: PreTrainedTokenizerFast, questions: list[Row]
+) -> None:
+    """Bart takes no position ids and counts its own; Bloom takes none and needs none."""
+    torch.manual_seed(0)
+    size = {"vocab_size": len(causal_tokenizer) + 1, "pad_token_id": 0}
+    bart = BartForCausalLM(BartConfig(**size, d_model=32, decoder_layers=2, decoder_attention_heads=2, init_std=0.5))
+    bloom = BloomForCausalLM(BloomConfig(**size, hidden_size=32, n_layer=2, n_head=2, initializer_range=0.5))
+    task = causal("arc_easy", causal_tokenizer)
+    assert len(task.examples(questions, bloom)) == len(questions) and bloom.training
+    with pytest.raises(TaskError, match="the model ignores position_ids and counts the padding"):
+        task.examples(questions, bart)
 
 
 def test_beyond_common_prefix() -> None:

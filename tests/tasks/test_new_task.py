@@ -49,9 +49,12 @@ class RegressionPrediction(AnyPrediction[RegressionScores]):
     means: Tensor  # [slices, rows]
     values: Tensor
 
-    def scores(self, **options: Any) -> RegressionScores:
+    def row_nll(self) -> Tensor:
         densities = torch.distributions.Normal(self.means, NOISE).log_prob(self.values)
-        nll = -(densities.logsumexp(0) - math.log(len(self.means))).mean().item()
+        return math.log(len(self.means)) - densities.logsumexp(0)
+
+    def scores(self, **options: Any) -> RegressionScores:
+        nll = self.row_nll().mean().item()
         rmse = (self.means.mean(0) - self.values).square().mean().sqrt().item()
         return RegressionScores(rmse=rmse, nll=nll, rows=len(self.ids), draws=self.draws, intervals={})
 

@@ -21,7 +21,8 @@ _TYPES = {bool: "bool", int: "int", float: "float", str: "str"}
 
 
 def options() -> list[dict[str, Any]]:
-    """The options of `bayestune train` that are settings: name, type, help, and the methods that use it (or null)."""
+    """The options of `bayestune train` that are settings: name, type, help, choices (or null), and the methods that
+    use it (or null)."""
     made = [_option(name, field, None) for name, field in Experiment.model_fields.items()]
     seen: set[str] = set()
     for method in METHODS.values():
@@ -37,14 +38,17 @@ def _option(name: str, field: FieldInfo, methods: list[str] | None) -> dict[str,
     if name == "method":
         names = "; ".join(f"{method.name}, {method.summary}" for method in METHODS.values())
         help_text = f"{names}. Default {DEFAULT.name}."
-        return {"name": name, "type": "str", "help": help_text, "methods": None, "default": DEFAULT.name}
+        choices = {"choices": list(METHODS), "methods": None, "default": DEFAULT.name}
+        return {"name": name, "type": "str", "help": help_text, **choices}
     if methods is not None:
         help_text = f"{', '.join(methods)}: {help_text}"
     elif name == "adapter":
         help_text = f"{', '.join(m.name for m in METHODS.values() if m.start is not None)}: {help_text}"
     if not field.is_required() and field.default is not None:
         help_text = f"{help_text.removesuffix('.')}; default {field.default}."
-    return {"name": name, "type": _type(field), "help": help_text, "methods": methods}
+    kind = base_type(field)
+    choices = list(get_args(kind)) if get_origin(kind) is Literal else None
+    return {"name": name, "type": _type(field), "help": help_text, "choices": choices, "methods": methods}
 
 
 def _type(field: FieldInfo) -> str:

@@ -24,7 +24,9 @@ def autocast(experiment: Experiment) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", dtype=torch.bfloat16)
 
 
-def fitting(training: Training, start: Start, more_rows: Mapping[str, Sequence[AnyRow]]) -> Fitting:
+def fitting(
+    training: Training, start: Start, more_rows: Mapping[str, Sequence[AnyRow]], found: dict[str, Any]
+) -> Fitting:
     """The run of `training` as its method sees it."""
     experiment = training.experiment
     return Fitting(
@@ -38,6 +40,7 @@ def fitting(training: Training, start: Start, more_rows: Mapping[str, Sequence[A
         checkpoints=experiment.checkpoint_steps > 0,
         resume=training.resume,
         progress=training.progress,
+        found=found,
         train=training.train,
         renew=lambda model, seed: start.renew(model, experiment, seed),
         keep=_keep,

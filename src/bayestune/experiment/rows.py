@@ -1,9 +1,12 @@
 """The rows of a run: those it trains on, is scored on, and fits something on."""
 
+import random
 from dataclasses import dataclass
 
 from bayestune.experiment.overlap import count_repeated
 from bayestune.experiment.settings import Experiment
+from bayestune.functional import derive_seed
+from bayestune.methods.base import FIT_SPLIT
 from bayestune.tasks import AnyRow, Task
 
 
@@ -19,7 +22,8 @@ class RunRows:
 
     Attributes:
         train: rows to train on. evaluation: rows to score. more: rows of the splits that settings of the method name,
-            by setting. temperature: rows to fit a temperature on; empty where no split is named.
+            by setting, and those cut from `train` for it. temperature: rows to fit a temperature on; empty where no
+            split is named.
     """
 
     train: list[AnyRow]
@@ -34,10 +38,15 @@ class RunRows:
         Raises:
             DataError: a split is missing, or a row cannot be used.
         """
+        train = _checked(task, experiment.train_split)
+        more = {name: _checked(task, split) for name, split in own_splits(experiment).items()}
+        count = experiment.method.held_out(len(train))
+        if count:
+            train, more[FIT_SPLIT] = _cut(train, count, experiment.seed)
         return cls(
-            train=_checked(task, experiment.train_split),
+            train=train,
             evaluation=_checked(task, experiment.eval_split if experiment.eval else None, experiment.eval_rows),
-            more={name: _checked(task, split) for name, split in own_splits(experiment).items()},
+            more=more,
             temperature=_checked(task, experiment.temperature_split),
         )
 
@@ -59,6 +68,13 @@ class RunRows:
 
 
 HELD_OUT = "temperature_split"
+
+
+def _cut(rows: list[AnyRow], count: int, seed: int) -> tuple[list[AnyRow], list[AnyRow]]:
+    """The rows without `count` that the seed chooses, and those; both in order."""
+    chosen = set(random.Random(derive_seed("held out", seed)).sample(range(len(rows)), count))
+    kept = [row for i, row in enumerate(rows) if i not in chosen]
+    return kept, [row for i, row in enumerate(rows) if i in chosen]
 
 
 def _checked(task: Task, split: str | None, count: int | None = None) -> list[AnyRow]:

@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Result:
 
     `scores` and `predictions` are keyed by the method's name, followed by "_n0" (the mean) or "_n10" (10 draws) if
     the method can be evaluated at several numbers of draws. `posterior_std` is the mean over all Gaussian weights.
+    `fitted` is what the method found after training, such as the scale of that std.
     """
 
     experiment: Experiment
@@ -46,6 +47,7 @@ class Result:
     seconds: float
     temperature: float = 1.0
     posterior_std: float | None = None
+    fitted: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run(
@@ -86,13 +88,13 @@ def run(
     warn_if_other(record or {}, ready.origin)
     if not is_main():
         if not trained:
-            _fit(ready)
+            _fit(ready, {})
         return Result(experiment=experiment, output=output, scores={}, predictions={}, seconds=0.0)
     with writing(output), run_folder(output, experiment, overwrite=overwrite, resume=resume):
         posterior, made = _restored(ready, output) if trained else _trained(ready, output, started)
         if trained:
             started -= made["seconds"]
-        result = _scored(posterior, ready, output, started, made["posterior_std"])
+        result = _scored(posterior, ready, output, started, made)
         hashes = {**made["sha256"], "adapter": file_sha256(output / POSTERIOR / TENSOR_FILE)}
         more = {"sha256": hashes, "repeated_rows": ready.repeated}
         write_json(output / RESULT, {**made, **_record(result, ready.rows, command), **more})
@@ -135,17 +137,18 @@ def _prepared(experiment: Experiment, output: Path, overwrite: bool, resume: boo
     return _Prepared(training=training, start=start, model=model, rows=rows, origin=origin, repeated=repeated)
 
 
-def _fit(ready: _Prepared) -> Posterior:
-    job = fitting(ready.training, ready.start, ready.rows.more)
+def _fit(ready: _Prepared, found: dict[str, Any]) -> Posterior:
+    job = fitting(ready.training, ready.start, ready.rows.more, found)
     return ready.training.experiment.method.fit(ready.model, job)
 
 
 def _trained(ready: _Prepared, output: Path, started: float) -> tuple[Posterior, dict[str, Any]]:
     """Train and save the posterior; return it, and what result.json says about the training."""
-    posterior = _fit(ready)
+    fitted: dict[str, Any] = {}
+    posterior = _fit(ready, fitted)
     std = _mean_std(posterior.model)
-    seconds = time.monotonic() - started
-    made = {**ready.origin, "kl": _kl(ready.training, std), "posterior_std": std, "seconds": seconds}
+    seconds, kl = time.monotonic() - started, _kl(ready.training, fitted.get("trained_std", std))
+    made = {**ready.origin, "kl": kl, "posterior_std": std, "fitted": fitted, "seconds": seconds}
     write_json(output / TRAINED, made)
     _save(posterior, ready.training, output / POSTERIOR)
     return posterior, made
@@ -169,9 +172,7 @@ def _restored(ready: _Prepared, output: Path) -> tuple[Posterior, dict[str, Any]
     return load(ready.model.unload(), output / POSTERIOR), made
 
 
-def _scored(
-    posterior: Posterior, ready: _Prepared, output: Path, started: float, posterior_std: float | None
-) -> Result:
+def _scored(posterior: Posterior, ready: _Prepared, output: Path, started: float, made: Mapping[str, Any]) -> Result:
     """Fit the temperature if the run has one, and score the posterior at each number of draws."""
     training, rows = ready.training, ready.rows
     if rows.temperature and posterior.temperature == 1:
@@ -190,7 +191,8 @@ def _scored(
         predictions=predictions,
         seconds=time.monotonic() - started,
         temperature=finished.posterior.temperature,
-        posterior_std=posterior_std,
+        posterior_std=made["posterior_std"],
+        fitted=made["fitted"],
     )
 
 
@@ -239,7 +241,7 @@ def _mean_std(model: PeftModel) -> float | None:
     return torch.cat(widths).mean().item() if widths else None
 
 
-def _kl(training: Training, posterior_std: float | None) -> dict[str, Any] | None:
-    """The KL's cycle (updates), its rate and the standard deviation that came of them; None without a KL."""
+def _kl(training: Training, std: float | None) -> dict[str, Any] | None:
+    """The KL's cycle (updates), its rate and the standard deviation at the end of training; None without a KL."""
     kl = training.experiment.method.kl(training.updates)
-    return kl and {"cycle": kl.cycle, "learning_rate": kl.learning_rate, "std": posterior_std}
+    return kl and {"cycle": kl.cycle, "learning_rate": kl.learning_rate, "std": std}

@@ -24,6 +24,12 @@ from bayestune.tasks import AnyRow, Task
 from bayestune.training import KLSettings
 
 Family = Literal["causal", "encoder"]
+FIT_SPLIT = "fit_split"
+"""The setting, and the rows of a run, that a method fits something on after training."""
+FIT_SPLIT_HELP = (
+    "Rows for what is fitted after training, the scale of the std (default: cut from the training rows by the seed) "
+    "or the prior precision of laplace (default: the marginal likelihood, without rows)."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +62,7 @@ class Fitting:
 
     task: Task
     rows: Sequence[AnyRow]  # of the training split
-    more_rows: Mapping[str, Sequence[AnyRow]]  # of the splits that settings of the method name, by setting
+    more_rows: Mapping[str, Sequence[AnyRow]]  # of the splits that settings name, by setting, and those held out
     seed: int
     draws: int  # of the run's predictions
     started: bool  # whether the model already holds the finished adapter that the run was given to start from
@@ -64,6 +70,7 @@ class Fitting:
     checkpoints: bool  # whether it keeps any
     resume: bool  # whether to continue from them
     progress: bool  # whether to show progress bars
+    found: dict[str, Any]  # what the method wants in the record of the run, under "fitted"
     train: Callable[..., None]
     renew: Callable[[PeftModel, int], PeftModel]
     keep: Callable[[PeftModel, Path], None]  # saves a finished adapter (main process only)
@@ -84,6 +91,7 @@ class Method(Settings, ABC):
     splits: ClassVar[tuple[str, ...]] = ()  # its own settings that name splits of rows
     has_no_draws: ClassVar[bool] = False  # whether it always answers with one set of weights
     variants: ClassVar[Mapping[str, Line]] = MappingProxyType({})  # further lines of tables, by name
+    in_tables: ClassVar[Mapping[str, Any]] = MappingProxyType({})  # its settings there: all train on the same rows
 
     def resolved(self, family: Family) -> "Method":
         """The same method with the paper's values for this family of models where a setting is None."""
@@ -100,6 +108,10 @@ class Method(Settings, ABC):
     def kl(self, updates: Updates) -> KLSettings | None:
         """The KL step of its training, if it has one."""
         return None
+
+    def held_out(self, rows: int) -> int:
+        """How many of `rows` training rows it does not train on: they come as `more_rows["fit_split"]`."""
+        return 0
 
     def weight_prior_std(self) -> float | None:
         """Standard deviation of a Gaussian prior that is a term of the training loss, if there is one."""
@@ -120,7 +132,7 @@ class Method(Settings, ABC):
     @classmethod
     def lines(cls) -> dict[str, Line]:
         """Its lines in tables, by name."""
-        return {cls.name: Line(label=cls.label, settings={}), **cls.variants}
+        return {cls.name: Line(label=cls.label, settings=cls.in_tables), **cls.variants}
 
 
 class PointMethod(Method, ABC):

@@ -11,14 +11,15 @@ from typing import Any, ClassVar, Literal
 from peft import LoraConfig, PeftModel
 from pydantic import Field, model_validator
 
-from bayestune.adapters import BayesLoraConfig
+from bayestune.adapters import BayesLoraConfig, gaussian_layers
 from bayestune.adapters.config import Distribution
 from bayestune.errors import BayestuneWarning, ConfigError
 from bayestune.functional import cycle_steps, linear_kl_weight, paper_kl_weight, uniform_kl_weight
-from bayestune.methods.base import Family, Line, Method, Updates
-from bayestune.sampling import Variational
+from bayestune.methods.base import FIT_SPLIT, FIT_SPLIT_HELP, Family, Fitting, Line, Method, Updates
+from bayestune.methods.scale import fit_scale, scale_std
+from bayestune.sampling import Posterior, Variational
 from bayestune.training import KLSettings, elbo_kl_weight, initial_std, kl_only_std, kl_rate_for_std
-from bayestune.training.kl import Schedule
+from bayestune.training.kl import Schedule, posterior_summary
 from bayestune.training.posterior_std import DEFAULT_SHARE, check_std
 
 _SCHEDULES: dict[str, Schedule] = {
@@ -41,15 +42,21 @@ class Blob(Method):
     variants = MappingProxyType(
         {
             "blob_wide": Line(  # docs/recipe.md
-                label="BLoB, std 0.06", settings={"kl_learning_rate": None, "posterior_std": 0.06}, by_default=False
+                label="BLoB, std 0.06",
+                settings={"kl_learning_rate": None, "posterior_std": 0.06, "posterior_scale": 1.0},
+                by_default=False,
             )
         }
     )
 
+    in_tables = MappingProxyType({"posterior_scale": 1.0})
+    splits = (FIT_SPLIT,)
+
     recipe: Literal["default", "paper"] = Field(
         "default",
         description="What settings that are not given become. default: std 0.3 x the prior's unless it starts wider, "
-        "uniform KL weights, no cycle longer than the run. paper: its KL weights, KL rate and flipout.",
+        "uniform KL weights, no cycle longer than the run, and a scale chosen on held-out rows. paper: its KL "
+        "weights, KL rate and flipout, and no scale.",
     )
     prior_std: float = Field(0.2, gt=0, description="Standard deviation of the prior.")
     rho_init: float = Field(0.05, gt=0, description="Initial G; the standard deviation is G^2.")
@@ -67,6 +74,18 @@ class Blob(Method):
         gt=0,
         description="Target posterior std, default 0.3 x the prior's. Sets the KL learning rate for you.",
     )
+    posterior_scale: float | None = Field(
+        None,
+        gt=0,
+        description="Factor of the std after training, 1 for none; default: chosen on held-out rows.",
+    )
+    fit_split: str | None = Field(None, min_length=1, description=FIT_SPLIT_HELP)
+
+    @model_validator(mode="after")
+    def _check_scale(self) -> "Blob":
+        if self.posterior_scale is not None and self.fit_split is not None:
+            raise ConfigError("posterior_scale and fit_split: found both; the split chooses the scale, leave one out.")
+        return self
 
     @model_validator(mode="after")
     def _check_width(self) -> "Blob":
@@ -88,6 +107,8 @@ class Blob(Method):
                 filled["kl_learning_rate"] = _PAPER_RATES[family]
             else:
                 filled["posterior_std"] = std
+        if paper and self.posterior_scale is None and self.fit_split is None:
+            filled["posterior_scale"] = 1.0
         return self.replace(**filled)
 
     def adapter_config(self, **lora: Any) -> LoraConfig:
@@ -114,6 +135,25 @@ class Blob(Method):
             "prior_std": self.prior_std,
             "warmup": updates.warmup,
         }
+
+    def held_out(self, rows: int) -> int:
+        """A fifth, at most 200; none of fewer than 100 rows, which the posterior needs more."""
+        chosen = self.posterior_scale is None and self.fit_split is None
+        return min(200, rows // 5) if chosen and rows >= 100 else 0
+
+    def fit(self, model: PeftModel, run: Fitting) -> Posterior:
+        """Train, then scale every standard deviation by `posterior_scale`, or by the factor that `fit_scale` finds."""
+        posterior, rows = super().fit(model, run), run.more_rows.get(FIT_SPLIT, ())
+        run.found["trained_std"] = posterior_summary(list(gaussian_layers(posterior.model).values()))["std"]
+        if self.posterior_scale is not None:
+            scale_std(posterior, self.posterior_scale)
+            run.found["posterior_scale"] = self.posterior_scale
+        elif rows:
+            with run.precision():
+                search = fit_scale(posterior, run.task, rows, seed=run.seed, progress=run.progress)
+            nll = {f"{factor:.4g}": value for factor, value in search.nll.items()}
+            run.found.update(posterior_scale=search.scale, rows=len(rows), nll_by_scale=nll)
+        return posterior
 
     def check(self, model: PeftModel, updates: Updates) -> None:
         """Warn if the run is too short for `posterior_std` even at the largest KL rate."""

@@ -7,18 +7,18 @@ mean negative log-likelihood of the averaged prediction; c = 0 is the mean alone
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from bayestune.adapters import gaussian_layers
+from bayestune.adapters import GaussianLinear, gaussian_layers
 from bayestune.errors import BayestuneWarning, ConfigError, DataError, PosteriorError
 from bayestune.functional import clamp_rho, derive_seed
 from bayestune.inference import predict
-from bayestune.metrics import row_nll
 from bayestune.sampling import Posterior
 from bayestune.storage.saving import as_posterior
 from bayestune.tasks import AnyRow, Task
@@ -27,6 +27,8 @@ FACTORS = tuple(2 ** (k / 2) for k in range(-4, 13))
 """1/4 to 64, in steps of the square root of 2."""
 ALWAYS = FACTORS[:7]
 """Those up to 2, which every search tries, besides 0."""
+TOLERANCE = 1e-4
+"""NLLs that differ by less, in nats, count as equal; of equal factors, the one nearest to 1 is taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,8 @@ def fit_scale(
 ) -> ScaleSearch:
     """Multiply every standard deviation of a posterior, in place, by the factor with the smallest held-out NLL.
 
-    The factors are 0 and 2^(k/2) from 1/4 to 2, then further ones until the NLL was above its minimum twice in a row.
+    The factors are 0 and 2^(k/2) from 1/4 to 2, then further ones until the NLL was above its minimum twice in a row,
+    each time by more than `TOLERANCE`.
     All share the same noise, in antithetic pairs. It is not the noise of `predict` with the same seed.
 
     Args:
@@ -75,23 +78,36 @@ def fit_scale(
     start = [layer.rho.detach().clone() for layer in layers]
     pairs, noise = posterior.with_predictive("antithetic"), derive_seed("scale", seed)
 
-    @torch.no_grad()
-    def set_scale(factor: float) -> None:
-        for layer, rho in zip(layers, start, strict=True):
-            layer.rho.copy_(clamp_rho(rho * math.sqrt(factor)))
-
     def nll(factor: float) -> float:
-        set_scale(factor)
+        _set_scale(layers, start, factor)
         found = predict(pairs, task, rows, draws=draws if factor else 0, seed=noise, batch_size=batch_size)
-        return row_nll(found.log_probs, found.labels).mean().item()
+        return found.row_nll().mean().item()
 
     scale = 1.0  # if the search fails
     try:
         found = _search(nll, progress)
-        scale = min(found, key=found.__getitem__)
+        scale = chosen(found)
     finally:
-        set_scale(scale)
+        _set_scale(layers, start, scale)
     return ScaleSearch(scale=scale, nll=found)
+
+
+def chosen(nll: Mapping[float, float]) -> float:
+    """Return the factor with the smallest NLL; of equal ones, that nearest to 1."""
+    best = min(nll.values()) + TOLERANCE
+    return min((factor for factor in nll if nll[factor] <= best), key=lambda f: abs(math.log(f)) if f else math.inf)
+
+
+def scale_std(model: PeftModel | Posterior, factor: float) -> None:
+    """Multiply every standard deviation of a posterior by `factor`, in place."""
+    layers = gaussian_layers(as_posterior(model).model).values()
+    _set_scale(layers, [layer.rho.detach().clone() for layer in layers], factor)
+
+
+@torch.no_grad()
+def _set_scale(layers: Iterable[GaussianLinear], start: Iterable[Tensor], factor: float) -> None:
+    for layer, rho in zip(layers, start, strict=True):
+        layer.rho.copy_(clamp_rho(rho * math.sqrt(factor)))
 
 
 def _check(rows: Sequence[AnyRow], draws: int) -> None:
@@ -112,8 +128,8 @@ def _search(nll: Callable[[float], float], progress: bool) -> dict[float, float]
                 found[factor] = nll(factor)
             except PosteriorError:  # so wide that the logits are no longer finite
                 break
-            above = above + 1 if found[factor] > min(found.values()) else 0
-    if min(found, key=found.__getitem__) == FACTORS[-1]:
+            above = above + 1 if found[factor] > min(found.values()) + TOLERANCE else 0
+    if chosen(found) == FACTORS[-1]:
         message = (
             f"fit_scale: the NLL still falls at the largest factor, {FACTORS[-1]:g}: train with a wider posterior."
         )

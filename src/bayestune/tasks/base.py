@@ -73,6 +73,14 @@ class AnyPrediction(ABC, Generic[S]):
         """
 
     @abstractmethod
+    def row_nll(self) -> Float[Tensor, " rows"]:
+        """Return -log of the predictive probability, or density, of each row's label, in nats.
+
+        Raises:
+            DataError: a row has no label.
+        """
+
+    @abstractmethod
     def records(self, rows: Sequence[AnyRow]) -> list[dict[str, Any]]:
         """Return one JSON object per row: its id, the prediction and its uncertainty."""
 

@@ -118,11 +118,7 @@ class Prediction(AnyPrediction[Scores]):
         Raises:
             DataError: a row has no label.
         """
-        if self.labels is None:
-            raise DataError(
-                "evaluate: some rows have no label; found None, expected one of the classes for every row."
-            )
-        log_probs, labels = self.log_probs, self.labels
+        log_probs, labels = self.log_probs, self._known_labels()
         resampling = {"bins": bins, "resamples": resamples, "seed": seed}
         corrected, interval = metrics.ece_corrected(log_probs, labels, **resampling)
         return Scores(
@@ -135,6 +131,21 @@ class Prediction(AnyPrediction[Scores]):
             draws=self.draws,
             intervals={**metrics.intervals(log_probs, labels, **resampling), "ece_corrected": interval},
         )
+
+    def row_nll(self) -> Float[Tensor, " rows"]:
+        """Return -log p(label) of each row, in nats.
+
+        Raises:
+            DataError: a row has no label.
+        """
+        return metrics.row_nll(self.log_probs, self._known_labels())
+
+    def _known_labels(self) -> Int[Tensor, " rows"]:
+        if self.labels is None:
+            raise DataError(
+                "evaluate: some rows have no label; found None, expected one of the classes for every row."
+            )
+        return self.labels
 
     def records(self, rows: Sequence[AnyRow]) -> list[dict[str, Any]]:
         """Return one JSON object per row.

@@ -1,12 +1,16 @@
 """Multiple choice for causal language models, scored by the logits of the answer labels."""
 
+import inspect
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from bayestune.errors import TaskError
@@ -137,6 +141,42 @@ class CausalMultipleChoice(TokenizedTask[Prediction], ClassTask):
         if problem is not None:
             raise row.fault("question", f"a prompt whose answer cannot be scored ({problem})", "distinct labels")
         return {"context": context, "scored": scored}
+
+    def examples(self, rows: Sequence[AnyRow], model: nn.Module) -> list[dict[str, Any]]:
+        """As `TokenizedTask.examples`.
+
+        Raises:
+            TaskError: the model ignores `position_ids`, and its answer to a row depends on the padding before it.
+        """
+        examples = super().examples(rows, model)
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        if examples and "position_ids" not in inspect.signature(base.forward).parameters:
+            self._check_padding(model, min(examples, key=self.tokens), max(examples, key=self.tokens))
+        return examples
+
+    @torch.no_grad()
+    def _check_padding(self, model: nn.Module, short: dict[str, Any], long: dict[str, Any]) -> None:
+        """Refuse a model whose outputs at the mean change when the longest row stands beside the shortest."""
+        modes, device = [(module, module.training) for module in model.modules()], next(model.parameters()).device
+        model.eval()
+        try:
+            alone, beside = (
+                self.outputs(model, {k: tensor.to(device) for k, tensor in self.collate(batch).items()})[
+                    0
+                ].log_softmax(-1)
+                for batch in ([short], [short, long])
+            )
+        finally:
+            for module, training in modes:
+                module.training = training
+        present = alone.isfinite()
+        tolerance = math.sqrt(torch.finfo(next(model.parameters()).dtype).eps) * alone[present].abs().max()
+        moved = (alone - beside)[present].abs().max()
+        if moved > tolerance:
+            raise TaskError(
+                f"the model ignores position_ids and counts the padding before a text as positions: found its outputs "
+                f"moved by {moved:.2g} beside a longer row, expected no change; use a model that takes position_ids"
+            )
 
     def tokens(self, example: dict[str, Any]) -> int:
         return len(example["context"]) + max(len(ids) for ids in example["scored"])

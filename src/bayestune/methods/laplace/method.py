@@ -5,7 +5,7 @@ from typing import Literal
 from peft import PeftModel
 from pydantic import Field
 
-from bayestune.methods.base import Fitting, PostHocMethod, Updates
+from bayestune.methods.base import FIT_SPLIT, FIT_SPLIT_HELP, Fitting, PostHocMethod, Updates
 from bayestune.methods.laplace.linears import refuse_if_too_large
 from bayestune.methods.laplace.posterior import LaplacePosterior, fit_laplace
 from bayestune.methods.mle import Mle
@@ -20,7 +20,7 @@ class Laplace(PostHocMethod):
     paper = "Yang et al. 2024, arXiv 2308.13111"
     posterior = LaplacePosterior
     start = Mle
-    splits = ("fit_split",)
+    splits = (FIT_SPLIT,)
 
     laplace_layers: Literal["all", "last"] = Field(
         "all", description="Layers with curvature: all adapted ones, or the last (the trained head, if there is one)."
@@ -28,9 +28,7 @@ class Laplace(PostHocMethod):
     laplace_predictive: Literal["mc", "probit"] = Field(
         "mc", description="mc, draws of the linearized model, or probit, in closed form."
     )
-    fit_split: str | None = Field(
-        None, min_length=1, description="Rows for the prior precision; default: the marginal likelihood."
-    )
+    fit_split: str | None = Field(None, min_length=1, description=FIT_SPLIT_HELP)
 
     def check(self, model: PeftModel, updates: Updates) -> None:
         refuse_if_too_large(model, layers=self.laplace_layers)
@@ -39,7 +37,7 @@ class Laplace(PostHocMethod):
         return (1,) if self.laplace_predictive == "probit" and draws else super().draw_counts(draws)
 
     def fit_to(self, model: PeftModel, run: Fitting) -> LaplacePosterior:
-        validation = run.more_rows.get("fit_split") or None
+        validation = run.more_rows.get(FIT_SPLIT) or None
         with run.precision():
             return fit_laplace(
                 model,
