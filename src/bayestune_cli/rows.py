@@ -1,10 +1,11 @@
 """A first check of the rows of `bayestune predict` with the standard library, before torch is imported.
 
-The full check follows when the run is loaded; rare faults, such as a byte order mark, are left to it.
+The full check follows when the run is loaded.
 """
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,20 +21,30 @@ def check_rows(path: Path) -> None:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                if line.strip() and not line.startswith(b"\xef\xbb\xbf") and b"\0" not in line:
-                    row = _parsed(line, f"{path}:{number}")
-                    _check_fields(row, f"{path}:{number}")
-                    if row["id"] in lines:
-                        found = f"the id of {path}:{lines[row['id']]} again"
-                        raise _fault(f"{path}:{number}", row, "id", found, "ids that differ")
-                    lines[row["id"]] = number
+                row = _parsed(line, f"{path}:{number}")
+                _check_fields(row, f"{path}:{number}")
+                if row["id"] in lines:
+                    found = f"the id of {path}:{lines[row['id']]} again"
+                    raise _fault(f"{path}:{number}", row, "id", found, "ids that differ")
+                lines[row["id"]] = number
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise FlagError(f"{path}: cannot be read: {error}; check the path and that the file is whole") from error
     if number == 0:
         raise FlagError(f"{path}: found no rows, expected one JSON object a line; check the path")
 
 
+_PROBLEMS = {
+    re.compile(rb"\xef\xbb\xbf"): "a byte order mark (BOM); save the file as UTF-8 without one",
+    re.compile(rb".*\r\n", re.DOTALL): "a CRLF line end; convert the file to LF (\\n) line ends",
+    re.compile(rb"\s*$"): "a blank line",
+    re.compile(rb".*\0", re.DOTALL): "a NUL byte",
+}
+
+
 def _parsed(line: bytes, where: str) -> dict[str, Any]:
+    for pattern, problem in _PROBLEMS.items():
+        if pattern.match(line):
+            raise FlagError(f"{where}: found {problem}, expected one JSON object; fix or remove the row")
     try:
         row = json.loads(line.decode())
     except UnicodeDecodeError as error:

@@ -52,12 +52,18 @@ def test_wrong_paths_and_rows_are_refused_before_torch_is_imported(tmp_path: Pat
     }
     for name, rows in files.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(good[0]).encode() + b"\n")
+    (tmp_path / "crlf.jsonl").write_bytes(json.dumps(good[0]).encode() + b"\r\n")
+    (tmp_path / "blank.jsonl").write_bytes(json.dumps(good[0]).encode() + b"\n \n")
     (tmp_path / "cut.jsonl").write_text(json.dumps(good[0]) + "\n" + '{"id": "r9", "quest')
     cases = {
         ("run", "none", "a"): "none.jsonl: cannot be read",
         ("nowhere", "good", "a"): "nowhere: found no result.json",
         ("run", "good", "no/a"): "found no folder",
         ("run", "cut", "a"): "cut.jsonl:2: not one JSON object",
+        ("run", "bom", "a"): "bom.jsonl:1: found a byte order mark (BOM)",
+        ("run", "crlf", "a"): "crlf.jsonl:1: found a CRLF line end; convert the file to LF (\\n) line ends",
+        ("run", "blank", "a"): "blank.jsonl:2: found a blank line, expected one JSON object",
         ("run", "list", "a"): "list.jsonl:3: found ['a'], expected one JSON object",
         (
             "run",

@@ -107,10 +107,10 @@ def test_a_folder_of_the_users_is_a_data_set(tmp_path: Path) -> None:
     write(tmp_path / "mine", "train", FOUR)
     write(tmp_path / "mine", "test", {**FOUR, "choices": list("abcde")})
     spec = dataset("mine", tmp_path)
-    assert (spec.kind, spec.classes) == ("choice", 5)
+    assert (spec.row, spec.classes) == (Row, 5)
     assert len(load_rows("mine", "train", tmp_path)) == 1
     write(tmp_path / "moods", "train", {"text": "Good.", "label": 2}, {"text": "Bad.", "label": 0})
-    assert (dataset("moods", tmp_path).kind, dataset("moods", tmp_path).classes) == ("text", 3)
+    assert (dataset("moods", tmp_path).row, dataset("moods", tmp_path).classes) == (TextRow, 3)
     assert dataset("moods", tmp_path, classes=4).classes == 4
 
 
@@ -130,7 +130,7 @@ def test_classes_are_named_by_the_text_labels_of_the_train_split_sorted(tmp_path
     write(tmp_path / "moods", "train", GOOD, BAD, GOOD)
     write(tmp_path / "moods", "dev", GOOD, {"text": "Who knows?"})
     spec = dataset("moods", tmp_path)
-    assert (spec.kind, spec.classes, spec.labels) == ("text", 2, ("bad", "good"))
+    assert (spec.row, spec.classes, spec.labels) == (TextRow, 2, ("bad", "good"))
     assert [row.target for row in load_rows("moods", "train", tmp_path)] == ["good", "bad", "good"]
     write(tmp_path / "counted", "train", {"text": "Good.", "label": 1})
     assert dataset("counted", tmp_path).labels is None

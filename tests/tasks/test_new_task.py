@@ -6,12 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pytest
 import torch
 from torch import Tensor
 
 import bayestune as bt
-from bayestune.tasks import AnyPrediction, AnyRow, AnyScores, Task
+from bayestune.errors import DataError
+from bayestune.tasks import AnyPrediction, AnyRow, AnyScores, Task, read_rows
+from bayestune.tasks.rows import Fields
 from models import BERT, blob
+from toys import write_rows
 from training.toys import arguments
 
 NOISE = 0.5  # standard deviation of a label around its mean
@@ -19,11 +23,17 @@ NOISE = 0.5  # standard deviation of a label around its mean
 
 @dataclass(frozen=True, kw_only=True)
 class NumberRow(AnyRow):
+    marks: ClassVar[tuple[str, ...]] = ("value",)
     target_field: ClassVar[str] = "value"
     id: str
     ids: tuple[int, ...]
     value: float | None
     where: str = ""
+
+    @classmethod
+    def from_fields(cls, fields: Fields) -> "NumberRow":
+        value = fields.label("value", float, expected="a number")
+        return cls(id=fields.text("id"), ids=tuple(fields.values["ids"]), value=value, where=fields.where)
 
     @property
     def target(self) -> float | None:
@@ -93,7 +103,9 @@ class Regression(Task[RegressionPrediction]):
 
 
 def test_a_regression_task_trains_predicts_and_is_scored(tmp_path: Path) -> None:
-    rows = [NumberRow(id=f"n{i}", ids=(5 + i, 6, 7 + i), value=1.0 + i / 8) for i in range(8)]
+    made = [{"id": f"n{i}", "ids": [5 + i, 6, 7 + i], "value": 1.0 + i / 8} for i in range(8)]
+    write_rows(tmp_path / "numbers.jsonl", made)
+    rows = read_rows(tmp_path / "numbers.jsonl", formats=(NumberRow,))
     task, model = Regression(), blob(BERT)
     before = bt.evaluate(bt.predict(model, task, rows, draws=4))
     settings = arguments(tmp_path, max_steps=60, learning_rate=3e-2)
@@ -109,3 +121,11 @@ def test_a_regression_task_trains_predicts_and_is_scored(tmp_path: Path) -> None
     closed = mean.rmse**2 / (2 * NOISE**2) + math.log(NOISE * math.sqrt(2 * math.pi))
     assert abs(mean.nll - closed) <= 1e-9
     assert abs(trainer.evaluate()["eval_nll"] - closed) <= 1e-5
+
+
+def test_its_rows_are_refused_as_all_rows_are(tmp_path: Path) -> None:
+    write_rows(tmp_path / "numbers.jsonl", [{"id": "n0", "ids": [1], "value": "a"}])
+    with pytest.raises(DataError, match=r"numbers.jsonl:1 \(id n0\): field 'value': found 'a', expected a number"):
+        read_rows(tmp_path / "numbers.jsonl", formats=(NumberRow,))
+    with pytest.raises(DataError, match="found neither of 'question' and 'text'"):
+        read_rows(tmp_path / "numbers.jsonl")

@@ -121,7 +121,7 @@ def build_task(
     if labels not in (None, spec.labels):
         found = ", ".join(map(shown, labels))
         raise ConfigError(f"data set {name}: found no class names, expected {found} (those of the run, or --labels).")
-    make = next(each for each in TASKS if each.kind == spec.kind and backbone.family in each.families)
+    make = next(each for each in TASKS if each.row is spec.row and backbone.family in each.families)
     task = make(spec, backbone.tokenizer, data=data, max_tokens=max_tokens)
     _fit_tokenizer(backbone, task)
     return task

@@ -96,8 +96,8 @@ def other_task(trained: Run, name: str) -> TokenizedTask:
     if (type(task), task.head, task.labels) != (type(own), own.head, own.labels):
         named = "named " if task.labels else ""
         raise ConfigError(
-            f"data set {name}: found kind {task.kind!r} with {task.columns} {named}classes, expected {own.kind!r} "
-            f"with {own.columns} as in {own.name}, which the run was trained on."
+            f"data set {name}: found {task.row.noun} rows with {task.columns} {named}classes, expected "
+            f"{own.row.noun} rows with {own.columns} as in {own.name}, which the run was trained on."
         )
     return task
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bayestune.errors import TaskError
 from bayestune.tasks.datasets import DatasetSpec
+from bayestune.tasks.rows import Row
 
 
 def choice_mask(counts: Sequence[int]) -> Bool[Tensor, "rows choices"]:
@@ -32,5 +33,5 @@ def mask_absent(
 
 def refuse_sentences(spec: DatasetSpec) -> None:
     """Raise a TaskError for a data set without choices."""
-    if spec.kind != "choice":
+    if spec.row is not Row:
         raise TaskError(f"data set {spec.name}: found sentences, expected choices; use tasks.classification")

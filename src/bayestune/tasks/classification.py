@@ -46,14 +46,14 @@ def classification(
 class Classification(TokenizedTask[Prediction], ClassTask):
     """Sequences tokenizer(text, text_pair); for fixed choices (BoolQ), tokenizer(question, passage)."""
 
-    kind = "text"
+    row = TextRow
     families = ("causal", "encoder")
     auto_model = AutoModelForSequenceClassification
 
     def __init__(
         self, spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, *, data: str | Path | None, max_tokens: int
     ) -> None:
-        if spec.kind == "choice" and spec.fixed_choices is None:
+        if spec.row is Row and spec.fixed_choices is None:
             raise TaskError(f"data set {spec.name}: choices differ by row, expected classes; use multiple choice")
         super().__init__(spec, tokenizer, data=data, max_tokens=max_tokens)
 

@@ -16,24 +16,25 @@ from pathlib import Path
 from typing import Any
 
 from bayestune.errors import DataError
-from bayestune.tasks.rows import AnyDataRow, Row, TextRow, fault, shown
+from bayestune.tasks.rows import FORMATS, AnyRow, Fields, fault, shown
 
 LINE_LIMIT = 10_000_000
 """Bytes a line may have; longer ones are a broken file rather than a row."""
 
 
-def read_rows(path: str | Path, *, labelled: bool = True) -> list[AnyDataRow]:
+def read_rows(path: str | Path, *, labelled: bool = True, formats: Sequence[type[AnyRow]] = FORMATS) -> list[Any]:
     """Read one `.jsonl` or `.jsonl.gz` file.
 
     Args:
         path: the file. Its rows and their labels are all of one kind, and their ids differ.
-        labelled: whether every row must have its `answer` or `label`; where not, it may be absent or null.
+        labelled: whether every row must have its `answer` or `label`; if not, it may be absent or null.
+        formats: the row classes to expect; a task of your own gives its own.
 
     Raises:
         DataError: naming file, line, id and field of the first thing that is wrong.
     """
     rows = []
-    for row in scan_rows(path, labelled=labelled):
+    for row in scan_rows(path, labelled=labelled, formats=formats):
         if isinstance(row, DataError):
             raise row
         rows.append(row)
@@ -43,7 +44,9 @@ def read_rows(path: str | Path, *, labelled: bool = True) -> list[AnyDataRow]:
     return rows
 
 
-def scan_rows(path: str | Path, *, labelled: bool = True) -> Iterator[AnyDataRow | DataError]:
+def scan_rows(
+    path: str | Path, *, labelled: bool = True, formats: Sequence[type[AnyRow]] = FORMATS
+) -> Iterator[Any | DataError]:
     """Yield each row of a file, or the error of a line that is not one. Ids and kinds are not compared.
 
     Raises:
@@ -52,30 +55,27 @@ def scan_rows(path: str | Path, *, labelled: bool = True) -> Iterator[AnyDataRow
     for number, line in _lines(Path(path)):
         where = f"{path}:{number}"
         try:
-            row = parse_row(_parse_line(line, where), where=where, labelled=labelled)
+            row = parse_row(_parse_line(line, where), where=where, labelled=labelled, formats=formats)
         except DataError as error:
             yield error
         else:
             yield row
 
 
-def check_together(rows: Sequence[AnyDataRow]) -> None:
+def check_together(rows: Sequence[AnyRow]) -> None:
     """Refuse rows that share an id, or are not all of one kind, with the places of both."""
-    seen: dict[str, AnyDataRow] = {}
+    seen: dict[str, AnyRow] = {}
     for row in rows:
         if row.id in seen:
             raise row.fault("id", f"the id of {seen[row.id].where or 'an earlier row'} again", "ids that differ")
         if type(row) is not type(rows[0]):
-            raise row.fault(
-                "choices" if isinstance(row, Row) else "text",
-                f"a {_kind(row)} row after the {_kind(rows[0])} row of {rows[0].where}",
-                "rows of one kind",
-            )
+            found = f"a {row.noun} row after the {rows[0].noun} row of {rows[0].where}"
+            raise row.fault(row.marks[-1], found, "rows of one kind")
         seen[row.id] = row
     check_labels(rows)
 
 
-def check_labels(rows: Sequence[AnyDataRow]) -> None:
+def check_labels(rows: Sequence[AnyRow]) -> None:
     """Refuse labels that are texts in some rows and numbers in others, with the places of both."""
     labelled = [row for row in rows if row.target is not None]
     for row in labelled:
@@ -84,10 +84,6 @@ def check_labels(rows: Sequence[AnyDataRow]) -> None:
             wanted = "a text" if isinstance(first.target, str) else "a whole number"
             expected = f"{wanted}, as {shown(first.target)} of {first.where}"
             raise row.fault(row.target_field, shown(row.target), expected)
-
-
-def _kind(row: AnyDataRow) -> str:
-    return "multiple-choice" if isinstance(row, Row) else "sentence"
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -141,57 +137,17 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def parse_row(fields: dict[str, Any], *, where: str, labelled: bool = True) -> AnyDataRow:
-    """A row from the fields of one JSON object; types are checked here, values by the row itself.
+def parse_row(
+    values: dict[str, Any], *, where: str, labelled: bool = True, formats: Sequence[type[AnyRow]] = FORMATS
+) -> AnyRow:
+    """Return the row that one JSON object holds.
 
     Raises:
         DataError: naming `where`, the id and the field.
     """
-    row_id = fields.get("id")
-    if ("question" in fields or "choices" in fields) == ("text" in fields):
-        found = "both" if "text" in fields else "neither"
-        raise fault(where, row_id, "question", f"{found} of 'question' and 'text'", "one of them")
-    if "text" in fields:
-        return TextRow(
-            id=_string(fields, "id", where),
-            text=_string(fields, "text", where),
-            text_pair=_string(fields, "text_pair", where) if fields.get("text_pair") is not None else None,
-            label=_label(fields, "label", where, labelled),
-            where=where,
-        )
-    choices = fields.get("choices")
-    if not isinstance(choices, list):
-        raise fault(where, row_id, "choices", _found(fields, "choices"), "a list of texts")
-    for choice in choices:
-        if not isinstance(choice, str):
-            raise fault(where, row_id, "choices", f"{shown(choice)} among the choices", "a list of texts")
-    return Row(
-        id=_string(fields, "id", where),
-        question=_string(fields, "question", where),
-        choices=tuple(choices),
-        answer=_label(fields, "answer", where, labelled),
-        passage=_string(fields, "passage", where) if fields.get("passage") is not None else None,
-        where=where,
-    )
-
-
-def _found(fields: dict[str, Any], name: str) -> str:
-    return shown(fields[name]) if name in fields else "nothing"
-
-
-def _string(fields: dict[str, Any], name: str, where: str) -> str:
-    value = fields.get(name)
-    if not isinstance(value, str):
-        raise fault(where, fields.get("id"), name, _found(fields, name), "a text")
-    return value
-
-
-def _label(fields: dict[str, Any], name: str, where: str, labelled: bool) -> Any:
-    """A whole number, or None if `labelled` is false; a `label` may also be a text."""
-    value, named = fields.get(name), name == "label"
-    if value is None and not labelled:
-        return None
-    if type(value) is int or (named and isinstance(value, str)):  # a bool is an int to isinstance, and no label
-        return value
-    expected = f"a whole number, counted from 0{', or a text' if named else ''}"
-    raise fault(where, fields.get("id"), name, _found(fields, name), expected)
+    found = [each for each in formats if len(formats) == 1 or not values.keys().isdisjoint(each.marks)]
+    if len(found) != 1:
+        marks = " and ".join(f"'{each.marks[0]}'" for each in formats)
+        problem = f"{'both' if found else 'neither'} of {marks}"
+        raise fault(where, values.get("id"), formats[0].marks[0], problem, "one of them")
+    return found[0].from_fields(Fields(values, where, labelled))

@@ -1,37 +1,39 @@
-"""The data sets known by name, a user's own folders, and where their splits are."""
+"""The data sets known by name, your own folders of data, and the files of their splits."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from bayestune.errors import DataError, MissingSplitError
 from bayestune.tasks import hub
 from bayestune.tasks.data import check_labels, check_together, parse_row, read_rows
-from bayestune.tasks.rows import AnyDataRow, AnyRow, Row, TextRow, shown
+from bayestune.tasks.rows import AnyRow, Row, TextRow, shown
 
-Kind = Literal["choice", "text"]
-"""The kind of its rows: questions with choices, or sentences with a label."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-"""What a data set or a split may be called: it becomes part of a path."""
+"""The names that a data set or a split can have: they become part of a path."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
-    """What is known of a data set.
+    """The description of a data set.
 
-    `folder`: its folder under the data folder. `classes`: the largest number of choices, or of labels. `splits`: file
-    stems to look for, in order, where they differ from the split's own name. `evaluation`: the split usually
-    reported; of a user's own set dev, or test if only that is there.
-    `labels`: the names of the classes, where labels are texts. `fixed_choices`: the answers, where they are the same
-    for all rows. `blank`: every question has one `_` to fill.
-    `source`: where it is on the Hub; None for a data set of the user's.
+    Attributes:
+        folder: its folder under the data folder.
+        row: the class of its rows.
+        classes: the largest number of choices, or the number of labels.
+        splits: file stems to look for, in order, if they differ from the name of the split.
+        evaluation: the split that is usually reported; for your own data set dev, or test if there is no dev.
+        labels: names of the classes, if labels are texts.
+        fixed_choices: the answers, if they are the same for all rows.
+        blank: whether every question has one `_` to fill.
+        source: where it is on the Hub; None for your own data set.
     """
 
     name: str
     folder: str
-    kind: Kind
+    row: type[AnyRow]
     classes: int
     splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     evaluation: str = "dev"
@@ -41,26 +43,14 @@ class DatasetSpec:
     source: hub.HubSource | None = None
 
     def check(self, row: AnyRow) -> None:
-        """Refuse, with a DataError naming the row and the field, a row that cannot belong to this data set."""
-        if not isinstance(row, Row | TextRow):  # without a type checker: a dict, say
+        """Raise a DataError, naming the row and the field, if a row cannot belong to this data set."""
+        if not isinstance(row, AnyRow):  # without a type checker: a dict, say
             found = type(row).__name__
             raise DataError(f"row: found a {found}, expected a Row or a TextRow, as tasks.read_rows(path) gives them")
-        if isinstance(row, Row) != (self.kind == "choice"):
-            found, expected = ("text", "question") if self.kind == "choice" else ("question", "text")
+        if type(row) is not self.row:
+            found, expected = row.marks[0], self.row.marks[0]
             raise row.fault(found, f"a row with '{found}'", f"rows with '{expected}', as {self.name} has")
-        if not isinstance(row, Row):
-            known = self.labels or range(self.classes)
-            if row.label is not None and row.label not in known:
-                expected = f"0..{self.classes - 1} ({self.classes} classes)"
-                expected = expected if self.labels is None else f"one of {shown(list(self.labels))}"
-                raise row.fault("label", shown(row.label), expected)
-            return
-        if len(row.choices) > self.classes:
-            raise row.fault("choices", f"{len(row.choices)} choices", f"at most {self.classes}, as {self.name} has")
-        if self.fixed_choices is not None and row.choices != self.fixed_choices:
-            raise row.fault("choices", shown(list(row.choices)), shown(list(self.fixed_choices)))
-        if self.blank and row.question.count("_") != 1:
-            raise row.fault("question", f"{row.question.count('_')} blanks '_'", "exactly one")
+        row.check_in(self)
 
 
 _ARC_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
@@ -78,7 +68,7 @@ def _winogrande(size: str) -> DatasetSpec:
     return DatasetSpec(
         name=f"winogrande_{size}",
         folder="winogrande",
-        kind="choice",
+        row=Row,
         classes=2,
         splits=splits,
         blank=True,
@@ -90,7 +80,7 @@ def _lettered(name: str, repository: str, configuration: str, classes: int) -> D
     source = hub.HubSource(
         repository=repository, configuration=configuration, splits=_ARC_SPLITS, convert=hub.lettered
     )
-    return DatasetSpec(name=name, folder=name, kind="choice", classes=classes, source=source)
+    return DatasetSpec(name=name, folder=name, row=Row, classes=classes, source=source)
 
 
 def _boolq() -> DatasetSpec:
@@ -98,7 +88,7 @@ def _boolq() -> DatasetSpec:
     return DatasetSpec(
         name="boolq",
         folder="boolq",
-        kind="choice",
+        row=Row,
         classes=2,
         fixed_choices=("False", "True"),
         source=source,
@@ -112,12 +102,12 @@ def _mmlu(name: str) -> DatasetSpec:
         splits={"dev": "dev", "validation": "validation", "test": "test"},
         convert=hub.mmlu,
     )
-    return DatasetSpec(name=name, folder=name, kind="choice", classes=4, evaluation="test", source=source)
+    return DatasetSpec(name=name, folder=name, row=Row, classes=4, evaluation="test", source=source)
 
 
 def _sentences(name: str, repository: str, convert: hub.Converter) -> DatasetSpec:
     source = hub.HubSource(repository=repository, configuration=name, splits=_GLUE_SPLITS, convert=convert)
-    return DatasetSpec(name=name, folder=name, kind="text", classes=2, source=source)
+    return DatasetSpec(name=name, folder=name, row=TextRow, classes=2, source=source)
 
 
 KNOWN: tuple[DatasetSpec, ...] = (
@@ -138,15 +128,17 @@ KNOWN: tuple[DatasetSpec, ...] = (
 def dataset(
     name: str, data: str | Path | None = None, *, classes: int | None = None, labels: tuple[str, ...] | None = None
 ) -> DatasetSpec:
-    """What is known of the data set `name`; a name that is not known is a folder of the user's in `data`.
+    """Return the description of the data set `name`: a known one, or your own in the folder `data/name`.
 
     Args:
-        classes: of a data set of the user's; by default counted over all its files, which are read.
-        labels: names of the classes of a data set of the user's with text labels, whose files are then not read; by
-            default those in its train split, sorted.
+        name: name of the data set.
+        data: folder with data sets.
+        classes: number of classes of your own data set; by default counted in all its files.
+        labels: names of the classes of your own data set, whose files are then not read; by default the text labels of
+            its train split, sorted.
 
     Raises:
-        DataError: neither known nor a folder in `data`, with the known names and the folder looked for.
+        DataError: neither a known data set nor a folder in `data`.
     """
     for spec in KNOWN:
         if spec.name == name:
@@ -174,19 +166,14 @@ def _own(name: str, folder: Path, classes: int | None) -> DatasetSpec:
     if any(isinstance(row.target, str) for row in rows):
         train = [row for split, found in splits if split == "train" for row in found]
         return _named_by(train, rows, name, folder, classes)
-    if isinstance(rows[0], Row):
-        counted = max(len(row.choices) for row in rows if isinstance(row, Row))
-    else:
-        counted = max((row.target + 1 for row in rows if isinstance(row.target, int)), default=0)
+    counted = rows[0].count_classes(rows)
     if (classes or counted) < 2:
         raise DataError(f"{folder}: found {counted} classes in its labels, expected at least 2; label more rows")
-    kind = "choice" if isinstance(rows[0], Row) else "text"
-    return DatasetSpec(name=name, folder=name, kind=kind, classes=classes or counted, evaluation=_evaluation(folder))
+    evaluation = _evaluation(folder)
+    return DatasetSpec(name=name, folder=name, row=type(rows[0]), classes=classes or counted, evaluation=evaluation)
 
 
-def _named_by(
-    train: list[AnyDataRow], rows: list[AnyDataRow], name: str, folder: Path, classes: int | None
-) -> DatasetSpec:
+def _named_by(train: list[Any], rows: list[Any], name: str, folder: Path, classes: int | None) -> DatasetSpec:
     """A data set whose classes are the text labels of its train split; all rows are checked against them."""
     labels = tuple(sorted({row.target for row in train if isinstance(row.target, str)}))
     if not train:
@@ -202,7 +189,7 @@ def _named_by(
 
 def _named(name: str, folder: Path, labels: tuple[str, ...]) -> DatasetSpec:
     return DatasetSpec(
-        name=name, folder=name, kind="text", classes=len(labels), labels=labels, evaluation=_evaluation(folder)
+        name=name, folder=name, row=TextRow, classes=len(labels), labels=labels, evaluation=_evaluation(folder)
     )
 
 
@@ -219,11 +206,11 @@ def _files(folder: Path) -> list[Path]:
     return sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")])
 
 
-def load_rows(name: str, split: str, data: str | Path | None = None) -> list[AnyDataRow]:
-    """The labelled rows of a split; `"dev+test"` is both, one after the other.
+def load_rows(name: str, split: str, data: str | Path | None = None) -> list[Any]:
+    """Return the labeled rows of a split, or of several: `"dev+test"`.
 
-    From `data/<folder>/<split>.jsonl[.gz]`, or, without `data`, from the Hugging Face Hub (package `datasets`). Both
-    go through the same checks. `train` of winogrande_s is `train_s`.
+    They come from `data/<folder>/<split>.jsonl[.gz]`, or, without `data`, from the Hugging Face Hub (package
+    `datasets`), with the same checks. The `train` split of winogrande_s is `train_s`.
 
     Raises:
         DataError: unknown data set, missing split (with the path), or a row that is wrong (with place, id and field).
@@ -232,9 +219,9 @@ def load_rows(name: str, split: str, data: str | Path | None = None) -> list[Any
     return rows_of(dataset(name, data), split, data)
 
 
-def rows_of(spec: DatasetSpec, split: str, data: str | Path | None = None) -> list[AnyDataRow]:
-    """As `load_rows`, for a data set that has been looked up."""
-    rows: list[AnyDataRow] = []
+def rows_of(spec: DatasetSpec, split: str, data: str | Path | None = None) -> list[Any]:
+    """Like `load_rows`, for a data set whose description is known."""
+    rows: list[Any] = []
     for part in split.split("+"):
         if data is not None:
             rows += read_rows(_split_file(spec, part, Path(data)))

@@ -54,7 +54,7 @@ class EncoderMultipleChoice(TokenizedTask[Prediction], ClassTask):
     probability: `examples` warns of such rows.
     """
 
-    kind = "choice"
+    row = Row
     families = ("encoder",)
     auto_model = AutoModelForMultipleChoice
 

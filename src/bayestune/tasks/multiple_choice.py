@@ -82,7 +82,7 @@ class CausalMultipleChoice(TokenizedTask[Prediction], ClassTask):
     them all.
     """
 
-    kind = "choice"
+    row = Row
     families = ("causal",)
     auto_model = AutoModelForCausalLM
     encoding: ClassVar[Mapping[str, Any]] = {"return_special_tokens_mask": True}

@@ -1,10 +1,14 @@
-"""The rows of tasks: `AnyRow`, and the two kinds that files hold."""
+"""The rows of tasks: `AnyRow`, and the two kinds that data sets hold. Each row class reads its own JSON fields."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from bayestune.errors import DataError
+
+if TYPE_CHECKING:
+    from bayestune.tasks.datasets import DatasetSpec
 
 MAX_CHOICES = 26
 """One for each of the letters A to Z."""
@@ -22,17 +26,90 @@ def fault(where: str, row_id: object, name: str, found: str, expected: str) -> D
     return DataError(f"{place}: field '{name}': found {found}, expected {expected}; fix or remove the row")
 
 
+@dataclass(frozen=True)
+class Fields:
+    """The fields of one JSON object, read by type; what a value means is checked by the row that is made of them.
+
+    Attributes:
+        values: the object.
+        where: `file:line`.
+        labeled: whether the label must be there.
+    """
+
+    values: Mapping[str, Any]
+    where: str
+    labeled: bool = True
+
+    def text(self, name: str) -> str:
+        """Return a text."""
+        value = self.values.get(name)
+        if not isinstance(value, str):
+            raise self.fault(name, "a text")
+        return value
+
+    def optional_text(self, name: str) -> str | None:
+        """Return a text, or None if the field is absent or null."""
+        return None if self.values.get(name) is None else self.text(name)
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """Return a list of texts."""
+        value = self.values.get(name)
+        if not isinstance(value, list):
+            raise self.fault(name, "a list of texts")
+        for each in value:
+            if not isinstance(each, str):
+                raise fault(
+                    self.where, self.values.get("id"), name, f"{shown(each)} among the {name}", "a list of texts"
+                )
+        return tuple(value)
+
+    def label(self, name: str, *kinds: type, expected: str) -> Any:
+        """Return a label of one of `kinds`, which are types of JSON; None if it is absent and need not be there."""
+        value = self.values.get(name)
+        if type(value) in kinds or (
+            value is None and not self.labeled
+        ):  # a bool is an int to isinstance, and no label
+            return value
+        raise self.fault(name, expected)
+
+    def fault(self, name: str, expected: str) -> DataError:
+        """Return the error for a field that is not what is expected."""
+        found = shown(self.values[name]) if name in self.values else "nothing"
+        return fault(self.where, self.values.get("id"), name, found, expected)
+
+
 class AnyRow(ABC):
     """A row of any task.
 
     Attributes:
+        noun: what errors call such a row.
+        marks: fields, any of which shows that a JSON object is such a row; empty if files hold none.
         target_field: name of the field with the label.
         id: identifies the row in its data set. where: `file:line`, or empty for a row made in code.
     """
 
+    noun: ClassVar[str] = ""
+    marks: ClassVar[tuple[str, ...]] = ()
     target_field: ClassVar[str]
     id: str
     where: str
+
+    @classmethod
+    def from_fields(cls, fields: Fields) -> "AnyRow":
+        """Return the row that a JSON object holds.
+
+        Raises:
+            DataError: a field is missing, or its value is wrong.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def count_classes(cls, rows: Sequence[Any]) -> int:
+        """Return the number of classes, or of choices, that such rows need."""
+        return 0
+
+    def check_in(self, spec: "DatasetSpec") -> None:  # noqa: B027
+        """Raise a DataError if the row cannot belong to a data set of such rows."""
 
     @property
     @abstractmethod
@@ -70,6 +147,8 @@ class Row(AnyRow):
     here and there: these rows are accepted as they are.)
     """
 
+    noun: ClassVar[str] = "multiple-choice"
+    marks: ClassVar[tuple[str, ...]] = ("question", "choices")
     target_field: ClassVar[str] = "answer"
 
     id: str
@@ -97,6 +176,29 @@ class Row(AnyRow):
                 "choices", f"the answer {shown(self.choices[self.answer])} twice", "an answer unlike the other choices"
             )
 
+    @classmethod
+    def from_fields(cls, fields: Fields) -> "Row":
+        return cls(
+            choices=fields.texts("choices"),
+            id=fields.text("id"),
+            question=fields.text("question"),
+            answer=fields.label("answer", int, expected="a whole number, counted from 0"),
+            passage=fields.optional_text("passage"),
+            where=fields.where,
+        )
+
+    @classmethod
+    def count_classes(cls, rows: "Sequence[Row]") -> int:
+        return max(len(row.choices) for row in rows)
+
+    def check_in(self, spec: "DatasetSpec") -> None:
+        if len(self.choices) > spec.classes:
+            raise self.fault("choices", f"{len(self.choices)} choices", f"at most {spec.classes}, as {spec.name} has")
+        if spec.fixed_choices is not None and self.choices != spec.fixed_choices:
+            raise self.fault("choices", shown(list(self.choices)), shown(list(spec.fixed_choices)))
+        if spec.blank and self.question.count("_") != 1:
+            raise self.fault("question", f"{self.question.count('_')} blanks '_'", "exactly one")
+
     @property
     def target(self) -> int | None:
         """The class index, or None when the row is unlabeled."""
@@ -116,6 +218,8 @@ class TextRow(AnyRow):
     Raises DataError as `Row`.
     """
 
+    noun: ClassVar[str] = "sentence"
+    marks: ClassVar[tuple[str, ...]] = ("text",)
     target_field: ClassVar[str] = "label"
 
     id: str
@@ -134,6 +238,27 @@ class TextRow(AnyRow):
         elif self.label is not None and self.label < 0:
             raise self.fault("label", str(self.label), "0 or more")
 
+    @classmethod
+    def from_fields(cls, fields: Fields) -> "TextRow":
+        return cls(
+            id=fields.text("id"),
+            text=fields.text("text"),
+            text_pair=fields.optional_text("text_pair"),
+            label=fields.label("label", int, str, expected="a whole number, counted from 0, or a text"),
+            where=fields.where,
+        )
+
+    @classmethod
+    def count_classes(cls, rows: "Sequence[TextRow]") -> int:
+        return max((row.label + 1 for row in rows if isinstance(row.label, int)), default=0)
+
+    def check_in(self, spec: "DatasetSpec") -> None:
+        if self.label is None or self.label in (spec.labels or range(spec.classes)):
+            return
+        counted = f"0..{spec.classes - 1} ({spec.classes} classes)"
+        expected = counted if spec.labels is None else f"one of {shown(list(spec.labels))}"
+        raise self.fault("label", shown(self.label), expected)
+
     @property
     def target(self) -> int | str | None:
         """The class index or name, or None when the row is unlabeled."""
@@ -145,5 +270,5 @@ class TextRow(AnyRow):
         return [("text", self.text), *([] if self.text_pair is None else [("text_pair", self.text_pair)])]
 
 
-AnyDataRow = Row | TextRow
-"""A row that a file holds."""
+FORMATS: tuple[type[AnyRow], ...] = (Row, TextRow)
+"""The rows of data sets."""

@@ -13,7 +13,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from bayestune.errors import ConfigError, DataError, TaskError
 from bayestune.tasks.base import P, Task
-from bayestune.tasks.datasets import DatasetSpec, Kind, rows_of
+from bayestune.tasks.datasets import DatasetSpec, rows_of
 from bayestune.tasks.rows import AnyRow, shown
 
 _ROWS_AT_ONCE = 512  # per call of the tokenizer: enough to keep its threads busy, few enough to bound the memory
@@ -36,8 +36,8 @@ class TokenizedTask(Task[P]):
             other tokens.
     """
 
-    kind: ClassVar[Kind]
-    """The kind of data set that the task reads."""
+    row: ClassVar[type[AnyRow]]
+    """The class of rows that the task reads."""
     families: ClassVar[tuple[str, ...]]
     """The families of models that can answer it."""
     auto_model: ClassVar[type[_BaseAutoModelClass]]
