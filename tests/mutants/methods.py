@@ -145,3 +145,25 @@ def the_average_of_log_probabilities() -> None:
 @defect("inference/test_unusual_models.py", "N02")
 def logits_that_are_no_numbers_are_averaged() -> None:
     replace("bayestune.inference.predict._finite", lambda logits, ids: logits)
+
+
+@defect("experiment/test_chosen_scale.py", "cut_from_train")
+def rows_that_choose_the_scale_are_trained_on() -> None:
+    replace("bayestune.experiment.rows._cut", lambda rows, count, seed: (rows, rows[:count]))
+
+
+@defect("methods/test_scale.py", "minimum")
+def the_chosen_scale_is_not_applied() -> None:
+    replace("bayestune.methods.scale._set_scale", lambda layers, start, factor: None)
+
+
+@defect("methods/test_scale.py", "equal_factors")
+def the_smallest_of_equal_factors_is_chosen() -> None:
+    replace("bayestune.methods.scale.chosen", lambda nll: min(nll, key=nll.get))
+
+
+@defect("methods/test_default_width.py", "thirty_updates")
+def the_default_of_the_trainer_has_no_width() -> None:
+    from bayestune.training import KLSettings
+
+    replace("bayestune.training.posterior_std.default_kl", lambda layers, rows, args: KLSettings(cycle=1000))

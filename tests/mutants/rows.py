@@ -104,13 +104,28 @@ def the_last_of_two_fields_of_one_name_is_taken() -> None:
 @defect("tasks/test_data.py", "D02")
 def a_bool_is_a_label() -> None:
     def make(right: Any) -> Any:
-        def wrong(fields: Any, name: str, *more: Any) -> Any:
-            value = fields.get(name)
-            return right({**fields, name: int(value)} if isinstance(value, bool) else fields, name, *more)
+        def wrong(self: Any, name: str, *kinds: type, expected: str) -> Any:
+            return right(self, name, bool, *kinds, expected=expected)
 
         return wrong
 
-    wrap(f"{DATA}._label", make)
+    wrap(f"{ROWS}.Fields.label", make)
+
+
+@defect("tasks/test_new_task.py", "refused")
+def every_file_may_hold_rows_of_every_task() -> None:
+    def make(right: Any) -> Any:
+        def wrong(values: Any, *, formats: Any, **more: Any) -> Any:
+            return right(values, formats=formats[-1:], **more)
+
+        return wrong
+
+    wrap(f"{DATA}.parse_row", make)
+
+
+@defect("tasks/test_multiple_choice.py", "counts_padding")
+def padding_may_count_as_positions() -> None:
+    replace(f"{CHOICES}.CausalMultipleChoice._check_padding", lambda self, model, short, long: None)
 
 
 @defect("tasks/test_data.py", "D03 or label or answer")

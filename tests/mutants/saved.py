@@ -147,3 +147,22 @@ def random_states_are_not_restored() -> None:
 def a_resumed_run_with_other_settings() -> None:
     name = "bayestune.training.checkpoint.SafeTrainer.resume_settings"
     replace(name, lambda self: {})
+
+
+@defect("storage/test_storage.py", "holder_of_its_lock")
+def a_folder_is_looked_at_before_its_lock_is_held() -> None:
+    from contextlib import contextmanager
+    from pathlib import Path
+
+    from bayestune.files import folders
+
+    def make(right: Any) -> Any:
+        @contextmanager
+        def wrong(path: Any, *, overwrite: bool) -> Any:
+            folders._check_target(Path(path).absolute(), overwrite)
+            with right(path, overwrite=overwrite) as work:
+                yield work
+
+        return wrong
+
+    wrap("bayestune.files.folders.new_folder", make)
