@@ -3,7 +3,7 @@
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -57,7 +57,7 @@ def predict(
     _check_files(input, output, whole=on_bad_row == "stop")
     if overwrite and resume:
         raise FlagError("predict: found --overwrite with --resume, expected one of the two.")
-    done, length = _answered(output) if resume and output.exists() else (set(), None)
+    done, length = _answered(output) if resume and output.exists() else ({}, None)
 
     from bayestune.files import appending, check_writable, replacing
 
@@ -66,6 +66,7 @@ def predict(
     if on_bad_row == "stop":
         _check(input, loaded.task)
     count, keeps = draw_count(loaded, draws, predictive), not (overwrite and output.exists())
+    _check_same(loaded, input, done, output, draws=count, seed=seed)
     written, skipped, first = 0, 0, ""
     if length is not None:
         os.truncate(output, length)  # an unfinished last line, now that all else has been checked
@@ -95,7 +96,23 @@ def _check_files(input: Path, output: Path, *, whole: bool) -> None:
         raise FlagError(f"{input}: found no such file, expected the rows to answer; check the path")
 
 
-def _records(loaded: "Run", rows: list["AnyRow"], done: set[str], *, draws: int, seed: int) -> list[dict[str, Any]]:
+def _check_same(loaded: "Run", input: Path, done: Mapping[str, Any], output: Path, *, draws: int, seed: int) -> None:
+    """Raise an error unless the first answered row gets its answer again, up to the last bits of another batch."""
+    rows = (row for batch, _ in _batches(input, loaded.task) for row in batch)
+    row = next((row for row in rows if row.id in done), None) if done else None
+    if row is None:
+        return
+    probs = loaded.predict([row], draws=draws, seed=seed).records([row])[0]["probs"]
+    if len(probs) != len(done[row.id]) or max(abs(a - b) for a, b in zip(probs, done[row.id], strict=True)) > 1e-3:
+        raise FlagError(
+            f"--output {output}: found other probabilities for row {row.id!r} than this run gives with {draws} draws "
+            f"of seed {seed}, expected the answers of the same command: pass its options, or another --output."
+        )
+
+
+def _records(
+    loaded: "Run", rows: list["AnyRow"], done: Mapping[str, Any], *, draws: int, seed: int
+) -> list[dict[str, Any]]:
     """Return the answers of the rows that are not in `done`; all rows are predicted together, for the same bits."""
     if all(row.id in done for row in rows):
         return []
@@ -136,12 +153,13 @@ def _batches(path: Path, task: "TokenizedTask") -> Iterator[tuple[list["AnyRow"]
         yield rows, bad
 
 
-def _answered(output: Path) -> tuple[set[str], int]:
-    """Return the ids that have an answer in `output`, and the bytes of its whole lines; only the last may be cut."""
-    ids, whole = set(), 0
+def _answered(output: Path) -> tuple[dict[str, list[float]], int]:
+    """Return the probabilities in `output` by id, and the bytes of its whole lines; only the last may be cut."""
+    found: dict[str, list[float]] = {}
+    whole = 0
     with output.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n") and ids:
+            if not line.endswith(b"\n") and found:
                 break
             try:
                 answer: Any = json.loads(line)
@@ -150,6 +168,6 @@ def _answered(output: Path) -> tuple[set[str], int]:
             if not isinstance(answer, dict) or not answer.keys() >= _FIELDS:
                 expected = "an answer of `bayestune predict`, to --resume from"
                 raise FlagError(f"--output {output}:{number}: found another line, expected {expected}.")
-            ids.add(answer["id"])
+            found[answer["id"]] = answer["probs"]
             whole += len(line)
-    return ids, whole
+    return found, whole

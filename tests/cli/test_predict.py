@@ -130,6 +130,11 @@ def test_a_stopped_command_keeps_its_answers_and_resumes_with_the_same_bits(
     assert invoke(asking(world, source, cut, "--resume")) == 0
     assert "4 rows, 6 answered before" in capsys.readouterr().out
     assert cut.read_bytes() == whole.read_bytes()
+    kept = b"".join(lines[:6])
+    cut.write_bytes(kept)
+    assert invoke(asking(world, source, cut, "--resume", "--seed", "9")) == 2
+    assert "found other probabilities for row 'q60' than this run gives" in capsys.readouterr().err
+    assert cut.read_bytes() == kept
     for text in ("mine", "mine\n", '{"id": "a", "question": "Q"}\n{"id": "b"', '{"id": "a", "question": "Q"}'):
         cut.write_text(text)
         assert invoke(asking(world, source, cut, "--resume")) == 2
