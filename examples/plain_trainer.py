@@ -19,10 +19,10 @@ from transformers import (
 )
 
 import bayestune as bt
-from bayestune.functional import uniform_kl_weight
-from bayestune.training import initial_std, kl_rate_for_std
+from bayestune.adapters import gaussian_layers
+from bayestune.training import default_kl
 
-STEPS, PRIOR, RHO = 30, 0.2, 0.05
+STEPS = 30
 TEXTS = ["The cup is red.", "The hat is green.", "The door is blue.", "The leaf is green."] * 4
 
 
@@ -30,18 +30,14 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     base = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-    config = bt.BlobConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], prior_std=PRIOR, rho_init=RHO)
-    model = get_peft_model(base, config)
+    model = get_peft_model(base, bt.BlobConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
 
-    # The KL learning rate that takes the standard deviation to 0.06 in this many updates.
-    width = {"updates": STEPS, "cycle": STEPS, "schedule": uniform_kl_weight, "warmup": 0.06}
-    rate = kl_rate_for_std(0.06, start=initial_std(RHO), prior_std=PRIOR, **width)
-    kl = bt.KLSettings(cycle=STEPS, schedule=uniform_kl_weight, learning_rate=rate)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder, max_steps=STEPS, learning_rate=1e-3, warmup_steps=0.06, logging_steps=10, save_strategy="no",
             report_to="none", weight_decay=0.0,
         )  # fmt: skip
+        kl = default_kl(gaussian_layers(model).values(), len(TEXTS), arguments)  # takes the std to 0.06
         Trainer(
             model,
             arguments,
