@@ -3,9 +3,9 @@
     pip install trl
     python examples/sft_trainer.py MODEL
 
-MODEL is a folder or a Hugging Face id of a causal model with layers q_proj and v_proj. TRL's loss is a mean over tokens.
-The weights of this KL count it once per cycle, whatever the loss is a mean over; `elbo_kl_weight` would need the number
-of trained tokens.
+MODEL is a folder or a Hugging Face id of a causal model with layers q_proj and v_proj. TRL's loss is a mean over
+tokens. The weights of this KL count it once per cycle, whatever the loss is a mean over; `elbo_kl_weight` would need
+the number of trained tokens.
 """
 
 import sys

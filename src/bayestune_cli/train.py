@@ -1,10 +1,8 @@
-"""`bayestune train`. Its options are those of `options.json`, which is made from the declarations of settings."""
+"""`bayestune train`."""
 
-import inspect
-import json
+import os
 import sys
-from collections.abc import Callable, Mapping
-from functools import cache
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,66 +10,32 @@ import typer
 
 from bayestune_cli.config import read_run_file
 from bayestune_cli.errors import FlagError
+from bayestune_cli.options import check_of_method, check_values, options, with_settings
 
 if TYPE_CHECKING:
     from bayestune.experiment import Result
 
-_TYPES = {"bool": bool, "int": int, "float": float, "str": str, "names": str}
 _EITHER = ("kl_learning_rate", "posterior_std")
 """Alternative settings: a flag for one replaces either in a config file."""
 _OF_RECIPE = ("estimator", "kl_schedule", "posterior_scale", *_EITHER)
 """Settings that a recipe fills: --recipe replaces them in a config file, such as the record of a run."""
 
 
-@cache
-def _options() -> tuple[dict[str, Any], ...]:
-    """The settings of a run and of its method, as `bayestune.experiment.declared` writes them."""
-    return tuple(json.loads((Path(__file__).parent / "options.json").read_text(encoding="utf-8")))
-
-
-def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Return `command` with an option for each setting in place of its ``**given``."""
-    own = [
-        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        for parameter in inspect.signature(command).parameters.values()
-        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-    ]
-    made = [
-        inspect.Parameter(
-            option["name"],
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=Annotated[_TYPES[option["type"]] | None, typer.Option(help=option["help"])],
-        )
-        for option in _options()
-    ]
-    ordered = [*own[:2], *made, *own[2:]]
-    command.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in ordered}
-    return command
-
-
-def _check_flags(given: Mapping[str, Any], method: str) -> None:
-    """Raise an error for an unknown value, and for a flag of other methods, which a config file may hold."""
-    for option in _options():
-        name, methods, choices = option["name"], option["methods"], option["choices"]
-        if choices and name in given and given[name] not in choices:
-            raise FlagError(f"{name}: found {given[name]!r}, expected one of {', '.join(choices)}.")
-        if methods is not None and name in given and method not in methods:
-            flag = "--" + name.replace("_", "-")
-            raise FlagError(f"{flag}: found it with method {method!r}, expected method {' or '.join(methods)}.")
-
-
-def _check_folders(data: str | None, output: Path, *, keeps: bool) -> None:
-    """Raise an error for a missing data folder, and for an output folder that holds something but no begun run."""
-    if data is not None and not Path(data).is_dir():
+def _check_folders(data: Any, output: Path, *, new: bool) -> None:
+    """Raise an error if there is no folder `data`, or `output` cannot be one, or a `new` run finds files in it."""
+    if isinstance(data, str) and not Path(data).is_dir():
         raise FlagError(f"--data {data}: no such folder, expected the one with the data sets.")
-    found = {path.name for path in output.iterdir()} if output.is_dir() and keeps else set()
-    if found and ("result.json" in found or "experiment.json" not in found):
-        raise FlagError(f"output {output}: the folder is not empty; choose another, or pass --overwrite.")
+    if output.is_file():
+        raise FlagError(f"output {output}: found a file, expected a folder or nothing.")
+    names = {path.name for path in output.iterdir()} if output.is_dir() else set[str]()
+    # A launched process beside the main one may find the folder that the main one has just made.
+    if new and os.environ.get("RANK", "0") == "0" and not all(name.startswith(".") for name in names):
+        begun = "experiment.json" in names and "result.json" not in names
+        hint = " A run was begun there: --resume goes on with it." if begun else ""
+        raise FlagError(f"output {output}: the folder is not empty; choose another, or pass --overwrite.{hint}")
 
 
-@_with_settings
+@with_settings
 def train(
     output: Annotated[Path, typer.Option(help="Folder of the run: posterior/, experiment.json, result.json.")],
     config: Annotated[
@@ -87,7 +51,7 @@ def train(
 ) -> None:
     """Train a posterior (or plain LoRA), evaluate it, and leave both in a run folder."""
     given = {name: value for name, value in given.items() if value is not None}
-    for option in _options():
+    for option in options():
         if option["type"] == "names" and option["name"] in given:
             given[option["name"]] = [name.strip() for name in given[option["name"]].split(",")]
     if resume and config is None and not {"model", "task"} & given.keys():
@@ -96,14 +60,16 @@ def train(
     replaced = _OF_RECIPE if "recipe" in given else _EITHER if set(_EITHER) & given.keys() else ()
     settings = {name: value for name, value in settings.items() if name not in replaced}
     settings.update(given)
-    default = next(option["default"] for option in _options() if option["name"] == "method")
-    _check_flags(given, settings.get("method", default))
-    _check_folders(settings.get("data"), output, keeps=not (resume or overwrite))
+    where = "train" if config is None else f"--config {config}"
+    check_values(settings, where)
+    default = next(option["default"] for option in options() if option["name"] == "method")
+    check_of_method(given, settings.get("method", default))
+    _check_folders(settings.get("data"), output, new=not (resume or overwrite))
 
     from bayestune.experiment import Experiment, run
     from bayestune.experiment.processes import is_main
 
-    experiment = Experiment.from_dict(settings, where="train" if config is None else f"--config {config}")
+    experiment = Experiment.from_dict(settings, where=where)
     command = ["bayestune", *sys.argv[1:]]
     result = run(experiment, output, overwrite=overwrite, resume=resume, command=command, record=record, progress=True)
     if is_main():

@@ -1,6 +1,8 @@
 """Files for --config: plain, small data, or an error."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +87,36 @@ def test_a_recipe_replaces_what_it_fills_in_the_record_of_a_run(
     same, paper = (experiment.resolved("causal").as_dict() for experiment in made)
     assert [same[name] for name in names] == [default[name] for name in names]
     assert [paper[name] for name in names] == [None, "paper", 0.01, "flipout_token", 1.0]
+
+
+def test_wrong_settings_and_folders_are_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "experiment.json").touch()
+    (tmp_path / "file").touch()
+    (tmp_path / "rank.yaml").write_text(REQUIRED + "rank: 65537")
+    complete = ["--model", "m", "--task", "t", "--output", str(tmp_path / "new")]
+    cases = {
+        ("--task", "t", "--output", "new"): "train: found no setting 'model', expected one.",
+        (*complete, "--method", "blub"): "train: method: found 'blub', expected one of mle, map, ",
+        (*complete, "--rank", "0"): "train: rank: found 0, expected a whole number, at least 1.",
+        (*complete, "--prior-std", "nan"): "train: prior_std: found nan, expected a number above 0.",
+        (*complete, "--precision", "fp8"): "train: precision: found 'fp8', expected one of float32, bf16.",
+        (*complete, "--method", "mle", "--members", "3"): "--members: found it with method 'mle'",
+        (*complete, "--data", "nowhere"): "--data nowhere: no such folder, expected the one with the data sets",
+        (*complete, "--config", "none.yaml"): "--config none.yaml: cannot be read",
+        ("--config", str(tmp_path / "rank.yaml"), "--output", "new"): "rank: found 65537, expected at most 65536.",
+        (*complete, "--output", str(tmp_path / "file")): "file: found a file, expected a folder or nothing.",
+        (*complete, "--output", str(tmp_path / "begun")): "the folder is not empty; choose another, or pass "
+        "--overwrite. A run was begun there: --resume goes on with it.",
+        ("--resume", "--output", str(tmp_path / "new")): "experiment.json: cannot be read",
+    }
+    code = "import json, sys; from bayestune_cli.app import invoke\n"
+    code += "codes = [invoke(['train', *given]) for given in json.loads(sys.argv[1])]\n"
+    code += "print(json.dumps([codes, [m for m in ('torch', 'transformers', 'bayestune') if m in sys.modules]]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(list(cases))], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert json.loads(done.stdout) == [[2] * len(cases), []]
+    for line, words in zip(done.stderr.splitlines(), cases.values(), strict=True):
+        assert line.startswith("error: ") and words in line
+    assert not (tmp_path / "new").exists()

