@@ -199,10 +199,7 @@ def page() -> str:
             }
     planned = len(TASKS) * len(COMPARED) * len(SEEDS)
     done = sum(made["variant"] in COMPARED for made in records)
-    parts = [
-        INTRODUCTION,
-        f"Of {planned} planned records there are {done}; the same command makes the others. Seeds that are not complete are left out.\n",
-    ]
+    parts = [INTRODUCTION, f"Of {planned} planned records there are {done}; incomplete seeds are left out.\n"]
     parts += ["## NLL\n", *_table(whole, "nll"), "\n## Accuracy\n", *_table(whole, "accuracy")]
     parts += ["\n## ECE\n", *_table(whole, "ece"), "\n## The default against the others\n", *_against(whole)]
     parts += ["\n## Chosen scales\n", *_scales(records)]
