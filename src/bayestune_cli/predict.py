@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from bayestune.tasks import AnyRow, TokenizedTask
 
 _ROWS_AT_ONCE = 1000
+_COMPARED = 16
+"""Rows that --resume answers again, to see that the run, the draws and the seed are the same."""
 _FIELDS = {"id", "probs", "answer"}
 """Fields of every answer, by which a file of answers is known from other files."""
 
@@ -97,13 +99,14 @@ def _check_files(input: Path, output: Path, *, whole: bool) -> None:
 
 
 def _check_same(loaded: "Run", input: Path, done: Mapping[str, Any], output: Path, *, draws: int, seed: int) -> None:
-    """Raise an error unless the first answered row gets its answer again, up to the last bits of another batch."""
-    rows = (row for batch, _ in _batches(input, loaded.task) for row in batch)
-    row = next((row for row in rows if row.id in done), None) if done else None
-    if row is None:
-        return
-    probs = loaded.predict([row], draws=draws, seed=seed).records([row])[0]["probs"]
-    if len(probs) != len(done[row.id]) or max(abs(a - b) for a, b in zip(probs, done[row.id], strict=True)) > 1e-3:
+    """Raise an error unless some answered rows get their answers again, up to the last bits of another batch."""
+    batches = ([row for row in batch if row.id in done] for batch, _ in _batches(input, loaded.task))
+    rows = next((batch for batch in batches if batch), [])[:_COMPARED] if done else []
+    answers = loaded.predict(rows, draws=draws, seed=seed).records(rows) if rows else []
+    for row, answer in zip(rows, answers, strict=True):
+        probs, before = answer["probs"], done[row.id]
+        if len(probs) == len(before) and max(abs(a - b) for a, b in zip(probs, before, strict=True)) <= 1e-3:
+            continue
         raise FlagError(
             f"--output {output}: found other probabilities for row {row.id!r} than this run gives with {draws} draws "
             f"of seed {seed}, expected the answers of the same command: pass its options, or another --output."
@@ -165,7 +168,8 @@ def _answered(output: Path) -> tuple[dict[str, list[float]], int]:
                 answer: Any = json.loads(line)
             except ValueError:
                 answer = None
-            if not isinstance(answer, dict) or not answer.keys() >= _FIELDS:
+            known = isinstance(answer, dict) and answer.keys() >= _FIELDS
+            if not known or not isinstance(answer["id"], str) or not isinstance(answer["probs"], list):
                 expected = "an answer of `bayestune predict`, to --resume from"
                 raise FlagError(f"--output {output}:{number}: found another line, expected {expected}.")
             found[answer["id"]] = answer["probs"]

@@ -91,9 +91,11 @@ def _show(result: "Result") -> None:
 
 def _scale(fitted: Mapping[str, Any]) -> str:
     """How the std came of that of training, if it was scaled on held-out rows."""
+    if "trained_std" in fitted and "posterior_scale" not in fitted:
+        return "; not scaled on held-out rows, as there are fewer than 100 training rows"
     if "nll_by_scale" not in fitted:
         return ""
     return (
-        f": {fitted['posterior_scale']:.3g} x that of training, {fitted['trained_std']:.4g}, chosen on "
-        f"{fitted['rows']} held-out rows"
+        f": {fitted['posterior_scale']:.3g} times the {fitted['trained_std']:.4g} of training, chosen on "
+        f"{fitted['rows']} rows that were not trained on"
     )

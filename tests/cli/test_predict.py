@@ -130,7 +130,13 @@ def test_a_stopped_command_keeps_its_answers_and_resumes_with_the_same_bits(
     assert invoke(asking(world, source, cut, "--resume", "--seed", "9")) == 2
     assert "found other probabilities for row 'q60' than this run gives" in capsys.readouterr().err
     assert cut.read_bytes() == kept
-    for text in ("mine", "mine\n", '{"id": "a", "question": "Q"}\n{"id": "b"', '{"id": "a", "question": "Q"}'):
+    for text in (
+        '{"id": "a", "probs": null, "answer": 0}\n',
+        "mine",
+        "mine\n",
+        '{"id": "a", "question": "Q"}\n{"id": "b"',
+        '{"id": "a", "question": "Q"}',
+    ):
         cut.write_text(text)
         assert invoke(asking(world, source, cut, "--resume")) == 2
         assert "cut:1: found another line" in capsys.readouterr().err and cut.read_text() == text

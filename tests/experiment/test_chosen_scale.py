@@ -1,5 +1,6 @@
 """The scale of the posterior that a run chooses: its rows, its record, and how it is switched off."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,9 +10,11 @@ import pytest
 import torch
 
 from bayestune.adapters import gaussian_layers
-from bayestune.errors import ConfigError
+from bayestune.errors import BayestuneWarning, ConfigError
 from bayestune.experiment import Experiment, Result, load_run, run
+from bayestune.experiment.backbone import find_backbone
 from bayestune.experiment.rows import RunRows
+from bayestune.experiment.trained import resolve
 from bayestune.functional import std
 from bayestune.methods import Blob, fit_scale
 from bayestune_cli.app import invoke
@@ -100,7 +103,17 @@ def test_a_split_of_its_own_leaves_train_whole(
     assert invoke(["train", *flags]) == 0
     written = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (written["rows"]["train"], written["fitted"]["rows"]) == (120, 30)
-    assert "x that of training" in (said := capsys.readouterr().out) and "chosen on 30 held-out rows" in said
+    assert "of training, chosen on 30 rows that were not trained on" in capsys.readouterr().out
+
+
+def test_rows_that_choose_are_none_of_those_trained_on_or_scored(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="fit_split: found 'train', which the run is trained on"):
+        run(given(world, fit_split="train"), tmp_path / "run")
+    experiment, task = resolve(given(world, eval_split="test"), find_backbone(str(world / "bert")))
+    rows = RunRows.of(experiment.replace(eval_split="dev"), task)
+    repeating = dataclasses.replace(rows, evaluation=rows.more["fit_split"])
+    with pytest.warns(BayestuneWarning, match="24 of the 24 rows of split test"):
+        assert repeating.repeated(experiment)["train"]["rows"] == 24
 
 
 def test_few_rows_are_all_trained_on() -> None:

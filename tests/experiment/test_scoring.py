@@ -192,5 +192,7 @@ def test_another_data_set_is_scored_by_the_names_of_the_run(world: Path, tmp_pat
     rows = [{"id": str(i), "text": "It is so.", "label": i} for i in range(2)]
     write_rows(tmp_path / "counted" / "train.jsonl", rows)
     run(given(world, task="counted", data=str(tmp_path), eval=False), tmp_path / "counted-run")
-    with pytest.raises(ConfigError, match="data set films: found kind 'text' with 2 named classes, expected 'text'"):
+    with pytest.raises(
+        ConfigError, match="data set films: found sentence rows with 2 named classes, expected sentence"
+    ):
         other_task(load_run(tmp_path / "counted-run"), "films")

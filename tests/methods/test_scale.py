@@ -33,7 +33,8 @@ def rho(posterior: Variational) -> list[torch.Tensor]:
 
 def test_a_mean_that_is_always_right_needs_no_spread() -> None:
     sure = Variational(blob().eval())
-    assert fit_scale(sure, Letters(), answered(sure, right=True)).scale == 0
+    with pytest.warns(BayestuneWarning, match="every draw is the mean now, without epistemic uncertainty"):
+        assert fit_scale(sure, Letters(), answered(sure, right=True)).scale == 0
 
 
 def test_a_mean_that_is_always_wrong_needs_a_spread_beyond_the_factors() -> None:

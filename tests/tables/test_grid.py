@@ -311,6 +311,15 @@ def test_rows_are_answered_once_and_the_cells_are_those_of_the_loaded_run(
     assert one == other
 
 
+def test_all_methods_of_a_table_train_on_the_same_rows(grid: Grid) -> None:
+    """Unless rows of another split choose the scale, there is none."""
+    blob = make_like(grid, methods=("blob",), seeds=(1,))
+    assert [dict(planned.experiment.method)["posterior_scale"] for planned in plan(blob).runs] == [1.0]
+    for changes, scale in (({"fit_split": "dev"}, None), ({"posterior_scale": 2.0}, 2.0)):
+        [planned] = plan(with_settings(blob, **changes)).runs
+        assert dict(planned.experiment.method)["posterior_scale"] == scale
+
+
 def test_a_line_with_settings_is_a_run_of_its_own(grid: Grid) -> None:
     """Beside "blob" with the settings of the table, scored apart, and found again."""
     settings = {**grid.settings, "rho_init": 0.1, "kl_learning_rate": 0.003}

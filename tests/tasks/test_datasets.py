@@ -121,6 +121,10 @@ def test_a_folder_of_the_users_without_rows_or_classes_is_refused(tmp_path: Path
     write(tmp_path / "one", "train", {"text": "Good.", "label": 0})
     with pytest.raises(DataError, match="one: found 1 classes in its labels, expected at least 2"):
         dataset("one", tmp_path)
+    write(tmp_path / "both", "dev", FOUR)
+    write(tmp_path / "both", "train", {"text": "Good.", "label": 0})
+    with pytest.raises(DataError, match=r"train.jsonl:1 .* found a sentence row after the multiple-choice row of"):
+        dataset("both", tmp_path)
 
 
 GOOD, BAD = ({"text": f"It is {label}.", "label": label} for label in ("good", "bad"))

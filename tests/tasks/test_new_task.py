@@ -12,7 +12,8 @@ from torch import Tensor
 
 import bayestune as bt
 from bayestune.errors import DataError
-from bayestune.tasks import AnyPrediction, AnyRow, AnyScores, Task, read_rows
+from bayestune.tasks import AnyPrediction, AnyRow, AnyScores, DatasetSpec, Task, read_rows
+from bayestune.tasks.datasets import rows_of
 from bayestune.tasks.rows import Fields
 from models import BERT, blob
 from toys import write_rows
@@ -129,3 +130,13 @@ def test_its_rows_are_refused_as_all_rows_are(tmp_path: Path) -> None:
         read_rows(tmp_path / "numbers.jsonl", formats=(NumberRow,))
     with pytest.raises(DataError, match="found neither of 'question' and 'text'"):
         read_rows(tmp_path / "numbers.jsonl")
+
+
+def test_a_data_set_of_its_rows_is_read(tmp_path: Path) -> None:
+    write_rows(tmp_path / "numbers" / "train.jsonl", [{"id": "n0", "ids": [1], "value": 0.5}])
+    spec = DatasetSpec(name="numbers", folder="numbers", row=NumberRow, classes=0)
+    assert rows_of(spec, "train", tmp_path) == [NumberRow(id="n0", ids=(1,), value=0.5, where=mine(tmp_path))]
+
+
+def mine(data: Path) -> str:
+    return f"{data / 'numbers' / 'train.jsonl'}:1"

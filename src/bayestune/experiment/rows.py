@@ -58,8 +58,9 @@ class RunRows:
     def repeated(self, experiment: Experiment) -> dict[str, dict[str, int]]:
         """How many of the scored rows are also in each split that the run learns from; warns where any are."""
         assert experiment.eval_split is not None
+        cut = [] if FIT_SPLIT in own_splits(experiment) else self.more.get(FIT_SPLIT, [])
         used = {
-            experiment.train_split: self.train,
+            experiment.train_split: [*self.train, *cut],
             experiment.temperature_split: self.temperature,
             **{split: self.more[name] for name, split in own_splits(experiment).items()},
         }

@@ -116,4 +116,7 @@ def resolve(experiment: Experiment, backbone: Backbone) -> tuple[Experiment, Tok
                 f"{name}: found {min(shared)!r}, which the run is scored on; choose other rows, or another "
                 "--eval-split."
             )
+        trained = set(used.split("+")) & set(experiment.train_split.split("+"))
+        if trained and name != HELD_OUT:
+            raise ConfigError(f"{name}: found {min(trained)!r}, which the run is trained on; choose other rows.")
     return experiment.replace(target_modules=targets, eval_split=split, labels=task.labels), task

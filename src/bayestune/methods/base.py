@@ -91,7 +91,9 @@ class Method(Settings, ABC):
     splits: ClassVar[tuple[str, ...]] = ()  # its own settings that name splits of rows
     has_no_draws: ClassVar[bool] = False  # whether it always answers with one set of weights
     variants: ClassVar[Mapping[str, Line]] = MappingProxyType({})  # further lines of tables, by name
-    in_tables: ClassVar[Mapping[str, Any]] = MappingProxyType({})  # its settings there: all train on the same rows
+    in_tables: ClassVar[Mapping[str, Any]] = MappingProxyType(
+        {}
+    )  # where it would hold rows out: all train on the same
 
     def resolved(self, family: Family) -> "Method":
         """The same method with the paper's values for this family of models where a setting is None."""
@@ -132,7 +134,7 @@ class Method(Settings, ABC):
     @classmethod
     def lines(cls) -> dict[str, Line]:
         """Its lines in tables, by name."""
-        return {cls.name: Line(label=cls.label, settings=cls.in_tables), **cls.variants}
+        return {cls.name: Line(label=cls.label, settings={}), **cls.variants}
 
 
 class PointMethod(Method, ABC):

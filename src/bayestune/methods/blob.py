@@ -43,7 +43,7 @@ class Blob(Method):
         {
             "blob_wide": Line(  # docs/recipe.md
                 label="BLoB, std 0.06",
-                settings={"kl_learning_rate": None, "posterior_std": 0.06, "posterior_scale": 1.0},
+                settings={"kl_learning_rate": None, "posterior_std": 0.06},
                 by_default=False,
             )
         }
@@ -76,7 +76,8 @@ class Blob(Method):
     )
     posterior_scale: float | None = Field(
         None,
-        gt=0,
+        ge=0,
+        le=1000,
         description="Factor of the std after training, 1 for none; default: chosen on held-out rows.",
     )
     fit_split: str | None = Field(None, min_length=1, description=FIT_SPLIT_HELP)

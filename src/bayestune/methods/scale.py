@@ -27,7 +27,7 @@ FACTORS = tuple(2 ** (k / 2) for k in range(-4, 13))
 """1/4 to 64, in steps of the square root of 2."""
 ALWAYS = FACTORS[:7]
 """Those up to 2, which every search tries, besides 0."""
-TOLERANCE = 1e-4
+TOLERANCE = 1e-3
 """NLLs that differ by less, in nats, count as equal; of equal factors, the one nearest to 1 is taken."""
 
 
@@ -55,6 +55,8 @@ def fit_scale(
     progress: bool = False,
 ) -> ScaleSearch:
     """Multiply every standard deviation of a posterior, in place, by the factor with the smallest held-out NLL.
+
+    Of factors whose NLLs differ by less than 0.001 nats, the one nearest to 1 is taken.
 
     The factors are 0 and 2^(k/2) from 1/4 to 2, then further ones until the NLL was above its minimum twice in a row,
     each time by more than `TOLERANCE`.
@@ -89,6 +91,12 @@ def fit_scale(
         scale = chosen(found)
     finally:
         _set_scale(layers, start, scale)
+    if scale == 0:
+        message = (
+            f"fit_scale: the mean alone has the lowest NLL on {len(rows)} held-out rows, so every draw is the mean "
+            "now, without epistemic uncertainty: give more rows, or keep the std of training (posterior_scale 1)."
+        )
+        warnings.warn(message, BayestuneWarning, stacklevel=2)
     return ScaleSearch(scale=scale, nll=found)
 
 

@@ -12,6 +12,7 @@ from bayestune.errors import ConfigError, MissingSplitError
 from bayestune.experiment.backbone import Backbone, build_task, find_backbone
 from bayestune.experiment.rows import HELD_OUT
 from bayestune.experiment.settings import REPORTING, Experiment
+from bayestune.settings import LARGEST_WHOLE
 from bayestune.tables.cells import Cell, portable, read_cells
 from bayestune.tables.layouts import layout, lines
 from bayestune.tasks import TokenizedTask
@@ -164,6 +165,8 @@ def _planned(grid: Grid, backbone: Backbone, line: str, task: str, seed: int, sp
     if HELD_OUT in method.needs:
         settings[HELD_OUT] = "dev"
     experiment = _experiment(grid, **settings, **found.settings).resolved(backbone.family)
+    if experiment.method.held_out(LARGEST_WHOLE):
+        experiment = experiment.replace(method=experiment.method.replace(**method.in_tables))
     return Planned(line=line, experiment=experiment, output=grid.runs / task / f"{line}-seed{seed}", start=start)
 
 

@@ -68,11 +68,17 @@ def check_together(rows: Sequence[AnyRow]) -> None:
     for row in rows:
         if row.id in seen:
             raise row.fault("id", f"the id of {seen[row.id].where or 'an earlier row'} again", "ids that differ")
+        seen[row.id] = row
+    check_kinds(rows)
+    check_labels(rows)
+
+
+def check_kinds(rows: Sequence[AnyRow]) -> None:
+    """Refuse rows that are not all of one class, with the places of both."""
+    for row in rows:
         if type(row) is not type(rows[0]):
             found = f"a {row.noun} row after the {rows[0].noun} row of {rows[0].where}"
             raise row.fault(row.marks[-1], found, "rows of one kind")
-        seen[row.id] = row
-    check_labels(rows)
 
 
 def check_labels(rows: Sequence[AnyRow]) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 from bayestune.errors import DataError, MissingSplitError
 from bayestune.tasks import hub
-from bayestune.tasks.data import check_labels, check_together, parse_row, read_rows
-from bayestune.tasks.rows import AnyRow, Row, TextRow, shown
+from bayestune.tasks.data import check_kinds, check_labels, check_together, parse_row, read_rows
+from bayestune.tasks.rows import FORMATS, AnyRow, Row, TextRow, shown
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """The names that a data set or a split can have: they become part of a path."""
@@ -162,6 +162,7 @@ def _own(name: str, folder: Path, classes: int | None) -> DatasetSpec:
     rows = [row for _, found in splits for row in found]
     if not rows:
         raise DataError(f"{folder}: found no .jsonl or .jsonl.gz file, expected one a split, such as train.jsonl")
+    check_kinds(rows)
     check_labels(rows)
     if any(isinstance(row.target, str) for row in rows):
         train = [row for split, found in splits if split == "train" for row in found]
@@ -222,11 +223,12 @@ def load_rows(name: str, split: str, data: str | Path | None = None) -> list[Any
 def rows_of(spec: DatasetSpec, split: str, data: str | Path | None = None) -> list[Any]:
     """Like `load_rows`, for a data set whose description is known."""
     rows: list[Any] = []
+    formats = FORMATS if spec.row in FORMATS else (spec.row,)
     for part in split.split("+"):
         if data is not None:
-            rows += read_rows(_split_file(spec, part, Path(data)))
+            rows += read_rows(_split_file(spec, part, Path(data)), formats=formats)
         elif spec.source is not None:
-            rows += [parse_row(fields, where=place) for place, fields in hub.fetch(spec.source, part)]
+            rows += [parse_row(fields, where=place, formats=formats) for place, fields in hub.fetch(spec.source, part)]
     check_together(rows)
     for row in rows:
         spec.check(row)

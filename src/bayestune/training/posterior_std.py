@@ -73,7 +73,8 @@ def default_kl(layers: Collection[GaussianLinear], rows: int, args: TrainingArgu
     """
     accumulation, processes, updates = args.gradient_accumulation_steps, args.world_size, args.max_steps
     if updates <= 0:
-        batches = math.ceil(rows / (args.per_device_train_batch_size * processes))
+        batches = rows / (args.per_device_train_batch_size * processes)
+        batches = max(1, math.floor(batches)) if args.dataloader_drop_last else math.ceil(batches)
         updates = math.ceil(args.num_train_epochs * math.ceil(batches / accumulation))
     cycle = cycle_steps(rows, args.per_device_train_batch_size * accumulation, processes=processes)
     start, prior_std = posterior_summary(layers)["std"], next(iter(layers)).prior_std

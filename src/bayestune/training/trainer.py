@@ -45,7 +45,8 @@ class BayesTrainer(SafeTrainer):
         train_rows: training rows; default `task.rows("train")`.
         eval_rows: rows that `evaluate()` and the evaluations during training (`eval_strategy`) score. They take the
             place of `Trainer`'s `eval_dataset`.
-        kl: the KL term; default `default_kl`, which takes the std to 0.3 x the prior's.
+        kl: the KL term; default `default_kl`, which takes the std to 0.3 x the prior's under a
+            learning rate that falls linearly.
         prior_std: s_p of MAP training of plain LoRA: the loss is ``mean NLL + ||theta||^2 / (2 s_p^2 rows)`` over all
             trained weights, heads included. None for the MLE.
         train_draws: K, draws of the weights per row and update (uncorrelated but not independent with flipout).
