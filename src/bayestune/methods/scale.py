@@ -59,8 +59,8 @@ def fit_scale(
     Of factors whose NLLs differ by less than 0.001 nats, the one nearest to 1 is taken.
 
     The factors are 0 and 2^(k/2) from 1/4 to 2, then further ones until the NLL was above its minimum twice in a row,
-    each time by more than `TOLERANCE`.
-    All share the same noise, in antithetic pairs. It is not the noise of `predict` with the same seed.
+    each time by more than that. All share the same noise, in antithetic pairs. It is not the noise of `predict` with
+    the same seed.
 
     Args:
         model, task, rows: as in `predict`; labeled rows that the posterior was not trained on.
@@ -91,12 +91,6 @@ def fit_scale(
         scale = chosen(found)
     finally:
         _set_scale(layers, start, scale)
-    if scale == 0:
-        message = (
-            f"fit_scale: the mean alone has the lowest NLL on {len(rows)} held-out rows, so every draw is the mean "
-            "now, without epistemic uncertainty: give more rows, or keep the std of training (posterior_scale 1)."
-        )
-        warnings.warn(message, BayestuneWarning, stacklevel=2)
     return ScaleSearch(scale=scale, nll=found)
 
 
@@ -137,9 +131,13 @@ def _search(nll: Callable[[float], float], progress: bool) -> dict[float, float]
             except PosteriorError:  # so wide that the logits are no longer finite
                 break
             above = above + 1 if found[factor] > min(found.values()) + TOLERANCE else 0
-    if chosen(found) == FACTORS[-1]:
+    scale = chosen(found)
+    message = f"fit_scale: the NLL still falls at the largest factor, {FACTORS[-1]:g}: train with a wider posterior."
+    if scale == 0:
         message = (
-            f"fit_scale: the NLL still falls at the largest factor, {FACTORS[-1]:g}: train with a wider posterior."
+            "fit_scale: the mean alone has the lowest NLL on the held-out rows, so every draw is the mean now, "
+            "without epistemic uncertainty: give more rows, or keep the std of training (posterior_scale 1)."
         )
+    if scale in (0, FACTORS[-1]):
         warnings.warn(message, BayestuneWarning, stacklevel=3)
     return found
