@@ -34,6 +34,7 @@ from bayestune.files import read_json, write_json, write_text
 from bayestune.functional import derive_seed
 from bayestune.methods import Point, Posterior, Variational, fit_temperature
 from bayestune.methods.scale import fit_scale
+from bayestune.tables.cells import portable
 from bayestune.tasks import AnyRow, TokenizedTask
 from bayestune.training.kl import posterior_summary
 
@@ -169,7 +170,7 @@ def record(cell: Cell) -> dict[str, Any]:
         **measured(cell),
         "rows": {"train": len(cell.train), "held_out": len(cell.held_out), "scored": len(cell.scored)},
         "seconds": round(time.monotonic() - started, 1),
-        "command": ["python", "benchmarks/widths.py", *sys.argv[1:]],
+        "command": ["python", "benchmarks/widths.py", *map(portable, sys.argv[1:])],
         "experiment": cell.experiment.as_dict(),
         "sha256": {name: rows_sha256(getattr(cell, name)) for name in ("train", "held_out", "scored")},
         "versions": versions(),
