@@ -24,6 +24,7 @@ NOISE = 0.5  # standard deviation of a label around its mean
 
 @dataclass(frozen=True, kw_only=True)
 class NumberRow(AnyRow):
+    noun: ClassVar[str] = "number"
     marks: ClassVar[tuple[str, ...]] = ("value",)
     target_field: ClassVar[str] = "value"
     id: str

@@ -4,7 +4,7 @@ A method is one class in one file of this folder, or in a script of yours. Comma
 files, lines of tables and the page of methods in the docs are made from its declaration.
 """
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -159,9 +159,9 @@ class PostHocMethod(Method, ABC):
             hint = f"The adapter trained for it is in {kept}: fit again with --adapter."
             raise type(error)(f"{error} {hint}") from error
 
+    @abstractmethod
     def fit_to(self, model: PeftModel, run: Fitting) -> Posterior:
         """The posterior around the finished adapter of `model`."""
-        raise NotImplementedError
 
 
 def plain_adapter(model: nn.Module, *, by: str) -> tuple[PeftModel, str]:

@@ -83,33 +83,36 @@ class AnyRow(ABC):
 
     Attributes:
         noun: what errors call such a row.
-        marks: fields, any of which shows that a JSON object is such a row; empty if files hold none.
+        marks: fields, any of which shows that a JSON object is such a row.
         target_field: name of the field with the label.
         id: identifies the row in its data set. where: `file:line`, or empty for a row made in code.
     """
 
-    noun: ClassVar[str] = ""
-    marks: ClassVar[tuple[str, ...]] = ()
+    noun: ClassVar[str]
+    marks: ClassVar[tuple[str, ...]]
     target_field: ClassVar[str]
     id: str
     where: str
 
     @classmethod
+    @abstractmethod
     def from_fields(cls, fields: Fields) -> "AnyRow":
         """Return the row that a JSON object holds.
 
         Raises:
             DataError: a field is missing, or its value is wrong.
         """
-        raise NotImplementedError
 
     @classmethod
     def count_classes(cls, rows: Sequence[Any]) -> int:
         """Return the number of classes, or of choices, that such rows need."""
         return 0
 
-    def check_in(self, spec: "DatasetSpec") -> None:  # noqa: B027
-        """Raise a DataError if the row cannot belong to a data set of such rows."""
+    def check_in(self, spec: "DatasetSpec") -> None:
+        """Raise a DataError if the row cannot belong to a data set."""
+        if type(self) is not spec.row:
+            found, expected = self.marks[0], spec.row.marks[0]
+            raise self.fault(found, f"a row with '{found}'", f"rows with '{expected}', as {spec.name} has")
 
     @property
     @abstractmethod
@@ -192,6 +195,7 @@ class Row(AnyRow):
         return max(len(row.choices) for row in rows)
 
     def check_in(self, spec: "DatasetSpec") -> None:
+        super().check_in(spec)
         if len(self.choices) > spec.classes:
             raise self.fault("choices", f"{len(self.choices)} choices", f"at most {spec.classes}, as {spec.name} has")
         if spec.fixed_choices is not None and self.choices != spec.fixed_choices:
@@ -253,6 +257,7 @@ class TextRow(AnyRow):
         return max((row.label + 1 for row in rows if isinstance(row.label, int)), default=0)
 
     def check_in(self, spec: "DatasetSpec") -> None:
+        super().check_in(spec)
         if self.label is None or self.label in (spec.labels or range(spec.classes)):
             return
         counted = f"0..{spec.classes - 1} ({spec.classes} classes)"
