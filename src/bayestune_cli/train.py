@@ -95,7 +95,10 @@ def _scale(fitted: Mapping[str, Any]) -> str:
         return "; not scaled on held-out rows, as there are fewer than 100 training rows"
     if "nll_by_scale" not in fitted:
         return ""
+    scale, nll = fitted["posterior_scale"], fitted["nll_by_scale"]
+    same = scale and abs(nll["0"] - nll[f"{scale:.4g}"]) < 1e-3
+    effect = "; the mean alone has the same NLL there: draws hardly change the answers, as in plain LoRA"
     return (
-        f": {fitted['posterior_scale']:.3g} times the {fitted['trained_std']:.4g} of training, chosen on "
-        f"{fitted['rows']} rows that were not trained on"
+        f": {scale:.3g} times the {fitted['trained_std']:.4g} of training, chosen on {fitted['rows']} rows that were "
+        f"not trained on{effect if same else ''}"
     )

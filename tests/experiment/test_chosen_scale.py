@@ -18,6 +18,7 @@ from bayestune.experiment.trained import resolve
 from bayestune.functional import std
 from bayestune.methods import Blob, fit_scale
 from bayestune_cli.app import invoke
+from bayestune_cli.train import _scale
 from toys import pretrained_bert, questions, write_data, write_rows
 
 
@@ -103,7 +104,16 @@ def test_a_split_of_its_own_leaves_train_whole(
     assert invoke(["train", *flags]) == 0
     written = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (written["rows"]["train"], written["fitted"]["rows"]) == (120, 30)
-    assert "of training, chosen on 30 rows that were not trained on" in capsys.readouterr().out
+    nll, scale = written["fitted"]["nll_by_scale"], written["fitted"]["posterior_scale"]
+    said = capsys.readouterr().out
+    assert "of training, chosen on 30 rows that were not trained on" in said
+    assert ("draws hardly change the answers" in said) == (abs(nll["0"] - nll[f"{scale:.4g}"]) < 1e-3)
+
+
+@pytest.mark.parametrize(("mean", "says"), [(0.7002, True), (0.75, False)])
+def test_draws_that_hardly_change_the_answers_are_named(mean: float, says: bool) -> None:
+    fitted = {"posterior_scale": 2.0, "trained_std": 0.06, "rows": 30, "nll_by_scale": {"0": mean, "2": 0.7}}
+    assert ("draws hardly change the answers, as in plain LoRA" in _scale(fitted)) == says
 
 
 def test_rows_that_choose_are_none_of_those_trained_on_or_scored(world: Path, tmp_path: Path) -> None:
