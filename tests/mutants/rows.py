@@ -27,13 +27,13 @@ def the_label_is_off_by_one() -> None:
 
 @defect("tasks/test_multiple_choice.py", "D09")
 def the_label_loses_its_blank() -> None:
-    name = f"{CHOICES}.CausalMultipleChoice.answer_labels"
+    name = f"{CHOICES}.CausalMultipleChoice.answers"
     wrap(name, lambda right: lambda self, row: [label.strip() for label in right(self, row)])
 
 
 @defect("tasks/test_multiple_choice.py", "D09 or prompt")
 def a_prompt_without_its_last_word() -> None:
-    name = f"{CHOICES}.CausalMultipleChoice.prompt"
+    name = f"{CHOICES}.CausalMultipleChoice.prompt_text"
     wrap(name, lambda right: lambda self, row: right(self, row).removesuffix("Answer:"))
 
 
@@ -158,3 +158,50 @@ def a_last_batch_that_is_not_full_is_left_out() -> None:
         return wrong
 
     wrap("bayestune.training.batches.LengthGrouped.__iter__", make)
+
+
+TEXTS = "bayestune.tasks.text_choice"
+
+
+@defect("tasks/test_text_choice.py", "sums_of_separate")
+def a_branch_sees_the_branches_before_it() -> None:
+    def wrong(branch: Tensor) -> Tensor:
+        tokens = branch.shape[1]
+        return torch.ones(tokens, tokens, dtype=torch.bool).tril() & (branch >= 0).unsqueeze(1)
+
+    replace(f"{TEXTS}.tree_attention", wrong)
+
+
+@defect("tasks/test_text_choice.py", "sums_of_separate")
+def positions_go_on_from_branch_to_branch() -> None:
+    def make(right: Any) -> Any:
+        def wrong(self: Any, examples: Any) -> dict[str, Tensor]:
+            batch = right(self, examples)
+            return {**batch, "position_ids": ((batch["branch"] >= 0).cumsum(1) - 1).clamp(min=0)}
+
+        return wrong
+
+    wrap(f"{TEXTS}.CausalTextChoice._collate_packed", make)
+
+
+@defect("tasks/test_text_choice.py", "sums_of_separate")
+def the_first_token_of_a_branch_follows_the_branch_before() -> None:
+    def make(right: Any) -> Any:
+        def wrong(self: Any, examples: Any) -> dict[str, Tensor]:
+            batch = right(self, examples)
+            width = batch["before"].shape[1]
+            return {**batch, "before": (torch.arange(width) - 1 - width).expand_as(batch["before"])}
+
+        return wrong
+
+    wrap(f"{TEXTS}.CausalTextChoice._collate_packed", make)
+
+
+@defect("tasks/test_text_choice.py", "cannot_take_the_mask")
+def every_model_takes_the_mask() -> None:
+    replace(f"{TEXTS}.CausalTextChoice._packs", lambda self, model, example, longest: True)
+
+
+@defect("tasks/test_text_choice.py", "special_tokens_once")
+def special_tokens_before_a_chat() -> None:
+    replace("bayestune.tasks.prompts.Prompt.special_tokens", property(lambda self: True))

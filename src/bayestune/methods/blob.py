@@ -96,6 +96,10 @@ class Blob(Method):
             check_std(self.posterior_std, start=initial_std(self.rho_init), prior_std=self.prior_std)
         return self
 
+    @property
+    def as_published(self) -> bool:
+        return self.recipe == "paper"
+
     def resolved(self, family: Family) -> "Blob":
         paper = self.recipe == "paper"
         filled: dict[str, Any] = {

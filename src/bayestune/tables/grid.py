@@ -136,7 +136,7 @@ def _usable(grid: Grid, backbone: Backbone) -> tuple[dict[str, tuple[str, list[s
         """Check the rows of the training or the scored split of a data set, and return the split."""
         experiment = _experiment(grid, task=name).resolved(backbone.family)
         assert experiment.max_tokens is not None
-        task = build_task(backbone, name, experiment.data, experiment.max_tokens)
+        task = build_task(backbone, name, experiment.data, experiment.max_tokens, prompt=experiment.asked_prompt())
         split = experiment.train_split if train else scored_split(grid, task)
         task.check(task.rows(split))
         return split

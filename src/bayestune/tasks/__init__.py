@@ -16,10 +16,18 @@ from bayestune.tasks.encoder_multiple_choice import EncoderMultipleChoice
 from bayestune.tasks.encoder_multiple_choice import encoder_multiple_choice as encoder_multiple_choice
 from bayestune.tasks.multiple_choice import CausalMultipleChoice
 from bayestune.tasks.multiple_choice import multiple_choice as multiple_choice
+from bayestune.tasks.prompts import Prompt as Prompt
 from bayestune.tasks.rows import AnyRow as AnyRow
 from bayestune.tasks.rows import Row as Row
 from bayestune.tasks.rows import TextRow as TextRow
+from bayestune.tasks.text_choice import CausalTextChoice
+from bayestune.tasks.text_choice import text_choice as text_choice
 from bayestune.tasks.tokenized import TokenizedTask as TokenizedTask
 
-TASKS: tuple[type[TokenizedTask], ...] = (CausalMultipleChoice, EncoderMultipleChoice, Classification)
+TASKS: tuple[type[TokenizedTask], ...] = (
+    CausalMultipleChoice,
+    CausalTextChoice,
+    EncoderMultipleChoice,
+    Classification,
+)
 """The tasks of the command line: the first one for the kind of data set and the family of the model is used."""

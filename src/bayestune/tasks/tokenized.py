@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from peft import PeftModel
@@ -42,7 +43,9 @@ class TokenizedTask(Task[P]):
     """The families of models that can answer it."""
     auto_model: ClassVar[type[_BaseAutoModelClass]]
     """The class of transformers that loads a model with the right head."""
-    encoding: ClassVar[Mapping[str, Any]] = {}
+    scorings: ClassVar[tuple[str, ...]] = ()
+    """The ways of scoring that it offers, for tasks that put a `Prompt` to the model."""
+    encoding: Mapping[str, Any] = MappingProxyType({})
     """Options of the tokenizer's call."""
 
     def __init__(

