@@ -135,7 +135,7 @@ def _read(model: str, path: Path) -> tuple[PreTrainedModel, Any]:
 
 def _plain(base: PreTrainedModel) -> PreTrainedModel:
     """The same weights without the mark of a quantized model, which refuses to be saved."""
-    config = copy.deepcopy(base.config)
+    config: Any = copy.deepcopy(base.config)
     del config.quantization_config
     with torch.device("meta"):
         plain = type(base)(config)

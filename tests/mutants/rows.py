@@ -27,13 +27,13 @@ def the_label_is_off_by_one() -> None:
 
 @defect("tasks/test_multiple_choice.py", "D09")
 def the_label_loses_its_blank() -> None:
-    name = f"{CHOICES}.CausalMultipleChoice.answers"
+    name = "bayestune.tasks.causal.CausalChoice.answers"
     wrap(name, lambda right: lambda self, row: [label.strip() for label in right(self, row)])
 
 
 @defect("tasks/test_multiple_choice.py", "D09 or prompt")
 def a_prompt_without_its_last_word() -> None:
-    name = f"{CHOICES}.CausalMultipleChoice.prompt_text"
+    name = "bayestune.tasks.causal.CausalChoice.prompt_text"
     wrap(name, lambda right: lambda self, row: right(self, row).removesuffix("Answer:"))
 
 
@@ -46,7 +46,7 @@ def labels_scored_one_token_too_early() -> None:
 
         return wrong
 
-    wrap(f"{CHOICES}.beyond_common_prefix", make)
+    wrap("bayestune.tasks.causal.beyond_common_prefix", make)
 
 
 @defect("tasks/test_multiple_choice.py")

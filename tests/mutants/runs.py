@@ -107,3 +107,14 @@ def a_run_is_made_without_its_lock() -> None:
     import contextlib
 
     replace("bayestune.experiment.folder._alone", lambda output: contextlib.nullcontext())
+
+
+@defect("experiment/test_prompts.py", "whatever_became")
+def a_loaded_run_draws_its_shots_again() -> None:
+    name = "bayestune.experiment.trained.resolve"
+    wrap(name, lambda right: lambda experiment, backbone, shots=None: right(experiment, backbone))
+
+
+@defect("experiment/test_prompts.py", "whatever_became")
+def shots_are_trained_on() -> None:
+    wrap("bayestune.tasks.base.Task.worked", lambda right: property(lambda self: (), lambda self, value: None))

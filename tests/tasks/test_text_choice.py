@@ -1,5 +1,7 @@
 """Scoring by the text of the choices: packed rows against brute force, prompts, and what is refused."""
 
+import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +22,7 @@ from transformers import (
 
 from bayestune import BlobConfig, predict
 from bayestune.errors import ConfigError, DataError
-from bayestune.tasks import Prompt, Row, text_choice
+from bayestune.tasks import Prompt, Row, multiple_choice, text_choice
 from bayestune.tasks.text_choice import CausalTextChoice
 from models import adapter_state, scatter
 
@@ -225,3 +227,20 @@ def test_a_row_whose_choice_is_too_long_is_refused(tokenizers: Tokenizers, quest
     text_choice("arc_easy", tokenizers["lettered"](), max_tokens=longest).check([row])
     with pytest.raises(DataError, match=f"found {longest} tokens with its prompt and answer"):
         text_choice("arc_easy", tokenizers["lettered"](), max_tokens=longest - 1).check([row])
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_a_model_that_does_not_bind_labels_is_pointed_to_texts(
+    bound: bool, build: Build, tokenizers: Tokenizers
+) -> None:
+    """Random weights answer 50 rows at chance. Labels that are the model's own answers are bound."""
+    model, task = build("llama"), multiple_choice("arc_easy", tokenizers["lettered"](), max_tokens=1000)
+    rows = [Row(id=f"{i}", question=f"Why {i}?", choices=("a", "b", "c", "d"), answer=i % 4) for i in range(50)]
+    if bound:
+        answers = predict(model, task, rows, draws=0).answer.tolist()
+        rows = [dataclasses.replace(row, answer=answer) for row, answer in zip(rows, answers, strict=True)]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        task.advise(model, rows)
+        task.advise(model, rows[:49])
+    assert ["--scoring text" in str(each.message) for each in told] == ([] if bound else [True])

@@ -20,7 +20,10 @@ TRAINED = "trained.json"
 ADAPTER = "adapter"
 """The plain LoRA adapter that a run trained as the start of "laplace", "tfb" or "swag"."""
 
-_OWN = (POSTERIOR, CHECKPOINTS, ADAPTER, RESULT, EXPERIMENT, TRAINED)
+SHOTS = "shots.jsonl"
+"""The rows that the prompt shows with their answers."""
+
+_OWN = (POSTERIOR, CHECKPOINTS, ADAPTER, RESULT, EXPERIMENT, TRAINED, SHOTS)
 _INSIDE = "run"
 """Base of the lock's name when the lock is in the folder itself."""
 

@@ -42,6 +42,11 @@ def rows_sha256(rows: Sequence[AnyRow]) -> str:
     """SHA-256 of the rows' content, in order, wherever they were read from."""
     digest = hashlib.sha256()
     for row in rows:
-        fields = {name: value for name, value in vars(row).items() if name != "where" and value is not None}
-        digest.update(json.dumps(fields, sort_keys=True, ensure_ascii=True).encode() + b"\n")
+        digest.update(row_json(row).encode() + b"\n")
     return digest.hexdigest()
+
+
+def row_json(row: AnyRow) -> str:
+    """The row as one line of a file of rows."""
+    fields = {name: value for name, value in vars(row).items() if name != "where" and value is not None}
+    return json.dumps(fields, sort_keys=True, ensure_ascii=True)

@@ -38,7 +38,8 @@ class RunRows:
         Raises:
             DataError: a split is missing, or a row cannot be used.
         """
-        train = _checked(task, experiment.train_split)
+        worked = {row.id for row in task.worked}
+        train = [row for row in _checked(task, experiment.train_split) if row.id not in worked]
         more = {name: _checked(task, split) for name, split in own_splits(experiment).items()}
         count = experiment.method.held_out(len(train))
         if count:

@@ -14,15 +14,25 @@ from bayestune.adapters import gaussian_layers
 from bayestune.errors import ConfigError
 from bayestune.experiment.backbone import find_backbone, load_base
 from bayestune.experiment.fitting import autocast, fitting
-from bayestune.experiment.folder import CHECKPOINTS, POSTERIOR, RESULT, TRAINED, check_output, is_trained, run_folder
+from bayestune.experiment.folder import (
+    CHECKPOINTS,
+    POSTERIOR,
+    RESULT,
+    SHOTS,
+    TRAINED,
+    check_output,
+    is_trained,
+    run_folder,
+)
 from bayestune.experiment.processes import is_main
 from bayestune.experiment.provenance import differences, provenance, warn_if_other
+from bayestune.experiment.record import row_json
 from bayestune.experiment.rows import RunRows
 from bayestune.experiment.settings import Experiment
 from bayestune.experiment.start import Start
 from bayestune.experiment.train import Training
 from bayestune.experiment.trained import Run, resolve
-from bayestune.files import file_sha256, read_json, write_json, writing
+from bayestune.files import file_sha256, read_json, write_json, write_text, writing
 from bayestune.functional import derive_seed, std
 from bayestune.inference import Prediction, Scores, evaluate, predict
 from bayestune.methods import Posterior, fit_temperature, load, save_posterior
@@ -91,6 +101,8 @@ def run(
             _fit(ready, {})
         return Result(experiment=experiment, output=output, scores={}, predictions={}, seconds=0.0)
     with writing(output), run_folder(output, experiment, overwrite=overwrite, resume=resume):
+        if ready.training.task.worked:
+            write_text(output / SHOTS, "".join(f"{row_json(row)}\n" for row in ready.training.task.worked))
         posterior, made = _restored(ready, output) if trained else _trained(ready, output, started)
         if trained:
             started -= made["seconds"]

@@ -57,6 +57,7 @@ class Experiment(Settings):
         "has a chat template, unless recipe is paper.",
     )
     system: str | None = Field(None, pattern=_TEXT, description="System message of a chat prompt.")
+    shots: int = Field(0, ge=0, le=64, description="Training rows, by seed, shown with their answers in every prompt.")
     label_words: tuple[str, ...] | None = Field(
         None, min_length=2, description="Labels of the choices in the place of letters, with commas."
     )
@@ -146,7 +147,7 @@ class Experiment(Settings):
 
     def asked_prompt(self) -> Prompt | None:
         """How a language model is asked; None where the settings name nothing of it."""
-        if self.scoring is None and self.prompt is None and self.system is None and self.label_words is None:
+        if (self.scoring, self.prompt, self.system, self.label_words, self.shots) == (None, None, None, None, 0):
             return None
         style, scoring = self.prompt or PAPER, self.scoring or "letters"
         return Prompt(scoring=scoring, style=style, system=self.system, words=self.label_words)

@@ -42,7 +42,7 @@ class Training:
     progress: bool
 
     def check(self, model: PeftModel) -> None:
-        """Refuse what cannot be trained on this machine, before anything is written.
+        """Refuse what cannot be trained on this machine, and warn of a poor fit, before anything is written.
 
         Raises:
             ConfigError: as `BayesTrainer`, or as the method's own check.
@@ -52,6 +52,8 @@ class Training:
             raise ConfigError(f"report_to {tracker!r} needs the package {tracker}: install it.")
         check_arguments(TrainingArguments(**_arguments(self.experiment, self.checkpoints)))
         self.experiment.method.check(model, self.updates)
+        if is_main() and not self.resume:
+            self.task.advise(model, self.rows)
 
     @property
     def updates(self) -> Updates:

@@ -1,23 +1,27 @@
 """`Run`: a trained run, and its way back from disk."""
 
+import dataclasses
+import random
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 
 from bayestune.errors import BayestuneWarning, ConfigError
 from bayestune.experiment.backbone import Backbone, build_task, default_targets, find_backbone, load_base
 from bayestune.experiment.fitting import autocast
-from bayestune.experiment.folder import EXPERIMENT, POSTERIOR, RESULT, earlier_run
+from bayestune.experiment.folder import EXPERIMENT, POSTERIOR, RESULT, SHOTS, earlier_run
 from bayestune.experiment.rows import HELD_OUT, own_splits
 from bayestune.experiment.settings import Experiment
 from bayestune.files import MANIFEST, file_sha256, read_json
+from bayestune.functional import derive_seed
 from bayestune.inference import Prediction, predict
 from bayestune.methods import Posterior, load
 from bayestune.storage.manifest import TENSOR_FILE
-from bayestune.tasks import AnyRow, Task, TokenizedTask
+from bayestune.tasks import AnyRow, Row, Task, TokenizedTask, read_rows
 from bayestune.tasks.causal import CausalChoice
 
 
@@ -73,7 +77,8 @@ def load_run(folder: str | Path, *, data: str | Path | None = None) -> Run:
     if data is not None:
         experiment = experiment.replace(data=str(data))
     backbone = find_backbone(experiment.model)
-    experiment, task = resolve(experiment, backbone)
+    shots = tuple(read_rows(folder / SHOTS, formats=(Row,))) if experiment.shots else None
+    experiment, task = resolve(experiment, backbone, shots=shots)
     base, _ = load_base(backbone, task, experiment)
     posterior = load(base, folder / POSTERIOR)
     if not scored and experiment.temperature_split is not None and posterior.temperature == 1:
@@ -105,18 +110,23 @@ def other_task(trained: Run, name: str) -> TokenizedTask:
     return task
 
 
-def resolve(experiment: Experiment, backbone: Backbone) -> tuple[Experiment, TokenizedTask]:
-    """The experiment with its defaults filled in, and its task."""
+def resolve(
+    experiment: Experiment, backbone: Backbone, *, shots: tuple[Row, ...] | None = None
+) -> tuple[Experiment, TokenizedTask]:
+    """The experiment with its defaults filled in, and its task; `shots` are those of a finished run."""
     asked = experiment.asked_prompt()
     experiment = experiment.resolved(backbone.family, chat=backbone.chat)
     assert experiment.max_tokens is not None
     prompt = experiment.asked_prompt()
     task = build_task(backbone, experiment.task, experiment.data, experiment.max_tokens, experiment.labels, prompt)
+    if prompt is not None and experiment.shots and task.scorings:
+        prompt = dataclasses.replace(prompt, shots=shots or _drawn(task, experiment))
+        task = build_task(backbone, experiment.task, experiment.data, experiment.max_tokens, experiment.labels, prompt)
     if not task.scorings:
         if asked is not None:
             raise ConfigError(
-                f"scoring, prompt, system, label_words: found some, expected none: a head answers {experiment.task} "
-                "on this model, without a prompt."
+                "scoring, prompt, system, shots, label_words: found one, expected none: a head of the model answers "
+                f"{experiment.task}, without a prompt."
             )
         experiment = experiment.replace(scoring=None, prompt=None)
     targets = experiment.target_modules or default_targets(backbone, task)
@@ -132,3 +142,11 @@ def resolve(experiment: Experiment, backbone: Backbone) -> tuple[Experiment, Tok
         if trained and name != HELD_OUT:
             raise ConfigError(f"{name}: found {min(trained)!r}, which the run is trained on; choose other rows.")
     return experiment.replace(target_modules=targets, eval_split=split, labels=task.labels), task
+
+
+def _drawn(task: TokenizedTask, experiment: Experiment) -> tuple[Row, ...]:
+    """The rows that the prompt shows with their answers."""
+    rows: list[Any] = task.rows(experiment.train_split)
+    if len(rows) <= experiment.shots:
+        raise ConfigError(f"shots: found {experiment.shots}, expected fewer than the {len(rows)} training rows.")
+    return tuple(random.Random(derive_seed("shots", experiment.seed)).sample(rows, experiment.shots))

@@ -98,11 +98,13 @@ class Task(ABC, Generic[P]):
     Attributes:
         name: name of the data set. columns: number of outputs per row.
         labels: names of the classes, by index; None where rows have numbers.
+        worked: rows whose answers the task shows to the model; they are not trained on.
     """
 
     name: str
     columns: int
     labels: tuple[str, ...] | None = None
+    worked: tuple[AnyRow, ...] = ()
 
     def rows(self, split: str) -> list[AnyRow]:
         """Return the labeled rows of a split, such as "train" or "dev+test".

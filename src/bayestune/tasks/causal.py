@@ -48,6 +48,7 @@ class CausalChoice(TokenizedTask[Prediction], ClassTask):
         super().__init__(spec, tokenizer, data=data, max_tokens=max_tokens)
         self.prompt = prompt or Prompt(scoring=self.scorings[0])  # type: ignore[arg-type]
         self.prompt.check(tokenizer)
+        self.worked = self.prompt.shots
         self.encoding = {"return_special_tokens_mask": True, "add_special_tokens": self.prompt.special_tokens}
 
     def prompt_text(self, row: Row) -> str:

@@ -1,21 +1,26 @@
 """Multiple choice for causal language models, scored by the logits of the answer labels."""
 
+import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from bayestune.errors import ConfigError, TaskError
+from bayestune.errors import BayestuneWarning, ConfigError, TaskError
 from bayestune.tasks.causal import CausalChoice, beyond_common_prefix, sequence_log_probs, without_appended
 from bayestune.tasks.choices import choice_mask, mask_absent, with_filler
 from bayestune.tasks.datasets import DatasetSpec, dataset
 from bayestune.tasks.prompts import Prompt
 from bayestune.tasks.rows import AnyRow, Row, shown
 from bayestune.tasks.tensors import labels_of, pad, widen
+
+PROBED = 50
+"""Rows that the untrained model is asked."""
 
 
 def multiple_choice(
@@ -83,6 +88,22 @@ class CausalMultipleChoice(CausalChoice):
         problem = self._scored(probe, self.encode(self.sequences(probe)))[2]
         if problem is not None:
             raise TaskError(f"data set {spec.name}: this tokenizer cannot score it: {problem}; use another tokenizer")
+
+    def advise(self, model: nn.Module, rows: Sequence[AnyRow]) -> None:
+        """Warn if the model answers the first 50 rows no better than chance plus two standard errors."""
+        examples = self.examples(rows[:PROBED], model)
+        if len(examples) < PROBED:
+            return
+        parts = [self.collate(examples[start : start + 10]) for start in range(0, PROBED, 10)]
+        right = sum(int((self.mean_log_probs(model, p).argmax(-1).cpu() == p["labels"]).sum()) for p in parts)
+        chance = sum(1 / len(example["scored"]) for example in examples) / PROBED
+        if right / PROBED < chance + 2 * math.sqrt(chance * (1 - chance) / PROBED):
+            warnings.warn(
+                f"before training the model answers {right} of {PROBED} training rows of {self.name} by label, where "
+                f"chance is {chance * PROBED:.0f}: it may not bind labels to choices. --scoring text scores texts.",
+                BayestuneWarning,
+                stacklevel=2,
+            )
 
     def _scored(
         self, row: Row, encodings: list[dict[str, list[int]]]

@@ -28,6 +28,7 @@ class Prompt:
             tokenizer's chat template; or a template with `{question}` and, for letters, `{choices}`.
         system: the system message of a chat.
         words: labels in the place of the letters A, B, ....
+        shots: labeled rows that stand before the question with their answers.
 
     Raises:
         ConfigError: settings that do not go together.
@@ -37,6 +38,7 @@ class Prompt:
     style: str = PAPER
     system: str | None = None
     words: tuple[str, ...] | None = None
+    shots: tuple[Row, ...] = ()
 
     def __post_init__(self) -> None:
         if self.style not in (PAPER, CHAT):
@@ -65,14 +67,19 @@ class Prompt:
 
     def text(self, row: Row, spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase) -> str:
         """Return all that stands before the answer."""
-        body = self._body(row, spec)
+        turns = [(self._body(shot, spec), self._answer(shot, spec)) for shot in self.shots]
         if self.style != CHAT:
-            return body
+            return "".join(f"{body}{answer}\n\n" for body, answer in turns) + self._body(row, spec)
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
-        chat: Any = tokenizer.apply_chat_template(
-            [*messages, {"role": "user", "content": body}], tokenize=False, add_generation_prompt=True
-        )
+        for body, answer in turns:
+            messages += [{"role": "user", "content": body}, {"role": "assistant", "content": answer}]
+        messages.append({"role": "user", "content": self._body(row, spec)})
+        chat: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return chat
+
+    def _answer(self, shot: Row, spec: DatasetSpec) -> str:
+        assert shot.answer is not None, "shots come from a training split"
+        return self.answers(shot, spec)[shot.answer]
 
     def answers(self, row: Row, spec: DatasetSpec) -> list[str]:
         """Return the text that stands for each choice, as it follows the prompt."""

@@ -95,6 +95,9 @@ class TokenizedTask(Task[P]):
             DataError: the row cannot be scored.
         """
 
+    def advise(self, model: nn.Module, rows: Sequence[AnyRow]) -> None:  # noqa: B027
+        """Warn if the model, before it is trained on `rows`, looks unable to answer in the way that the task asks."""
+
     def example(self, row: AnyRow) -> dict[str, Any]:
         """Check and tokenize a row; return `id`, `label` (None when unlabeled) and what `collate` needs.
 

@@ -1,0 +1,92 @@
+"""Prompts as settings of a run: their defaults, what a run records of them, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from bayestune.errors import ConfigError
+from bayestune.experiment import Experiment, load_run, run
+from bayestune.experiment.backbone import find_backbone
+from bayestune.experiment.trained import resolve
+from bayestune.tasks import Prompt
+from bayestune.tasks.causal import CausalChoice
+from bayestune.tasks.text_choice import CausalTextChoice
+from toys import pretrained_bert, pretrained_llama, write_data
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with bert/, llama/, chat/ (the same Llama with a chat template) and data/."""
+    folder = tmp_path_factory.mktemp("world")
+    pretrained_bert(folder / "bert")
+    pretrained_llama(folder / "llama")
+    shutil.copytree(folder / "llama", folder / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "chat")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    tokenizer.save_pretrained(folder / "chat")
+    write_data(folder / "data")
+    return folder
+
+
+def experiment(world: Path, model: str, **changes: Any) -> Experiment:
+    settings = {"task": "colours", "data": str(world / "data"), "steps": 1, "batch_size": 4, "max_tokens": 250}
+    return Experiment.from_dict({**settings, "model": str(world / model), "method": "mle", **changes}, where="test")
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "scoring", "prompt"),
+    [
+        ("llama", {}, "letters", "paper"),
+        ("chat", {}, "letters", "chat"),
+        ("chat", {"method": "blob"}, "letters", "chat"),
+        ("chat", {"method": "blob", "recipe": "paper"}, "letters", "paper"),
+        ("chat", {"scoring": "text", "prompt": "paper"}, "text", "paper"),
+        ("bert", {}, None, None),
+    ],
+)
+def test_the_prompt_by_default(
+    model: str, changes: dict[str, Any], scoring: str | None, prompt: str | None, world: Path
+) -> None:
+    found, task = resolve(experiment(world, model, **changes), find_backbone(str(world / model)))
+    assert (found.scoring, found.prompt) == (scoring, prompt)
+    assert isinstance(task, CausalChoice) is (model != "bert")
+    assert isinstance(task, CausalTextChoice) is (scoring == "text")
+    assert resolve(found, find_backbone(str(world / model)))[0] == found  # a record that is read again
+
+
+@pytest.mark.parametrize(
+    "settings", [{"scoring": "text"}, {"prompt": "chat"}, {"shots": 1}, {"label_words": ("1", "2")}]
+)
+def test_an_encoder_has_no_prompt(settings: dict[str, Any], world: Path) -> None:
+    with pytest.raises(ConfigError, match="a head of the model answers colours, without a prompt"):
+        resolve(experiment(world, "bert", **settings), find_backbone(str(world / "bert")))
+
+
+def test_a_run_asks_as_it_was_trained_whatever_became_of_its_rows(world: Path, tmp_path: Path) -> None:
+    asked = experiment(world, "llama", scoring="text_per_byte", prompt="{question} ->", shots=2, seed=3)
+    result = run(asked, tmp_path / "run", command=[])
+    shutil.copytree(world / "data", tmp_path / "data")
+    train = tmp_path / "data" / "colours" / "train.jsonl"
+    train.write_text("\n".join(reversed(train.read_text().splitlines())) + "\n")
+    trained = load_run(tmp_path / "run", data=tmp_path / "data")
+    task = trained.task
+    assert isinstance(task, CausalChoice)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "shots.jsonl").read_text().splitlines()]
+    assert [shot.id for shot in task.worked] == [line["id"] for line in lines] and len(lines) == 2
+    rows = resolve(asked, find_backbone(asked.model))[1].rows("train")
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["rows"]["train"] == len(rows) - 2
+    first, second = task.worked
+    shown = [f"{shot.question} -> {shot.choices[shot.answer]}\n\n" for shot in (first, second)]
+    assert task.prompt_text(rows[0]) == "".join(shown) + f"{rows[0].question} ->"
+    again = trained.predict(result.predictions["mle"].ids and rows[:3], draws=0)
+    assert again.ids == tuple(row.id for row in rows[:3])
+    assert task.prompt == Prompt(scoring="text_per_byte", style="{question} ->", shots=task.worked)
+
+
+def test_more_shots_than_rows(world: Path) -> None:
+    with pytest.raises(ConfigError, match="shots: found 64, expected fewer than the"):
+        resolve(experiment(world, "llama", shots=64), find_backbone(str(world / "llama")))
