@@ -1,0 +1,174 @@
+"""Methods on a real language model: SmolLM2-135M-Instruct, ARC-Easy by the texts of the choices, little data.
+
+    python benchmarks/decoder.py --data DIR --runs RUNS              # every missing record in results/decoder
+    python benchmarks/decoder.py --data DIR --runs RUNS --variants mle,blob --seeds 1
+    python benchmarks/decoder.py --page                              # docs/decoder.md from the records
+
+400 rows of the train split are trained on, in 100 updates of 8 rows; 60 further rows of it choose the temperatures
+and, for BLoB, the scale of the standard deviation, with draws that are not those that score; the first 200 rows of dev
+are scored. `--runs` keeps the trained runs: methods that start from plain LoRA take that of the same seed. A killed
+call goes on with the records that are missing.
+"""
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import transformers
+from decoder_page import RESULTS, ROOT, page
+from options import parser
+
+from bayestune import Prediction, evaluate
+from bayestune.experiment import Experiment, load_run, run
+from bayestune.experiment.backbone import build_task, find_backbone
+from bayestune.experiment.record import hardware, row_json, rows_sha256, versions
+from bayestune.experiment.trained import Run
+from bayestune.files import write_json, write_text
+from bayestune.functional import derive_seed
+from bayestune.methods import fit_temperature
+from bayestune.tables.cells import portable
+from bayestune.tasks import AnyRow
+
+TASK, TRAINED, HELD_OUT, SCORED, DRAWS = "arc_easy", 400, 60, 200, 10
+SETTINGS: dict[str, Any] = {
+    "model": "smollm2",
+    "task": TASK,
+    "scoring": "text",
+    "prompt": "paper",
+    "steps": 100,
+    "batch_size": 8,
+    "learning_rate": 1e-3,
+    "lora_alpha": 16,
+    "max_tokens": 160,
+    "target_modules": ["q_proj", "v_proj"],
+    "eval_split": "scored",
+    "draws": DRAWS,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "mle": {"method": "mle"},
+    "blob": {"method": "blob", "fit_split": "held"},
+    "blob_paper": {"method": "blob", "recipe": "paper"},
+    "tfb": {"method": "tfb"},
+    "laplace": {"method": "laplace"},
+    "dropout": {"method": "dropout"},
+    "ensemble": {"method": "ensemble"},
+}
+
+
+def main() -> None:
+    made = parser(__doc__)
+    made.add_argument("--data", help="folder of the data sets")
+    made.add_argument("--runs", type=Path, help="folder for the trained runs")
+    made.add_argument("--page", action="store_true", help="write the page from the records")
+    made.add_argument("--variants", default=",".join(VARIANTS))
+    made.add_argument("--seeds", default="1,2,3")
+    options = made.parse_args()
+    if options.page:
+        write_text(ROOT / "docs" / "decoder.md", page())
+        return
+    if options.data is None or options.runs is None:
+        made.error("expected --data DIR and --runs DIR, or --page")
+    transformers.logging.set_verbosity_error()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for seed in map(int, options.seeds.split(",")):
+        for variant in options.variants.split(","):
+            file = RESULTS / f"{TASK}-{variant}-seed{seed}.json"
+            if not file.exists():
+                found = record(variant, seed, options)
+                write_json(file, found)
+                print(file.name, {key: round(s["nll"], 4) for key, s in found["scores"].items()}, flush=True)
+
+
+def record(variant: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Train a variant, if it is not trained yet, and score it without and with a temperature."""
+    started = time.monotonic()
+    rows = cut(options.data, seed)
+    output = options.runs / f"{variant}-seed{seed}"
+    with tempfile.TemporaryDirectory() as folder:
+        for split, several in rows.items():
+            path = Path(folder) / TASK / f"{split}.jsonl"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("".join(f"{row_json(row)}\n" for row in several))
+        settings = {**SETTINGS, **VARIANTS[variant], "data": folder, "seed": seed}
+        experiment = Experiment.from_dict(settings, where=variant)
+        if experiment.method.start is not None:
+            experiment = experiment.replace(adapter=str(options.runs / f"{experiment.method.start.name}-seed{seed}"))
+        if not (output / "result.json").is_file():
+            run(experiment.replace(eval=False), output, overwrite=True, command=[], progress=True)
+        trained = load_run(output, data=folder)
+        scores = scored(trained, rows, seed)
+    result = json.loads((output / "result.json").read_text())
+    return {
+        **{name: result[name] for name in ("posterior_std", "fitted", "kl") if name in result},
+        "model": "smollm2",
+        "task": TASK,
+        "variant": variant,
+        "method": experiment.method.name,
+        "seed": seed,
+        "draws": DRAWS,
+        "scores": scores,
+        "rows": {name: len(several) for name, several in rows.items()},
+        "sha256": {name: rows_sha256(several) for name, several in rows.items()},
+        "train_seconds": result["seconds"],
+        "score_seconds": round(time.monotonic() - started, 1),
+        "command": ["python", "benchmarks/decoder.py", *map(portable, _command(variant, seed))],
+        "experiment": {**trained.experiment.as_dict(), "data": None, "adapter": None},
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+
+
+def _command(variant: str, seed: int) -> list[str]:
+    return ["--data", "DIR", "--runs", "RUNS", "--variants", variant, "--seeds", str(seed)]
+
+
+def cut(data: str, seed: int) -> dict[str, list[AnyRow]]:
+    """The rows by use; the seed chooses which of the first rows of the train split are trained on."""
+    backbone = find_backbone("smollm2")
+    asked = Experiment.from_dict({**SETTINGS, "method": "mle"}, where="decoder")
+    task = build_task(backbone, TASK, data, SETTINGS["max_tokens"], prompt=asked.asked_prompt())
+    first = _usable(task, "train")[: TRAINED + HELD_OUT]
+    random.Random(derive_seed("decoder", seed)).shuffle(first)
+    return {"train": first[:TRAINED], "held": first[TRAINED:], "scored": _usable(task, "dev")[:SCORED]}
+
+
+def _usable(task: Any, split: str) -> list[AnyRow]:
+    rows = task.rows(split)
+    return [row for row, fault in zip(rows, task.faults(rows), strict=True) if fault is None]
+
+
+def scored(trained: Run, rows: dict[str, list[AnyRow]], seed: int) -> dict[str, Any]:
+    """The scores at the mean and at all draws, each without a temperature and with one fitted on the held-out rows."""
+    scores = {}
+    for key, draws in trained.evaluations().items():
+        held = trained.predict(rows["held"], draws=draws, seed=derive_seed("decoder", seed))
+        found = trained.predict(rows["scored"], draws=draws, progress=True)
+        temperature = fit_temperature(held.draw_log_probs, held.labels)
+        warm = _tempered(trained, found, rows["scored"], temperature)
+        scores[key] = {**evaluate(found).as_dict(), **_spread(found)}
+        scores[f"{key}_temperature"] = {**evaluate(warm).as_dict(), **_spread(warm), "temperature": temperature}
+    return scores
+
+
+def _tempered(trained: Run, found: Prediction, rows: Sequence[AnyRow], temperature: float) -> Prediction:
+    return trained.task.prediction(
+        found.draw_log_probs, rows, draws=found.draws, seed=found.seed, temperature=temperature
+    )
+
+
+def _spread(found: Prediction) -> dict[str, float]:
+    """How far the draws differ: variance of the centered log-probabilities over draws, and mutual information."""
+    present = found.draw_log_probs.isfinite()
+    log_probs = found.draw_log_probs.masked_fill(~present, 0.0)
+    centered = log_probs - log_probs.sum(-1, keepdim=True) / present.sum(-1, keepdim=True)
+    variance = centered.var(0, correction=0)[present[0]].mean().item() if found.draws > 1 else 0.0
+    return {"logit_variance": variance, "epistemic": found.epistemic.mean().item()}
+
+
+if __name__ == "__main__":
+    main()
