@@ -93,5 +93,6 @@ command.
 SmolLM2-135M-Instruct (quantized to Q4_1, used in float32) learns ARC-Easy, scored by the texts of the choices: 400
 training rows in 100 updates of 8, rank 8 on `q_proj` and `v_proj`, learning rate 1e-3. Plain LoRA is overconfident
 there. 60 further training rows choose every temperature and BLoB's scale; the first 200 rows of dev are scored.
-Numbers are means over seeds, with the standard deviation where there are several; NLL in nats; ECE is the bias-corrected one.
+Numbers are means over seeds, with the standard deviation where there are several; NLL in nats; ECE is the bias-corrected
+one.
 """
