@@ -16,6 +16,7 @@ import random
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import transformers
 from decoder_page import RESULTS, ROOT, page
 from options import parser
 
-from bayestune import Prediction, evaluate
+from bayestune import Prediction, evaluate, metrics
 from bayestune.experiment import Experiment, load_run, run
 from bayestune.experiment.backbone import build_task, find_backbone
 from bayestune.experiment.record import hardware, row_json, rows_sha256, versions
@@ -150,8 +151,12 @@ def scored(trained: Run, rows: dict[str, list[AnyRow]], seed: int) -> dict[str, 
         found = trained.predict(rows["scored"], draws=draws, progress=True)
         temperature = fit_temperature(held.draw_log_probs, held.labels)
         warm = _tempered(trained, found, rows["scored"], temperature)
-        scores[key] = {**evaluate(found).as_dict(), **_spread(found)}
-        scores[f"{key}_temperature"] = {**evaluate(warm).as_dict(), **_spread(warm), "temperature": temperature}
+        scores[key] = {**evaluate(found).as_dict(), "spread": _spread(found)}
+        scores[f"{key}_temperature"] = {
+            **evaluate(warm).as_dict(),
+            "spread": _spread(warm),
+            "temperature": temperature,
+        }
     return scores
 
 
@@ -161,13 +166,9 @@ def _tempered(trained: Run, found: Prediction, rows: Sequence[AnyRow], temperatu
     )
 
 
-def _spread(found: Prediction) -> dict[str, float]:
-    """How far the draws differ: variance of the centered log-probabilities over draws, and mutual information."""
-    present = found.draw_log_probs.isfinite()
-    log_probs = found.draw_log_probs.masked_fill(~present, 0.0)
-    centered = log_probs - log_probs.sum(-1, keepdim=True) / present.sum(-1, keepdim=True)
-    variance = centered.var(0, correction=0)[present[0]].mean().item() if found.draws > 1 else 0.0
-    return {"logit_variance": variance, "epistemic": found.epistemic.mean().item()}
+def _spread(found: Prediction) -> dict[str, float] | None:
+    """What the draws do to the answers; None at the mean."""
+    return asdict(metrics.spread(found.draw_log_probs)) if found.draws > 1 else None
 
 
 if __name__ == "__main__":

@@ -80,8 +80,11 @@ def _posteriors(records: Sequence[dict[str, Any]]) -> list[str]:
             found, fitted = made["scores"][key], made.get("fitted") or {}
             std = f"{made['posterior_std']:.4g}" if made.get("posterior_std") else ""
             factor = f"{fitted['posterior_scale']:.3g}" if "posterior_scale" in fitted else ""
-            cells = [NAMES[variant], str(made["seed"]), std, factor, f"{found['logit_variance']:.3g}"]
-            table.append(f"| {' | '.join(cells)} | {found['epistemic']:.3g} |")
+            draws = (
+                [f"{found['spread'][name]:.3g}" for name in ("logit_variance", "epistemic")] if found["spread"] else []
+            )
+            cells = [NAMES[variant], str(made["seed"]), std, factor, *(draws or ["", ""])]
+            table.append(f"| {' | '.join(cells)} |")
     return table
 
 
@@ -93,6 +96,6 @@ command.
 SmolLM2-135M-Instruct (quantized to Q4_1, used in float32) learns ARC-Easy, scored by the texts of the choices: 400
 training rows in 100 updates of 8, rank 8 on `q_proj` and `v_proj`, learning rate 1e-3. Plain LoRA is overconfident
 there. 60 further training rows choose every temperature and BLoB's scale; the first 200 rows of dev are scored.
-Numbers are means over seeds, with the standard deviation where there are several; NLL in nats; ECE is the bias-corrected
-one.
+Numbers are means over seeds, with the standard deviation where there are several; NLL is in nats, and ECE is the
+bias-corrected one.
 """

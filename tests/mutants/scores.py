@@ -1,5 +1,6 @@
 """Defects of metrics."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -91,3 +92,24 @@ def the_area_of_the_last_risk() -> None:
     from bayestune.metrics.selective import risk_coverage
 
     replace("bayestune.metrics.selective.aurc", lambda *args: risk_coverage(*args)[1][-1].item())
+
+
+@defect("metrics/test_draws.py", "excess_nll")
+def few_draws_lose_twice_as_much() -> None:
+    def make(right: Any) -> Any:
+        return lambda draw_log_probs: dataclasses.replace(
+            right(draw_log_probs), excess_nll=2 * right(draw_log_probs).excess_nll
+        )
+
+    wrap("bayestune.metrics.draws.spread", make)
+
+
+@defect("metrics/test_draws.py", "centered")
+def the_logit_variance_is_not_centered() -> None:
+    def make(right: Any) -> Any:
+        def wrong(draw_log_probs: Any) -> Any:
+            return dataclasses.replace(right(draw_log_probs), logit_variance=draw_log_probs.var(0).mean().item())
+
+        return wrong
+
+    wrap("bayestune.metrics.draws.spread", make)

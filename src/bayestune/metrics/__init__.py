@@ -1,8 +1,10 @@
-"""Scores of predictions: probabilities (`scores`), rankings (`ranking`) and selective prediction (`selective`).
+"""Scores of predictions: probabilities (`scores`), rankings (`ranking`), draws (`draws`), selection (`selective`).
 
 Functions take tensors and return numbers. They raise DataError, a ValueError, if a row cannot be scored.
 """
 
+from bayestune.metrics.draws import Spread as Spread
+from bayestune.metrics.draws import spread as spread
 from bayestune.metrics.ranking import aupr as aupr
 from bayestune.metrics.ranking import auroc as auroc
 from bayestune.metrics.scores import EDGE_TOLERANCE as EDGE_TOLERANCE
