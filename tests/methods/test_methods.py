@@ -30,6 +30,7 @@ KEYS = {
     "ensemble": {"ensemble": 2},
     "bbb": {"bbb_n0": 0, "bbb_n3": 3},
     "blob": {"blob_n0": 0, "blob_n3": 3},
+    "ivon": {"ivon_n0": 0, "ivon_n3": 3},
     "laplace": {"laplace_n0": 0, "laplace_n3": 3},
     "tfb": {"tfb_n0": 0, "tfb_n3": 3},
     "swag": {"swag_n0": 0, "swag_n3": 3},

@@ -20,15 +20,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bayestune.experiment.processes import leave
+from bayestune.methods import IvonCallback, IvonOptimizer
 from bayestune.training import BayesTrainer, KLSettings
 from training.toys import TASK, arguments, double_blob, lora, rows, trained
 
-KINDS = ("lora", "blob", "kl")
-"""Plain LoRA; BLoB; BLoB with B frozen at 0, so that only the KL moves M and G."""
+KINDS = ("lora", "blob", "kl", "ivon")
+"""Plain LoRA; BLoB; BLoB with B frozen at 0, so that only the KL moves M and G; IVON."""
 
 
 def model_of(kind: str) -> PeftModel:
-    model = lora() if kind == "lora" else double_blob()
+    model = lora() if kind in ("lora", "ivon") else double_blob()
     if kind == "kl":
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -54,8 +55,13 @@ def trainer_of(kind: str, folder: Path, *, alone: bool, **settings: Any) -> Baye
 
     It is evaluated on 7 rows, two or four at once, so that the last batch is short of rows for both.
     """
+    model, callbacks, optimizer = model_of(kind), [], None
+    if kind == "ivon":
+        weights = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        optimizer = IvonOptimizer(weights, lr=1e-3, sample_size=20, prior_std=0.1, h0=0.1)
+        callbacks = [IvonCallback(optimizer)]
     return (AsTwo if alone else BayesTrainer)(
-        model_of(kind),
+        model,
         task=TASK,
         args=arguments(
             folder,
@@ -68,7 +74,9 @@ def trainer_of(kind: str, folder: Path, *, alone: bool, **settings: Any) -> Baye
         ),
         train_rows=rows(20),
         eval_rows=rows(7),
-        kl=None if kind == "lora" else KLSettings(cycle=4),
+        kl=KLSettings(cycle=4) if kind in ("blob", "kl") else None,
+        optimizer=optimizer,
+        callbacks=callbacks,
     )
 
 

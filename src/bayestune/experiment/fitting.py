@@ -29,11 +29,13 @@ def fitting(
 ) -> Fitting:
     """The run of `training` as its method sees it."""
     experiment = training.experiment
+    assert experiment.learning_rate is not None
     return Fitting(
         task=training.task,
         rows=training.rows,
         more_rows=more_rows,
         seed=experiment.seed,
+        learning_rate=experiment.learning_rate,
         draws=experiment.draws,
         started=experiment.adapter is not None,
         folder=training.checkpoints,

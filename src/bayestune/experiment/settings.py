@@ -66,7 +66,7 @@ class Experiment(Settings):
     steps: int = Field(1000, ge=1, le=LARGEST_WHOLE, description="Updates.")
     batch_size: int | None = Field(None, ge=1, le=LARGEST_WHOLE, description=f"Rows per update and process; {_PAPER}.")
     learning_rate: float | None = Field(
-        None, gt=0, description=f"Learning rate of AdamW (6 % warm-up, then linear to 0); {_PAPER}."
+        None, gt=0, description=f"Learning rate (6 % warm-up, then linear to 0); {_PAPER}, or the method's own."
     )
     rank: int = Field(8, ge=1, le=MAX_RANK, description="Rank of the adapter.")
     lora_alpha: int | float | None = Field(
@@ -139,7 +139,8 @@ class Experiment(Settings):
         Args:
             chat: whether the tokenizer has a chat template.
         """
-        missing = {name: value for name, value in _FAMILY_DEFAULTS[family].items() if dict(self)[name] is None}
+        defaults = {**_FAMILY_DEFAULTS[family], **self.method.run_defaults(family)}
+        missing = {name: value for name, value in defaults.items() if dict(self)[name] is None}
         if family == "causal":
             style = CHAT if chat and not self.method.as_published else PAPER
             missing |= {"scoring": self.scoring or "letters", "prompt": self.prompt or style}

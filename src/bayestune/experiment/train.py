@@ -75,13 +75,14 @@ class Training:
         seed: int | None = None,
         folder: Path | None = None,
         resume: bool | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         **arguments: Any,
     ) -> None:
         """Train the adapter of `model` in place.
 
-        `seed`, `folder`, `resume` and `**arguments` (of `TrainingArguments`) replace those of the experiment; `label`
-        is shown beside the progress bar.
+        `seed`, `folder`, `resume` and `**arguments` (of `TrainingArguments`) replace those of the experiment, and
+        `optimizer` replaces AdamW; `label` is shown beside the progress bar.
         """
         method, folder = self.experiment.method, folder or self.checkpoints
         seeded = {} if seed is None else {"seed": seed}
@@ -92,7 +93,7 @@ class Training:
             contextlib.closing(ProgressBar(f"train {label}", disable=not (self.progress and is_main()))) as bar,
             # Several processes would stop at different updates, and wait for each other.
             StopAtStep(active=saves and process_count() == 1) as stop,
-            writing(folder, needed=3 * size),  # the weights, and AdamW's two moments
+            writing(folder, needed=3 * size),  # the weights, and two states of the optimizer
         ):
             trainer = BayesTrainer(
                 model,
@@ -101,6 +102,7 @@ class Training:
                 train_rows=self.rows,
                 kl=method.kl(self.updates),
                 prior_std=method.weight_prior_std(),
+                optimizer=optimizer,
                 callbacks=[*callbacks, bar, stop],
             )
             trainer.remove_callback(PrinterCallback)

@@ -16,6 +16,10 @@ from bayestune.methods.blob import Blob as Blob
 from bayestune.methods.dropout import Dropout as Dropout
 from bayestune.methods.ensemble import Ensemble as Ensemble
 from bayestune.methods.ensemble import EnsemblePosterior as EnsemblePosterior
+from bayestune.methods.ivon import Ivon as Ivon
+from bayestune.methods.ivon import IvonCallback as IvonCallback
+from bayestune.methods.ivon import IvonOptimizer as IvonOptimizer
+from bayestune.methods.ivon import ivon_posterior as ivon_posterior
 from bayestune.methods.laplace import Laplace as Laplace
 from bayestune.methods.laplace import LaplacePosterior as LaplacePosterior
 from bayestune.methods.laplace import fit_laplace as fit_laplace
@@ -41,7 +45,7 @@ from bayestune.storage import load_posterior as load_posterior
 from bayestune.storage import save_posterior as save_posterior
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Mle, Map, Dropout, Ensemble, Bbb, Laplace, Swag, Tfb, Temperature, Blob)
+    method.name: method for method in (Mle, Map, Dropout, Ensemble, Bbb, Laplace, Swag, Tfb, Temperature, Ivon, Blob)
 }
 """Every method by its name, in the order of a table's lines. Add one of your own with `register`."""
 

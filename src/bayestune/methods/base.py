@@ -56,14 +56,15 @@ class Line:
 class Fitting:
     """The run that a method is fitted in.
 
-    ``train(model, label=..., seed=..., folder=..., resume=..., callbacks=..., **training_arguments)`` trains an
-    adapter; ``renew(model, seed)`` returns the same base with a new adapter and a new head.
+    ``train(model, label=..., seed=..., folder=..., resume=..., optimizer=..., callbacks=..., **training_arguments)``
+    trains an adapter; ``renew(model, seed)`` returns the same base with a new adapter and a new head.
     """
 
     task: Task
     rows: Sequence[AnyRow]  # of the training split
     more_rows: Mapping[str, Sequence[AnyRow]]  # of the splits that settings name, by setting, and those held out
     seed: int
+    learning_rate: float  # its peak
     draws: int  # of the run's predictions
     started: bool  # whether the model already holds the finished adapter that the run was given to start from
     folder: Path  # where the run keeps checkpoints
@@ -103,6 +104,10 @@ class Method(Settings, ABC):
     def resolved(self, family: Family) -> "Method":
         """The same method with the paper's values for this family of models where a setting is None."""
         return self
+
+    def run_defaults(self, family: Family) -> Mapping[str, Any]:
+        """Settings of the run, by name, whose defaults differ from the paper's for this family of models."""
+        return {}
 
     def adapter_config(self, **lora: Any) -> LoraConfig:
         """The PEFT configuration of a new adapter; `lora` holds the settings that every method has."""

@@ -11,7 +11,6 @@ largest whose loss on some anchor rows stays within a tolerance of the loss at t
 BAYES_LORA adapter with ``M = A'`` and ``G = sqrt(Omega)``.
 """
 
-import copy
 import dataclasses
 import math
 import warnings
@@ -21,14 +20,14 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from pydantic import Field
 from torch import Tensor
 
 from bayestune import metrics
-from bayestune.adapters import BayesLoraConfig, gaussian_layers
+from bayestune.adapters import gaussian_layers
 from bayestune.errors import BayestuneWarning, ConfigError, DataError, PosteriorError
 from bayestune.functional import derive_seed
 from bayestune.inference.predict import predict
@@ -37,9 +36,9 @@ from bayestune.methods.mle import Mle
 from bayestune.sampling import Variational
 from bayestune.settings import LARGEST_WHOLE
 from bayestune.storage.state import (
-    adapted,
     adapter_config,
     adapter_tensors,
+    as_bayesian,
     check_values,
     config_fault,
     lora_layers,
@@ -237,25 +236,15 @@ def _put_back_on_failure(model: PeftModel) -> Iterator[None]:
 @torch.no_grad()
 def _converted(model: PeftModel, adapter: str) -> tuple[PeftModel, dict[str, Tensor]]:
     """`model` taken apart, its base with the same adapter as a BAYES_LORA one, and the singular values d by layer."""
-    config, tensors = adapter_config(model, adapter), adapter_tensors(model, adapter)
-    layers = lora_layers(model, adapter)
-    base = model.get_base_model()
-    heads = {path: m.original_module for path, m in base.named_modules() if isinstance(m, ModulesToSaveWrapper)}
-    model.unload()
-    for path, head in heads.items():
-        base.set_submodule(path, head)  # unload leaves the trained copy of the adapter there
-    values = {f.name: copy.deepcopy(getattr(config, f.name)) for f in dataclasses.fields(LoraConfig) if f.init}
-    bayesian = BayesLoraConfig(**{**values, "inference_mode": True})
-    blob = adapted(base, bayesian, autocast=True)  # A and B are float32 in any case
-    adapter_config(blob, "default").modules_to_save = copy.copy(config.modules_to_save)  # PEFT adds heads once more
-    singular = {}
+    layers, plain = lora_layers(model, adapter), adapter_tensors(model, adapter)
+    blob = as_bayesian(model, adapter)
+    tensors, singular = adapter_tensors(blob, "default"), {}
     for path in layers:
-        a, b = f"base_model.model.{path}.lora_A.weight", f"base_model.model.{path}.lora_B.weight"
-        tensors[a], tensors[b], singular[path] = rotated(tensors[a], tensors[b])
-    for key, tensor in adapter_tensors(blob, "default").items():
-        if not key.endswith(".lora_A.rho"):
-            tensor.copy_(tensors[key])
-    return blob.eval(), singular
+        a, b = (f"base_model.model.{path}.lora_{matrix}.weight" for matrix in "AB")
+        turned, scaled, singular[path] = rotated(plain[a], plain[b])
+        tensors[a].copy_(turned)
+        tensors[b].copy_(scaled)
+    return blob, singular
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """The tensors and settings of one adapter: read from its modules, and checked one by one."""
 
+import copy
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -162,6 +164,32 @@ def settings_fault(values: Any, kind: str) -> str | None:
 def config_fault(config: LoraConfig, kind: str) -> str | None:
     """`settings_fault` of a configuration in memory."""
     return settings_fault(json.loads(json.dumps(config.to_dict(), default=sorted)), kind)
+
+
+@torch.no_grad()
+def as_bayesian(model: PeftModel, adapter: str, **posterior: Any) -> PeftModel:
+    """`model` taken apart, and its base with the plain LoRA `adapter` as a Bayesian one with the same weights.
+
+    It is named "default", frozen and in evaluation mode; its standard deviations are those of a new adapter.
+
+    Args:
+        model: a model with one plain LoRA adapter, not merged.
+        adapter: name of the adapter.
+        **posterior: settings that `BayesLoraConfig` has and `LoraConfig` has not.
+    """
+    config, tensors, base = adapter_config(model, adapter), adapter_tensors(model, adapter), model.get_base_model()
+    heads = {path: m.original_module for path, m in base.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+    model.unload()
+    for path, head in heads.items():
+        base.set_submodule(path, head)  # unload leaves the trained copy of the adapter there
+    values = {f.name: copy.deepcopy(getattr(config, f.name)) for f in dataclasses.fields(LoraConfig) if f.init}
+    bayesian = BayesLoraConfig(**{**values, **posterior, "inference_mode": True})
+    made = adapted(base, bayesian, autocast=True)  # A and B are float32 in any case
+    adapter_config(made, "default").modules_to_save = copy.copy(config.modules_to_save)  # PEFT adds heads once more
+    for key, tensor in adapter_tensors(made, "default").items():
+        if not key.endswith(".rho"):
+            tensor.copy_(tensors[key])
+    return made.eval()
 
 
 def adapted(base: nn.Module, config: LoraConfig, *, autocast: bool) -> PeftModel:

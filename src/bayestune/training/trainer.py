@@ -45,11 +45,11 @@ class BayesTrainer(SafeTrainer):
         train_rows: training rows; default `task.rows("train")`.
         eval_rows: rows that `evaluate()` and the evaluations during training (`eval_strategy`) score. They take the
             place of `Trainer`'s `eval_dataset`.
-        kl: the KL term; default `default_kl`, which takes the std to 0.3 x the prior's under a
-            learning rate that falls linearly.
+        kl: the KL term; default `default_kl`: a std of 0.3 x the prior's under a learning rate that falls linearly.
         prior_std: s_p of MAP training of plain LoRA: the loss is ``mean NLL + ||theta||^2 / (2 s_p^2 rows)`` over all
             trained weights, heads included. None for the MLE.
         train_draws: K, draws of the weights per row and update (uncorrelated but not independent with flipout).
+        optimizer: replaces AdamW; its learning rate must be `args.learning_rate`.
         callbacks: further callbacks, as in `transformers.Trainer`.
 
     Raises:
@@ -72,10 +72,12 @@ class BayesTrainer(SafeTrainer):
         kl: KLSettings | None = None,
         prior_std: float | None = None,
         train_draws: int = 1,
+        optimizer: torch.optim.Optimizer | None = None,
         callbacks: Sequence[TrainerCallback] | None = None,
     ) -> None:
         args = checks.checked_arguments(args)
         self.task, self.train_draws, self.prior_std = task, train_draws, prior_std
+        self._optimizer_settings = optimizer and f"{type(optimizer).__name__} {optimizer.defaults}"
         self._gaussian, random = gaussian_layers(model), random_layers(model)
         self._noise = training_noise(model) if random else None
         checks.check_model(model, bool(random), bool(self._gaussian), kl, prior_std, train_draws)
@@ -97,6 +99,7 @@ class BayesTrainer(SafeTrainer):
             eval_dataset=None if eval_rows is None else Examples(task, eval_rows, model),
             compute_metrics=lambda found: task.metrics(*map(torch.as_tensor, (found.predictions, found.label_ids))),
             callbacks=[*([self._noise_callback] if self._noise_callback else []), *(callbacks or [])],
+            optimizers=(optimizer, None),
         )
         self._memory = BackOff(self.args, self._train.ids, self._train.batch)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
@@ -248,6 +251,7 @@ class BayesTrainer(SafeTrainer):
             "rows": len(self._train.ids),
             "row_sha256": self._train.sha256,
             "prior_std": self.prior_std,
+            "optimizer": self._optimizer_settings,
         }
         if self.kl is not None:
             settings["kl_cycle"], settings["kl_learning_rate"] = self.kl.cycle, self.kl.learning_rate
