@@ -19,7 +19,15 @@ from bayestune.errors import ConfigError, TrainingError
 from bayestune.experiment import Experiment, load_run, run
 from bayestune.functional import std
 from bayestune.inference import draw, predict
-from bayestune.methods import Ivon, IvonCallback, IvonOptimizer, Variational, ivon_posterior, load_posterior
+from bayestune.methods import (
+    METHODS,
+    Ivon,
+    IvonCallback,
+    IvonOptimizer,
+    Variational,
+    ivon_posterior,
+    load_posterior,
+)
 from bayestune.methods.ivon import next_curvature
 from bayestune.serving.lora import export_lora
 from bayestune.storage import save_posterior
@@ -242,6 +250,7 @@ def test_a_run_resumed_from_a_checkpoint_is_the_whole_run_bit_for_bit(tmp_path: 
     part = trainer_of(tmp_path / "b", lora(lora_dropout=0.3), **settings)
     part.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
     assert part.losses == whole.losses[8:]
+    assert isinstance(part.model, PeftModel) and isinstance(whole.model, PeftModel)
     assert_same(trained(part.model), trained(whole.model))
     assert_same(state_of(part), state_of(whole))
     assert {name.split(".")[1] for name in state_of(part)} == {"momentum", "curvature", "step"}
@@ -400,15 +409,15 @@ def test_a_killed_experiment_ends_as_the_whole_one(
     assert digest(tmp_path / "killed") == digest(tmp_path / "whole")
     for key, prediction in whole.predictions.items():
         assert torch.equal(prediction.draw_log_probs, resumed.predictions[key].draw_log_probs)
-    assert whole.fitted["sample_size"] == 16 and resumed.experiment.learning_rate == whole.experiment.learning_rate
+    assert whole.fitted["sample_size"] == 10_000 and resumed.experiment.learning_rate == whole.experiment.learning_rate
     loaded = load_run(tmp_path / "killed")
-    assert isinstance(loaded.posterior, Variational) and loaded.experiment.method == Ivon()
+    assert isinstance(loaded.posterior, Variational) and loaded.experiment.method == METHODS["ivon"]()
 
 
 def test_a_learning_rate_that_is_given_replaces_the_methods_own(world: Path) -> None:
     for family in ("causal", "encoder"):
         own = experiment(world).resolved(family).learning_rate
-        assert own == Ivon().run_defaults(family)["learning_rate"]
+        assert own == METHODS["ivon"]().run_defaults(family)["learning_rate"]
         assert experiment(world, learning_rate=0.25).resolved(family).learning_rate == 0.25
         assert experiment(world, method="mle").resolved(family).learning_rate != own
 

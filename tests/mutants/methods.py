@@ -167,3 +167,76 @@ def the_default_of_the_trainer_has_no_width() -> None:
     from bayestune.training import KLSettings
 
     replace("bayestune.training.posterior_std.default_kl", lambda layers, rows, args: KLSettings(cycle=1000))
+
+
+IVON = f"{METHODS}.ivon"
+
+
+@defect("methods/test_ivon.py", "conjugate or whatever_is_estimated")
+def a_curvature_without_its_correction() -> None:
+    replace(f"{IVON}.next_curvature", lambda h, estimate, *, beta2, delta: h + (1 - beta2) * (estimate - h))
+
+
+@defect("methods/test_ivon.py", "conjugate")
+def a_curvature_of_half_the_estimate() -> None:
+    name = f"{IVON}.next_curvature"
+    wrap(name, lambda right: lambda h, estimate, *, beta2, delta: right(h, estimate / 2, beta2=beta2, delta=delta))
+
+
+@defect("methods/test_ivon.py", "logistic")
+def draws_as_wide_as_the_variance() -> None:
+    wrap(f"{IVON}.IvonOptimizer._std", lambda right: lambda self, group, weight: right(self, group, weight).square())
+
+
+@defect("methods/test_ivon.py", "micro_batches")
+def a_draw_that_the_first_micro_batch_alone_sees() -> None:
+    def make(right: Any) -> Any:
+        def wrong(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            right(self, args, state, control, **kwargs)
+            held = dict(self._optimizer._held)
+
+            def back(*_: Any) -> None:
+                for weight, (mean, _) in held.items():
+                    weight.data.copy_(mean)
+
+            kwargs["model"].get_base_model().register_forward_hook(back)
+
+        return wrong
+
+    wrap(f"{IVON}.IvonCallback.on_step_begin", make)
+
+
+@defect("methods/test_ivon.py", "conjugate or equations")
+def the_mean_moves_from_the_draw() -> None:
+    replace(f"{IVON}.IvonOptimizer.restore", lambda self: self._held.clear())
+
+
+@defect("methods/test_ivon.py", "depend_on_seed")
+def the_same_draw_in_every_update() -> None:
+    from bayestune.functional import derive_seed as right
+
+    def wrong(*key: Any) -> int:
+        return right(key[0], key[1], key[3]) if key[0] == "ivon" else right(*key)
+
+    replace("bayestune.functional.derive_seed", wrong)
+
+
+@defect("methods/test_ivon.py", "bit_for_bit")
+def a_resumed_run_without_its_momentum() -> None:
+    def make(right: Any) -> Any:
+        def wrong(folder: Any, optimizer: Any, scheduler: Any, settings: Any) -> None:
+            right(folder, optimizer, scheduler, settings)
+            for own in optimizer.state.values():
+                own["momentum"].zero_()
+
+        return wrong
+
+    wrap("bayestune.training.checkpoint_state.load_optimizer", make)
+
+
+@defect("methods/test_ivon.py", "saved_loaded")
+def a_posterior_of_the_variances() -> None:
+    wrap(
+        f"{IVON}.IvonOptimizer.std",
+        lambda right: lambda self: {name: value.square() for name, value in right(self).items()},
+    )
