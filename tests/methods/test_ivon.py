@@ -344,7 +344,9 @@ def test_the_posterior_of_a_run_is_saved_loaded_and_exported_as_it_is(tmp_path: 
     optimizer = trainer.optimizer
     assert isinstance(optimizer, IvonOptimizer)
     trainer.train()
-    means, widths = trained(model), optimizer.std()
+    means, state = trained(model), optimizer.state
+    curvature = {name: state[p]["curvature"] for name, p in model.named_parameters() if p.requires_grad}
+    widths = {name: (12 * (h + 1 / (12 * 0.1**2))).rsqrt() for name, h in curvature.items()}
     posterior = ivon_posterior(model, optimizer, prior_std=0.1)
     layers = gaussian_layers(posterior.model)
     assert len(layers) == 8  # A and B of four layers
