@@ -344,6 +344,11 @@ def test_the_posterior_of_a_run_is_saved_loaded_and_exported_as_it_is(tmp_path: 
     optimizer = trainer.optimizer
     assert isinstance(optimizer, IvonOptimizer)
     trainer.train()
+    partial = IvonOptimizer(
+        [(n, p) for n, p in model.named_parameters() if "lora_A" in n], lr=1, sample_size=1, prior_std=1, h0=1
+    )
+    with pytest.raises(ConfigError, match=r"found no .*lora_B.* in the optimizer"):
+        ivon_posterior(model, partial, prior_std=0.1)
     means, state = trained(model), optimizer.state
     curvature = {name: state[p]["curvature"] for name, p in model.named_parameters() if p.requires_grad}
     widths = {name: (12 * (h + 1 / (12 * 0.1**2))).rsqrt() for name, h in curvature.items()}

@@ -198,12 +198,15 @@ def ivon_posterior(model: PeftModel, optimizer: IvonOptimizer, *, prior_std: flo
         prior_std: s_p, the standard deviation of the prior.
 
     Raises:
-        ConfigError: no plain LoRA adapter.
+        ConfigError: no plain LoRA adapter, or the optimizer did not train all of it.
     """
     model, adapter = plain_adapter(model, by="ivon")
     optimizer.restore()
-    std = optimizer.std()
-    stds = {key.removesuffix("weight") + "rho": std[name] for key, name in parameter_names(model, adapter).items()}
+    std, names = optimizer.std(), parameter_names(model, adapter)
+    for name in names.values():
+        if name not in std:
+            raise ConfigError(f"ivon_posterior: found no {name} in the optimizer, expected every adapter weight.")
+    stds = {key.removesuffix("weight") + "rho": std[name] for key, name in names.items()}
     bayesian = as_bayesian(model, adapter, distribution="gaussian_ab", prior_std=prior_std)
     for key, tensor in adapter_tensors(bayesian, "default").items():
         if key.endswith(".rho"):
