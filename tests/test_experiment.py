@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import json
 import os
+import shutil
 import socket
 from collections import Counter
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from bayestune import demo
 from bayestune.errors import ConfigError
@@ -324,25 +326,36 @@ def test_the_packaged_questions_are_sound_and_in_one_split_each() -> None:
 
 
 @pytest.mark.property("X03")
+@pytest.mark.parametrize(("kind", "name"), [("minilm", "bert"), ("smollm2", "llama")])
 def test_the_demo_writes_its_files_without_a_network(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kind: str,
+    name: str,
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """With a tiny model in place of MiniLM, few rows and updates: the files, their fixed names, what is printed."""
+    """With a tiny model and few rows and updates: the files, their fixed names, what is printed."""
 
     def offline(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the demo opened a connection")
 
-    tiny = {"model": str(world / "bert"), "steps": 2, "max_tokens": 256}
+    model = str(shutil.copytree(world / name, tmp_path / "model"))
+    tiny = {"steps": 2, "max_tokens": 256}
+    if kind == "smollm2":
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+        tokenizer.save_pretrained(model)
     for path in PACKAGED.glob("*.gz"):
         few = [json.loads(line) for line in gzip.open(path, "rt", encoding="utf-8")][:12]
         write_rows(tmp_path / "data" / "everyday" / path.name, few)
     monkeypatch.setattr(backbone, "PACKAGED_DATA", tmp_path / "data")
-    monkeypatch.setattr(demo, "SETTINGS", demo.SETTINGS | tiny)
+    monkeypatch.setattr(demo, "SETTINGS", {model: demo.SETTINGS[kind] | tiny})
     monkeypatch.setattr(socket.socket, "connect", offline)
     monkeypatch.setattr(socket, "getaddrinfo", offline)
     out = tmp_path / "demo"
     with contextlib.chdir(tmp_path):
-        demo.run_demo(out, seed=3)
+        demo.run_demo(out, model=model, seed=3)
     assert {path.name for path in out.iterdir()} == demo.FILES
     found = json.loads((out / "result.json").read_text())
     assert found["seed"] == 3
@@ -350,9 +363,11 @@ def test_the_demo_writes_its_files_without_a_network(
     for scores in found["methods"].values():
         assert {"accuracy", "nll", "ece", "brier", "rows"} <= scores.keys() and scores["rows"] == 12
     assert found["ood"]["blob_n10"]["rows"] == 12 and 0 <= found["ood"]["blob_n10"]["auroc_epistemic"] <= 1
+    assert (found.get("words", {}).keys() == set(demo.QUESTIONS)) is (kind == "smollm2")
+    assert all(sum(answers.values()) == 10 for answers in found.get("words", {}).values())
     assert (out / "reliability.png").read_bytes()[:4] == b"\x89PNG" and (out / "reliability.svg").stat().st_size
     printed = capsys.readouterr().out
     for word in ("MLE", "BLoB N=0", "BLoB N=10", "A bee that visits a meadow", "epistemic", "AUROC", "seed 3"):
         assert word in printed
     with pytest.raises(ConfigError, match="--overwrite"):
-        demo.run_demo(out)
+        demo.run_demo(out, model=model)

@@ -1,6 +1,7 @@
 """`bayestune demo`: plain LoRA and BLoB on the same rows with the same budget, offline, packaged model and data."""
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,38 +10,47 @@ import torch
 
 from bayestune import metrics
 from bayestune.errors import ConfigError
-from bayestune.experiment import Experiment, Result, load_run, run, score_table
+from bayestune.experiment import Experiment, Result, Run, load_run, run, score_table
 from bayestune.experiment.record import hardware, versions
 from bayestune.files import write_json
-from bayestune.inference import Prediction
+from bayestune.inference import Prediction, draw
 from bayestune.methods import Blob, Mle
 from bayestune.tasks import AnyRow
 
 # Chosen on training rows only (100 to fit, 50 to look at), the same for both methods.
-SETTINGS: dict[str, Any] = {
-    "model": "minilm",
+DRAWS = 10
+_SHARED: dict[str, Any] = {
     "task": "everyday",
     "eval_split": "test",
-    "steps": 180,
     "batch_size": 8,
-    "learning_rate": 2e-3,
     "lora_alpha": 16,
-    "kl_schedule": "elbo",
-    "kl_learning_rate": 0.03,
     "posterior_scale": 1.0,  # both methods train on all rows
-    "draws": 10,
+    "draws": DRAWS,
 }
+SETTINGS: dict[str, dict[str, Any]] = {
+    "minilm": _SHARED | {"steps": 180, "learning_rate": 2e-3, "kl_schedule": "elbo", "kl_learning_rate": 0.03},
+    "smollm2": _SHARED
+    | {"steps": 30, "learning_rate": 1e-3, "scoring": "text", "prompt": "paper", "max_tokens": 160, "prior_std": 1.0},
+}
+"""By model."""
+QUESTIONS = (
+    "What do bees make from nectar?",
+    "Which planet do we live on?",
+    "Why do we see lightning before we hear thunder?",
+)
 PLAIN, BAYES = Mle.name, Blob.name
-MEAN, AVERAGED = f"{BAYES}_n0", f"{BAYES}_n{SETTINGS['draws']}"
-NAMES = {PLAIN: Mle.label, MEAN: f"{Blob.label} N=0", AVERAGED: f"{Blob.label} N={SETTINGS['draws']}"}
+MEAN, AVERAGED = f"{BAYES}_n0", f"{BAYES}_n{DRAWS}"
+NAMES = {PLAIN: Mle.label, MEAN: f"{Blob.label} N=0", AVERAGED: f"{Blob.label} N={DRAWS}"}
 FILES = {PLAIN, BAYES, "result.json", "reliability.png", "reliability.svg"}
 LITTER = {f".{method}.{kind}" for method in (PLAIN, BAYES) for kind in ("lock", "before")}
 """What a demo that was killed leaves beside its runs: their locks, and the runs that they replace."""
 SHOWN = 5
 
 
-def run_demo(output: str | Path, *, seed: int = 0, overwrite: bool = False) -> dict[str, Any]:
+def run_demo(output: str | Path, *, model: str = "minilm", seed: int = 0, overwrite: bool = False) -> dict[str, Any]:
     """Train both methods, print how they compare, and write result.json, reliability.png and .svg to `output`.
+
+    The model is one of `SETTINGS`; a language model also answers free questions in words under each draw.
 
     The folders `output/mle` and `output/blob` are runs like any other: `bayestune predict output/blob` answers with
     the posterior trained here. Returns the content of result.json.
@@ -53,11 +63,12 @@ def run_demo(output: str | Path, *, seed: int = 0, overwrite: bool = False) -> d
 
     started, output = time.monotonic(), Path(output)
     _check_output(output, overwrite)
-    results = {method: _train(method, seed, output / method, overwrite) for method in (PLAIN, BAYES)}
+    results = {method: _train(model, method, seed, output / method, overwrite) for method in (PLAIN, BAYES)}
     scores = {key: value for result in results.values() for key, value in result.scores.items()}
     predictions = {key: value for result in results.values() for key, value in result.predictions.items()}
     _section(
-        f"Same {SETTINGS['steps']} updates on the same training questions, seed {seed}; scored on the test questions"
+        f"Same {SETTINGS[model]['steps']} updates on the same training questions, seed {seed}; scored on the test "
+        "questions"
     )
     print(score_table({NAMES[key]: value for key, value in scores.items()}))
     _section(f"The first {SHOWN} test questions: probability of each choice (* is right), epistemic part in nats")
@@ -66,6 +77,7 @@ def run_demo(output: str | Path, *, seed: int = 0, overwrite: bool = False) -> d
     _section("Questions from subjects that were not trained on")
     ood = {key: _out_of_distribution(output / method, predictions[key], seed) for method, key in _BEST.items()}
     _show_ood(ood)
+    words = _in_words(trained, seed) if trained.task.generates else {}
     curves = {NAMES[key]: (predictions[key].log_probs, predictions[key].labels) for key in NAMES}
     reliability_diagram(
         {name: (log_probs, labels) for name, (log_probs, labels) in curves.items() if labels is not None},
@@ -76,8 +88,9 @@ def run_demo(output: str | Path, *, seed: int = 0, overwrite: bool = False) -> d
         "seed": seed,
         "methods": {key: value.as_dict() for key, value in scores.items()},
         "ood": ood,
+        **({"words": words} if words else {}),
         "settings": results[BAYES].experiment.as_dict(),
-        "command": ["bayestune", "demo", "--seed", str(seed)],
+        "command": _command(model, seed),
         "versions": versions(),
         "hardware": hardware(),
         "seconds": round(time.monotonic() - started, 1),
@@ -92,11 +105,14 @@ def run_demo(output: str | Path, *, seed: int = 0, overwrite: bool = False) -> d
 _BEST = {PLAIN: PLAIN, BAYES: AVERAGED}
 
 
-def _train(method: str, seed: int, output: Path, overwrite: bool) -> Result:
-    experiment = Experiment.from_dict({**SETTINGS, "method": method, "seed": seed}, where="demo")
-    return run(
-        experiment, output, overwrite=overwrite, command=["bayestune", "demo", "--seed", str(seed)], progress=True
-    )
+def _train(model: str, method: str, seed: int, output: Path, overwrite: bool) -> Result:
+    settings = {"model": model, **SETTINGS[model], "method": method, "seed": seed}
+    experiment = Experiment.from_dict(settings, where="demo")
+    return run(experiment, output, overwrite=overwrite, command=_command(model, seed), progress=True)
+
+
+def _command(model: str, seed: int) -> list[str]:
+    return ["bayestune", "demo", "--model", model, "--seed", str(seed)]
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
@@ -148,3 +164,25 @@ def _show_ood(ood: Mapping[str, Mapping[str, int | float]]) -> None:
             if name in found:
                 means = f"{found[name]:.3f} nats on test, {found[f'ood_{name}']:.3f} on the {found['rows']} others"
                 print(f"{NAMES[key]:<10} mean {name:<9} {means}; AUROC {found[f'auroc_{name}']:.3f}")
+
+
+def _in_words(trained: Run, seed: int) -> dict[str, dict[str, int]]:
+    """How many draws give each answer to the free questions; inside a draw the model is one function."""
+    _section(f"Free questions: what each of {DRAWS} draws answers in words")
+    tokenizer: Any = trained.task.tokenizer
+    found: dict[str, dict[str, int]] = {}
+    for question in QUESTIONS:
+        chat = [{"role": "user", "content": question}]
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        inputs = inputs.to(trained.model.device)
+        answers: Counter[str] = Counter()
+        for index in range(DRAWS):
+            with draw(trained.model, index=index, seed=seed):
+                ids = trained.model.generate(**inputs, max_new_tokens=16, do_sample=False)
+            new = ids[0, inputs["input_ids"].shape[1] :]
+            answers[" ".join(tokenizer.decode(new, skip_special_tokens=True).split())] += 1
+        found[question] = dict(answers.most_common())
+        print(question)
+        for answer, count in found[question].items():
+            print(f"  {count:>2} of {DRAWS}  {answer}")
+    return found
