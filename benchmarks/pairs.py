@@ -12,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from bayestune.experiment.record import hardware, versions
+from bayestune.tables.cells import portable
 
 
 def seconds(
@@ -56,7 +57,7 @@ def peak_memory() -> int:
 
 def header(device: str) -> dict[str, Any]:
     """Return the provenance of a result: command, day (UTC), versions and hardware."""
-    command, today = ["python", *sys.argv], datetime.now(UTC).date().isoformat()
+    command, today = ["python", *map(portable, sys.argv)], datetime.now(UTC).date().isoformat()
     return {"command": command, "date": today, "device": device, "versions": versions(), "hardware": hardware()}
 
 
