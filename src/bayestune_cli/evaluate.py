@@ -8,9 +8,21 @@ import typer
 from bayestune_cli.arguments import Data, Draws, Predictive, RunFolder, Seed, check_run, draw_count, load
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
     from bayestune.experiment import Run
     from bayestune.inference import Prediction
     from bayestune.tasks import AnyRow, TokenizedTask
+
+_SCORES = {
+    "auroc_total": "total entropy",
+    "auroc_total_matched": "total entropy, pairs of equal length",
+    "auroc_largest_probability": "1 - largest probability",
+    "auroc_length": "length of the question (no model)",
+    "auroc_epistemic": "epistemic: the draws' disagreement",
+}
 
 
 def evaluate(
@@ -43,7 +55,7 @@ def evaluate(
     rows = loaded.task.rows(chosen)
     others = {name: _other_rows(loaded, name) for name in (ood.split(",") if ood else [])}
     prediction = loaded.predict(rows, draws=count, seed=seed, progress=True)
-    detected = {name: _compared(loaded, *other, prediction, seed) for name, other in others.items()}
+    detected = {name: _compared(loaded, *other, prediction, rows, seed) for name, other in others.items()}
     scores = scores_of(prediction)
     if as_json:
         answer = {**scores.as_dict(), "task": loaded.task.name, "split": chosen, "seed": seed}
@@ -55,7 +67,12 @@ def evaluate(
         print(f"temperature {temperature:.4g}")
     for name, other in detected.items():
         text = f"accuracy {other['accuracy']:.3f}, NLL {other['nll']:.3f}, epistemic {other['epistemic']:.4f} nats"
-        print(f"{name}: {text} (here {prediction.epistemic.mean():.4f}), AUROC {other['auroc_epistemic']:.3f}")
+        print(f"{name}: {text} (here {prediction.epistemic.mean():.4f})")
+        print(
+            f"{'':4}AUROC, how well a score tells these rows from those of {chosen}; below 0.5 it is lower on these:"
+        )
+        for key, score in _SCORES.items():
+            print(f"{'':4}{score:<40} {'no pairs' if other[key] is None else format(other[key], '.3f')}")
 
 
 def _other_rows(loaded: "Run", name: str) -> tuple["TokenizedTask", list["AnyRow"]]:
@@ -70,19 +87,32 @@ def _other_rows(loaded: "Run", name: str) -> tuple["TokenizedTask", list["AnyRow
 
 
 def _compared(
-    loaded: "Run", task: "TokenizedTask", rows: list["AnyRow"], known: "Prediction", seed: int
+    loaded: "Run",
+    task: "TokenizedTask",
+    rows: list["AnyRow"],
+    known: "Prediction",
+    known_rows: list["AnyRow"],
+    seed: int,
 ) -> dict[str, Any]:
-    """Return scores on other rows, and the AUROC of detecting them (positive) among `known` by uncertainty."""
+    """Return scores on other rows, and the AUROC of detecting them (positive) among `known` by several scores."""
     import torch
 
     from bayestune import metrics
     from bayestune.inference import evaluate as scores_of
 
+    def joined(of: "Callable[[Prediction], Tensor]") -> "Tensor":
+        return torch.cat([of(known), of(prediction)])
+
     prediction = loaded.predict(rows, draws=known.draws, seed=seed, task=task, progress=True)
     positive = torch.tensor([False] * len(known.ids) + [True] * len(rows))
+    total = joined(lambda found: found.total)
+    lengths = torch.tensor([len(row.texts[0][1]) for row in [*known_rows, *rows]])
     return {
         **scores_of(prediction).as_dict(),
         "epistemic": float(prediction.epistemic.mean()),
-        "auroc_epistemic": metrics.auroc(torch.cat([known.epistemic, prediction.epistemic]), positive),
-        "auroc_total": metrics.auroc(torch.cat([known.total, prediction.total]), positive),
+        "auroc_total": metrics.auroc(total, positive),
+        "auroc_total_matched": metrics.matched_auroc(total, positive, lengths),
+        "auroc_largest_probability": metrics.auroc(joined(lambda found: 1 - found.probs.amax(-1)), positive),
+        "auroc_length": metrics.auroc(lengths, positive),
+        "auroc_epistemic": metrics.auroc(joined(lambda found: found.epistemic), positive),
     }

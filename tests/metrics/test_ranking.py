@@ -79,3 +79,22 @@ def test_what_cannot_be_ranked_is_refused_by_row(score):
     for positives in (torch.tensor([True, True]), torch.tensor([False, False])):
         with pytest.raises(DataError, match=f"{name}: .* expected at least one of each"):
             score(torch.tensor([0.0, 1.0]), positives)
+
+
+def test_the_matched_auroc_leaves_out_what_sizes_alone_separate() -> None:
+    """The score is the length plus a part that says nothing: it separates long from short rows, and nothing else."""
+    generator = torch.Generator().manual_seed(0)
+    rows = 4000
+    positives = torch.rand(rows, generator=generator) < 0.5
+    lengths = torch.exp(3 + 0.5 * positives + 0.3 * torch.randn(rows, generator=generator))
+    assert metrics.auroc(lengths, positives) > 0.8
+    fair = torch.randn(rows, generator=generator)
+    matched = metrics.matched_auroc(lengths.log() + 3 * fair, positives, lengths, within=0.01)
+    assert matched is not None and abs(matched - 0.5) < 4 / math.sqrt(12 * rows / 4)  # a rank sum of rows / 4 or more
+    assert metrics.matched_auroc(fair, positives, torch.ones(rows)) == pytest.approx(metrics.auroc(fair, positives))
+
+
+def test_the_matched_auroc_of_a_few_rows() -> None:
+    scores, positives = torch.tensor([1.0, 2.0, 2.0, 5.0]), torch.tensor([0, 0, 1, 1])
+    assert metrics.matched_auroc(scores, positives, torch.tensor([10, 11, 11, 90])) == 0.75  # beside 10 and 11
+    assert metrics.matched_auroc(scores, positives, torch.tensor([10, 20, 30, 40])) is None

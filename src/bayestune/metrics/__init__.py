@@ -7,6 +7,7 @@ from bayestune.metrics.draws import Spread as Spread
 from bayestune.metrics.draws import spread as spread
 from bayestune.metrics.ranking import aupr as aupr
 from bayestune.metrics.ranking import auroc as auroc
+from bayestune.metrics.ranking import matched_auroc as matched_auroc
 from bayestune.metrics.scores import EDGE_TOLERANCE as EDGE_TOLERANCE
 from bayestune.metrics.scores import SUM_TOLERANCE as SUM_TOLERANCE
 from bayestune.metrics.scores import ReliabilityBins as ReliabilityBins

@@ -7,6 +7,8 @@ if a label is neither 0 nor 1, or if either class has no rows.
 0.75
 """
 
+import math
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -23,6 +25,33 @@ def auroc(scores: Float[Tensor, " rows"], positives: Bool[Tensor, " rows"] | Int
     negative_rows = len(marks) - positive_rows
     rank_sum = rankdata(values.numpy(), method="average")[marks.numpy()].sum().item()
     return (rank_sum - positive_rows * (positive_rows + 1) / 2) / (positive_rows * negative_rows)
+
+
+def matched_auroc(
+    scores: Float[Tensor, " rows"],
+    positives: Bool[Tensor, " rows"] | Int[Tensor, " rows"],
+    sizes: Float[Tensor, " rows"] | Int[Tensor, " rows"],
+    *,
+    within: float = 0.1,
+) -> float | None:
+    """Return the AUROC over the pairs of a positive and a negative row of about the same size.
+
+    It is what a score separates beyond what the sizes of the rows, such as the lengths of questions, separate alone.
+
+    Args:
+        scores, positives: as in `auroc`.
+        sizes: above 0.
+        within: a pair counts if the larger size is at most ``1 + within`` times the smaller.
+
+    Returns:
+        The share of these pairs in which the positive row has the higher score, ties half; None without such pairs.
+    """
+    values, marks = _checked("matched_auroc", scores, positives)
+    logs = sizes.detach().to("cpu", torch.float64).log()
+    alike = (logs[marks].unsqueeze(1) - logs[~marks]).abs() <= math.log1p(within) + 1e-12
+    high, low = values[marks].unsqueeze(1), values[~marks]
+    won = (high > low).double() + 0.5 * (high == low).double()
+    return won[alike].mean().item() if alike.any() else None
 
 
 def aupr(scores: Float[Tensor, " rows"], positives: Bool[Tensor, " rows"] | Int[Tensor, " rows"]) -> float:
