@@ -24,7 +24,7 @@ def an_impossible_label_clipped() -> None:
 
 @defect(TESTS, "S19")
 def rows_that_are_not_probabilities_pass() -> None:
-    replace(f"{SCORES}._checked", lambda log_probs, labels: (log_probs.double(), labels.long()))
+    replace(f"{SCORES}.checked", lambda log_probs, labels: (log_probs.double(), labels.long()))
 
 
 @defect(TESTS, "S19")
@@ -113,3 +113,62 @@ def the_logit_variance_is_not_centered() -> None:
         return wrong
 
     wrap("bayestune.metrics.draws.spread", make)
+
+
+CONFORMAL = "bayestune.metrics.conformal"
+SETS = "metrics/test_conformal.py"
+
+
+@defect(SETS, "by_hand or exact_arithmetic")
+def the_quantile_forgets_the_new_row() -> None:
+    def make(right: Any) -> Any:
+        def wrong(log_probs: Tensor, labels: Tensor, *, alpha: float = 0.1, **more: Any) -> float:
+            rows = len(labels)
+            return right(log_probs, labels, alpha=1 - (1 - alpha) * rows / (rows + 1) + 1e-9, **more)
+
+        return wrong
+
+    wrap(f"{CONFORMAL}.conformal_threshold", make)
+
+
+@defect(SETS, "exact_arithmetic")
+def the_rank_of_the_quantile_is_rounded_in_floats() -> None:
+    replace(f"{CONFORMAL}._exact", lambda alpha: alpha)
+
+
+@defect(SETS, "does_not_have")
+def absent_choices_are_in_sets() -> None:
+    from bayestune.metrics.conformal import _class_scores
+
+    def wrong(log_probs: Tensor, threshold: float, *, score: str = "lac", seed: int = 0) -> Tensor:
+        return _class_scores(log_probs, score, seed) <= threshold
+
+    replace(f"{CONFORMAL}.prediction_sets", wrong)
+
+
+@defect(SETS, "uniform")
+def new_rows_get_the_uniform_numbers_of_the_calibration() -> None:
+    wrap(f"{CONFORMAL}._class_scores", lambda right: lambda log_probs, score, seed: right(log_probs, score, 0))
+
+
+@defect(SETS, "evenly or uniform")
+def aps_always_adds_the_whole_class() -> None:
+    def make(right: Any) -> Any:
+        def wrong(log_probs: Tensor, score: str, seed: int) -> Tensor:
+            probs, order = log_probs.exp().sort(1, descending=True)
+            return torch.zeros_like(probs).scatter(1, order, probs.cumsum(1))
+
+        return wrong
+
+    wrap(f"{CONFORMAL}._class_scores", make)
+
+
+@defect(SETS, "one_half_on_the_other")
+def sets_are_scored_on_the_calibration_rows_too() -> None:
+    def make(right: Any) -> Any:
+        def wrong(log_probs: Tensor, labels: Tensor, **more: Any) -> Any:
+            return right(log_probs.repeat(2, 1), labels.repeat(2), **more)
+
+        return wrong
+
+    wrap(f"{CONFORMAL}.split_conformal", make)

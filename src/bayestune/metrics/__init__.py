@@ -1,8 +1,14 @@
-"""Scores of predictions: probabilities (`scores`), rankings (`ranking`), draws (`draws`), selection (`selective`).
+"""Scores of predictions: probabilities (`scores`), rankings (`ranking`), draws (`draws`), selection (`selective`) and
+prediction sets (`conformal`).
 
 Functions take tensors and return numbers. They raise DataError, a ValueError, if a row cannot be scored.
 """
 
+from bayestune.metrics.conformal import SetScores as SetScores
+from bayestune.metrics.conformal import conformal_threshold as conformal_threshold
+from bayestune.metrics.conformal import prediction_sets as prediction_sets
+from bayestune.metrics.conformal import smallest_calibration as smallest_calibration
+from bayestune.metrics.conformal import split_conformal as split_conformal
 from bayestune.metrics.draws import Spread as Spread
 from bayestune.metrics.draws import spread as spread
 from bayestune.metrics.ranking import aupr as aupr

@@ -74,7 +74,7 @@ def ece(log_probs: Float[Tensor, "rows classes"], labels: Int[Tensor, " rows"], 
         labels: classes.
         bins: number of bins, as in `reliability_bins`.
     """
-    return _column_distance(_calibration_terms(*_checked(log_probs, labels), bins).mean(0)).item()
+    return _column_distance(_calibration_terms(*checked(log_probs, labels), bins).mean(0)).item()
 
 
 def ece_corrected(
@@ -96,7 +96,7 @@ def ece_corrected(
         log_probs, labels, bins: as in `ece`.
         level, resamples, seed: as in `bootstrap_interval`.
     """
-    log_probs, labels = _checked(log_probs, labels)
+    log_probs, labels = checked(log_probs, labels)
     terms = _calibration_terms(log_probs, labels, bins)
     plain, resampled = (
         _column_distance(terms.mean(0)).item(),
@@ -109,19 +109,19 @@ def ece_corrected(
 
 def row_accuracy(log_probs: Float[Tensor, "rows classes"], labels: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
     """Return, per row, 1 if the most probable class is the label and 0 otherwise. `accuracy` is the mean."""
-    log_probs, labels = _checked(log_probs, labels)
+    log_probs, labels = checked(log_probs, labels)
     return (log_probs.argmax(1) == labels).double()
 
 
 def row_nll(log_probs: Float[Tensor, "rows classes"], labels: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
     """Return, per row, -log p(label) in nats; `inf` if that probability is zero. `nll` is the mean."""
-    log_probs, labels = _checked(log_probs, labels)
+    log_probs, labels = checked(log_probs, labels)
     return -log_probs.gather(1, labels[:, None])[:, 0]
 
 
 def row_brier(log_probs: Float[Tensor, "rows classes"], labels: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
     """Return, per row, sum_c (p_c - 1[c = label])^2, from 0 to 2. `brier` is the mean."""
-    log_probs, labels = _checked(log_probs, labels)
+    log_probs, labels = checked(log_probs, labels)
     truth = torch.nn.functional.one_hot(labels, log_probs.shape[1])
     return (log_probs.exp() - truth).square().sum(1)
 
@@ -147,7 +147,7 @@ def reliability_bins(
     Raises:
         ConfigError: `bins` is less than 1.
     """
-    log_probs, labels = _checked(log_probs, labels)
+    log_probs, labels = checked(log_probs, labels)
     confidence, where = _confidence_bins(log_probs, bins)
     correct = (log_probs.argmax(1) == labels).double()
     counts = torch.bincount(where, minlength=bins)
@@ -211,7 +211,7 @@ def intervals(
         resamples: number of resamples.
         seed: key of the resamples.
     """
-    log_probs, labels = _checked(log_probs, labels)
+    log_probs, labels = checked(log_probs, labels)
     means = [row_accuracy(log_probs, labels), row_nll(log_probs, labels), row_brier(log_probs, labels)]
     terms = torch.cat([torch.stack(means, 1), _calibration_terms(log_probs, labels, bins)], 1)
     resampled = _resampled_means(terms, resamples, seed)
@@ -223,7 +223,7 @@ def intervals(
     }
 
 
-def _checked(log_probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def checked(log_probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return both on the CPU in float64 and int64, or raise DataError."""
     if log_probs.ndim != 2 or 0 in log_probs.shape or labels.shape != log_probs.shape[:1]:
         found = f"log_probs {tuple(log_probs.shape)} and labels {tuple(labels.shape)}"
