@@ -79,6 +79,20 @@ def test_selective_holds_the_thresholds_of_the_three_targets() -> None:
         assert entry == {**vars(expected), "interval": list(expected.interval)}
 
 
+def test_prediction_sets_are_those_of_the_metrics_and_missing_where_rows_are_few(tmp_path: Path) -> None:
+    prediction = answers(rows=200)
+    cell = record(prediction)
+    for score, found in cell["conformal"].items():
+        expected = metrics.split_conformal(prediction.log_probs, prediction.labels, alpha=0.1, score=score)
+        assert found == vars(expected)
+    assert cell["conformal"].keys() == {"lac", "aps"}
+    # Half of the rows must be at least the 9 that sets with 90 % coverage need.
+    assert record(answers(rows=17))["conformal"] is None and record(answers(rows=18))["conformal"] is not None
+    older = {name: value for name, value in cell.items() if name != "conformal"}
+    save(tmp_path, older)
+    assert read_cells(tmp_path) == [older]
+
+
 def test_histograms_count_every_row_once_and_what_is_above_in_the_last_bin() -> None:
     # Probabilities 1, 0.5 and 1/8: total 0, log 2 and log 8 = 2.08 nats, the last above the range.
     log_probs = torch.full((1, 3, 8), -math.inf, dtype=torch.float64)

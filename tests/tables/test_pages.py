@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import statistics
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ def test_a_page_has_every_part(cells: list[dict[str, Any]]) -> None:
         "Scores": [],
         "Calibration": ["Reliability on OBQA", "Reliability on ARC-C"],
         "Selective prediction": ["Risk against coverage: Table 2"],
+        "Prediction sets": [],
         "Out-of-distribution detection": ["Uncertainty on ARC-C"],
         "Provenance": [],
     }
@@ -142,6 +144,34 @@ def test_thresholds_are_those_of_the_cells(cells: list[dict[str, Any]]) -> None:
         ("BLoB, N = 10", "1"),
         ("BLoB, N = 10", "2"),
     ]
+
+
+def test_rows_answered_and_prediction_sets_are_those_of_the_cells(cells: list[dict[str, Any]]) -> None:
+    own = [cell for cell in cells if cell["task"] == cell["eval_task"] and cell["method"] == "blob"]
+
+    def shown(heading: str, table: int) -> str:
+        [table_made] = section(report_page(cells), heading).tables
+        block = table_made.blocks[table]
+        assert [line.label for line in block.lines] == ["MLE", "BLoB, N = 10"] and block.columns == ("OBQA", "ARC-C")
+        return block.lines[1].values[0].text
+
+    for heading, table, values in (
+        ("Selective", 1, [100 * cell["selective"][0]["coverage"] for cell in own]),
+        ("Selective", 2, [100 * cell["selective"][1]["coverage"] for cell in own]),
+        ("Prediction sets", 0, [cell["conformal"]["lac"]["size"] for cell in own]),
+        ("Prediction sets", 1, [100 * cell["conformal"]["lac"]["coverage"] for cell in own]),
+        ("Prediction sets", 2, [cell["conformal"]["aps"]["size"] for cell in own]),
+        ("Prediction sets", 3, [100 * cell["conformal"]["aps"]["coverage"] for cell in own]),
+    ):
+        assert shown(heading, table).startswith(f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}")
+
+
+def test_cells_without_prediction_sets_are_left_out(cells: list[dict[str, Any]]) -> None:
+    older = [{name: value for name, value in cell.items() if name != "conformal"} for cell in cells]
+    assert not [made for made in report_page(older).sections if made.heading == "Prediction sets"]
+    some = [new if new["seed"] == 1 else old for new, old in zip(cells, older, strict=True)]
+    [table] = section(report_page(some), "Prediction sets").tables
+    assert table.blocks[0].lines[0].values[0].text == f"{cells[0]['conformal']['lac']['size']:.2f}"
 
 
 def test_each_run_is_told_once_with_its_command(cells: list[dict[str, Any]]) -> None:

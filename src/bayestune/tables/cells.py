@@ -18,7 +18,17 @@ from bayestune.errors import ConfigError, DataError
 from bayestune.experiment.settings import methods_with
 from bayestune.files import read_json
 from bayestune.inference import Prediction, evaluate
-from bayestune.tables.fields import BINS, COVERAGES, HISTOGRAM_BINS, HISTOGRAM_ENDS, KEY, TARGETS, Cell, check_cell
+from bayestune.tables.fields import (
+    ALPHA,
+    BINS,
+    COVERAGES,
+    HISTOGRAM_BINS,
+    HISTOGRAM_ENDS,
+    KEY,
+    TARGETS,
+    Cell,
+    check_cell,
+)
 from bayestune.tasks.rows import shown
 
 SHARED = ("steps", "batch_size", "rank", "lora_alpha", "target_modules", "max_tokens", "precision", "train_split")
@@ -153,7 +163,7 @@ def _uncertainties(prediction: Prediction) -> dict[str, Tensor]:
 
 
 def _curves(prediction: Prediction, labels: Tensor) -> dict[str, Any]:
-    """Return reliability, risk-coverage curve, its area, and the thresholds for the target errors."""
+    """Return reliability, risk-coverage curve, its area, the thresholds for the target errors, and prediction sets."""
     bins = metrics.reliability_bins(prediction.log_probs, labels, bins=BINS)
     confidence, correct = prediction.probs.amax(-1), prediction.answer == labels
     coverage, risk = metrics.risk_coverage(confidence, correct)
@@ -167,7 +177,16 @@ def _curves(prediction: Prediction, labels: Tensor) -> dict[str, Any]:
         "aurc": metrics.aurc(confidence, correct),
         "risk_coverage": {"coverage": _rounded(coverage[points]), "risk": _rounded(risk[points])},
         "selective": [{**vars(found), "interval": list(found.interval)} for found in thresholds],
+        "conformal": _prediction_sets(prediction, labels),
     }
+
+
+def _prediction_sets(prediction: Prediction, labels: Tensor) -> dict[str, Any] | None:
+    """Return the scores of the sets by each conformal score, or None if half of the rows are too few to calibrate."""
+    if len(labels) // 2 < metrics.smallest_calibration(ALPHA):
+        return None
+    log_probs = prediction.log_probs
+    return {name: vars(metrics.split_conformal(log_probs, labels, alpha=ALPHA, score=name)) for name in ("lac", "aps")}
 
 
 def _histograms(prediction: Prediction) -> dict[str, Any]:

@@ -18,6 +18,8 @@ KEY = ("table", "task", "eval_task", "method", "draws", "seed")
 BINS = 15
 COVERAGES = 100
 TARGETS = (0.05, 0.1, 0.2)
+ALPHA = 0.1
+"""Share of prediction sets that may miss the label."""
 HISTOGRAM_BINS = 20
 HISTOGRAM_ENDS = {"total": 2.0, "epistemic": 0.5, "max_prob": 1.0}
 """Upper ends of the histograms, entropies in nats. The last bin also holds everything above."""
@@ -81,6 +83,17 @@ class Selective(_Fields):
     interval: Annotated[list[Share], _Pair]
 
 
+class PredictionSets(_Fields):
+    """Sets calibrated on half of the rows: scores on the other half, as `metrics.split_conformal` gives them."""
+
+    alpha: Share
+    threshold: Share
+    calibration_rows: Positive
+    rows: Positive
+    coverage: Share
+    size: Annotated[float, Field(ge=0)]
+
+
 class Histogram(_Fields):
     """Rows in bins of equal width from 0 to `end`."""
 
@@ -100,6 +113,7 @@ Intervals = Annotated[dict[Literal["accuracy", "nll", "ece", "brier"], Annotated
 """95 % bootstrap intervals."""
 RiskCoverage = Annotated[dict[Literal["coverage", "risk"], Annotated[list[Share], _Points]], _Two]
 """The points where coverage first reaches 1 %, 2 %, ..., 100 %."""
+Conformal = Annotated[dict[Literal["lac", "aps"], PredictionSets], _Two]
 Uncertainty = Annotated[dict[Score, Histogram], _Three, AfterValidator(_check_ends)]
 Detection = Annotated[dict[Score, Annotated[dict[Literal["auroc", "aupr"], Share], _Two]], _Three]
 """How well each uncertainty separates the rows of `eval_task` (positive) from those of `task`."""
@@ -116,7 +130,7 @@ class CellFields(_Fields):
     """A cell: scores over `rows` rows, how confidence and errors go together, and how the run was made.
 
     Accuracy and ECE are from 0 to 1, the NLL is in nats, and the Brier score is summed over classes. `aurc` is the
-    area under `risk_coverage`.
+    area under `risk_coverage`. `conformal` is null with too few rows to calibrate on, and absent in older cells.
     """
 
     table: Name
@@ -136,6 +150,7 @@ class CellFields(_Fields):
     aurc: Share
     risk_coverage: RiskCoverage
     selective: Annotated[list[Selective], Field(min_length=len(TARGETS), max_length=len(TARGETS))]
+    conformal: Conformal | None = None
     uncertainty: Uncertainty
     steps: Positive
     seconds: Annotated[float, Field(ge=0)]

@@ -1,4 +1,4 @@
-"""The report of some cells: scores, calibration, selective prediction, out-of-distribution detection, and provenance.
+"""The report of some cells: scores, calibration, selective prediction, prediction sets, other data, and provenance.
 
 Figures pool the seeds: reliability diagrams and histograms hold the rows of all seeds, and a risk-coverage curve is
 the mean over seeds. Each method is drawn with its most draws.
@@ -16,9 +16,9 @@ from bayestune.metrics import ReliabilityBins
 from bayestune.report.plots import Histogram, histogram_panels, reliability_panels, risk_panels, svg
 from bayestune.report.views import Figure, Page, Section, Table, shown
 from bayestune.tables.details import run_listings, threshold_listing
-from bayestune.tables.fields import BINS, COVERAGES, HISTOGRAM_ENDS, Cell
+from bayestune.tables.fields import ALPHA, BINS, COVERAGES, HISTOGRAM_ENDS, Cell
 from bayestune.tables.layouts import Column, layout, line_keys, line_label
-from bayestune.tables.summary import AURC, AUROC, ECE, Measure, spread
+from bayestune.tables.summary import ANSWERED, AURC, AUROC, ECE, SETS, Measure, spread
 from bayestune.tables.table import counted, measure_block, table_view
 
 _SCORES = "One line per method and one column per data set; means over seeds."
@@ -30,7 +30,14 @@ _RELIABILITY = (
 )
 _SELECTIVE = (
     "If only the most confident rows are answered, risk is the share of wrong answers among them, and coverage is the "
-    "share of rows answered. Lower risk is better; AURC is the area under the curve. Curves are means over seeds."
+    "share of rows answered. Lower risk is better; AURC is the area under the curve. Curves are means over seeds. The "
+    "rows answered at a given error are the largest share of the most confident rows that meets it on these same rows."
+)
+_SETS = (
+    f"Instead of one answer, a set of classes that holds the right one with {100 * (1 - ALPHA):g} % probability. LAC "
+    "makes the smallest sets on average, APS larger ones where a row is hard. The thresholds come from half of the "
+    "evaluated rows, the same half for every method, and the sets of the other half are scored. Coverage is over all "
+    "rows together, not per row. Records without prediction sets are left out."
 )
 _OTHER_DATA = (
     "The model was trained on one data set and evaluated on a different one. AUROC is the probability that a row of "
@@ -80,6 +87,7 @@ def report_page(cells: Sequence[Cell]) -> Page:
         Section(heading="Scores", text=_SCORES, tables=tuple(tables.values())),
         Section(heading="Calibration", text=_RELIABILITY, figures=tuple(map(_reliability, every))),
         _selective(by_table, places),
+        *_prediction_sets(by_table),
         *_other_data([place for place in every if place.column.task != place.column.eval_task]),
         Section(heading="Provenance", text=_PROVENANCE, listings=run_listings(cells)),
     )
@@ -125,9 +133,9 @@ def _pooled_bins(cells: Sequence[Cell]) -> ReliabilityBins:
 def _selective(by_table: Mapping[str, Sequence[Cell]], places: Mapping[str, Sequence[_Place]]) -> Section:
     tables, figures, listings = [], [], []
     for name, own in by_table.items():
-        block = measure_block(own, [place.column for place in places[name]], AURC)
-        title = f"Area under the risk-coverage curve: {_short(name)}"
-        tables.append(Table(title=title, facts=(), blocks=(block,), notes=()))
+        columns = [place.column for place in places[name]]
+        blocks = tuple(measure_block(own, columns, measure) for measure in (AURC, *ANSWERED))
+        tables.append(Table(title=f"Risk and coverage: {_short(name)}", facts=(), blocks=blocks, notes=()))
         panels = {
             place.column.label: {label: _mean_curve(cells) for label, cells in place.drawn.items()}
             for place in places[name]
@@ -144,6 +152,18 @@ def _selective(by_table: Mapping[str, Sequence[Cell]], places: Mapping[str, Sequ
         figures=tuple(figures),
         listings=tuple(listings),
     )
+
+
+def _prediction_sets(by_table: Mapping[str, Sequence[Cell]]) -> Iterator[Section]:
+    """Yield the sizes and coverages of the prediction sets; nothing if no cell has any."""
+    tables = []
+    for name, own in by_table.items():
+        cells = [cell for cell in own if cell.get("conformal")]
+        blocks = tuple(measure_block(cells, layout(name).present(cells), measure) for measure in SETS)
+        if cells:
+            tables.append(Table(title=f"Prediction sets: {_short(name)}", facts=(), blocks=blocks, notes=()))
+    if tables:
+        yield Section(heading="Prediction sets", text=_SETS, tables=tuple(tables))
 
 
 def _mean_curve(cells: Sequence[Cell]) -> tuple[list[float], list[float]]:

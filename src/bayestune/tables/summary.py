@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bayestune.tables.fields import Cell
+from bayestune.tables.fields import ALPHA, TARGETS, Cell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Measure:
         """Return the score of the cell, in the printed unit."""
         value: Any = cell
         for name in self.path:
-            value = value[name]
+            value = value[int(name)] if isinstance(value, list) else value[name]
         return self.scale * value
 
     def text(self, value: float) -> str:
@@ -48,6 +48,31 @@ MEASURES = (
     Measure(heading="ACC, % (higher is better)", path=("accuracy",), higher_is_better=True),
     ECE,
     Measure(heading="NLL, nats (lower is better)", path=("nll",), scale=1.0, digits=3, higher_is_better=False),
+)
+ANSWERED = tuple(
+    Measure(
+        heading=f"Rows answered at an error of at most {100 * target:g} %, % (higher is better)",
+        path=("selective", str(i), "coverage"),
+        higher_is_better=True,
+    )
+    for i, target in enumerate(TARGETS[:2])
+)
+SETS = tuple(
+    measure
+    for score in ("lac", "aps")
+    for measure in (
+        Measure(
+            heading=f"{score.upper()}: classes per set (lower is better)",
+            path=("conformal", score, "size"),
+            scale=1.0,
+            higher_is_better=False,
+        ),
+        Measure(
+            heading=f"{score.upper()}: sets that hold the label, % ({100 * (1 - ALPHA):g} % asked)",
+            path=("conformal", score, "coverage"),
+            higher_is_better=None,
+        ),
+    )
 )
 
 UNCERTAINTIES = {
