@@ -1,6 +1,8 @@
 """Prediction sets: exact small cases, a slow oracle, coverage on simulated rows, and what is refused."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -229,3 +231,12 @@ def test_an_unknown_score_and_rows_that_are_no_probabilities_are_refused() -> No
         metrics.conformal_threshold(log_probs, labels, score="raps")
     with pytest.raises(DataError, match="row 0"):
         metrics.prediction_sets(log_probs + 1, 0.5)
+
+
+def test_the_example_of_the_docs_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "decisions.md").read_text(encoding="utf-8")
+    code = page.partition("## Prediction sets")[2].partition("```python\n")[2].partition("```")[0]
+    exec(compile(code, "decisions.md", "exec"), {})
+    assert re.fullmatch(
+        r"0\.\d{3} of the sets hold the label, with \d\.\d\d classes on average\n", capsys.readouterr().out
+    )
