@@ -40,6 +40,7 @@ def main(report: str, results: str) -> None:
         "train with a temperature": [*train, "--temperature-split", "train", "--overwrite", "--output", "run2"],
         "evaluate": ["evaluate", "run", "--json", "--ood", "others"],
         "predict": ["predict", "run", "--input", "data/others/dev.jsonl", "--output", "answers.jsonl"],
+        "acquire": ["acquire", "run", "--pool", "data/others/dev.jsonl", "--output", "next.jsonl"],
         "export": ["export", "run", "--output", "lora", "--draws", "1"],
         "go on from an export": [*train, "--method", "tfb", "--adapter", "lora/mean", "--output", "tfb"],
         "table": ["table", "table1", "--rebuild", "--results", str(Path(results).parent), "--output", "tables"],

@@ -442,6 +442,10 @@ def test_the_flags_are_these() -> None:
             "resume",
             "overwrite",
         },
+        "acquire": {
+            *("run", "pool", "top", "output", "score", "data"),
+            *("draws", "predictive", "seed", "on_bad_row", "overwrite"),
+        },
         "export": {"run", "output", "data", "draws", "seed", "overwrite"},
         "demo": {"output", "model", "seed", "overwrite"},
         "table": {
@@ -456,7 +460,19 @@ def test_help_names_the_commands_and_the_exit_codes(capsys: pytest.CaptureFixtur
     assert invoke(["--help"]) == 0
     out = capsys.readouterr().out
     assert invoke([]) == 0 and capsys.readouterr() == (out, "")
-    for word in ("train", "evaluate", "predict", "export", "demo", "table", "report", "Exit codes", "130", "143"):
+    for word in (
+        "train",
+        "evaluate",
+        "predict",
+        "acquire",
+        "export",
+        "demo",
+        "table",
+        "report",
+        "Exit codes",
+        "130",
+        "143",
+    ):
         assert word in out
 
 

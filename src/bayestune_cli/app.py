@@ -14,6 +14,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from bayestune_cli.acquire import acquire
 from bayestune_cli.demo import demo
 from bayestune_cli.errors import INTERNAL, INTERRUPTED, OK, STOPPED, TERMINATED, USER, fail
 from bayestune_cli.evaluate import evaluate
@@ -47,7 +48,7 @@ def program(
     """Declare --debug for the help; `invoke` accepts it anywhere among the arguments."""
 
 
-for command in (train, evaluate, predict, export, demo, table, report):
+for command in (train, evaluate, predict, acquire, export, demo, table, report):
     app.command()(quietly(command))
 
 

@@ -11,8 +11,7 @@ import pytest
 from bayestune.experiment import Run
 from bayestune.sampling.posteriors import PREDICTIVES
 from bayestune.tables.layouts import TABLES
-from bayestune_cli import arguments, table
-from bayestune_cli import predict as command
+from bayestune_cli import arguments, batches, table
 from bayestune_cli.app import invoke
 from bayestune_cli.signals import Stopped
 from cli.commands import make_world, predicting
@@ -27,7 +26,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "_ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(batches, "ROWS_AT_ONCE", 4)
 
 
 def asking(world: Path, source: Path, output: Path, *flags: str) -> list[str]:
@@ -161,7 +160,7 @@ def test_batches_change_nothing_but_the_last_bits_and_keep_no_rows(world: Path, 
     source = write_rows(tmp_path / "rows.jsonl", questions(60, 10))
     assert invoke(asking(world, source, tmp_path / "batches")) == 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "_ROWS_AT_ONCE", 1000)
+        patch.setattr(batches, "ROWS_AT_ONCE", 1000)
         assert invoke(asking(world, source, tmp_path / "whole")) == 0
     one, other = ([json.loads(line) for line in (tmp_path / n).read_text().splitlines()] for n in ("batches", "whole"))
     assert [row["id"] for row in one] == [row["id"] for row in other]

@@ -145,7 +145,7 @@ def ids_may_be_repeated() -> None:
 
 @defect("experiment/test_overlap.py", "hide")
 def only_rows_repeated_letter_for_letter_are_counted() -> None:
-    replace("bayestune.experiment.overlap._folded", lambda row: tuple(row.texts))
+    replace("bayestune.experiment.overlap.folded", lambda row: tuple(row.texts))
 
 
 @defect("experiment/test_rows.py", "D11")

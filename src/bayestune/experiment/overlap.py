@@ -28,8 +28,8 @@ def count_repeated(
     """
     counts = {}
     for name, others in used.items():
-        places = {_folded(other): other for other in reversed(others)}
-        repeated = [(row, places[key]) for row in rows if (key := _folded(row)) in places]
+        places = {folded(other): other for other in reversed(others)}
+        repeated = [(row, places[key]) for row in rows if (key := folded(row)) in places]
         exactly = {tuple(other.texts) for other in others}
         counts[name] = {"rows": len(repeated), "exact": sum(tuple(row.texts) in exactly for row, _ in repeated)}
         if repeated:
@@ -46,8 +46,11 @@ def _message(repeated: Sequence[tuple[AnyRow, AnyRow]], exact: int, scored: int,
     )
 
 
-def _folded(row: AnyRow) -> tuple[tuple[str, str], ...]:
-    """The texts, sorted by field: those of the choices have one field, so their order does not count."""
+def folded(row: AnyRow) -> tuple[tuple[str, str], ...]:
+    """Return the texts of a row without what `count_repeated` ignores; equal rows are the same question.
+
+    They are sorted by field. Those of the choices have one field, so their order does not count.
+    """
     return tuple(
         sorted((name, " ".join(unicodedata.normalize("NFKC", text).casefold().split())) for name, text in row.texts)
     )

@@ -1,0 +1,63 @@
+"""`acquire`: which rows without a label to label next."""
+
+import heapq
+from collections.abc import Iterable
+
+from bayestune.errors import ConfigError
+from bayestune.functional import derive_seed
+from bayestune.tasks import Prediction
+
+ACQUISITIONS = ("mutual_information", "entropy", "random")
+
+
+def acquire(
+    predictions: Iterable[Prediction], count: int, *, score: str = "mutual_information", seed: int = 0
+) -> list[tuple[str, float]]:
+    """Return id and score of the `count` rows whose labels promise most, best first.
+
+    - "mutual_information" of label and weights, in nats: ``H[p(y|x)] - 1/K sum_k H[p(y|x, theta_k)]``. It is high
+      where the draws are sure and disagree, so that a label would decide between them.
+    - "entropy" of the predictive, in nats: ``H[p(y|x)]``. It is also high where no label would help.
+    - "random": a uniform number for each seed and id, whatever the other rows are.
+
+    Rows are scored one by one, so rows that are chosen together may be alike. Equal scores stay in the order given.
+
+    Args:
+        predictions: of all rows; several where the rows are predicted some at a time. Only the best are kept.
+        count: number of rows to return; all of them if there are fewer.
+        score: one of the three.
+        seed: key of "random".
+
+    Raises:
+        ConfigError: as `check_acquisition`, or `count` is less than 1.
+
+    References:
+        Houlsby et al. 2011, arXiv 1112.5745, equation 2.
+    """
+    if count < 1:
+        raise ConfigError(f"acquire: count is {count}, expected at least 1")
+    scored = (pair for prediction in predictions for pair in _scored(prediction, score, seed))
+    return heapq.nlargest(count, scored, key=lambda pair: pair[1])
+
+
+def check_acquisition(score: str, draws: int) -> None:
+    """Raise an error unless `draws` draws can be ranked by `score`.
+
+    Raises:
+        ConfigError: the score is unknown, or it is the mutual information and there are fewer than two draws.
+    """
+    if score not in ACQUISITIONS:
+        raise ConfigError(f"acquire: score is {score!r}, expected one of {', '.join(ACQUISITIONS)}")
+    if score == "mutual_information" and draws < 2:
+        raise ConfigError(
+            f"acquire: found {draws} draws, of which the mutual information is 0 for every row, expected at least 2; "
+            "use a posterior and more draws, or the score 'entropy'"
+        )
+
+
+def _scored(prediction: Prediction, score: str, seed: int) -> list[tuple[str, float]]:
+    check_acquisition(score, prediction.draws)
+    if score == "random":
+        return [(row, derive_seed("acquire", seed, row) / 2**63) for row in prediction.ids]
+    values = prediction.epistemic if score == "mutual_information" else prediction.total
+    return list(zip(prediction.ids, values.tolist(), strict=True))

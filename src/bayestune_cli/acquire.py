@@ -1,0 +1,102 @@
+"""`bayestune acquire`: which rows of a pool to label next."""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from bayestune_cli.arguments import (
+    Data,
+    Draws,
+    Overwrite,
+    Predictive,
+    RunFolder,
+    Seed,
+    check_output_file,
+    check_run,
+    draw_count,
+    load,
+)
+from bayestune_cli.batches import OnBadRow, batches, check_all, check_files
+
+if TYPE_CHECKING:
+    from bayestune.experiment import Run
+    from bayestune.inference import Prediction
+
+
+def acquire(
+    run: RunFolder,
+    pool: Annotated[Path, typer.Option(help="Rows to choose from, .jsonl or .jsonl.gz; labels are not needed.")],
+    top: Annotated[int, typer.Option(min=1, help="Number of rows to choose.")] = 20,
+    output: Annotated[
+        Path | None, typer.Option(help="File for the rows, one JSON object each, best first; default: stdout.")
+    ] = None,
+    score: Annotated[
+        Literal["mutual_information", "entropy", "random"],
+        typer.Option(
+            help="mutual_information: how much the draws disagree; entropy: how unsure the predictive is (both in "
+            "nats); random: a number from the seed and the id."
+        ),
+    ] = "mutual_information",
+    data: Data = None,
+    draws: Draws = None,
+    predictive: Predictive = None,
+    seed: Seed = 0,
+    on_bad_row: OnBadRow = "stop",
+    overwrite: Overwrite = False,
+) -> None:
+    """Choose the rows of a pool whose labels promise most: their ids and scores. Training rows are left out."""
+    check_run(run)
+    if output is not None:
+        check_output_file(output, overwrite=overwrite)
+    check_files(pool, output, flag="--pool", whole=on_bad_row == "stop")
+
+    from bayestune.files import check_writable, write_text
+    from bayestune.inference import acquire as best
+    from bayestune.inference.acquire import check_acquisition
+
+    if output is not None:
+        check_writable(output.parent, f"--output {output}")
+    loaded = load(run, data, predictive)
+    count = 0 if score == "random" else draw_count(loaded, draws, predictive)
+    check_acquisition(score, count)
+    if on_bad_row == "stop":
+        check_all(pool, loaded.task)
+    seen = _Seen()
+    chosen = best(_predicted(loaded, pool, seen, draws=count, seed=seed), top, score=score, seed=seed)
+    found = [{"id": row, "score": value} for row, value in chosen]
+    text = "".join(json.dumps(one, ensure_ascii=output is None) + "\n" for one in found)
+    if output is None:
+        print(text, end="")
+    else:
+        write_text(output, text)
+    left_out = f", {seen.skipped} skipped; the first: {seen.first}" if seen.skipped else ""
+    counts = f"{len(chosen)} of {seen.ranked} rows by {score}, {seen.trained} training rows left out{left_out}"
+    print(f"{output or pool}: {counts}", file=sys.stderr if output is None else sys.stdout)
+
+
+@dataclass
+class _Seen:
+    """Counts of the rows of a pool: ranked, left out as training rows, and skipped, with the first fault."""
+
+    ranked: int = 0
+    trained: int = 0
+    skipped: int = 0
+    first: str = ""
+
+
+def _predicted(loaded: "Run", pool: Path, seen: _Seen, *, draws: int, seed: int) -> Iterator["Prediction"]:
+    """Yield predictions of the rows that are not in the training split by their texts, and count the others."""
+    from bayestune.experiment.overlap import folded
+
+    trained = {folded(row) for row in loaded.task.rows(loaded.experiment.train_split)}
+    for rows, bad in batches(pool, loaded.task):
+        new = [row for row in rows if folded(row) not in trained]
+        seen.ranked, seen.trained = seen.ranked + len(new), seen.trained + len(rows) - len(new)
+        seen.skipped, seen.first = seen.skipped + len(bad), seen.first or "".join(map(str, bad[:1]))
+        if new:
+            yield loaded.predict(new, draws=draws, seed=seed, progress=True)
