@@ -172,3 +172,41 @@ def sets_are_scored_on_the_calibration_rows_too() -> None:
         return wrong
 
     wrap(f"{CONFORMAL}.split_conformal", make)
+
+
+ACQUIRE = "bayestune.inference.acquire"
+CHOICE = "inference/test_acquire.py"
+
+
+@defect(CHOICE, "closed_forms")
+def rows_are_chosen_by_the_entropy_of_the_draws() -> None:
+    replace(
+        f"{ACQUIRE}._scored",
+        lambda prediction, score, seed: list(zip(prediction.ids, prediction.aleatoric.tolist(), strict=True)),
+    )
+
+
+@defect(CHOICE, "several_predictions")
+def only_the_last_prediction_is_ranked() -> None:
+    def make(right: Any) -> Any:
+        def wrong(predictions: Any, count: int, **more: Any) -> Any:
+            return right(list(predictions)[-1:], count, **more)
+
+        return wrong
+
+    wrap(f"{ACQUIRE}.acquire", make)
+
+
+@defect(CHOICE, "random")
+def random_rows_are_the_same_for_every_seed() -> None:
+    wrap(f"{ACQUIRE}._scored", lambda right: lambda prediction, score, seed: right(prediction, score, 0))
+
+
+@defect("cli/test_acquire.py", "wrong_input or needs_draws")
+def a_posterior_without_draws_is_ranked() -> None:
+    replace(f"{ACQUIRE}.check_acquisition", lambda score, draws: None)
+
+
+@defect("cli/test_acquire.py", "left_out")
+def training_rows_are_chosen_again() -> None:
+    replace("bayestune.experiment.overlap.folded", lambda row: (row.id,))
