@@ -78,12 +78,9 @@ def run_demo(output: str | Path, *, model: str = "minilm", seed: int = 0, overwr
     ood = {key: _out_of_distribution(output / method, predictions[key], seed) for method, key in _BEST.items()}
     _show_ood(ood)
     words = _in_words(trained, seed) if trained.task.generates else {}
-    curves = {NAMES[key]: (predictions[key].log_probs, predictions[key].labels) for key in NAMES}
-    reliability_diagram(
-        {name: (log_probs, labels) for name, (log_probs, labels) in curves.items() if labels is not None},
-        output / "reliability.png",
-        output / "reliability.svg",
-    )
+    labeled = {NAMES[key]: (predictions[key].log_probs, predictions[key].labels) for key in NAMES}
+    curves = {name: (log_probs, labels) for name, (log_probs, labels) in labeled.items() if labels is not None}
+    reliability_diagram(curves, output / "reliability.png", output / "reliability.svg")
     content = {
         "seed": seed,
         "methods": {key: value.as_dict() for key, value in scores.items()},

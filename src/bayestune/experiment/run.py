@@ -101,8 +101,6 @@ def run(
             _fit(ready, {})
         return Result(experiment=experiment, output=output, scores={}, predictions={}, seconds=0.0)
     with writing(output), run_folder(output, experiment, overwrite=overwrite, resume=resume):
-        if ready.training.task.worked:
-            write_text(output / SHOTS, "".join(f"{row_json(row)}\n" for row in ready.training.task.worked))
         posterior, made = _restored(ready, output) if trained else _trained(ready, output, started)
         if trained:
             started -= made["seconds"]
@@ -157,6 +155,8 @@ def _fit(ready: _Prepared, found: dict[str, Any]) -> Posterior:
 def _trained(ready: _Prepared, output: Path, started: float) -> tuple[Posterior, dict[str, Any]]:
     """Train and save the posterior; return it, and what result.json says about the training."""
     fitted: dict[str, Any] = {}
+    if ready.training.task.worked:
+        write_text(output / SHOTS, "".join(f"{row_json(row)}\n" for row in ready.training.task.worked))
     posterior = _fit(ready, fitted)
     std = _mean_std(posterior.model)
     seconds, kl = time.monotonic() - started, _kl(ready.training, fitted.get("trained_std", std))
