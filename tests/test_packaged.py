@@ -133,6 +133,14 @@ def test_a_gguf_file_is_converted_once(
     assert model_source(str(path)) == folder
 
 
+def test_a_converted_file_needs_no_writable_cache(
+    cache: Path, file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = model_source(str(file()))
+    monkeypatch.setattr("bayestune.packaged.FileLock", lambda path: pytest.fail("a lock in a cache that is read"))
+    assert model_source(str(file())) == folder
+
+
 def test_a_run_on_a_gguf_file_is_loaded_with_it_alone(cache: Path, file: Callable[..., Path], tmp_path: Path) -> None:
     path = file()
     settings = {"model": str(path), "task": "everyday", "method": "mle", "steps": 1, "rank": 2, "max_tokens": 256}

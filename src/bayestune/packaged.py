@@ -85,7 +85,7 @@ def model_source(model: str) -> str:
     if not model.endswith(".gguf"):
         return model
     folder, separator, name = model.rpartition(":")
-    path = Path(folder) / name if separator else Path(model)
+    path = Path(folder) / name if separator and not Path(model).is_file() else Path(model)
     if not path.is_file():
         raise ConfigError(f"model {model!r}: found no file {path}, expected a GGUF file.")
     return _converted(model, path)
@@ -109,6 +109,8 @@ def _converted(model: str, path: Path) -> str:
     """The folder of the float32 model that a GGUF file becomes."""
     sha256 = file_sha256(path)
     folder = cached_assets_path(library_name="bayestune", namespace="gguf", subfolder=sha256)
+    if (folder / GGUF_RECORD).is_file():  # of a cache that is only read, too
+        return str(folder)
     with FileLock(folder.with_name(f"{sha256}.once")):  # other processes wait for the one that converts
         if not (folder / GGUF_RECORD).is_file():
             if importlib.util.find_spec("gguf") is None:

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from bayestune.errors import ConfigError
 from bayestune.experiment import Experiment, load_run, run
 from bayestune.experiment.backbone import find_backbone
+from bayestune.experiment.folder import check_output
 from bayestune.experiment.trained import resolve
 from bayestune.tasks import Prompt
 from bayestune.tasks.causal import CausalChoice
@@ -90,3 +91,40 @@ def test_a_run_asks_as_it_was_trained_whatever_became_of_its_rows(world: Path, t
 def test_more_shots_than_rows(world: Path) -> None:
     with pytest.raises(ConfigError, match="shots: found 64, expected fewer than the"):
         resolve(experiment(world, "llama", shots=64), find_backbone(str(world / "llama")))
+
+
+def forget_prompts(path: Path) -> None:
+    """Take the settings of prompts out of a record, as they were not there before."""
+    fields = json.loads(path.read_text())
+    for name in ("scoring", "prompt", "system", "shots", "label_words"):
+        (fields.get("experiment") or fields).pop(name)
+    path.write_text(json.dumps(fields))
+
+
+def test_a_record_from_before_there_were_prompts_means_the_papers(world: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    run(experiment(world, "chat", prompt="paper"), output, command=[])
+    for name in ("experiment.json", "result.json"):
+        forget_prompts(output / name)
+    assert load_run(output).experiment.prompt == "paper"
+    record = json.loads((output / "result.json").read_text())
+    again = run(experiment(world, "chat"), tmp_path / "again", command=[], record=record)
+    assert again.experiment.prompt == "paper"
+    started = experiment(world, "chat", method="tfb", adapter=str(output))
+    assert resolve(started, find_backbone(started.model))[0].prompt == "paper"
+    check_output(output.rename(tmp_path / "begun"), again.experiment, overwrite=True, resume=False)
+    (tmp_path / "begun" / "result.json").unlink()
+    check_output(tmp_path / "begun", again.experiment, overwrite=False, resume=True)
+    with pytest.raises(ConfigError, match="cannot resume with scoring='text'"):
+        other = again.experiment.replace(scoring="text")
+        check_output(tmp_path / "begun", other, overwrite=False, resume=True)
+
+
+def test_a_run_asks_as_the_adapter_that_it_starts_from(world: Path, tmp_path: Path) -> None:
+    run(experiment(world, "llama", scoring="text", shots=1, seed=5), tmp_path / "mle", command=[])
+    start = {"method": "tfb", "adapter": str(tmp_path / "mle")}
+    found, task = resolve(experiment(world, "llama", **start), find_backbone(str(world / "llama")))
+    assert (found.scoring, found.shots) == ("text", 1) and isinstance(task, CausalTextChoice)
+    assert task.worked == load_run(tmp_path / "mle").task.worked
+    with pytest.raises(ConfigError, match="scoring: found 'letters', expected 'text', as the run of adapter"):
+        resolve(experiment(world, "llama", scoring="letters", **start), find_backbone(str(world / "llama")))

@@ -75,18 +75,21 @@ def test_aps_adds_a_uniform_part_of_the_class_to_all_that_are_more_probable() ->
         assert enters == pytest.approx([0.8 + 0.2 * uniform, 0.5 * uniform, 0.5 + 0.3 * uniform], abs=1e-15)
 
 
-def test_the_uniform_numbers_of_aps_are_uniform_and_not_those_of_the_calibration_rows() -> None:
+def nearly_sure(first: int, rows: int) -> torch.Tensor:
+    """Rows whose label has nearly all probability, each a little less than the one before."""
+    rest = 1e-9 * torch.arange(first, first + rows, dtype=torch.float64).add(1)
+    return torch.stack([torch.log1p(-rest), rest.log()], 1)
+
+
+def test_the_uniform_numbers_of_aps_are_uniform() -> None:
     """Of rows that are sure, the score is U: its quantiles are thresholds, and sets of other rows ignore it."""
     rows, alpha = 4000, 0.25
-    log_probs = torch.tensor([[0.0, -math.inf]], dtype=torch.float64).expand(rows, 2)
     labels = torch.zeros(rows, dtype=torch.int64)
-    threshold = metrics.conformal_threshold(log_probs, labels, alpha=alpha, score="aps")
+    threshold = metrics.conformal_threshold(nearly_sure(0, rows), labels, alpha=alpha, score="aps")
     error = math.sqrt(alpha * (1 - alpha) / rows)  # of a quantile of a uniform number
     assert threshold == pytest.approx(1 - alpha, abs=4 * error)
-    inside = metrics.prediction_sets(log_probs, threshold, score="aps")[:, 0].double().mean().item()
-    assert inside == pytest.approx(1 - alpha, abs=4 * math.sqrt(2) * error)
-    # The same numbers would put ceil((n + 1) 0.75) of the n rows inside, with no error at all.
-    assert inside != math.ceil((rows + 1) * (1 - alpha)) / rows
+    sets = metrics.prediction_sets(nearly_sure(rows, rows), threshold, score="aps")
+    assert sets[:, 0].double().mean().item() == pytest.approx(1 - alpha, abs=4 * math.sqrt(2) * error)
 
 
 @SCORES
@@ -240,3 +243,13 @@ def test_the_example_of_the_docs_runs(capsys: pytest.CaptureFixture[str]) -> Non
     assert re.fullmatch(
         r"0\.\d{3} of the sets hold the label, with \d\.\d\d classes on average\n", capsys.readouterr().out
     )
+
+
+def test_the_sets_do_not_depend_on_the_batches() -> None:
+    generator = torch.Generator().manual_seed(0)
+    log_probs = torch.randn(40, 4, generator=generator, dtype=torch.float64).log_softmax(-1)
+    threshold = 0.8
+    whole = metrics.prediction_sets(log_probs, threshold, score="aps")
+    parts = [metrics.prediction_sets(log_probs[i : i + 1], threshold, score="aps") for i in range(40)]
+    assert torch.equal(whole, torch.cat(parts))
+    assert not torch.equal(whole, metrics.prediction_sets(log_probs, threshold, score="aps", seed=1))

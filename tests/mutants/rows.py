@@ -125,7 +125,7 @@ def every_file_may_hold_rows_of_every_task() -> None:
 
 @defect("tasks/test_multiple_choice.py", "counts_padding")
 def padding_may_count_as_positions() -> None:
-    replace(f"{CHOICES}.CausalMultipleChoice._check_padding", lambda self, model, short, long: None)
+    replace("bayestune.tasks.causal.CausalChoice._check_padding", lambda self, model, short, long: None)
 
 
 @defect("tasks/test_data.py", "D03 or label or answer")

@@ -147,8 +147,8 @@ def absent_choices_are_in_sets() -> None:
 
 
 @defect(SETS, "uniform")
-def new_rows_get_the_uniform_numbers_of_the_calibration() -> None:
-    wrap(f"{CONFORMAL}._class_scores", lambda right: lambda log_probs, score, seed: right(log_probs, score, 0))
+def all_rows_get_one_uniform_number() -> None:
+    wrap("bayestune.metrics.conformal.derive_seed", lambda right: lambda name, seed, key: right(name, seed))
 
 
 @defect(SETS, "evenly or uniform")

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
+from tokenizers import normalizers
 from torch import Tensor
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
@@ -21,7 +24,7 @@ from transformers import (
 )
 
 from bayestune import BlobConfig, predict
-from bayestune.errors import ConfigError, DataError
+from bayestune.errors import BayestuneWarning, ConfigError, DataError
 from bayestune.tasks import Prompt, Row, multiple_choice, text_choice
 from bayestune.tasks.text_choice import CausalTextChoice
 from models import adapter_state, scatter
@@ -123,9 +126,19 @@ def test_models_that_cannot_take_the_mask_get_one_sequence_per_choice(
     task = text_choice("arc_easy", tokenizer, max_tokens=1000)
     longest = max(map(task.tokens, map(task.example, questions)))
     for window, packed in ((longest, True), (longest - 1, False)):
+        task = text_choice("arc_easy", tokenizer, max_tokens=1000)
         mistral = MistralForCausalLM(MistralConfig(**size, **wide, num_key_value_heads=2, sliding_window=window))
         task.examples(questions, mistral)
         assert task.packed is packed
+        task.examples(questions[:1], mistral)
+        assert task.packed is packed  # what one call found holds for the rows of all
+    neo = GPTNeoConfig(**size, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["local"], 2]])
+    neo.window_size, neo.max_position_embeddings = longest // 2, 1024
+    local = GPTNeoForCausalLM(neo).eval()
+    task = text_choice("arc_easy", tokenizer, max_tokens=1000)
+    task.examples(questions, local)
+    assert not task.packed
+    task = text_choice("arc_easy", tokenizer, max_tokens=1000)
     task.examples(questions, bloom)
     assert not task.packed
     row = questions[0]
@@ -213,6 +226,30 @@ def test_a_chat_holds_its_special_tokens_once(tokenizers: Tokenizers) -> None:
 def test_settings_that_do_not_go_together(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Prompt(**settings)
+
+
+def test_a_template_that_refuses_a_system_message(tokenizers: Tokenizers) -> None:
+    tokenizer = with_chat(tokenizers)
+    tokenizer.chat_template = "{{ raise_exception('no system') if messages[0]['role'] == 'system' }}" + CHAT
+    text_choice("arc_easy", tokenizer, prompt=Prompt(scoring="text", style="chat"))
+    with pytest.raises(ConfigError, match="the chat template refuses these messages: .*no system; leave out --system"):
+        text_choice("arc_easy", tokenizer, prompt=Prompt(scoring="text", style="chat", system="Be brief."))
+
+
+def test_a_shot_of_another_data_set_keeps_its_own_choices(tokenizers: Tokenizers) -> None:
+    shot = Row(id="s", question="Which?", choices=("x", "y", "z"), answer=2)
+    asked = Row(id="r", question="Is it so?", choices=("False", "True"), answer=1)
+    task = multiple_choice("boolq", tokenizers["lettered"](), prompt=Prompt(shots=(shot,)))
+    first, second = task.prompt_text(asked).split("\n\n")
+    assert first.endswith("A) x\nB) y\nC) z\nAnswer: C") and "False or True" in second
+
+
+def test_choices_with_the_same_tokens_are_told(build: Build, tokenizers: Tokenizers) -> None:
+    tokenizer = tokenizers["lettered"]()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    row = Row(id="same", question="Which?", choices=("Red", "red"), answer=0)
+    with pytest.warns(BayestuneWarning, match="1 of 1 rows of arc_easy have choices .* such as row 'same'"):
+        text_choice("arc_easy", tokenizer).examples([row], build("llama"))
 
 
 def test_a_chat_prompt_needs_a_chat_template(tokenizers: Tokenizers) -> None:

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from bayestune.errors import ConfigError
-from bayestune.experiment.settings import REPORTING, Experiment
+from bayestune.experiment.settings import BEFORE_PROMPTS, REPORTING, Experiment
 from bayestune.files import MANIFEST, alone, check_writable, read_json, remove, write_json
 
 POSTERIOR, CHECKPOINTS, RESULT, EXPERIMENT = "posterior", "checkpoints", "result.json", "experiment.json"
@@ -89,7 +89,8 @@ def _check_resumed(output: Path, experiment: Experiment) -> None:
     saved = Experiment.from_dict(recorded, where=str(output / EXPERIMENT)).as_dict()
     sizes = () if experiment.adapter is None else ("rank", "lora_alpha", "target_modules")  # those of the adapter
     for name, value in experiment.as_dict().items():
-        if name not in (*sizes, *REPORTING) and saved.get(name) != value:
+        older = name not in recorded and BEFORE_PROMPTS.get(name) == value
+        if name not in (*sizes, *REPORTING) and saved.get(name) != value and not older:
             raise ConfigError(
                 f"output {output}: cannot resume with {name}={value!r}, the run has {saved.get(name)!r}; use its "
                 "settings, or another --output."

@@ -16,6 +16,7 @@ from bayestune.experiment.backbone import find_backbone, load_base
 from bayestune.experiment.fitting import autocast, fitting
 from bayestune.experiment.folder import (
     CHECKPOINTS,
+    EXPERIMENT,
     POSTERIOR,
     RESULT,
     SHOTS,
@@ -93,7 +94,7 @@ def run(
     """
     started, output = time.monotonic(), Path(output)
     trained = resume and is_trained(output)
-    ready = _prepared(experiment, output, overwrite, resume, progress)
+    ready = _prepared(experiment, output, overwrite, resume, progress, record)
     experiment = ready.training.experiment
     warn_if_other(record or {}, ready.origin)
     if not is_main():
@@ -124,9 +125,19 @@ class _Prepared:
     repeated: dict[str, dict[str, int]]
 
 
-def _prepared(experiment: Experiment, output: Path, overwrite: bool, resume: bool, progress: bool) -> _Prepared:
+def _prepared(
+    experiment: Experiment,
+    output: Path,
+    overwrite: bool,
+    resume: bool,
+    progress: bool,
+    record: Mapping[str, Any] | None,
+) -> _Prepared:
     backbone = find_backbone(experiment.model)
-    experiment, task = resolve(experiment, backbone)
+    settings = {} if record is None else record.get("experiment", {})
+    if resume and (output / EXPERIMENT).is_file():
+        settings = read_json(output / EXPERIMENT, "the settings of the run to resume")
+    experiment, task = resolve(experiment, backbone, older=bool(settings) and "prompt" not in settings)
     rows = RunRows.of(experiment, task)
     if is_main():
         check_output(output, experiment, overwrite=overwrite, resume=resume)
@@ -143,7 +154,8 @@ def _prepared(experiment: Experiment, output: Path, overwrite: bool, resume: boo
         progress=progress,
     )
     training.check(model)
-    origin = provenance(backbone, rows.by_use(), experiment.adapter) if is_main() else {}
+    used = {**rows.by_use(), "shots": list(task.worked)}
+    origin = provenance(backbone, used, experiment.adapter) if is_main() else {}
     return _Prepared(training=training, start=start, model=model, rows=rows, origin=origin, repeated=repeated)
 
 

@@ -22,6 +22,10 @@ _FAMILY_DEFAULTS: Mapping[Family, Mapping[str, Any]] = MappingProxyType(
     }
 )
 """The paper's settings: Llama-2 for causal models, RoBERTa for encoders."""
+PROMPT = ("scoring", "prompt", "system", "shots", "label_words")
+"""Settings of how a language model is asked."""
+BEFORE_PROMPTS = {"scoring": "letters", "prompt": PAPER}
+"""What language models were asked by before there were such settings: records without them mean these."""
 REPORTING = ("eval", "eval_rows", "report_to")
 """Settings without an effect on what is trained."""
 _TEXT = r"\S"

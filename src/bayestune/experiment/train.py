@@ -52,7 +52,7 @@ class Training:
             raise ConfigError(f"report_to {tracker!r} needs the package {tracker}: install it.")
         check_arguments(TrainingArguments(**_arguments(self.experiment, self.checkpoints)))
         self.experiment.method.check(model, self.updates)
-        if is_main() and not self.resume:
+        if is_main() and not self.resume and self.experiment.adapter is None:
             self.task.advise(model, self.rows)
 
     @property

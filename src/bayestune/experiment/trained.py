@@ -3,7 +3,7 @@
 import dataclasses
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from bayestune.experiment.backbone import Backbone, build_task, default_targets,
 from bayestune.experiment.fitting import autocast
 from bayestune.experiment.folder import EXPERIMENT, POSTERIOR, RESULT, SHOTS, earlier_run
 from bayestune.experiment.rows import HELD_OUT, own_splits
-from bayestune.experiment.settings import Experiment
+from bayestune.experiment.settings import PROMPT, Experiment
 from bayestune.files import MANIFEST, file_sha256, read_json
 from bayestune.functional import derive_seed
 from bayestune.inference import Prediction, predict
@@ -73,18 +73,21 @@ def load_run(folder: str | Path, *, data: str | Path | None = None) -> Run:
         hint = f" The run that was to be replaced there waits in {waiting}." if waiting.is_dir() else ""
         hint = hint or (" Continue it: train --resume." if (folder / EXPERIMENT).is_file() else "")
         raise ConfigError(f"{folder}: found no {RESULT}, expected {what}.{hint}")
-    experiment = Experiment.from_dict(read_json(folder / EXPERIMENT, what), where=str(folder / EXPERIMENT))
+    recorded = read_json(folder / EXPERIMENT, what)
+    experiment, older = Experiment.from_dict(recorded, where=str(folder / EXPERIMENT)), "prompt" not in recorded
     if data is not None:
         experiment = experiment.replace(data=str(data))
     backbone = find_backbone(experiment.model)
     shots = tuple(read_rows(folder / SHOTS, formats=(Row,))) if experiment.shots else None
-    experiment, task = resolve(experiment, backbone, shots=shots)
+    adapter = experiment.adapter  # it may be another one by now
+    experiment, task = resolve(experiment.replace(adapter=None), backbone, shots=shots, older=older)
+    experiment = experiment.replace(adapter=adapter)
     base, _ = load_base(backbone, task, experiment)
     posterior = load(base, folder / POSTERIOR)
     if not scored and experiment.temperature_split is not None and posterior.temperature == 1:
         raise ConfigError(f"{folder}: the temperature of this run is not fitted yet; continue it: train --resume.")
-    recorded = read_json(folder / RESULT, what).get("sha256", {}).get("adapter") if scored else None
-    if scored and recorded != file_sha256(folder / POSTERIOR / TENSOR_FILE):
+    adapter = read_json(folder / RESULT, what).get("sha256", {}).get("adapter") if scored else None
+    if scored and adapter != file_sha256(folder / POSTERIOR / TENSOR_FILE):
         message = f"{folder}: the posterior is not the one that {RESULT} was made with; its scores are of another."
         warnings.warn(message, BayestuneWarning, stacklevel=2)
     return Run(experiment=experiment, task=task, posterior=posterior)
@@ -111,11 +114,20 @@ def other_task(trained: Run, name: str) -> TokenizedTask:
 
 
 def resolve(
-    experiment: Experiment, backbone: Backbone, *, shots: tuple[Row, ...] | None = None
+    experiment: Experiment, backbone: Backbone, *, shots: tuple[Row, ...] | None = None, older: bool = False
 ) -> tuple[Experiment, TokenizedTask]:
-    """The experiment with its defaults filled in, and its task; `shots` are those of a finished run."""
+    """The experiment with its defaults filled in, and its task.
+
+    Args:
+        shots: those of a finished run; otherwise they are those of the adapter's run, or drawn.
+        older: whether the settings are of a record from before there were prompts.
+    """
+    record = _of_adapter(experiment)
+    if "prompt" in record:
+        experiment, shots = _asked_as(experiment, record)
     asked = experiment.asked_prompt()
-    experiment = experiment.resolved(backbone.family, chat=backbone.chat)
+    older = older or (bool(record) and "prompt" not in record)
+    experiment = experiment.resolved(backbone.family, chat=backbone.chat and not older)
     assert experiment.max_tokens is not None
     prompt = experiment.asked_prompt()
     task = build_task(backbone, experiment.task, experiment.data, experiment.max_tokens, experiment.labels, prompt)
@@ -142,6 +154,30 @@ def resolve(
         if trained and name != HELD_OUT:
             raise ConfigError(f"{name}: found {min(trained)!r}, which the run is trained on; choose other rows.")
     return experiment.replace(target_modules=targets, eval_split=split, labels=task.labels), task
+
+
+def _of_adapter(experiment: Experiment) -> dict[str, Any]:
+    """The settings of the run whose adapter the experiment starts from; nothing for another folder."""
+    file = Path(experiment.adapter or "") / EXPERIMENT
+    found = experiment.adapter is not None and file.is_file()
+    return read_json(file, "the settings of the adapter's run") if found else {}
+
+
+def _asked_as(experiment: Experiment, record: Mapping[str, Any]) -> tuple[Experiment, tuple[Row, ...] | None]:
+    """The experiment with the prompt, and the shots, that its adapter was trained with.
+
+    Raises:
+        ConfigError: a setting of the prompt is given, and is another one there.
+    """
+    folder = Path(experiment.adapter or "")
+    kept = {name: record[name] for name in ("model", "task", *PROMPT) if name in record}
+    own = Experiment.from_dict(kept, where=str(folder / EXPERIMENT))
+    for name in PROMPT:
+        given, there = dict(experiment)[name], dict(own)[name]
+        if given not in (None, 0, there):
+            raise ConfigError(f"{name}: found {given!r}, expected {there!r}, as the run of adapter {folder} has it.")
+    shots = tuple(read_rows(folder / SHOTS, formats=(Row,))) if own.shots else None
+    return experiment.replace(**{name: dict(own)[name] for name in PROMPT}), shots
 
 
 def _drawn(task: TokenizedTask, experiment: Experiment) -> tuple[Row, ...]:

@@ -4,7 +4,8 @@
 
 - "lac": ``1 - p_c``, the smallest sets on average (Sadinle, Lei and Wasserman 2019, arXiv 1609.00451, section 2).
 - "aps": ``sum_{j before c} p_j + U p_c``, with classes from the most to the least probable and one uniform U per row,
-  drawn by `seed` (Romano, Sesia and Candes 2020, arXiv 2006.02544, section 2). Its sets grow more where a row is hard.
+  keyed by `seed` and the row's probabilities, so that it is the same in any batch (Romano, Sesia and Candes 2020,
+  arXiv 2006.02544, section 2). Its sets grow more where a row is hard.
 
 A set holds the classes whose score is at most a threshold, the quantile of the labels' scores on calibration rows. If
 these rows and a new one are exchangeable, the set holds the new label with probability at least 1 - alpha, and at most
@@ -87,7 +88,7 @@ def conformal_threshold(
             f"conformal: found {rows} calibration rows, expected at least {least} for alpha={alpha}; add rows, or "
             "choose a larger alpha"
         )
-    scores = _class_scores(log_probs, score, derive_seed("conformal calibration", seed))
+    scores = _class_scores(log_probs, score, seed)
     rank = math.ceil((rows + 1) * (1 - _exact(alpha)))
     return scores.gather(1, labels[:, None])[:, 0].kthvalue(rank).values.item()
 
@@ -100,13 +101,13 @@ def prediction_sets(
     Args:
         log_probs: of new rows.
         threshold: from `conformal_threshold` with the same score.
-        score, seed: as there. The uniform numbers of "aps" are not those of the calibration rows.
+        score, seed: as there.
 
     Raises:
         ConfigError: `score` is unknown.
     """
     log_probs, _ = checked(log_probs, torch.zeros(len(log_probs), dtype=torch.int64))
-    scores = _class_scores(log_probs, score, derive_seed("conformal sets", seed))
+    scores = _class_scores(log_probs, score, seed)
     return (scores <= threshold) & ~log_probs.isneginf()
 
 
@@ -168,9 +169,9 @@ def _class_scores(log_probs: Tensor, score: str, seed: int) -> Tensor:
     if score == "lac":
         scores = 1 - probs
     elif score == "aps":
-        generator = torch.Generator().manual_seed(seed)
-        uniform = torch.rand(len(probs), 1, generator=generator, dtype=torch.float64)
         ordered, order = probs.sort(dim=1, descending=True, stable=True)
+        keys = [derive_seed("conformal", seed, line.numpy().tobytes().hex()) for line in ordered]
+        uniform = torch.tensor(keys, dtype=torch.float64).unsqueeze(1) / 2**63
         scores = torch.zeros_like(probs).scatter(1, order, ordered.cumsum(1) - (1 - uniform) * ordered)
     else:
         raise ConfigError(f"conformal: score is {score!r}, expected lac or aps")

@@ -1,5 +1,6 @@
 """Rows with different numbers of choices in one batch: filled up, and masked where a row lacks a choice."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,9 +9,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from bayestune.errors import TaskError
+from bayestune.errors import BayestuneWarning, TaskError
 from bayestune.tasks.datasets import DatasetSpec
-from bayestune.tasks.rows import Row
+from bayestune.tasks.rows import Row, shown
 
 
 def choice_mask(counts: Sequence[int]) -> Bool[Tensor, "rows choices"]:
@@ -29,6 +30,17 @@ def mask_absent(
     """Return the logits with -inf for absent choices, up to `columns`."""
     masked = logits.masked_fill(~present, float("-inf"))
     return F.pad(masked, (0, columns - logits.shape[1]), value=float("-inf"))
+
+
+def warn_of_alike(name: str, ids: Sequence[str], rows: int) -> None:
+    """Warn of rows of a data set, by their `ids`, with choices that differ and have the same tokens."""
+    if ids:
+        warnings.warn(
+            f"{len(ids)} of {rows} rows of {name} have choices that differ and are the same to the tokenizer, such as "
+            f"row {shown(ids[0])}: these choices get the same probability.",
+            BayestuneWarning,
+            stacklevel=3,
+        )
 
 
 def refuse_sentences(spec: DatasetSpec) -> None:

@@ -1,6 +1,5 @@
 """Multiple choice for encoders: one sequence per choice, scored by the head of AutoModelForMultipleChoice."""
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoModelForMultipleChoice, PreTrainedTokenizerBase
 
-from bayestune.errors import BayestuneWarning
-from bayestune.tasks.choices import choice_mask, mask_absent, refuse_sentences, with_filler
+from bayestune.tasks.choices import choice_mask, mask_absent, refuse_sentences, warn_of_alike, with_filler
 from bayestune.tasks.classes import ClassTask, Prediction
 from bayestune.tasks.datasets import DatasetSpec, dataset
-from bayestune.tasks.rows import AnyRow, Row, shown
+from bayestune.tasks.rows import AnyRow, Row
 from bayestune.tasks.tensors import labels_of, pad_encodings, widen
 from bayestune.tasks.tokenized import Text, TokenizedTask, check_padding
 
@@ -77,13 +75,7 @@ class EncoderMultipleChoice(TokenizedTask[Prediction], ClassTask):
     def examples(self, rows: Sequence[AnyRow], model: nn.Module) -> list[dict[str, Any]]:
         examples = super().examples(rows, model)
         ids = [row.id for row, example in zip(rows, examples, strict=True) if _alike(row, example)]
-        if ids:
-            warnings.warn(
-                f"{len(ids)} of {len(rows)} rows of {self.name} have choices that differ and are the same to the "
-                f"tokenizer, such as row {shown(ids[0])}: these choices get the same probability.",
-                BayestuneWarning,
-                stacklevel=2,
-            )
+        warn_of_alike(self.name, ids, len(rows))
         return examples
 
     def tokens(self, example: dict[str, Any]) -> int:

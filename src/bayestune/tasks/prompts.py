@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from bayestune.errors import ConfigError
+from bayestune.errors import ConfigError, one_line
 from bayestune.tasks.datasets import DatasetSpec
 from bayestune.tasks.rows import Row, shown
 
@@ -59,6 +59,14 @@ class Prompt:
         """Raise a ConfigError if the tokenizer cannot make such a prompt."""
         if self.style == CHAT and not tokenizer.chat_template:
             raise ConfigError("prompt: found chat, but the tokenizer has no chat template; use paper, or a template.")
+        if self.style == CHAT:
+            try:
+                tokenizer.apply_chat_template(self._messages([("a", "b")] * len(self.shots), "c"), tokenize=False)
+            except Exception as error:  # whatever the template raises
+                raise ConfigError(
+                    f"prompt: the chat template refuses these messages: {one_line(error)}; leave out --system, or use "
+                    "paper or a template."
+                ) from error
 
     @property
     def special_tokens(self) -> bool:
@@ -70,12 +78,15 @@ class Prompt:
         turns = [(self._body(shot, spec), self._answer(shot, spec)) for shot in self.shots]
         if self.style != CHAT:
             return "".join(f"{body}{answer}\n\n" for body, answer in turns) + self._body(row, spec)
+        messages = self._messages(turns, self._body(row, spec))
+        chat: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return chat
+
+    def _messages(self, turns: Sequence[tuple[str, str]], question: str) -> list[dict[str, str]]:
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         for body, answer in turns:
             messages += [{"role": "user", "content": body}, {"role": "assistant", "content": answer}]
-        messages.append({"role": "user", "content": self._body(row, spec)})
-        chat: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return chat
+        return [*messages, {"role": "user", "content": question}]
 
     def _answer(self, shot: Row, spec: DatasetSpec) -> str:
         assert shot.answer is not None, "shots come from a training split"
@@ -88,7 +99,8 @@ class Prompt:
         return [f"{blank}{answer}" for answer in answers]
 
     def _labels(self, row: Row, spec: DatasetSpec) -> Sequence[str]:
-        return (self.words or spec.fixed_choices or ascii_uppercase)[: len(row.choices)]
+        fixed = spec.fixed_choices if row.choices == spec.fixed_choices else None  # a shot of another data set
+        return (self.words or fixed or ascii_uppercase)[: len(row.choices)]
 
     def _body(self, row: Row, spec: DatasetSpec) -> str:
         labels = self._labels(row, spec)
@@ -99,7 +111,7 @@ class Prompt:
             return _PLACE.sub(lambda found: values[found[1]], self.style)
         if self.scoring != "letters":
             return f"{passage}Question: {row.question}\nAnswer:"
-        if spec.fixed_choices is not None:
+        if row.choices == spec.fixed_choices:
             words = " or ".join(labels)
             return f"Answer the question with only {words}.\n{passage}Question: {row.question}\nAnswer:"
         head = "Select one of the choices that answers the following question:"

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
@@ -19,7 +20,7 @@ from bayestune.tasks.causal import (
     tolerance,
     without_appended,
 )
-from bayestune.tasks.choices import choice_mask, mask_absent, with_filler
+from bayestune.tasks.choices import choice_mask, mask_absent, warn_of_alike, with_filler
 from bayestune.tasks.datasets import dataset
 from bayestune.tasks.prompts import Prompt
 from bayestune.tasks.rows import AnyRow, Row, shown
@@ -70,13 +71,13 @@ class CausalTextChoice(CausalChoice):
 
     A row is one sequence: p once, then the tokens of each choice as branches. A token of a branch attends to p and to
     the earlier tokens of its branch, and its position is the one that it has in s_c. Models that are not told
-    positions, or answer otherwise under such a mask (a probe with the shortest row compares them), get one sequence
-    per choice.
+    positions, keep a state from token to token, or answer otherwise under such a mask (a probe with the longest row
+    compares them), get one sequence per choice.
     """
 
     scorings = ("text", "text_per_byte")
     packed = True
-    """Whether all choices of a row ride in one sequence."""
+    """Whether all choices of a row ride in one sequence; once a model or a row cannot, it stays False."""
 
     def sequences(self, row: AnyRow) -> list[Text]:
         assert isinstance(row, Row)
@@ -89,37 +90,49 @@ class CausalTextChoice(CausalChoice):
             raise row.fault("question", "a prompt without a token before the answer", "at least one")
         if context[:2] == [self.tokenizer.bos_token_id] * 2:
             raise row.fault("question", f"{shown(self.tokenizer.bos_token)} twice before the text", "it once")
-        return {"context": context, "branches": branches, "bytes": [len(text.encode()) for text in row.choices]}
+        return {"context": context, "branches": branches, "texts": row.choices}
 
     def tokens(self, example: dict[str, Any]) -> int:
         return len(example["context"]) + max(map(len, example["branches"]))
 
     def examples(self, rows: Sequence[AnyRow], model: nn.Module) -> list[dict[str, Any]]:
         """As `CausalChoice.examples`; chooses between one sequence per row and one per choice."""
-        self.packed = takes_positions(model)
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.packed = self.packed and takes_positions(model) and not base._is_stateful
         examples = super().examples(rows, model)
         if examples and self.packed:
-            self.packed = self._packs(model, min(examples, key=self.tokens), max(map(self.tokens, examples)))
+            self.packed = self._packs(model, examples)
+        same = [example["id"] for example in examples if _alike(example)]
+        warn_of_alike(self.name, same, len(examples))
         return examples
 
-    def _packs(self, model: Any, example: dict[str, Any], longest: int) -> bool:
-        """Whether the model gives one sequence per row and one per choice the same log-probabilities."""
+    def _packs(self, model: Any, examples: Sequence[dict[str, Any]]) -> bool:
+        """Whether the model gives one sequence per row and one per choice the same log-probabilities.
+
+        It is asked the row with the longest choice, whose tokens see each other, and the longest row.
+        """
+        longest = max(examples, key=self.tokens)
         window = model.config.get_text_config().to_dict().get("sliding_window")
-        if window is not None and longest > window:
+        if window is not None and self.tokens(longest) > window:
             return False
-        apart = self.mean_log_probs(model, self._collate_apart([example]))
-        return bool(
-            difference(apart, self.mean_log_probs(model, self._collate_packed([example]))) <= tolerance(model, apart)
-        )
+        for example in (longest, max(examples, key=lambda e: max(map(len, e["branches"])))):
+            apart = self.mean_log_probs(model, self._collate_apart([example]))
+            try:
+                packed = self.mean_log_probs(model, self._collate_packed([example]))
+            except (IndexError, RuntimeError, TypeError, ValueError):  # it takes no mask of four dimensions
+                return False
+            if difference(apart, packed) > tolerance(model, apart):
+                return False
+        return True
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Return the batch of `_collate_packed` or, for models that need it, of `_collate_apart`."""
         return self._collate_packed(examples) if self.packed else self._collate_apart(examples)
 
     def _shared(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        bytes_ = pad_sequence([torch.tensor(example["bytes"]) for example in examples], True, 1)
+        lengths = [torch.tensor([len(text.encode()) for text in example["texts"]]) for example in examples]
         mask = choice_mask([len(example["branches"]) for example in examples])
-        return {"bytes": bytes_, "choice_mask": mask, **labels_of(examples)}
+        return {"bytes": pad_sequence(lengths, True, 1), "choice_mask": mask, **labels_of(examples)}
 
     def _collate_packed(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Padded on the left, all [rows, tokens]: `input_ids`, `position_ids`, and `branch`, which is -1 for padding,
@@ -191,6 +204,10 @@ class CausalTextChoice(CausalChoice):
         inputs = {name: batch[name].flatten(0, 1) for name in ("input_ids", "attention_mask", "position_ids")}
         scores = sequence_log_probs(model, inputs, batch["label_ids"].flatten(0, 1))
         return scores.view(batch["choice_mask"].shape)
+
+
+def _alike(example: dict[str, Any]) -> bool:
+    return len(set(map(tuple, example["branches"]))) < len(set(example["texts"]))
 
 
 def tree_attention(branch: Tensor) -> Bool[Tensor, "rows tokens tokens"]:
