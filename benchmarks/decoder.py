@@ -4,7 +4,7 @@
     python benchmarks/decoder.py --data DIR --runs RUNS --variants mle,blob --seeds 1
     python benchmarks/decoder.py --page                              # docs/decoder.md from the records
 
-400 rows of the train split are trained on, in 100 updates of 8 rows; 60 further rows of it choose the temperatures
+400 rows of the train split are trained on, in 200 updates of 8 rows; 60 further rows of it choose the temperatures
 and, for BLoB, the scale of the standard deviation, with draws that are not those that score; the first 200 rows of dev
 are scored. `--runs` keeps the trained runs: methods that start from plain LoRA take that of the same seed. A killed
 call goes on with the records that are missing.
@@ -41,7 +41,7 @@ SETTINGS: dict[str, Any] = {
     "task": TASK,
     "scoring": "text",
     "prompt": "paper",
-    "steps": 100,
+    "steps": 200,
     "batch_size": 8,
     "learning_rate": 1e-3,
     "lora_alpha": 16,
@@ -53,6 +53,8 @@ SETTINGS: dict[str, Any] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "mle": {"method": "mle"},
     "blob": {"method": "blob", "fit_split": "held"},
+    "blob_wide": {"method": "blob", "prior_std": 1.0, "fit_split": "held"},
+    "ivon": {"method": "ivon", "learning_rate": 0.03},
     "blob_paper": {"method": "blob", "recipe": "paper"},
     "tfb": {"method": "tfb"},
     "laplace": {"method": "laplace"},

@@ -18,7 +18,8 @@ NAMES = {
     "tfb": "TFB",
     "ivon": "IVON",
     "blob_paper": "BLoB, the paper's recipe",
-    "blob": "BLoB",
+    "blob": "BLoB, std 0.06",
+    "blob_wide": "BLoB, std 0.3 under a prior of 1",
 }
 RIVAL = ("mle", "mle_temperature")
 
@@ -94,7 +95,7 @@ INTRODUCTION = """# On a language model
 command.
 
 SmolLM2-135M-Instruct (quantized to Q4_1, used in float32) learns ARC-Easy, scored by the texts of the choices: 400
-training rows in 100 updates of 8, rank 8 on `q_proj` and `v_proj`, learning rate 1e-3. Plain LoRA is overconfident
+training rows in 200 updates of 8, rank 8 on `q_proj` and `v_proj`, learning rate 1e-3. Plain LoRA is overconfident
 there. 60 further training rows choose every temperature and BLoB's scale; the first 200 rows of dev are scored.
 Numbers are means over seeds, with the standard deviation where there are several; NLL is in nats, and ECE is the
 bias-corrected one.
