@@ -169,7 +169,7 @@ def _in_words(trained: Run, seed: int) -> dict[str, dict[str, int]]:
     tokenizer: Any = trained.task.tokenizer
     found: dict[str, dict[str, int]] = {}
     for question in QUESTIONS:
-        chat = [{"role": "user", "content": question}]
+        chat = [{"role": "system", "content": "Answer in one or two words."}, {"role": "user", "content": question}]
         inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         inputs = inputs.to(trained.model.device)
         answers: Counter[str] = Counter()
