@@ -10,7 +10,7 @@ score: mutual information, entropy of the predictive, or at random. A last train
 all scores have the same first rows, pool, initial weights and draws. The draws that choose are not those that score.
 After an interruption, the same command makes the missing records.
 
-On one core, a record takes about 70 minutes (random: 50), so the 18 of two data sets and three seeds take 19 hours.
+Not run yet. By an estimate from two small rounds, the 18 records of two data sets and three seeds take 19 core hours.
 """
 
 import dataclasses

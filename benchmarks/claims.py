@@ -65,7 +65,9 @@ def _training() -> list[list[str]]:
             )
         )
     packed = record("packed_smollm2")
-    found.append(_paired("Training step by texts, choices packed / separate, SmolLM2, 4 rows", 0.6, packed))
+    found.append(
+        _paired("Training step by texts, choices packed / separate, SmolLM2, 4 rows (machine not idle)", 0.6, packed)
+    )
     for name in ("llama7b-4x300", "llama7b-4x300-checkpointing"):
         step = record(f"train_{name}")
         found.append(_paired(f"Training step, BLoB / LoRA, {name}", 1.02, step, missing=NONE))

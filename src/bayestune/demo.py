@@ -17,7 +17,6 @@ from bayestune.inference import Prediction, draw
 from bayestune.methods import Blob, Mle
 from bayestune.tasks import AnyRow
 
-# Chosen on training rows only (100 to fit, 50 to look at), the same for both methods.
 DRAWS = 10
 _SHARED: dict[str, Any] = {
     "task": "everyday",
@@ -28,7 +27,9 @@ _SHARED: dict[str, Any] = {
     "draws": DRAWS,
 }
 SETTINGS: dict[str, dict[str, Any]] = {
+    # Chosen on training rows only (100 to fit, 50 to look at), the same for both methods.
     "minilm": _SHARED | {"steps": 180, "learning_rate": 2e-3, "kl_schedule": "elbo", "kl_learning_rate": 0.03},
+    # Not tuned; as many updates as fit a demo of minutes.
     "smollm2": _SHARED
     | {"steps": 30, "learning_rate": 1e-3, "scoring": "text", "prompt": "paper", "max_tokens": 160, "prior_std": 1.0},
 }

@@ -11,7 +11,8 @@ A set holds the classes whose score is at most a threshold, the quantile of the 
 these rows and a new one are exchangeable, the set holds the new label with probability at least 1 - alpha, and at most
 1 - alpha + 1 / (rows + 1) if no scores are equal. The probability is over calibration rows and new rows together, not
 per row and not per class. A set may be empty. A class of probability zero, such as a choice that the row does not
-have, is never in a set.
+have, is never in a set: where labels have probability zero, the promise does not hold for them. Rows with the same
+probabilities have the same U.
 
 `log_probs` and `labels` are as in `scores`, and are checked in the same way.
 

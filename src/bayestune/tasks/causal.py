@@ -17,7 +17,7 @@ from bayestune.errors import TaskError
 from bayestune.tasks.choices import refuse_sentences
 from bayestune.tasks.classes import ClassTask, Prediction
 from bayestune.tasks.datasets import DatasetSpec
-from bayestune.tasks.prompts import Prompt
+from bayestune.tasks.prompts import Prompt, Scoring
 from bayestune.tasks.rows import AnyRow, Row
 from bayestune.tasks.tensors import widen
 from bayestune.tasks.tokenized import Text, TokenizedTask
@@ -33,7 +33,7 @@ class CausalChoice(TokenizedTask[Prediction], ClassTask):
     row = Row
     families = ("causal",)
     auto_model = AutoModelForCausalLM
-    scorings: ClassVar[tuple[str, ...]]
+    scorings: ClassVar[tuple[Scoring, ...]]
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class CausalChoice(TokenizedTask[Prediction], ClassTask):
     ) -> None:
         refuse_sentences(spec)
         super().__init__(spec, tokenizer, data=data, max_tokens=max_tokens)
-        self.prompt = prompt or Prompt(scoring=self.scorings[0])  # type: ignore[arg-type]
+        self.prompt = prompt or Prompt(scoring=self.scorings[0])
         self.prompt.check(tokenizer)
         self.worked = self.prompt.shots
         self.encoding = {"return_special_tokens_mask": True, "add_special_tokens": self.prompt.special_tokens}

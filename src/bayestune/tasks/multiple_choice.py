@@ -70,16 +70,8 @@ class CausalMultipleChoice(CausalChoice):
 
     scorings = ("letters",)
 
-    def __init__(
-        self,
-        spec: DatasetSpec,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        data: str | Path | None,
-        max_tokens: int,
-        prompt: Prompt | None = None,
-    ) -> None:
-        super().__init__(spec, tokenizer, data=data, max_tokens=max_tokens, prompt=prompt)
+    def __init__(self, spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, **options: Any) -> None:
+        super().__init__(spec, tokenizer, **options)
         words = self.prompt.words
         if words is not None and len(words) < spec.classes:
             raise ConfigError(f"label_words: found {len(words)}, expected {spec.classes}, the choices of {spec.name}.")

@@ -57,16 +57,17 @@ class Prompt:
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise a ConfigError if the tokenizer cannot make such a prompt."""
-        if self.style == CHAT and not tokenizer.chat_template:
+        if self.style != CHAT:
+            return
+        if not tokenizer.chat_template:
             raise ConfigError("prompt: found chat, but the tokenizer has no chat template; use paper, or a template.")
-        if self.style == CHAT:
-            try:
-                tokenizer.apply_chat_template(self._messages([("a", "b")] * len(self.shots), "c"), tokenize=False)
-            except Exception as error:  # whatever the template raises
-                raise ConfigError(
-                    f"prompt: the chat template refuses these messages: {one_line(error)}; leave out --system, or use "
-                    "paper or a template."
-                ) from error
+        try:
+            tokenizer.apply_chat_template(self._messages([("a", "b")] * len(self.shots), "c"), tokenize=False)
+        except Exception as error:  # whatever the template raises
+            raise ConfigError(
+                f"prompt: the chat template refuses these messages: {one_line(error)}; leave out --system, or use "
+                "paper or a template."
+            ) from error
 
     @property
     def special_tokens(self) -> bool:

@@ -15,6 +15,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from bayestune.errors import ConfigError, DataError, TaskError
 from bayestune.tasks.base import P, Task
 from bayestune.tasks.datasets import DatasetSpec, rows_of
+from bayestune.tasks.prompts import Scoring
 from bayestune.tasks.rows import AnyRow, shown
 
 _ROWS_AT_ONCE = 512  # per call of the tokenizer: enough to keep its threads busy, few enough to bound the memory
@@ -43,7 +44,7 @@ class TokenizedTask(Task[P]):
     """The families of models that can answer it."""
     auto_model: ClassVar[type[_BaseAutoModelClass]]
     """The class of transformers that loads a model with the right head."""
-    scorings: ClassVar[tuple[str, ...]] = ()
+    scorings: ClassVar[tuple[Scoring, ...]] = ()
     """The ways of scoring that it offers, for tasks that put a `Prompt` to the model."""
     encoding: Mapping[str, Any] = MappingProxyType({})
     """Options of the tokenizer's call."""
