@@ -2,12 +2,14 @@
 
     python benchmarks/decoder.py --data DIR --runs RUNS              # every missing record in results/decoder
     python benchmarks/decoder.py --data DIR --runs RUNS --variants mle,blob --seeds 1
+    python benchmarks/decoder.py --data DIR --runs RUNS --tune       # the learning rates and priors of the variants
     python benchmarks/decoder.py --page                              # docs/decoder.md from the records
 
-400 rows of the train split are trained on, in 200 updates of 8 rows; 60 further rows of it choose the temperatures
+400 rows of the train split are trained on, in 300 updates of 4 rows; 60 further rows of it choose the temperatures
 and, for BLoB, the scale of the standard deviation, with draws that are not those that score; the first 200 rows of dev
-are scored. `--runs` keeps the trained runs: methods that start from plain LoRA take that of the same seed. A killed
-call goes on with the records that are missing.
+are scored. `--tune` scores each setting of its grid on 100 further rows of the train split, with 4 draws and seed 0,
+which no comparison uses. `--runs` keeps the trained runs: methods that start from plain LoRA take that of the same
+seed. A killed call goes on with the records that are missing.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from decoder_page import RESULTS, ROOT, page
+from decoder_page import RESULTS, ROOT, TUNING, page
 from options import parser
 
 from bayestune import Prediction, evaluate, metrics
@@ -35,14 +37,14 @@ from bayestune.methods import fit_temperature
 from bayestune.tables.cells import portable
 from bayestune.tasks import AnyRow
 
-TASK, TRAINED, HELD_OUT, SCORED, DRAWS = "arc_easy", 400, 60, 200, 10
+TASK, TRAINED, HELD_OUT, TUNED, SCORED, DRAWS = "arc_easy", 400, 60, 100, 200, 10
 SETTINGS: dict[str, Any] = {
     "model": "smollm2",
     "task": TASK,
     "scoring": "text",
     "prompt": "paper",
-    "steps": 200,
-    "batch_size": 8,
+    "steps": 300,
+    "batch_size": 4,
     "learning_rate": 1e-3,
     "lora_alpha": 16,
     "max_tokens": 160,
@@ -61,6 +63,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dropout": {"method": "dropout"},
     "ensemble": {"method": "ensemble"},
 }
+GRID: dict[str, dict[str, Any]] = {
+    **{f"mle-{rate}": {"method": "mle", "learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3)},
+    **{
+        f"blob-prior{prior}-{rate}": {"method": "blob", "prior_std": prior, "learning_rate": rate, "posterior_scale": 1}
+        for prior in (0.2, 1.0, 3.0)
+        for rate in (1e-3, 2e-3)
+    },
+    **{f"ivon-{rate}": {"method": "ivon", "learning_rate": rate} for rate in (0.01, 0.03, 0.1)},
+}
 
 
 def main() -> None:
@@ -68,6 +79,7 @@ def main() -> None:
     made.add_argument("--data", help="folder of the data sets")
     made.add_argument("--runs", type=Path, help="folder for the trained runs")
     made.add_argument("--page", action="store_true", help="write the page from the records")
+    made.add_argument("--tune", nargs="?", const=",".join(GRID), help="settings of the grid to score; all by default")
     made.add_argument("--variants", default=",".join(VARIANTS))
     made.add_argument("--seeds", default="1,2,3")
     options = made.parse_args()
@@ -77,27 +89,32 @@ def main() -> None:
     if options.data is None or options.runs is None:
         made.error("expected --data DIR and --runs DIR, or --page")
     transformers.logging.set_verbosity_error()
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    for seed in map(int, options.seeds.split(",")):
-        for variant in options.variants.split(","):
-            file = RESULTS / f"{TASK}-{variant}-seed{seed}.json"
-            if not file.exists():
-                found = record(variant, seed, options)
-                write_json(file, found)
-                print(file.name, {key: round(s["nll"], 4) for key, s in found["scores"].items()}, flush=True)
+    if options.tune:
+        cells = [("tune", name, GRID[name], 0) for name in options.tune.split(",")]
+    else:
+        seeds, variants = map(int, options.seeds.split(",")), options.variants.split(",")
+        cells = [(TASK, name, VARIANTS[name], seed) for seed in seeds for name in variants]
+    for use, name, settings, seed in cells:
+        file = (TUNING if options.tune else RESULTS) / f"{use}-{name}-seed{seed}.json"
+        if not file.exists():
+            found = record(name, settings, seed, options)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, found)
+            print(file.name, {key: round(s["nll"], 4) for key, s in found["scores"].items()}, flush=True)
 
 
-def record(variant: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+def record(variant: str, own: dict[str, Any], seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Train a variant, if it is not trained yet, and score it without and with a temperature."""
     started = time.monotonic()
-    rows = cut(options.data, seed)
-    output = options.runs / f"{variant}-seed{seed}"
+    tune = options.tune is not None
+    rows = cut(options.data, seed, tune=tune)
+    output = options.runs / f"{'tune-' if tune else ''}{variant}-seed{seed}"
     with tempfile.TemporaryDirectory() as folder:
         for split, several in rows.items():
             path = Path(folder) / TASK / f"{split}.jsonl"
             path.parent.mkdir(exist_ok=True)
             path.write_text("".join(f"{row_json(row)}\n" for row in several))
-        settings = {**SETTINGS, **VARIANTS[variant], "data": folder, "seed": seed}
+        settings = {**SETTINGS, **own, "data": folder, "seed": seed, "draws": 4 if tune else DRAWS}
         experiment = Experiment.from_dict(settings, where=variant)
         if experiment.method.start is not None:
             experiment = experiment.replace(adapter=str(options.runs / f"{experiment.method.start.name}-seed{seed}"))
@@ -113,31 +130,34 @@ def record(variant: str, seed: int, options: argparse.Namespace) -> dict[str, An
         "variant": variant,
         "method": experiment.method.name,
         "seed": seed,
-        "draws": DRAWS,
+        "draws": experiment.draws,
         "scores": scores,
         "rows": {name: len(several) for name, several in rows.items()},
         "sha256": {name: rows_sha256(several) for name, several in rows.items()},
         "train_seconds": result["seconds"],
         "score_seconds": round(time.monotonic() - started, 1),
-        "command": ["python", "benchmarks/decoder.py", *map(portable, _command(variant, seed))],
+        "command": ["python", "benchmarks/decoder.py", *map(portable, _command(variant, seed, tune))],
         "experiment": {**trained.experiment.as_dict(), "data": None, "adapter": None},
         "versions": versions(),
         "hardware": hardware(),
     }
 
 
-def _command(variant: str, seed: int) -> list[str]:
-    return ["--data", "DIR", "--runs", "RUNS", "--variants", variant, "--seeds", str(seed)]
+def _command(variant: str, seed: int, tune: bool) -> list[str]:
+    which = ["--tune", variant] if tune else ["--variants", variant, "--seeds", str(seed)]
+    return ["--data", "DIR", "--runs", "RUNS", *which]
 
 
-def cut(data: str, seed: int) -> dict[str, list[AnyRow]]:
+def cut(data: str, seed: int, *, tune: bool = False) -> dict[str, list[AnyRow]]:
     """The rows by use; the seed chooses which of the first rows of the train split are trained on."""
     backbone = find_backbone("smollm2")
     asked = Experiment.from_dict({**SETTINGS, "method": "mle"}, where="decoder")
     task = build_task(backbone, TASK, data, SETTINGS["max_tokens"], prompt=asked.asked_prompt())
-    first = _usable(task, "train")[: TRAINED + HELD_OUT]
+    usable = _usable(task, "train")
+    first, further = usable[: TRAINED + HELD_OUT], usable[TRAINED + HELD_OUT :]
     random.Random(derive_seed("decoder", seed)).shuffle(first)
-    return {"train": first[:TRAINED], "held": first[TRAINED:], "scored": _usable(task, "dev")[:SCORED]}
+    scored = further[:TUNED] if tune else _usable(task, "dev")[:SCORED]
+    return {"train": first[:TRAINED], "held": first[TRAINED:], "scored": scored}
 
 
 def _usable(task: Any, split: str) -> list[AnyRow]:

@@ -9,6 +9,7 @@ from bayestune.files import read_json
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results" / "decoder"
+TUNING = RESULTS / "tuning"
 MEASURES = {"accuracy": "accuracy", "nll": "NLL", "ece_corrected": "ECE", "brier": "Brier"}
 NAMES = {
     "mle": "plain LoRA",
