@@ -66,7 +66,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 GRID: dict[str, dict[str, Any]] = {
     **{f"mle-{rate}": {"method": "mle", "learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3)},
     **{
-        f"blob-prior{prior}-{rate}": {"method": "blob", "prior_std": prior, "learning_rate": rate, "posterior_scale": 1}
+        f"blob-prior{prior}-{rate}": {
+            "method": "blob",
+            "prior_std": prior,
+            "learning_rate": rate,
+            "posterior_scale": 1,
+        }
         for prior in (0.2, 1.0, 3.0)
         for rate in (1e-3, 2e-3)
     },
