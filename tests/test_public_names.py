@@ -25,6 +25,7 @@ NAMES = [
     "load_posterior",
     "methods",
     "metrics",
+    "novelty",
     "predict",
     "save_posterior",
     "tasks",

@@ -13,6 +13,7 @@ from bayestune.inference import Prediction as Prediction
 from bayestune.inference import Scores as Scores
 from bayestune.inference import draw as draw
 from bayestune.inference import evaluate as evaluate
+from bayestune.inference import novelty as novelty
 from bayestune.inference import predict as predict
 from bayestune.serving import export_lora as export_lora
 from bayestune.storage import load_posterior as load_posterior

@@ -20,6 +20,7 @@ _SCORES = {
     "auroc_total": "total entropy",
     "auroc_total_matched": "total entropy, pairs of equal length",
     "auroc_largest_probability": "1 - largest probability",
+    "auroc_novelty": "distance to the training rows (frozen base)",
     "auroc_length": "length of the question (no model)",
     "auroc_epistemic": "epistemic: the draws' disagreement",
 }
@@ -72,7 +73,7 @@ def evaluate(
             f"{'':4}AUROC, how well a score tells these rows from those of {chosen}; below 0.5 it is lower on these:"
         )
         for key, score in _SCORES.items():
-            print(f"{'':4}{score:<40} {'no pairs' if other[key] is None else format(other[key], '.3f')}")
+            print(f"{'':4}{score:<44} {'none' if other[key] is None else format(other[key], '.3f')}")
 
 
 def _other_rows(loaded: "Run", name: str) -> tuple["TokenizedTask", list["AnyRow"]]:
@@ -99,6 +100,7 @@ def _compared(
 
     from bayestune import metrics
     from bayestune.inference import evaluate as scores_of
+    from bayestune.inference import novelty
 
     def joined(of: "Callable[[Prediction], Tensor]") -> "Tensor":
         return torch.cat([of(known), of(prediction)])
@@ -107,12 +109,17 @@ def _compared(
     positive = torch.tensor([False] * len(known.ids) + [True] * len(rows))
     total = joined(lambda found: found.total)
     lengths = torch.tensor([len(row.texts[0][1]) for row in [*known_rows, *rows]])
+    posterior = loaded.posterior
+    far = None
+    if posterior.known is not None:  # runs of older versions keep no features
+        far = torch.cat([novelty(posterior, loaded.task, known_rows), novelty(posterior, task, rows)])
     return {
         **scores_of(prediction).as_dict(),
         "epistemic": float(prediction.epistemic.mean()),
         "auroc_total": metrics.auroc(total, positive),
         "auroc_total_matched": metrics.matched_auroc(total, positive, lengths),
         "auroc_largest_probability": metrics.auroc(joined(lambda found: 1 - found.probs.amax(-1)), positive),
+        "auroc_novelty": None if far is None else metrics.auroc(far, positive),
         "auroc_length": metrics.auroc(lengths, positive),
         "auroc_epistemic": metrics.auroc(joined(lambda found: found.epistemic), positive),
     }

@@ -1,6 +1,7 @@
 """`run`: check, train, save, evaluate, record."""
 
 import contextlib
+import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 
 from bayestune.adapters import gaussian_layers
 from bayestune.errors import ConfigError
@@ -35,11 +37,14 @@ from bayestune.experiment.train import Training
 from bayestune.experiment.trained import Run, resolve
 from bayestune.files import file_sha256, read_json, write_json, write_text, writing
 from bayestune.functional import derive_seed, std
-from bayestune.inference import Prediction, Scores, evaluate, predict
+from bayestune.inference import Prediction, Scores, evaluate, features, predict
 from bayestune.methods import Posterior, fit_temperature, load, save_posterior
 from bayestune.storage.manifest import TENSOR_FILE
 from bayestune.storage.state import adapter_tensors
 from bayestune.tasks import AnyRow
+
+KNOWN_ROWS = 1000
+"""Training rows whose features a run keeps at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,12 +175,23 @@ def _trained(ready: _Prepared, output: Path, started: float) -> tuple[Posterior,
     if ready.training.task.worked:
         write_text(output / SHOTS, "".join(f"{row_json(row)}\n" for row in ready.training.task.worked))
     posterior = _fit(ready, fitted)
+    posterior.known = _known(posterior, ready)
     std = _mean_std(posterior.model)
     seconds, kl = time.monotonic() - started, _kl(ready.training, fitted.get("trained_std", std))
     made = {**ready.origin, "kl": kl, "posterior_std": std, "fitted": fitted, "seconds": seconds}
     write_json(output / TRAINED, made)
     _save(posterior, ready.training, output / POSTERIOR)
     return posterior, made
+
+
+def _known(posterior: Posterior, ready: _Prepared) -> Tensor:
+    """The features, of the training rows or a sample of them, to which `novelty` compares."""
+    training, rows = ready.training, ready.rows.train
+    experiment = training.experiment
+    if len(rows) > KNOWN_ROWS:
+        rows = random.Random(derive_seed("known", experiment.seed)).sample(rows, KNOWN_ROWS)
+    with autocast(experiment):
+        return features(posterior, training.task, rows, progress=training.progress)
 
 
 def _restored(ready: _Prepared, output: Path) -> tuple[Posterior, dict[str, Any]]:
@@ -227,7 +243,8 @@ def _save(posterior: Posterior, training: Training, folder: Path) -> None:
             training.checkpoints.rmdir()
     copies = 1 + len(posterior.more_members())
     size = copies * sum(tensor.nbytes for tensor in adapter_tensors(posterior.model, "default").values())
-    with writing(folder, needed=size + sum(tensor.nbytes for tensor in posterior.tensors().values())):
+    known = 0 if posterior.known is None else posterior.known.nbytes
+    with writing(folder, needed=size + known + sum(tensor.nbytes for tensor in posterior.tensors().values())):
         save_posterior(posterior, folder, overwrite=training.resume)
 
 

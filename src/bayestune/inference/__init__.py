@@ -3,6 +3,9 @@
 from bayestune.inference.acquire import acquire as acquire
 from bayestune.inference.draws import draw as draw
 from bayestune.inference.evaluate import evaluate as evaluate
+from bayestune.inference.novelty import features as features
+from bayestune.inference.novelty import novelty as novelty
 from bayestune.inference.predict import predict as predict
+from bayestune.inference.prompt_information import prompt_information as prompt_information
 from bayestune.tasks import Prediction as Prediction
 from bayestune.tasks import Scores as Scores

@@ -62,12 +62,14 @@ class Posterior(ABC):
         model: the model with the adapter at the mean (the mode, or the first member), in evaluation mode.
         default_draws: draws of a prediction when none are asked for.
         temperature: T; every draw answers with ``softmax(logits / T)``. 1 unless `fit_temperature` set it.
+        known: features of training rows, [rows, width], to which `novelty` compares; None if none are kept.
     """
 
     kind: ClassVar[str]
     adapter: ClassVar[str] = "point"
     has_mean: ClassVar[bool] = True
     default_draws: int
+    known: Float[Tensor, "rows width"] | None = None
 
     def __init__(self, model: PeftModel, *, temperature: float = 1.0) -> None:
         self.model, self.temperature = model, temperature

@@ -53,7 +53,9 @@ class Variational(Posterior):
         self.predictive = predictive
 
     def with_predictive(self, name: str) -> "Variational":
-        return Variational(self.model, temperature=self.temperature, predictive=name)
+        other = Variational(self.model, temperature=self.temperature, predictive=name)
+        other.known = self.known
+        return other
 
     def sampler(self, *, draws: int, seed: int) -> Sampler:
         if self.predictive == "linearised" and draws:

@@ -25,6 +25,7 @@ from bayestune.storage.fingerprint import fingerprint, settings, settings_differ
 from bayestune.storage.manifest import (
     CONFIG_FILE,
     CONFIG_LIMIT,
+    KNOWN,
     PART_FILE,
     STD,
     TENSOR_FILE,
@@ -203,10 +204,11 @@ def _assemble(
     temperature = settings.get("temperature", 1.0)
     if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
         raise PosteriorError(f"temperature: found {temperature!r}, expected a number above 0.")
+    known = tensors.pop(KNOWN, None)
     posterior = kind.from_saved(model, own, tensors, members)
     if own != posterior.settings() or tensors.keys() != posterior.tensors().keys():
         raise PosteriorError(f"found settings {own} and tensors {sorted(tensors)}, not those of kind {kind.kind!r}.")
-    posterior.temperature = float(temperature)
+    posterior.temperature, posterior.known = float(temperature), known
     return posterior
 
 

@@ -20,6 +20,8 @@ CONFIG_FILE = "adapter_config.json"
 CONFIG_LIMIT = 1 << 20
 TENSOR_FILE = "adapter_model.safetensors"
 PART_FILE = "posterior.safetensors"
+KNOWN = "known_features"
+"""The tensor of that file that is no part of the distribution: features of training rows."""
 CARD = "README.md"
 
 _Described = dict[str, Annotated[list[Any], Field(min_length=2, max_length=2)]]

@@ -24,6 +24,7 @@ from bayestune.storage.fingerprint import fingerprint
 from bayestune.storage.manifest import (
     CONFIG_FILE,
     CONFIG_LIMIT,
+    KNOWN,
     PART_FILE,
     STD,
     TENSOR_FILE,
@@ -140,9 +141,10 @@ def _write_parts(posterior: Posterior, folder: Path) -> dict[str, Any]:
     """
     if not 0 < posterior.temperature < math.inf:
         raise PosteriorError(f"temperature: found {posterior.temperature}, expected a number above 0.")
+    known = {} if posterior.known is None else {KNOWN: posterior.known}
     tensors, *members = (
         {key: tensor.detach().cpu().contiguous() for key, tensor in group.items()}
-        for group in (posterior.tensors(), *posterior.more_members())
+        for group in ({**posterior.tensors(), **known}, *posterior.more_members())
     )
     for group in (tensors, *members):
         fault = state.value_fault(group)

@@ -1,0 +1,142 @@
+"""`novelty`: how far rows are from the training rows, in the features of the frozen base model."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from tqdm.auto import tqdm
+
+from bayestune.errors import ConfigError, DataError
+from bayestune.inference.draws import evaluation_mode
+from bayestune.sampling.base import Posterior
+from bayestune.tasks import AnyRow, TokenizedTask
+from bayestune.tasks.tensors import pad_encodings
+
+NEIGHBORS = 5
+
+
+def features(
+    model: nn.Module | Posterior,
+    task: TokenizedTask,
+    rows: Sequence[AnyRow],
+    *,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> Float[Tensor, "rows width"]:
+    """Return the mean over tokens of the base model's last hidden state for the main text of each row.
+
+    The adapter is switched off: training teaches it to ignore what does not matter for the answer, and distance with
+    it. Another thread must not use the model meanwhile.
+
+    Args:
+        model: a posterior, or a model with or without an adapter.
+        task: whose tokenizer reads the rows.
+        rows: at least one; labels are not needed. The main text is the question, without passage and choices.
+        batch_size: rows per forward.
+        progress: show a bar on stderr.
+
+    Returns:
+        [rows, width], float32 on the CPU.
+
+    Raises:
+        DataError: there are no rows, or a row cannot be used; names the row.
+    """
+    if not rows:
+        raise DataError("features: found no rows, expected at least one.")
+    module = model.model if isinstance(model, Posterior) else model
+    task.examples(rows, module)  # refuses rows that cannot be used
+    encodings = task.encode([(row.texts[0][1], None) for row in rows])
+    longest_first = sorted(range(len(rows)), key=lambda i: -len(encodings[i]["input_ids"]))
+    device = next(module.parameters()).device
+    found: list[Tensor] = [torch.empty(0)] * len(rows)
+    bar = tqdm(total=len(rows), desc="features", unit="row", disable=not progress)
+    with bar, evaluation_mode(module), torch.inference_mode(), _without_adapter(module) as base:
+        for start in range(0, len(rows), batch_size):
+            places = longest_first[start : start + batch_size]
+            batch = pad_encodings([encodings[i] for i in places], task.pad_id)
+            inputs = {key: batch[key].to(device) for key in batch if key != "special_tokens_mask"}
+            hidden = base(**inputs).last_hidden_state.float()
+            mask = inputs["attention_mask"].unsqueeze(-1)
+            means = ((hidden * mask).sum(1) / mask.sum(1)).cpu()
+            for i, mean in zip(places, means, strict=True):
+                found[i] = mean
+            bar.update(len(places))
+    return torch.stack(found)
+
+
+def novelty(
+    model: nn.Module | Posterior,
+    task: TokenizedTask,
+    rows: Sequence[AnyRow],
+    *,
+    known: Float[Tensor, "known width"] | None = None,
+    neighbors: int = NEIGHBORS,
+    progress: bool = False,
+) -> Float[Tensor, " rows"]:
+    r"""Return the mean cosine distance of each row to its nearest training rows, from 0 to 2.
+
+        novelty(x) = mean over the `neighbors` smallest of 1 - cos(f(x), f(x_i)),
+
+    where f are the `features`. It says whether a question is *about* something else than the training rows; it does
+    not say whether the answer is wrong.
+
+    Args:
+        model, task, rows, progress: as in `features`.
+        known: features of training rows; by default those that the posterior keeps.
+        neighbors: number of nearest training rows; all of them where fewer are known.
+
+    Returns:
+        [rows], float64 on the CPU; higher is farther.
+
+    Raises:
+        ConfigError: the posterior keeps no features, or `neighbors` is less than 1.
+        DataError: as `features`.
+
+    Example:
+        >>> known = bt.inference.features(model, task, train_rows)  # a run has kept them: posterior.known
+        >>> bt.novelty(model, task, rows, known=known)
+
+    References:
+        Sun et al. 2022, arXiv 2204.06507 (nearest neighbors), section 3; van Amersfoort et al. 2020, arXiv 2003.02037
+        (distance in features for uncertainty).
+    """
+    if known is None:
+        known = model.known if isinstance(model, Posterior) else None
+    if known is None:
+        raise ConfigError(
+            "novelty: found no features of training rows, expected those that a run keeps with its posterior; pass "
+            "known=bayestune.inference.features(model, task, train_rows)."
+        )
+    if neighbors < 1:
+        raise ConfigError(f"novelty: found neighbors={neighbors}, expected at least 1.")
+    return distances(features(model, task, rows, progress=progress), known, neighbors=neighbors)
+
+
+def distances(
+    vectors: Float[Tensor, "rows width"], known: Float[Tensor, "known width"], *, neighbors: int
+) -> Float[Tensor, " rows"]:
+    """Return the mean cosine distance of each vector to the nearest of `known`."""
+    here, there = (normalize(each.double(), dim=-1) for each in (vectors, known))
+    return (1 - here @ there.T).topk(min(neighbors, len(known)), dim=-1, largest=False).values.mean(-1)
+
+
+@contextmanager
+def _without_adapter(model: nn.Module) -> Iterator[Any]:
+    """The model below the head, with its adapters switched off."""
+    if not isinstance(model, PeftModel):
+        base: Any = model
+        yield base.base_model
+        return
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with model.disable_adapter():
+        base = model.get_base_model()
+        yield base.base_model
+    for parameter in model.parameters():  # PEFT has made the active adapter trainable
+        parameter.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)

@@ -1,0 +1,81 @@
+"""`prompt_information`: how much the draws of a causal language model disagree while they read the question."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from bayestune.errors import ConfigError, DrawError
+from bayestune.inference.draws import evaluation_mode
+from bayestune.sampling.base import Posterior, Sampler
+from bayestune.storage.saving import as_posterior
+from bayestune.tasks import Row
+from bayestune.tasks.causal import CausalChoice
+from bayestune.tasks.tensors import widen
+
+
+def prompt_information(
+    model: nn.Module | Posterior,
+    task: CausalChoice,
+    rows: Sequence[Row],
+    *,
+    draws: int = 10,
+    seed: int = 0,
+    progress: bool = False,
+) -> Float[Tensor, " rows"]:
+    r"""Return the mutual information of next token and weights, averaged over the tokens of each row's prompt.
+
+        1/T sum_t ( H[1/K sum_k p_k(. | x_1..x_t)] - 1/K sum_k H[p_k(. | x_1..x_t)] ),
+
+    with p_k the next-token distribution of draw k over the whole vocabulary. It needs no choices and no label.
+
+    Args:
+        model: a posterior, or a model with a BAYES_LORA adapter.
+        task: whose prompt is read.
+        rows: at least one; labels are not needed.
+        draws, seed: number, at least 2, and seed of the draws.
+        progress: show a bar on stderr.
+
+    Returns:
+        [rows], nats per token, float64 on the CPU.
+
+    Raises:
+        ConfigError: there are fewer than two draws.
+        DataError: a row cannot be used; names the row.
+        DrawError: the posterior has no such draws, or draws only answers, as linearized posteriors do.
+    """
+    if draws < 2:
+        raise ConfigError(f"prompt_information: found {draws} draws, whose disagreement is 0, expected at least 2.")
+    posterior = as_posterior(model)
+    task.examples(rows, posterior.model)  # refuses rows that cannot be used
+    sampler = posterior.sampler(draws=draws, seed=seed)
+    if sampler.gradients:
+        raise DrawError("prompt_information: found draws of the answers alone, expected draws of the weights.")
+    device = next(posterior.model.parameters()).device
+    found = []
+    with evaluation_mode(posterior.model), torch.inference_mode():
+        for row in tqdm(rows, desc="prompts", unit="row", disable=not progress):
+            (encoding,) = task.encode([(task.prompt_text(row), None)])
+            found.append(_information(sampler, torch.tensor([encoding["input_ids"]], device=device)).cpu())
+    return torch.stack(found)
+
+
+def _information(sampler: Sampler, input_ids: Int[Tensor, "1 tokens"]) -> Float[Tensor, ""]:
+    """The mutual information of one text, one draw after another: all draws at once would not fit in memory."""
+    reader: Any = _NextTokens()
+    mean, entropy = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for k in range(sampler.slices):
+        log_probs = sampler.outputs(reader, {"input_ids": input_ids}, range(k, k + 1))[0, 0].double()
+        probs = log_probs.exp()
+        mean, entropy = mean + probs / sampler.slices, entropy - (probs * log_probs).sum(-1) / sampler.slices
+    return (torch.special.entr(mean).sum(-1) - entropy).mean().clamp(min=0)
+
+
+class _NextTokens:
+    """What a sampler asks of a task: here the log-probabilities of the next token, [rows, tokens, vocabulary]."""
+
+    def outputs(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        return widen(model(**batch, use_cache=False).logits).log_softmax(-1)

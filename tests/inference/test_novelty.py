@@ -1,0 +1,145 @@
+"""`features`, `novelty` and `prompt_information` against loops written out, and what a run keeps for them."""
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import bayestune as bt
+from bayestune import methods
+from bayestune.adapters.layers import is_disabled
+from bayestune.errors import ConfigError, DataError, DrawError
+from bayestune.experiment import Experiment, Run, load_run, run
+from bayestune.inference import features, prompt_information
+from bayestune.inference.novelty import distances
+from bayestune.sampling import Variational
+from bayestune.tasks import Row
+from bayestune.tasks.causal import CausalChoice
+from models import scatter
+from toys import pretrained_bert, pretrained_llama, write_data
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with bert/, llama/ and data/, and a run of each model."""
+    folder = tmp_path_factory.mktemp("world")
+    pretrained_bert(folder / "bert")
+    pretrained_llama(folder / "llama")
+    write_data(folder / "data")
+    for model in ("bert", "llama"):
+        settings = {"task": "colours", "data": str(folder / "data"), "steps": 2, "batch_size": 4, "max_tokens": 250}
+        more = {"model": str(folder / model), "method": "blob", "posterior_scale": 1, "temperature_split": "dev"}
+        more["eval_split"] = "train"  # it is not scored
+        asked = Experiment.from_dict({**settings, **more, "eval": False}, where="test")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # two updates leave a temperature at its bound
+            run(asked, folder / f"{model}-run", command=[])
+    return folder
+
+
+def trained(world: Path, model: str) -> Run:
+    return load_run(world / f"{model}-run", data=world / "data")
+
+
+def some_rows(task: CausalChoice) -> list[Row]:
+    return [row for row in task.rows("dev") if isinstance(row, Row)]
+
+
+def by_hand(found: Run, text: str) -> Tensor:
+    """The mean of the last hidden states of the base alone, one row without padding."""
+    base: Any = found.model.get_base_model()
+    inputs = found.task.tokenizer(text, return_tensors="pt")
+    with torch.no_grad(), found.model.disable_adapter():
+        hidden = base.base_model(**inputs).last_hidden_state
+    return hidden[0].mean(0)
+
+
+@pytest.mark.parametrize("model", ["bert", "llama"])
+def test_features_are_the_frozen_base_s_whatever_the_adapter_and_the_other_rows(model: str, world: Path) -> None:
+    found = trained(world, model)
+    rows = found.task.rows("train")
+    first = features(found.posterior, found.task, rows, batch_size=3)
+    scatter(found.model)
+    found.model.train()
+    trainable = [name for name, parameter in found.model.named_parameters() if parameter.requires_grad]
+    again = features(found.model, found.task, rows, batch_size=7)
+    assert found.model.training
+    assert trainable == [name for name, parameter in found.model.named_parameters() if parameter.requires_grad]
+    assert not is_disabled(found.model)
+    # Sums of at most 32 products per layer in float32; padding changes the order of some.
+    assert (first - again).abs().max() <= 1e-5 * first.abs().max()
+    found.model.eval()
+    expected = torch.stack([by_hand(found, row.texts[0][1]) for row in rows])
+    assert (first - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_distances_are_means_over_the_nearest() -> None:
+    known = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]])
+    vectors = torch.tensor([[5.0, 0.0], [1.0, 1.0]])
+    half = 1 - math.sqrt(0.5)
+    expected = {1: [0.0, half], 2: [0.5, half], 3: [1.0, (2 * half + 1 + math.sqrt(0.5)) / 3]}
+    for neighbors, values in expected.items():
+        assert distances(vectors, known, neighbors=neighbors).tolist() == pytest.approx(values, abs=1e-15)
+    assert distances(vectors, known, neighbors=9).tolist() == pytest.approx(expected[3], abs=1e-15)
+
+
+@pytest.mark.parametrize("model", ["bert", "llama"])
+def test_a_run_keeps_the_features_of_its_training_rows(model: str, world: Path, tmp_path: Path) -> None:
+    found = trained(world, model)
+    known = found.posterior.known
+    rows = found.task.rows("train")
+    assert known is not None
+    assert found.posterior.temperature != 1  # the posterior was saved again when the temperature was fitted
+    assert (known - features(found.posterior, found.task, rows)).abs().max() <= 1e-5 * known.abs().max()
+    far = bt.novelty(found.posterior, found.task, rows, neighbors=1)
+    assert far.abs().max() <= 1e-5
+    assert found.posterior.with_predictive("antithetic").known is known
+    bt.save_posterior(found.posterior, tmp_path / "copy")
+    again = methods.load(found.model.unload(), tmp_path / "copy")
+    assert again.known is not None and torch.equal(again.known, known)
+
+
+def test_novelty_without_known_rows_is_refused(world: Path) -> None:
+    found = trained(world, "llama")
+    rows = found.task.rows("dev")
+    with pytest.raises(ConfigError, match="novelty: found no features of training rows, .* pass known="):
+        bt.novelty(found.model, found.task, rows)
+    with pytest.raises(ConfigError, match="novelty: found neighbors=0, expected at least 1"):
+        bt.novelty(found.posterior, found.task, rows, neighbors=0)
+    with pytest.raises(DataError, match="features: found no rows, expected at least one"):
+        features(found.model, found.task, [])
+
+
+def test_the_information_of_a_prompt_is_that_of_a_loop_over_draws(world: Path) -> None:
+    found = trained(world, "llama")
+    model, task = scatter(found.model).double(), found.task
+    assert isinstance(task, CausalChoice)
+    rows = some_rows(task)[:2]
+    expected = []
+    for row in rows:
+        inputs = task.tokenizer(task.prompt_text(row), return_tensors="pt")
+        log_probs = []
+        for index in range(3):
+            with bt.draw(model, index=index, seed=4), torch.no_grad():
+                log_probs.append(model(**inputs).logits[0].log_softmax(-1))
+        stacked = torch.stack(log_probs)
+        entropy = -(stacked.exp() * stacked).sum(-1).mean(0)
+        mean = stacked.exp().mean(0)
+        expected.append((-(mean * mean.log()).sum(-1) - entropy).mean())
+    answer = prompt_information(model, task, rows, draws=3, seed=4)
+    assert (answer - torch.stack(expected)).abs().max() <= 1e-13 * math.log(model.config.vocab_size)
+    assert (answer > 1e-6).all()
+
+
+def test_draws_that_say_nothing_about_prompts_are_refused(world: Path) -> None:
+    found = trained(world, "llama")
+    task = found.task
+    assert isinstance(task, CausalChoice)
+    with pytest.raises(ConfigError, match="found 1 draws, whose disagreement is 0, expected at least 2"):
+        prompt_information(found.model, task, some_rows(task), draws=1)
+    with pytest.raises(DrawError, match="found draws of the answers alone, expected draws of the weights"):
+        prompt_information(Variational(found.model, predictive="linearised"), task, some_rows(task))
