@@ -1,5 +1,6 @@
 """Packaged models and GGUF files: their identity, what they become, and what is refused."""
 
+import functools
 import importlib.util
 import json
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import cached_assets_path
 from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -97,7 +98,8 @@ def gguf_name(name: str) -> str:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
+    assets = functools.partial(cached_assets_path, assets_dir=tmp_path / "assets")
+    monkeypatch.setattr("bayestune.packaged.cached_assets_path", assets)
     return tmp_path / "assets"
 
 
@@ -109,9 +111,9 @@ def file(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-@pytest.mark.parametrize("form", ["{folder}/tiny.gguf", "{folder}:tiny.gguf"])
+@pytest.mark.parametrize("form", ["{folder}/tiny.gguf", "{folder}:tiny.gguf", "{folder}/tiny.GGUF"])
 def test_a_gguf_file_becomes_an_ordinary_float32_model(form: str, cache: Path, file: Callable[..., Path]) -> None:
-    path = file()
+    path = file(form[-9:])
     folder = model_source(form.format(folder=path.parent))
     model = AutoModelForCausalLM.from_pretrained(folder)
     ids = torch.arange(3, 23).unsqueeze(0)
@@ -121,7 +123,7 @@ def test_a_gguf_file_becomes_an_ordinary_float32_model(form: str, cache: Path, f
     model.save_pretrained(cache / "again")
     assert AutoTokenizer.from_pretrained(folder)("why")["input_ids"]
     record = json.loads((Path(folder) / GGUF_RECORD).read_text())
-    assert record["file"] == "tiny.gguf" and Path(folder).name == record["sha256"]
+    assert record["file"] == path.name and Path(folder).name == record["sha256"]
 
 
 def test_a_gguf_file_is_converted_once(
@@ -163,6 +165,18 @@ def test_a_file_that_transformers_cannot_read(cache: Path, tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="found no file .*none.gguf, expected a GGUF file"):
         model_source(str(tmp_path / "none.gguf"))
     assert not list(cache.rglob(GGUF_RECORD))
+
+
+def test_a_folder_may_be_named_like_a_gguf_file(tmp_path: Path) -> None:
+    folder = tmp_path / "x.gguf"
+    folder.mkdir()
+    assert model_source(str(folder)) == str(folder)
+
+
+def test_a_cache_that_is_a_file_is_refused(cache: Path, file: Callable[..., Path]) -> None:
+    cache.write_text("not a folder")
+    with pytest.raises(ConfigError, match="found no folder .*existing file.*expected a folder .* set HF_ASSETS_CACHE"):
+        model_source(str(file()))
 
 
 @pytest.mark.parametrize("model", PACKAGED)

@@ -77,17 +77,18 @@ def model_source(model: str) -> str:
         A folder, or a Hub id.
 
     Raises:
-        ConfigError: the package is missing, or its weights are others; the GGUF file is missing or unreadable.
+        ConfigError: the package is missing, or its weights are others; the GGUF file is missing or unreadable;
+            or the cache cannot hold a folder.
     """
     if model in PACKAGED:
         path = _packaged_file(model, PACKAGED[model])
         return _converted(model, path) if path.suffix == ".gguf" else str(path.parent)
-    if not model.endswith(".gguf"):
+    if not model.lower().endswith(".gguf") or Path(model).is_dir():
         return model
     folder, separator, name = model.rpartition(":")
     path = Path(folder) / name if separator and not Path(model).is_file() else Path(model)
     if not path.is_file():
-        raise ConfigError(f"model {model!r}: found no file {path}, expected a GGUF file.")
+        raise ConfigError(f"model {model!r}: found no file {path}, expected a GGUF file; check the path.")
     return _converted(model, path)
 
 
@@ -108,7 +109,13 @@ def _packaged_file(model: str, packaged: Packaged) -> Path:
 def _converted(model: str, path: Path) -> str:
     """The folder of the float32 model that a GGUF file becomes."""
     sha256 = file_sha256(path)
-    folder = cached_assets_path(library_name="bayestune", namespace="gguf", subfolder=sha256)
+    try:
+        folder = cached_assets_path(library_name="bayestune", namespace="gguf", subfolder=sha256)
+    except (ValueError, OSError) as error:
+        raise ConfigError(
+            f"model {model!r}: found no folder for the converted model ({one_line(error)}), expected a folder "
+            "that can be written to; set HF_ASSETS_CACHE to one."
+        ) from error
     if (folder / GGUF_RECORD).is_file():  # of a cache that is only read, too
         return str(folder)
     with FileLock(folder.with_name(f"{sha256}.once")):  # other processes wait for the one that converts
