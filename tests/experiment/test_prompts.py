@@ -1,5 +1,6 @@
 """Prompts as settings of a run: their defaults, what a run records of them, and what is refused."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -86,6 +87,21 @@ def test_a_run_asks_as_it_was_trained_whatever_became_of_its_rows(world: Path, t
     again = trained.predict(result.predictions["mle"].ids and rows[:3], draws=0)
     assert again.ids == tuple(row.id for row in rows[:3])
     assert task.prompt == Prompt(scoring="text_per_byte", style="{question} ->", shots=task.worked)
+
+
+def test_shots_that_were_changed_since_the_training_are_refused(world: Path, tmp_path: Path) -> None:
+    run(experiment(world, "llama", scoring="text", prompt="{question} ->", shots=2), tmp_path / "run", command=[])
+    file = tmp_path / "run" / "shots.jsonl"
+    recorded = json.loads((tmp_path / "run" / "result.json").read_text())["sha256"]["shots_rows"]
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == recorded
+    first, second = file.read_text().splitlines(keepends=True)
+    file.write_text(second + first)
+    changed = f"shots.jsonl: found rows with sha256 .*, expected {recorded}, as result.json has it; restore the file"
+    with pytest.raises(ConfigError, match=changed):
+        load_run(tmp_path / "run")
+    started = experiment(world, "llama", method="tfb", adapter=str(tmp_path / "run"))
+    with pytest.raises(ConfigError, match=changed):
+        resolve(started, find_backbone(started.model))
 
 
 def test_more_shots_than_rows(world: Path) -> None:

@@ -13,7 +13,8 @@ from peft import PeftModel
 from bayestune.errors import BayestuneWarning, ConfigError
 from bayestune.experiment.backbone import Backbone, build_task, default_targets, find_backbone, load_base
 from bayestune.experiment.fitting import autocast
-from bayestune.experiment.folder import EXPERIMENT, POSTERIOR, RESULT, SHOTS, earlier_run
+from bayestune.experiment.folder import EXPERIMENT, POSTERIOR, RESULT, SHOTS, TRAINED, earlier_run
+from bayestune.experiment.record import rows_sha256
 from bayestune.experiment.rows import HELD_OUT, own_splits
 from bayestune.experiment.settings import PROMPT, Experiment
 from bayestune.files import MANIFEST, file_sha256, read_json
@@ -63,7 +64,8 @@ def load_run(folder: str | Path, *, data: str | Path | None = None) -> Run:
     The run may have been interrupted while it was scored.
 
     Raises:
-        ConfigError: not the folder of a trained run. PosteriorError: its posterior is incomplete or altered.
+        ConfigError: not the folder of a trained run, or its shots were changed. PosteriorError: its posterior is
+            incomplete or altered.
     """
     folder = Path(folder)
     what = "the folder of a finished run, as `bayestune train --output` makes it"
@@ -78,7 +80,7 @@ def load_run(folder: str | Path, *, data: str | Path | None = None) -> Run:
     if data is not None:
         experiment = experiment.replace(data=str(data))
     backbone = find_backbone(experiment.model)
-    shots = tuple(read_rows(folder / SHOTS, formats=(Row,))) if experiment.shots else None
+    shots = _kept_shots(folder) if experiment.shots else None
     adapter = experiment.adapter  # it may be another one by now
     experiment, task = resolve(experiment.replace(adapter=None), backbone, shots=shots, older=older)
     experiment = experiment.replace(adapter=adapter)
@@ -176,8 +178,21 @@ def _asked_as(experiment: Experiment, record: Mapping[str, Any]) -> tuple[Experi
         given, there = dict(experiment)[name], dict(own)[name]
         if given not in (None, 0, there):
             raise ConfigError(f"{name}: found {given!r}, expected {there!r}, as the run of adapter {folder} has it.")
-    shots = tuple(read_rows(folder / SHOTS, formats=(Row,))) if own.shots else None
+    shots = _kept_shots(folder) if own.shots else None
     return experiment.replace(**{name: dict(own)[name] for name in PROMPT}), shots
+
+
+def _kept_shots(folder: Path) -> tuple[Row, ...]:
+    """The shots of the run in `folder`, which must be those of its record."""
+    shots = tuple(read_rows(folder / SHOTS, formats=(Row,)))
+    record = folder / (RESULT if (folder / RESULT).is_file() else TRAINED)
+    found, recorded = rows_sha256(shots), read_json(record, "the record of a run").get("sha256", {}).get("shots_rows")
+    if recorded not in (None, found):
+        raise ConfigError(
+            f"{folder / SHOTS}: found rows with sha256 {found}, expected {recorded}, as {record.name} has it; restore "
+            "the file, or train again."
+        )
+    return shots
 
 
 def _drawn(task: TokenizedTask, experiment: Experiment) -> tuple[Row, ...]:
