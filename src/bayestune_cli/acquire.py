@@ -93,8 +93,9 @@ def _predicted(loaded: "Run", pool: Path, seen: _Seen, *, draws: int, seed: int)
     """Yield predictions of the rows that are not in the training split by their texts, and count the others."""
     from bayestune.experiment.overlap import folded
 
-    trained = {folded(row) for row in loaded.task.rows(loaded.experiment.train_split)}
-    for rows, bad in batches(pool, loaded.task):
+    task = loaded.task
+    trained = {folded(row) for row in [*task.rows(loaded.experiment.train_split), *task.worked]}
+    for rows, bad in batches(pool, task):
         new = [row for row in rows if folded(row) not in trained]
         seen.ranked, seen.trained = seen.ranked + len(new), seen.trained + len(rows) - len(new)
         seen.skipped, seen.first = seen.skipped + len(bad), seen.first or "".join(map(str, bad[:1]))

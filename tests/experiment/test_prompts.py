@@ -1,5 +1,6 @@
 """Prompts as settings of a run: their defaults, what a run records of them, and what is refused."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -9,10 +10,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from bayestune.errors import ConfigError
+from bayestune.errors import BayestuneWarning, ConfigError
 from bayestune.experiment import Experiment, load_run, run
 from bayestune.experiment.backbone import find_backbone
 from bayestune.experiment.folder import check_output
+from bayestune.experiment.rows import RunRows
 from bayestune.experiment.trained import resolve
 from bayestune.tasks import Prompt
 from bayestune.tasks.causal import CausalChoice
@@ -61,7 +63,13 @@ def test_the_prompt_by_default(
 
 
 @pytest.mark.parametrize(
-    "settings", [{"scoring": "text"}, {"prompt": "chat"}, {"shots": 1}, {"label_words": ("1", "2")}]
+    "settings",
+    [
+        {"scoring": "text"},
+        {"prompt": "chat"},
+        {"shots": 1},
+        {"label_words": ("1", "2")},
+    ],
 )
 def test_an_encoder_has_no_prompt(settings: dict[str, Any], world: Path) -> None:
     with pytest.raises(ConfigError, match="a head of the model answers colours, without a prompt"):
@@ -80,7 +88,8 @@ def test_a_run_asks_as_it_was_trained_whatever_became_of_its_rows(world: Path, t
     lines = [json.loads(line) for line in (tmp_path / "run" / "shots.jsonl").read_text().splitlines()]
     assert [shot.id for shot in task.worked] == [line["id"] for line in lines] and len(lines) == 2
     rows = resolve(asked, find_backbone(asked.model))[1].rows("train")
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["rows"]["train"] == len(rows) - 2
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["rows"]["train"] == len(rows)
+    assert len(rows) == len(train.read_text().splitlines()) - 2
     first, second = task.worked
     shown = [f"{shot.question} -> {shot.choices[shot.answer]}\n\n" for shot in (first, second)]
     assert task.prompt_text(rows[0]) == "".join(shown) + f"{rows[0].question} ->"
@@ -102,6 +111,20 @@ def test_shots_that_were_changed_since_the_training_are_refused(world: Path, tmp
     started = experiment(world, "llama", method="tfb", adapter=str(tmp_path / "run"))
     with pytest.raises(ConfigError, match=changed):
         resolve(started, find_backbone(started.model))
+
+
+def test_shots_are_in_no_split_of_a_run(world: Path) -> None:
+    """Whether they are drawn from it, or it repeats them; a row that asks the same under another id is counted."""
+    splits = {"temperature_split": "train", "eval_split": "dev+train"}
+    asked = experiment(world, "llama", scoring="text", shots=2, **splits)
+    task = resolve(asked.replace(eval_split="dev"), find_backbone(asked.model))[1]
+    rows = RunRows.of(asked, task)
+    assert len(task.worked) == 2 and rows.worked == task.worked
+    for used in (rows.train, rows.temperature, rows.evaluation):
+        assert len(used) > 2 and not set(used) & set(task.worked)
+    again = dataclasses.replace(rows, evaluation=[dataclasses.replace(task.worked[0], id="other")], temperature=[])
+    with pytest.warns(BayestuneWarning, match="1 of the 1 rows of split dev.* are also in split train"):
+        assert again.repeated(asked.replace(eval_split="dev"))["train"]["rows"] == 1
 
 
 def test_more_shots_than_rows(world: Path) -> None:

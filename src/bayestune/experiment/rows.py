@@ -23,13 +23,14 @@ class RunRows:
     Attributes:
         train: rows to train on. evaluation: rows to score. more: rows of the splits that settings of the method name,
             by setting, and those cut from `train` for it. temperature: rows to fit a temperature on; empty where no
-            split is named.
+            split is named. worked: rows that the prompt shows with their answers, none of the others.
     """
 
     train: list[AnyRow]
     evaluation: list[AnyRow]
     more: dict[str, list[AnyRow]]
     temperature: list[AnyRow]
+    worked: tuple[AnyRow, ...] = ()
 
     @classmethod
     def of(cls, experiment: Experiment, task: Task) -> "RunRows":
@@ -38,8 +39,7 @@ class RunRows:
         Raises:
             DataError: a split is missing, or a row cannot be used.
         """
-        worked = {row.id for row in task.worked}
-        train = [row for row in _checked(task, experiment.train_split) if row.id not in worked]
+        train = _checked(task, experiment.train_split)
         more = {name: _checked(task, split) for name, split in own_splits(experiment).items()}
         count = experiment.method.held_out(len(train))
         if count:
@@ -49,6 +49,7 @@ class RunRows:
             evaluation=_checked(task, experiment.eval_split if experiment.eval else None, experiment.eval_rows),
             more=more,
             temperature=_checked(task, experiment.temperature_split),
+            worked=task.worked,
         )
 
     def by_use(self) -> dict[str, list[AnyRow]]:
@@ -60,13 +61,11 @@ class RunRows:
         """How many of the scored rows are also in each split that the run learns from; warns where any are."""
         assert experiment.eval_split is not None
         cut = [] if FIT_SPLIT in own_splits(experiment) else self.more.get(FIT_SPLIT, [])
-        used = {
-            experiment.train_split: [*self.train, *cut],
-            experiment.temperature_split: self.temperature,
-            **{split: self.more[name] for name, split in own_splits(experiment).items()},
-        }
-        named = {name: found for name, found in used.items() if name is not None}
-        return count_repeated(self.evaluation, experiment.eval_split, named)
+        used = {experiment.train_split: [*self.train, *cut, *self.worked]}
+        if experiment.temperature_split is not None:  # it may be the train split
+            used.setdefault(experiment.temperature_split, self.temperature)
+        used |= {split: self.more[name] for name, split in own_splits(experiment).items()}
+        return count_repeated(self.evaluation, experiment.eval_split, used)
 
 
 HELD_OUT = "temperature_split"

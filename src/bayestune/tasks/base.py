@@ -98,7 +98,7 @@ class Task(ABC, Generic[P]):
     Attributes:
         name: name of the data set. columns: number of outputs per row.
         labels: names of the classes, by index; None where rows have numbers.
-        worked: rows whose answers the task shows to the model; they are not trained on.
+        worked: rows whose answers the task shows to the model; `rows` leaves them out.
     """
 
     name: str

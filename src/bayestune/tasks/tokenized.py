@@ -77,12 +77,12 @@ class TokenizedTask(Task[P]):
         return {}
 
     def rows(self, split: str) -> list[AnyRow]:
-        """Return the labeled rows of a split, such as "train" or "dev+test".
+        """Return the labeled rows of a split, such as "train" or "dev+test", without those in `worked`.
 
         Raises:
             DataError: as `load_rows`.
         """
-        return list(rows_of(self.spec, split, self.data))
+        return [row for row in rows_of(self.spec, split, self.data) if row not in self.worked]
 
     @abstractmethod
     def sequences(self, row: AnyRow) -> list[Text]:
