@@ -49,6 +49,7 @@ def experiment(world: Path, model: str, **changes: Any) -> Experiment:
         ("chat", {"method": "blob"}, "letters", "chat"),
         ("chat", {"method": "blob", "recipe": "paper"}, "letters", "paper"),
         ("chat", {"scoring": "text", "prompt": "paper"}, "text", "paper"),
+        ("chat", {"system": "Be brief."}, "letters", "chat"),
         ("bert", {}, None, None),
     ],
 )
@@ -67,8 +68,10 @@ def test_the_prompt_by_default(
     [
         {"scoring": "text"},
         {"prompt": "chat"},
-        {"shots": 1},
+        {"system": "Be brief."},
+        {"shots": 64},
         {"label_words": ("1", "2")},
+        {"label_words": ("1", "2"), "scoring": "text"},
     ],
 )
 def test_an_encoder_has_no_prompt(settings: dict[str, Any], world: Path) -> None:

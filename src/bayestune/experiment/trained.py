@@ -127,17 +127,17 @@ def resolve(
     record = _of_adapter(experiment)
     if "prompt" in record:
         experiment, shots = _asked_as(experiment, record)
-    asked = experiment.asked_prompt()
+    asked = any(dict(experiment)[name] for name in PROMPT)
     older = older or (bool(record) and "prompt" not in record)
     experiment = experiment.resolved(backbone.family, chat=backbone.chat and not older)
     assert experiment.max_tokens is not None
-    prompt = experiment.asked_prompt()
+    prompt = experiment.asked_prompt() if backbone.family == "causal" else None
     task = build_task(backbone, experiment.task, experiment.data, experiment.max_tokens, experiment.labels, prompt)
     if prompt is not None and experiment.shots and task.scorings:
         prompt = dataclasses.replace(prompt, shots=shots or _drawn(task, experiment))
         task = build_task(backbone, experiment.task, experiment.data, experiment.max_tokens, experiment.labels, prompt)
     if not task.scorings:
-        if asked is not None:
+        if asked:
             raise ConfigError(
                 "scoring, prompt, system, shots, label_words: found one, expected none: a head of the model answers "
                 f"{experiment.task}, without a prompt."
