@@ -190,6 +190,11 @@ ROW = Row(id="r", question="Which {choices}?", choices=("x", "y"), answer=0, pas
         ),
         ({"scoring": "text", "style": "{passage} {question} ->"}, "It is so. Which {choices}? ->", [" x", " y"]),
         (
+            {"style": '{ "a": 1 } {} {0} {question}', "scoring": "text"},
+            '{ "a": 1 } {} {0} Which {choices}?',
+            [" x", " y"],
+        ),
+        (
             {"style": "Q: {question}\n{choices}\nA:", "words": ("one", "two")},
             "Q: Which {choices}?\none) x\ntwo) y\nA:",
             [" one", " two"],
@@ -218,6 +223,11 @@ def test_a_chat_holds_its_special_tokens_once(tokenizers: Tokenizers) -> None:
     [
         ({"style": "Say:"}, r"prompt: found 'Say:' without \{question\}"),
         ({"style": "{question}"}, r"without \{choices\}, .* as scoring letters needs"),
+        (
+            {"style": "{question} {chioces}"},
+            r"found \{chioces\} in .*, expected \{question\}, \{choices\}, \{passage\}; ",
+        ),
+        ({"style": "{question} {subject}", "scoring": "text"}, r"write \{ subject \} for literal braces"),
         ({"system": "Be brief."}, "system: found one for prompt 'paper', expected prompt chat"),
         ({"scoring": "text", "words": ("one", "two")}, "label_words: found some for scoring text"),
         ({"words": ("one", "one")}, "label_words: found one, one, expected a different word"),

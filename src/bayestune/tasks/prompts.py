@@ -14,7 +14,8 @@ from bayestune.tasks.rows import Row, shown
 
 Scoring = Literal["letters", "text", "text_per_byte"]
 PAPER, CHAT = "paper", "chat"
-_PLACE = re.compile(r"\{(question|choices|passage)\}")
+_PLACES = ("question", "choices", "passage")
+_PLACE = re.compile(r"\{([^\W\d]\w*)\}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,13 @@ class Prompt:
 
     def __post_init__(self) -> None:
         if self.style not in (PAPER, CHAT):
+            unknown = [name for name in _PLACE.findall(self.style) if name not in _PLACES]
+            if unknown:
+                known = ", ".join(f"{{{name}}}" for name in _PLACES)
+                raise ConfigError(
+                    f"prompt: found {{{unknown[0]}}} in {shown(self.style)}, expected {known}; correct it, or write "
+                    f"{{ {unknown[0]} }} for literal braces."
+                )
             for name in ("question", "choices") if self.scoring == "letters" else ("question",):
                 if f"{{{name}}}" not in self.style:
                     raise ConfigError(
