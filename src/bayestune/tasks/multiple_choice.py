@@ -79,7 +79,10 @@ class CausalMultipleChoice(CausalChoice):
         probe = Row(id="probe", question="Which _ is it?", choices=choices, answer=None)
         problem = self._scored(probe, self.encode(self.sequences(probe)))[2]
         if problem is not None:
-            raise TaskError(f"data set {spec.name}: this tokenizer cannot score it: {problem}; use another tokenizer")
+            raise TaskError(
+                f"data set {spec.name}: this tokenizer cannot score it: {problem}; choose other labels with "
+                "--label-words, or use another tokenizer"
+            )
 
     def advise(self, model: nn.Module, rows: Sequence[AnyRow]) -> None:
         """Warn if the model answers the first 50 rows no better than chance plus two standard errors."""
