@@ -276,6 +276,29 @@ def test_a_row_whose_choice_is_too_long_is_refused(tokenizers: Tokenizers, quest
         text_choice("arc_easy", tokenizers["lettered"](), max_tokens=longest - 1).check([row])
 
 
+@pytest.mark.parametrize("style", ["paper", "chat"])
+def test_shots_that_are_too_long_are_not_the_fault_of_a_row(
+    style: str, tokenizers: Tokenizers, questions: list[Row]
+) -> None:
+    tokenizer, row = with_chat(tokenizers), questions[0]
+
+    def asked(shots: tuple[Row, ...], **limit: int) -> CausalTextChoice:
+        return text_choice("arc_easy", tokenizer, prompt=Prompt(scoring="text", style=style, shots=shots), **limit)
+
+    def longest(task: CausalTextChoice) -> int:
+        return task.tokens(task.example(row))
+
+    shots = tuple(questions[1:3])
+    whole, own = longest(asked(shots, max_tokens=1000)), longest(asked((), max_tokens=1000))
+    assert asked(shots, max_tokens=whole).shot_tokens == whole - own
+    shown = whole - own
+    with pytest.raises(DataError, match=f"{whole} tokens with its prompt and answer, {shown} of them of the 2 shots"):
+        asked(shots, max_tokens=whole - 1).check([row])
+    asked(shots, max_tokens=shown + 1)
+    with pytest.raises(ConfigError, match=f"shots: found 2 of {shown} tokens .* fewer than {shown} .* raise"):
+        asked(shots, max_tokens=shown)
+
+
 @pytest.mark.parametrize("bound", [False, True])
 def test_a_model_that_does_not_bind_labels_is_pointed_to_texts(
     bound: bool, build: Build, tokenizers: Tokenizers

@@ -1,5 +1,6 @@
 """`CausalChoice`: what the multiple-choice tasks of causal language models share."""
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from bayestune.errors import TaskError
+from bayestune.errors import ConfigError, TaskError
 from bayestune.tasks.choices import refuse_sentences
 from bayestune.tasks.classes import ClassTask, Prediction
 from bayestune.tasks.datasets import DatasetSpec
@@ -50,6 +51,20 @@ class CausalChoice(TokenizedTask[Prediction], ClassTask):
         self.prompt.check(tokenizer)
         self.worked = self.prompt.shots
         self.encoding = {"return_special_tokens_mask": True, "add_special_tokens": self.prompt.special_tokens}
+        if self.worked:
+            self.shot_tokens = self._checked_shots()
+
+    def _checked_shots(self) -> int:
+        """Return the number of tokens of the shots; refuse those that leave no room for a question."""
+        bare = dataclasses.replace(self.prompt, shots=())
+        texts = [prompt.text(self.prompt.shots[0], self.spec, self.tokenizer) for prompt in (self.prompt, bare)]
+        whole, alone = (len(each["input_ids"]) for each in self.encode([(text, None) for text in texts]))
+        if whole - alone >= self.max_tokens:
+            raise ConfigError(
+                f"shots: found {len(self.worked)} of {whole - alone} tokens together, expected fewer than "
+                f"{self.max_tokens} (max_tokens, or the tokenizer's own limit); show fewer, or raise max_tokens."
+            )
+        return whole - alone
 
     def prompt_text(self, row: Row) -> str:
         """Return all that stands before the answer to a question."""

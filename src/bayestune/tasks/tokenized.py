@@ -36,6 +36,7 @@ class TokenizedTask(Task[P]):
             token skip it, and no text ends with it), or 0 if it has neither.
         embeddings: number of tokens that the model has embeddings for, where it is known: `check` refuses rows with
             other tokens.
+        shot_tokens: number of tokens of the rows in `worked` in each sequence.
     """
 
     row: ClassVar[type[AnyRow]]
@@ -62,6 +63,7 @@ class TokenizedTask(Task[P]):
         self.data = None if data is None else Path(data)
         self.max_tokens = min(max_tokens, tokenizer.model_max_length)
         self.embeddings: int | None = None
+        self.shot_tokens = 0
         named = (tokenizer.pad_token_id, tokenizer.eos_token_id)
         self.pad_id = next((token for token in named if isinstance(token, int)), 0)
         self._checked: dict[int, tuple[AnyRow, dict[str, Any]]] = {}  # by the row's identity
@@ -182,7 +184,8 @@ class TokenizedTask(Task[P]):
         tokens = self.tokens(example)
         if tokens > self.max_tokens:
             expected = f"at most {self.max_tokens} (max_tokens, or the tokenizer's own limit; nothing is ever cut)"
-            return row.fault(row.texts[0][0], f"{tokens} tokens with its prompt and answer", expected)
+            shots = f", {self.shot_tokens} of them of the {len(self.worked)} shots" if self.worked else ""
+            return row.fault(row.texts[0][0], f"{tokens} tokens with its prompt and answer{shots}", expected)
         return example
 
     def encode(self, texts: Sequence[Text]) -> list[dict[str, list[int]]]:
