@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis.extra.numpy import arrays
 
 from bayestune import metrics
-from bayestune.errors import DataError
+from bayestune.errors import ConfigError, DataError
 
 
 def oracle_aupr(scores, positives):
@@ -98,3 +98,16 @@ def test_the_matched_auroc_of_a_few_rows() -> None:
     scores, positives = torch.tensor([1.0, 2.0, 2.0, 5.0]), torch.tensor([0, 0, 1, 1])
     assert metrics.matched_auroc(scores, positives, torch.tensor([10, 11, 11, 90])) == 0.75  # beside 10 and 11
     assert metrics.matched_auroc(scores, positives, torch.tensor([10, 20, 30, 40])) is None
+
+
+def test_the_matched_auroc_refuses_sizes_that_are_not_those_of_the_rows() -> None:
+    scores, positives = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 1, 1])
+    for sizes in (torch.ones(2), torch.ones(1), torch.ones(3, 1)):
+        with pytest.raises(DataError, match=r"matched_auroc: scores \(3,\) and sizes .*, expected both \[rows\]"):
+            metrics.matched_auroc(scores, positives, sizes)
+    for wrong in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(DataError, match=f"the size of row 1 is {wrong}, expected above 0 and finite"):
+            metrics.matched_auroc(scores, positives, torch.tensor([1.0, wrong, 1.0]))
+    for within in (-0.1, math.nan):
+        with pytest.raises(ConfigError, match=f"within is {within}, expected 0 or more"):
+            metrics.matched_auroc(scores, positives, torch.ones(3), within=within)

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bayestune.errors import DataError
+from bayestune.errors import ConfigError, DataError
 
 
 def auroc(scores: Float[Tensor, " rows"], positives: Bool[Tensor, " rows"] | Int[Tensor, " rows"]) -> float:
@@ -40,14 +40,28 @@ def matched_auroc(
 
     Args:
         scores, positives: as in `auroc`.
-        sizes: above 0.
+        sizes: finite, above 0.
         within: a pair counts if the larger size is at most ``1 + within`` times the smaller.
 
     Returns:
         The share of these pairs in which the positive row has the higher score, ties half; None without such pairs.
+
+    Raises:
+        DataError: as `auroc`, or a size is missing or is not finite and above 0.
+        ConfigError: `within` is not a number from 0.
     """
     values, marks = _checked("matched_auroc", scores, positives)
-    logs = sizes.detach().to("cpu", torch.float64).log()
+    if sizes.shape != scores.shape:
+        found = f"scores {tuple(scores.shape)} and sizes {tuple(sizes.shape)}"
+        raise DataError(f"matched_auroc: {found}, expected both [rows]")
+    lengths = sizes.detach().to("cpu", torch.float64)
+    strange = ~((lengths > 0) & lengths.isfinite())
+    if strange.any():
+        row = int(strange.nonzero()[0, 0])
+        raise DataError(f"matched_auroc: the size of row {row} is {lengths[row].item()}, expected above 0 and finite")
+    if not within >= 0:
+        raise ConfigError(f"matched_auroc: within is {within}, expected 0 or more")
+    logs = lengths.log()
     alike = (logs[marks].unsqueeze(1) - logs[~marks]).abs() <= math.log1p(within) + 1e-12
     high, low = values[marks].unsqueeze(1), values[~marks]
     won = (high > low).double() + 0.5 * (high == low).double()
