@@ -100,6 +100,18 @@ def test_a_choice_that_a_row_does_not_have_is_never_in_a_set(score: str) -> None
         assert sets.tolist() == [[True, True, False], [False, True, False]]
 
 
+@SCORES
+def test_an_infinite_quantile_gives_every_class_that_a_row_has(score: str) -> None:
+    """Labels of probability zero have an infinite score: more of them than alpha allows make it infinite."""
+    log_probs = torch.tensor([[0.5, 0.5, 0.0]] * 9, dtype=torch.float64).log()
+    threshold = metrics.conformal_threshold(log_probs, torch.tensor([0] * 7 + [2] * 2), alpha=0.1, score=score)
+    assert threshold == math.inf
+    assert metrics.prediction_sets(log_probs[:1], threshold, score=score).tolist() == [[True, True, False]]
+    assert not metrics.prediction_sets(log_probs[:1], -math.inf, score=score).any()
+    with pytest.raises(ConfigError, match="threshold is nan, expected a number; take it from conformal_threshold"):
+        metrics.prediction_sets(log_probs, math.nan, score=score)
+
+
 # Coverage.
 
 

@@ -101,12 +101,14 @@ def prediction_sets(
 
     Args:
         log_probs: of new rows.
-        threshold: from `conformal_threshold` with the same score.
+        threshold: from `conformal_threshold` with the same score; infinite for every class of probability above zero.
         score, seed: as there.
 
     Raises:
-        ConfigError: `score` is unknown.
+        ConfigError: `score` is unknown, or `threshold` is NaN.
     """
+    if math.isnan(threshold):
+        raise ConfigError("conformal: threshold is nan, expected a number; take it from conformal_threshold")
     log_probs, _ = checked(log_probs, torch.zeros(len(log_probs), dtype=torch.int64))
     scores = _class_scores(log_probs, score, seed)
     return (scores <= threshold) & ~log_probs.isneginf()
