@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -62,12 +62,12 @@ def acquire(
     if output is not None:
         check_writable(output.parent, f"--output {output}")
     loaded = load(run, data, predictive)
-    count = 0 if score == "random" else draw_count(loaded, draws, predictive)
-    check_acquisition(score, count)
+    count = None if score == "random" else draw_count(loaded, draws, predictive)
+    check_acquisition(score, count or 0)
     if on_bad_row == "stop":
         check_all(pool, loaded.task)
     seen = _Seen()
-    chosen = best(_predicted(loaded, pool, seen, draws=count, seed=seed), top, score=score, seed=seed)
+    chosen = best(_answered(loaded, pool, seen, draws=count, seed=seed), top, score=score, seed=seed)
     found = [{"id": row, "score": value} for row, value in chosen]
     text = "".join(json.dumps(one, ensure_ascii=output is None) + "\n" for one in found)
     if output is None:
@@ -89,8 +89,13 @@ class _Seen:
     first: str = ""
 
 
-def _predicted(loaded: "Run", pool: Path, seen: _Seen, *, draws: int, seed: int) -> Iterator["Prediction"]:
-    """Yield predictions of the rows that are not in the training split by their texts, and count the others."""
+def _answered(
+    loaded: "Run", pool: Path, seen: _Seen, *, draws: int | None, seed: int
+) -> Iterator["Prediction | Sequence[str]"]:
+    """Yield predictions of the rows that are not in the training split by their texts, and count the others.
+
+    Without a number of draws, the ids of these rows: the model is not asked.
+    """
     from bayestune.experiment.overlap import folded
 
     task = loaded.task
@@ -99,5 +104,7 @@ def _predicted(loaded: "Run", pool: Path, seen: _Seen, *, draws: int, seed: int)
         new = [row for row in rows if folded(row) not in trained]
         seen.ranked, seen.trained = seen.ranked + len(new), seen.trained + len(rows) - len(new)
         seen.skipped, seen.first = seen.skipped + len(bad), seen.first or "".join(map(str, bad[:1]))
-        if new:
+        if draws is None:
+            yield [row.id for row in new]
+        elif new:
             yield loaded.predict(new, draws=draws, seed=seed, progress=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bayestune.experiment import load_run
+from bayestune.experiment import Run, load_run
 from bayestune.inference.acquire import ACQUISITIONS
 from bayestune.tasks import read_rows
 from bayestune_cli import batches
@@ -95,7 +95,10 @@ def test_the_pool_is_read_some_rows_at_a_time_and_bad_rows_are_skipped_when_told
     assert f"4 of 12 rows by mutual_information, 0 training rows left out, 1 skipped; the first: {pool}:8" in err
 
 
-def test_random_needs_no_posterior_and_follows_the_seed(world: Path, capsys: Any) -> None:
+def test_random_needs_no_answers_and_follows_the_seed(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(Run, "predict", lambda *_, **__: pytest.fail("the model is asked"))
     found = []
     for run, seed in (("plain", "1"), ("whole", "1"), ("whole", "2")):
         assert invoke(acquiring(world, "--score", "random", "--seed", seed, run=run)) == 0

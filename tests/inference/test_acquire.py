@@ -58,6 +58,7 @@ def test_random_is_uniform_and_depends_on_seed_and_id_alone() -> None:
     values = torch.tensor(sorted(found.values()), dtype=torch.float64)
     distance = (values - (torch.arange(rows) + 0.5) / rows).abs().max().item()
     assert distance < 1.95 / math.sqrt(rows)  # Kolmogorov and Smirnov, one in a thousand
+    assert dict(acquire([[f"r{i}" for i in range(rows)]], rows, score="random", seed=1)) == found
     other = [row for row, _ in acquire([prediction], 200, score="random", seed=2)]
     shared = len(set(other) & {row for row, _ in acquire([prediction], 200, score="random", seed=1)})
     assert abs(shared - 20) < 4 * math.sqrt(20 * 0.9 * 0.9)  # hypergeometric: 200 of 2,000, twice
@@ -77,4 +78,6 @@ def test_a_count_and_a_score_that_do_not_exist_are_refused() -> None:
         acquire([one], 0)
     with pytest.raises(ConfigError, match="score is 'margin', expected one of mutual_information, entropy, random"):
         acquire([one], 1, score="margin")
+    with pytest.raises(ConfigError, match="found ids of rows for score 'entropy', expected predictions"):
+        acquire([["r0"]], 1, score="entropy")
     assert acquire([], 3) == []

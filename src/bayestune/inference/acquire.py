@@ -1,7 +1,7 @@
 """`acquire`: which rows without a label to label next."""
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from bayestune.errors import ConfigError
 from bayestune.functional import derive_seed
@@ -11,7 +11,7 @@ ACQUISITIONS = ("mutual_information", "entropy", "random")
 
 
 def acquire(
-    predictions: Iterable[Prediction], count: int, *, score: str = "mutual_information", seed: int = 0
+    predictions: Iterable[Prediction | Sequence[str]], count: int, *, score: str = "mutual_information", seed: int = 0
 ) -> list[tuple[str, float]]:
     """Return id and score of the `count` rows whose labels promise most, best first.
 
@@ -23,7 +23,8 @@ def acquire(
     Rows are scored one by one, so rows that are chosen together may be alike. Equal scores stay in the order given.
 
     Args:
-        predictions: of all rows; several where the rows are predicted some at a time. Only the best are kept.
+        predictions: of all rows; several where the rows are predicted some at a time. Only the best are kept. For
+            "random", the ids of the rows are enough.
         count: number of rows to return; all of them if there are fewer.
         score: one of the three.
         seed: key of "random".
@@ -55,9 +56,13 @@ def check_acquisition(score: str, draws: int) -> None:
         )
 
 
-def _scored(prediction: Prediction, score: str, seed: int) -> list[tuple[str, float]]:
-    check_acquisition(score, prediction.draws)
+def _scored(prediction: Prediction | Sequence[str], score: str, seed: int) -> list[tuple[str, float]]:
+    known = isinstance(prediction, Prediction)
+    check_acquisition(score, prediction.draws if known else 0)
     if score == "random":
-        return [(row, derive_seed("acquire", seed, row) / 2**63) for row in prediction.ids]
+        ids = prediction.ids if known else prediction
+        return [(row, derive_seed("acquire", seed, row) / 2**63) for row in ids]
+    if not known:
+        raise ConfigError(f"acquire: found ids of rows for score {score!r}, expected predictions; predict the rows")
     values = prediction.epistemic if score == "mutual_information" else prediction.total
     return list(zip(prediction.ids, values.tolist(), strict=True))
