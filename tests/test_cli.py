@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from bayestune.adapters import gaussian_layers
 from bayestune.errors import BayestuneWarning
-from bayestune.experiment import load_run
+from bayestune.experiment import load_run, other_task
 from bayestune.experiment.settings import all_fields
 from bayestune.inference import evaluate, predict
 from bayestune.methods import DEFAULT, Variational
@@ -159,6 +159,25 @@ def test_evaluate_takes_split_draws_and_other_data(world: Path, capsys: pytest.C
     assert found["ood"].keys() == {"others", "colours:train"}
     assert (found["ood"]["others"]["rows"], found["ood"]["colours:train"]["rows"]) == (6, 16)
     assert 0 <= found["ood"]["others"]["auroc_total"] <= 1
+
+
+def test_the_row_that_is_ood_is_positive_in_each_auroc(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each AUROC is the share of pairs in which the row of the other data set has the higher score."""
+    assert invoke(["evaluate", str(world / "run"), "--draws", "3", "--ood", "others", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["ood"]["others"]
+    trained = load_run(world / "run")
+    tasks = (trained.task, other_task(trained, "others"))
+    sides = [task.rows(task.spec.evaluation) for task in tasks]
+    known, new = (trained.predict(rows, draws=3, task=task) for rows, task in zip(sides, tasks, strict=True))
+    lengths = [torch.tensor([float(len(row.texts[0][1])) for row in rows]) for rows in sides]
+    for name, (low, high) in {
+        "total": (known.total, new.total),
+        "epistemic": (known.epistemic, new.epistemic),
+        "largest_probability": (1 - known.probs.amax(-1), 1 - new.probs.amax(-1)),
+        "length": (lengths[0], lengths[1]),
+    }.items():
+        above = (high[:, None] > low).double() + 0.5 * (high[:, None] == low)
+        assert found[f"auroc_{name}"] == pytest.approx(above.mean().item(), abs=1e-12) and above.mean() != 0.5
 
 
 def test_evaluate_prints_a_table(world: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,12 @@ def the_label_is_off_by_one() -> None:
     wrap(f"{TENSORS}.labels_of", make)
 
 
+@defect("tasks/test_text_choice.py", "does_not_bind_labels")
+def a_model_that_binds_labels_is_taken_for_one_at_chance() -> None:
+    name = "bayestune.tasks.causal.CausalChoice.mean_log_probs"
+    wrap(name, lambda right: lambda self, model, batch: -right(self, model, batch))
+
+
 @defect("tasks/test_multiple_choice.py", "D09")
 def the_label_loses_its_blank() -> None:
     name = "bayestune.tasks.causal.CausalChoice.answers"

@@ -102,6 +102,18 @@ def an_export_says_nothing_of_what_servers_refuse() -> None:
     replace("bayestune.serving.lora._notes", lambda posterior, adapter: [])
 
 
+@defect("test_cli.py", "ood_is_positive")
+def detection_takes_the_own_rows_for_the_others() -> None:
+    def make(right: Any) -> Any:
+        def wrong(*args: Any) -> Any:
+            found = right(*args)
+            return {key: 1 - value if key.startswith("auroc") and value else value for key, value in found.items()}
+
+        return wrong
+
+    wrap(f"{CLI}.evaluate._compared", make)
+
+
 @defect("experiment/test_folder.py", "P11")
 def a_run_is_made_without_its_lock() -> None:
     import contextlib
@@ -112,9 +124,12 @@ def a_run_is_made_without_its_lock() -> None:
 @defect("experiment/test_prompts.py", "whatever_became")
 def a_loaded_run_draws_its_shots_again() -> None:
     name = "bayestune.experiment.trained.resolve"
-    wrap(name, lambda right: lambda experiment, backbone, shots=None: right(experiment, backbone))
+    wrap(name, lambda right: lambda *args, shots=None, **more: right(*args, **more))
 
 
-@defect("experiment/test_prompts.py", "whatever_became")
+@defect("experiment/test_prompts.py", "no_split")
 def shots_are_trained_on() -> None:
-    wrap("bayestune.tasks.base.Task.worked", lambda right: property(lambda self: (), lambda self, value: None))
+    from bayestune.tasks.datasets import rows_of
+
+    name = "bayestune.tasks.tokenized.TokenizedTask.rows"
+    replace(name, lambda self, split: list(rows_of(self.spec, split, self.data)))

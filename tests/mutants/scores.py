@@ -68,6 +68,16 @@ def ties_cut_in_the_order_of_rows() -> None:
     wrap("bayestune.metrics.ranking.auroc", make)
 
 
+@defect("metrics/test_ranking.py", "matched_auroc")
+def rows_of_any_size_are_matched() -> None:
+    from bayestune.metrics.ranking import auroc
+
+    replace(
+        "bayestune.metrics.ranking.matched_auroc",
+        lambda scores, positives, sizes, *, within=0.1: auroc(scores, positives),
+    )
+
+
 @defect("metrics/test_selective.py", "threshold")
 def the_threshold_stops_at_the_first_that_is_good() -> None:
     def make(right: Any) -> Any:
