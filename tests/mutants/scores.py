@@ -52,6 +52,27 @@ def intervals_of_half_the_level() -> None:
     wrap(f"{SCORES}._percentiles", lambda right: lambda statistics, level: right(statistics, level / 2))
 
 
+@defect("metrics/test_paired.py", "all_seeds")
+def each_seed_has_its_own_resample_of_the_rows() -> None:
+    def make(right: Any) -> Any:
+        return lambda scores, reference, **more: right(scores.reshape(1, -1), reference.reshape(1, -1), **more)
+
+    wrap("bayestune.metrics.paired.paired_interval", make)
+
+
+@defect("tables/test_paired.py", "seeds_are_paired")
+def all_cells_are_compared_with_the_same_mle_cell() -> None:
+    def make(right: Any) -> Any:
+        def wrong(cells: Any, column: Any) -> Any:
+            first = next(cell for cell in cells if cell["method"] == "mle")
+            pairs, left_out = right(cells, column)
+            return [(cell, first) for cell, _ in pairs], left_out
+
+        return wrong
+
+    wrap("bayestune.tables.paired._pairs", make)
+
+
 @defect(TESTS, "S19")
 def accuracy_of_the_least_probable_answer() -> None:
     replace(f"{SCORES}.row_accuracy", lambda log_probs, labels: (log_probs.argmin(1).cpu() == labels.cpu()).double())

@@ -1,5 +1,5 @@
-"""Scores of predictions: probabilities (`scores`), rankings (`ranking`), draws (`draws`), selection (`selective`) and
-prediction sets (`conformal`).
+"""Scores of predictions: probabilities (`scores`), rankings (`ranking`), draws (`draws`), pairs of methods (`paired`),
+selection (`selective`) and prediction sets (`conformal`).
 
 Functions take tensors and return numbers. They raise DataError, a ValueError, if a row cannot be scored.
 """
@@ -11,6 +11,8 @@ from bayestune.metrics.conformal import smallest_calibration as smallest_calibra
 from bayestune.metrics.conformal import split_conformal as split_conformal
 from bayestune.metrics.draws import Spread as Spread
 from bayestune.metrics.draws import spread as spread
+from bayestune.metrics.paired import PairedDifference as PairedDifference
+from bayestune.metrics.paired import paired_interval as paired_interval
 from bayestune.metrics.ranking import aupr as aupr
 from bayestune.metrics.ranking import auroc as auroc
 from bayestune.metrics.ranking import matched_auroc as matched_auroc

@@ -71,7 +71,8 @@ def cell_record(
     record: Cell = dict(zip(KEY, (table, task, prediction.task, method, prediction.draws, seed), strict=True))
     record |= {name: getattr(scores, name) for name in ("accuracy", "nll", "ece", "brier", "rows")}
     record |= {"intervals": {name: list(scores.intervals[name]) for name in ("accuracy", "nll", "ece", "brier")}}
-    record |= {**_curves(prediction, labels), "uncertainty": _histograms(prediction), **provenance}
+    record |= {**_curves(prediction, labels), "uncertainty": _histograms(prediction)}
+    record |= {"row_scores": _row_scores(prediction, labels), **provenance}
     record["command"] = [portable(part) for part in provenance["command"]]
     record["experiment"] = {name: portable(value) for name, value in provenance["experiment"].items()}
     if prediction.task != task:
@@ -178,6 +179,15 @@ def _curves(prediction: Prediction, labels: Tensor) -> dict[str, Any]:
         "risk_coverage": {"coverage": _rounded(coverage[points]), "risk": _rounded(risk[points])},
         "selective": [{**vars(found), "interval": list(found.interval)} for found in thresholds],
         "conformal": _prediction_sets(prediction, labels),
+    }
+
+
+def _row_scores(prediction: Prediction, labels: Tensor) -> dict[str, list[Any]]:
+    """Return the scores of each row, which pair the cells of two methods."""
+    log_probs = prediction.log_probs
+    return {
+        "nll": _rounded(metrics.row_nll(log_probs, labels)),
+        "correct": metrics.row_accuracy(log_probs, labels).int().tolist(),
     }
 
 

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
 from bayestune.errors import ConfigError
@@ -119,6 +119,13 @@ Detection = Annotated[dict[Score, Annotated[dict[Literal["auroc", "aupr"], Share
 """How well each uncertainty separates the rows of `eval_task` (positive) from those of `task`."""
 
 
+class RowScores(_Fields):
+    """Scores of each evaluated row, in their order: the NLL in nats, and 1 if the answer is right, else 0."""
+
+    nll: list[Nats]
+    correct: list[Annotated[int, Field(ge=0, le=1)]]
+
+
 class InDistribution(_Fields):
     """The histograms of the rows of `task`."""
 
@@ -130,7 +137,8 @@ class CellFields(_Fields):
     """A cell: scores over `rows` rows, how confidence and errors go together, and how the run was made.
 
     Accuracy and ECE are from 0 to 1, the NLL is in nats, and the Brier score is summed over classes. `aurc` is the
-    area under `risk_coverage`. `conformal` is null with too few rows to calibrate on, and absent in older cells.
+    area under `risk_coverage`. `conformal` is null with too few rows to calibrate on. `conformal` and `row_scores`
+    are absent in older cells.
     """
 
     table: Name
@@ -152,6 +160,7 @@ class CellFields(_Fields):
     selective: Annotated[list[Selective], Field(min_length=len(TARGETS), max_length=len(TARGETS))]
     conformal: Conformal | None = None
     uncertainty: Uncertainty
+    row_scores: RowScores | None = None
     steps: Positive
     seconds: Annotated[float, Field(ge=0)]
     command: Annotated[list[str], Field(max_length=10_000)]
@@ -159,6 +168,15 @@ class CellFields(_Fields):
     sha256: Hashes
     versions: dict[str, JsonValue]
     hardware: dict[str, JsonValue]
+
+    @field_validator("row_scores")
+    @classmethod
+    def _check_rows(cls, scores: RowScores | None, info: Any) -> RowScores | None:
+        rows = info.data.get("rows")
+        for name, values in ({} if scores is None else dict(scores)).items():
+            if len(values) != rows:
+                raise ValueError(f"found {len(values)} values of {name}, expected one for each of {rows} rows")
+        return scores
 
 
 class TransferFields(CellFields):

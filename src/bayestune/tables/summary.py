@@ -44,11 +44,9 @@ class Spread:
 
 ECE = Measure(heading="ECE, % (lower is better)", path=("ece",), higher_is_better=False)
 AURC = Measure(heading="AURC, % (lower is better)", path=("aurc",), higher_is_better=False)
-MEASURES = (
-    Measure(heading="ACC, % (higher is better)", path=("accuracy",), higher_is_better=True),
-    ECE,
-    Measure(heading="NLL, nats (lower is better)", path=("nll",), scale=1.0, digits=3, higher_is_better=False),
-)
+ACCURACY = Measure(heading="ACC, % (higher is better)", path=("accuracy",), higher_is_better=True)
+NLL = Measure(heading="NLL, nats (lower is better)", path=("nll",), scale=1.0, digits=3, higher_is_better=False)
+MEASURES = (ACCURACY, ECE, NLL)
 ANSWERED = tuple(
     Measure(
         heading=f"Rows answered at an error of at most {100 * target:g} %, % (higher is better)",

@@ -6,6 +6,7 @@ from bayestune.errors import ConfigError
 from bayestune.report.views import Block, Line, Table, Value, shown
 from bayestune.tables.fields import Cell
 from bayestune.tables.layouts import Column, Layout, layout, line_keys, line_label
+from bayestune.tables.paired import paired_blocks, paired_notes
 from bayestune.tables.published import CAUTION, SOURCE, figures, is_published
 from bayestune.tables.summary import AUROC, DETECTION, MEASURES, UNCERTAINTIES, Measure, Spread, ranks, spread
 
@@ -45,7 +46,7 @@ def table_view(cells: Sequence[Cell], table: str) -> Table:
         over if len(seeds) > 1 else f"n = 1: one run, seed {seeds[0]}.",
     )
     measures = MEASURES + (DETECTION if chosen.detection else ())
-    blocks = [measure_block(own, columns, measure) for measure in measures]
+    blocks = [*(measure_block(own, columns, measure) for measure in measures), *paired_blocks(own, columns)]
     notes = tuple(_notes(own, chosen, columns))
     return Table(title=chosen.title, facts=facts, blocks=(*blocks, _data_block(own, columns)), notes=notes)
 
@@ -150,5 +151,6 @@ def _notes(cells: Sequence[Cell], chosen: Layout, columns: Sequence[Column]) -> 
         below = [text for name in AUROC if (text := _below_half(cells, columns, name))]
         if below:
             yield f"AUROC below 50 %, so lower uncertainty on the other data: {'; '.join(below)}."
+    yield from paired_notes(cells, columns)
     if any(map(is_published, cells)):
         yield f"Lines [{CAUTION}]: figures of {SOURCE}, not measured here."
