@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from bayestune.adapters import gaussian_layers
 from bayestune.errors import BayestuneWarning
 from bayestune.experiment import load_run, other_task
 from bayestune.experiment.settings import all_fields
-from bayestune.inference import evaluate, predict
+from bayestune.inference import diagnostics, evaluate, predict
 from bayestune.methods import DEFAULT, Variational
 from bayestune_cli.app import app, invoke
 from bayestune_cli.streams import quietly
@@ -127,6 +129,9 @@ def test_evaluate_json_is_one_object_with_the_scores_of_training(
     assert (found["task"], found["split"], found["draws"]) == ("colours", "dev", DRAWS)
     trained = json.loads((world / "run" / "result.json").read_text())["methods"][f"blob_n{DRAWS}"]
     assert {name: found[name] for name in trained} == trained
+    run = load_run(world / "run")
+    answer = predict(run.posterior, run.task, run.task.rows("dev"), draws=DRAWS)
+    assert found["diagnostics"] == asdict(diagnostics(run.posterior, answer))
 
 
 @pytest.mark.parametrize("way", ["antithetic", "linearised"])
@@ -184,6 +189,10 @@ def test_evaluate_prints_a_table(world: Path, capsys: pytest.CaptureFixture[str]
     assert invoke(["evaluate", str(world / "run"), "--ood", "others"]) == 0
     out = capsys.readouterr().out
     assert "NLL" in out and f"blob N={DRAWS}" in out and "others: accuracy" in out
+    assert re.search(r"^draws: logit variance \S+ \(of the mean logits \S+\), epistemic \S+ nats", out, re.MULTILINE)
+    assert re.search(r"^adapter: mean std \S+, of a new adapter 0\.1839, of the prior 0\.2$", out, re.MULTILINE)
+    assert invoke(["evaluate", str(world / "run"), "--draws", "1"]) == 0
+    assert "draws: " not in capsys.readouterr().out
 
 
 def test_predict_writes_one_object_a_row(world: Path, tmp_path: Path) -> None:

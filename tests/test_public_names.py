@@ -19,6 +19,7 @@ NAMES = [
     "KLSettings",
     "Prediction",
     "Scores",
+    "diagnostics",
     "draw",
     "evaluate",
     "export_lora",

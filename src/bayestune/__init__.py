@@ -11,6 +11,7 @@ from bayestune.adapters import BlobConfig as BlobConfig
 from bayestune.experiment import Experiment as Experiment
 from bayestune.inference import Prediction as Prediction
 from bayestune.inference import Scores as Scores
+from bayestune.inference import diagnostics as diagnostics
 from bayestune.inference import draw as draw
 from bayestune.inference import evaluate as evaluate
 from bayestune.inference import novelty as novelty

@@ -23,6 +23,12 @@ def std(rho: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return rho * rho
 
 
+def initial_std(rho_init: float) -> float:
+    """Return the mean of Omega = G^2 at the start, where G is uniform on (rho_init / sqrt(2), rho_init)."""
+    low = 1 / math.sqrt(2)
+    return rho_init**2 * (1 - low**3) / (3 * (1 - low))
+
+
 def gaussian_kl(mean: Float[Tensor, "*shape"], rho: Float[Tensor, "*shape"], prior_std: float) -> Float[Tensor, ""]:
     """Return ``KL(q || p)``, the divergence of the posterior from the prior, in nats, summed over all entries.
 

@@ -1,6 +1,7 @@
 """`bayestune evaluate`."""
 
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bayestune.experiment import Run
-    from bayestune.inference import Prediction
+    from bayestune.inference import Diagnostics, Prediction
     from bayestune.tasks import AnyRow, TokenizedTask
 
 _SCORES = {
@@ -46,6 +47,7 @@ def evaluate(
     check_run(run)
 
     from bayestune.experiment import score_table
+    from bayestune.inference import diagnostics
     from bayestune.inference import evaluate as scores_of
 
     loaded = load(run, data, predictive)
@@ -58,14 +60,38 @@ def evaluate(
     prediction = loaded.predict(rows, draws=count, seed=seed, progress=True)
     detected = {name: _compared(loaded, *other, prediction, rows, seed) for name, other in others.items()}
     scores = scores_of(prediction)
+    diagnosed = diagnostics(loaded.posterior, prediction) if len(prediction.draw_log_probs) >= 2 else None
     if as_json:
         answer = {**scores.as_dict(), "task": loaded.task.name, "split": chosen, "seed": seed}
         answer |= {"temperature": temperature, "predictive": predictive or "mc", "method": method}
+        answer |= {"diagnostics": asdict(diagnosed)} if diagnosed else {}
         print(json.dumps({**answer, **({"ood": detected} if detected else {})}))
         return
     print(score_table({f"{method} N={count}{f' {predictive}' if predictive else ''}": scores}))
     if temperature != 1:
         print(f"temperature {temperature:.4g}")
+    if diagnosed:
+        print(_diagnosed(diagnosed))
+    _print_detected(detected, chosen, prediction)
+
+
+def _diagnosed(found: "Diagnostics") -> str:
+    """Return one line about the draws, and one about the width of the weights if they are Gaussian."""
+    factor = "" if found.softmax_factor is None else f" = {found.softmax_factor:.3f} x the logit variance"
+    text = (
+        f"draws: logit variance {found.logit_variance:.4g} (of the mean logits {found.mean_logit_variance:.4g}), "
+        f"epistemic {found.epistemic:.4f} nats{factor}; draws needed for 0.01 nats: {found.draws_needed}"
+    )
+    if found.mean_std is None:
+        return text
+    stds = (
+        f"mean std {found.mean_std:.4g}, of a new adapter {found.initial_std:.4g}, of the prior {found.prior_std:.4g}"
+    )
+    return f"{text}\nadapter: {stds}"
+
+
+def _print_detected(detected: dict[str, dict[str, Any]], chosen: str, prediction: "Prediction") -> None:
+    """Print the scores on the other data sets, and how well each score tells them apart."""
     for name, other in detected.items():
         text = f"accuracy {other['accuracy']:.3f}, NLL {other['nll']:.3f}, epistemic {other['epistemic']:.4f} nats"
         print(f"{name}: {text} (here {prediction.epistemic.mean():.4f})")

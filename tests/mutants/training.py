@@ -152,7 +152,7 @@ STD = "bayestune.training.posterior_std"
 
 @defect("training/test_posterior_std.py", "first_width")
 def first_std_of_the_middle_of_the_start() -> None:
-    replace(f"{STD}.initial_std", lambda rho_init: rho_init**2 * ((1 + math.sqrt(0.5)) / 2) ** 2)
+    replace("bayestune.functional.initial_std", lambda rho_init: rho_init**2 * ((1 + math.sqrt(0.5)) / 2) ** 2)
 
 
 @defect("training/test_posterior_std.py", "gives_it")

@@ -6,6 +6,7 @@ from bayestune.adapters.dropout import DropoutLinear as DropoutLinear
 from bayestune.adapters.gaussian import GaussianLinear as GaussianLinear
 from bayestune.adapters.layers import gaussian_layers as gaussian_layers
 from bayestune.adapters.layers import is_merged as is_merged
+from bayestune.adapters.layers import mean_std as mean_std
 from bayestune.adapters.layers import random_layers as random_layers
 from bayestune.adapters.layers import tied_head as tied_head
 from bayestune.adapters.model import BayesLoraModel as BayesLoraModel

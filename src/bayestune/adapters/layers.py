@@ -1,12 +1,15 @@
 """Finding the random layers of a model."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 
+import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from bayestune.adapters.gaussian import GaussianLinear
 from bayestune.adapters.random import RandomLinear
+from bayestune.functional import std
 
 
 def random_layers(model: nn.Module, adapters: Sequence[str] | None = None) -> dict[str, RandomLinear]:
@@ -36,6 +39,13 @@ def gaussian_layers(model: nn.Module, adapters: Sequence[str] | None = None) -> 
     """Return those of `random_layers` that are Gaussian and therefore have a KL."""
     layers = random_layers(model, adapters)
     return {name: layer for name, layer in layers.items() if isinstance(layer, GaussianLinear)}
+
+
+@torch.no_grad()
+def mean_std(layers: Collection[GaussianLinear]) -> float:
+    """Return the mean standard deviation ``Omega = G^2`` over all entries of `layers`, at least one, in float64."""
+    entries = sum(layer.rho.numel() for layer in layers)
+    return math.fsum(std(layer.rho.double()).sum().item() for layer in layers) / entries
 
 
 def is_merged(model: nn.Module) -> bool:

@@ -1,6 +1,8 @@
 """Draws, predictions and their scores."""
 
 from bayestune.inference.acquire import acquire as acquire
+from bayestune.inference.diagnostics import Diagnostics as Diagnostics
+from bayestune.inference.diagnostics import diagnostics as diagnostics
 from bayestune.inference.draws import draw as draw
 from bayestune.inference.evaluate import evaluate as evaluate
 from bayestune.inference.novelty import features as features

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
-from bayestune.adapters import GaussianLinear
+from bayestune.adapters import GaussianLinear, mean_std
 from bayestune.errors import ConfigError
-from bayestune.functional import clamp_rho, gaussian_kl_gradient, paper_kl_weight, std
+from bayestune.functional import clamp_rho, gaussian_kl_gradient, paper_kl_weight
 
 JOINED = {"cpu": 2**16, "other": 2**21}
 """Most entries that move in one computation: few kernels for many small layers, within a CPU's cache."""
@@ -78,11 +78,7 @@ def posterior_summary(layers: Collection[GaussianLinear]) -> dict[str, float]:
     """Return "kl", the KL of `layers` in nats, and "std", their mean standard deviation; nothing without layers."""
     if not layers:
         return {}
-    entries = sum(layer.rho.numel() for layer in layers)
-    return {
-        "kl": math.fsum(layer.kl().item() for layer in layers),
-        "std": math.fsum(std(layer.rho.double()).sum().item() for layer in layers) / entries,
-    }
+    return {"kl": math.fsum(layer.kl().item() for layer in layers), "std": mean_std(layers)}
 
 
 @torch.no_grad()

@@ -30,12 +30,6 @@ DEFAULT_SHARE = 0.3
 _NEGLIGIBLE = 1e-12  # of a KL weight: a million of these move Omega by less than float32 resolves
 
 
-def initial_std(rho_init: float) -> float:
-    """Return the mean of Omega = G^2 at the start, where G is uniform on (rho_init / sqrt(2), rho_init)."""
-    low = 1 / math.sqrt(2)
-    return rho_init**2 * (1 - low**3) / (3 * (1 - low))
-
-
 def kl_only_std(
     rate: float,
     *,
