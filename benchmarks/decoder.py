@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from decoder_page import RESULTS, ROOT, TUNING, page
+from decoder_page import RESULTS, ROOT, TUNING, page, picture, read_records
 from options import parser
 
 from bayestune import Prediction, evaluate, metrics
@@ -90,6 +90,7 @@ def main() -> None:
     options = made.parse_args()
     if options.page:
         write_text(ROOT / "docs" / "decoder.md", page())
+        picture(read_records(), ROOT / "docs" / "images" / "decoder.png")
         return
     if options.data is None or options.runs is None:
         made.error("expected --data DIR and --runs DIR, or --page")
