@@ -9,22 +9,9 @@ import typer
 from bayestune_cli.arguments import Data, Draws, Predictive, RunFolder, Seed, check_run, draw_count, load
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
-
     from bayestune.experiment import Run
     from bayestune.inference import Diagnostics, Prediction
     from bayestune.tasks import AnyRow, TokenizedTask
-
-_SCORES = {
-    "auroc_total": "total entropy",
-    "auroc_total_matched": "total entropy, pairs of equal length",
-    "auroc_largest_probability": "1 - largest probability",
-    "auroc_novelty": "distance to the training rows (frozen base)",
-    "auroc_length": "length of the question (no model)",
-    "auroc_epistemic": "epistemic: the draws' disagreement",
-}
 
 
 def evaluate(
@@ -46,7 +33,7 @@ def evaluate(
     """Score a run: accuracy, NLL, ECE and Brier with 95 % intervals, and out-of-distribution detection."""
     check_run(run)
 
-    from bayestune.experiment import score_table
+    from bayestune.experiment import detection, score_table
     from bayestune.inference import diagnostics
     from bayestune.inference import evaluate as scores_of
 
@@ -58,7 +45,7 @@ def evaluate(
     rows = loaded.task.rows(chosen)
     others = {name: _other_rows(loaded, name) for name in (ood.split(",") if ood else [])}
     prediction = loaded.predict(rows, draws=count, seed=seed, progress=True)
-    detected = {name: _compared(loaded, *other, prediction, rows, seed) for name, other in others.items()}
+    detected = {name: detection(loaded, prediction, rows, *other) for name, other in others.items()}
     scores = scores_of(prediction)
     diagnosed = diagnostics(loaded.posterior, prediction) if len(prediction.draw_log_probs) >= 2 else None
     if as_json:
@@ -92,13 +79,15 @@ def _diagnosed(found: "Diagnostics") -> str:
 
 def _print_detected(detected: dict[str, dict[str, Any]], chosen: str, prediction: "Prediction") -> None:
     """Print the scores on the other data sets, and how well each score tells them apart."""
+    from bayestune.experiment.detection import DETECTORS
+
     for name, other in detected.items():
         text = f"accuracy {other['accuracy']:.3f}, NLL {other['nll']:.3f}, epistemic {other['epistemic']:.4f} nats"
         print(f"{name}: {text} (here {prediction.epistemic.mean():.4f})")
         print(
             f"{'':4}AUROC, how well a score tells these rows from those of {chosen}; below 0.5 it is lower on these:"
         )
-        for key, score in _SCORES.items():
+        for key, score in DETECTORS.items():
             print(f"{'':4}{score:<44} {'none' if other[key] is None else format(other[key], '.3f')}")
 
 
@@ -111,41 +100,3 @@ def _other_rows(loaded: "Run", name: str) -> tuple["TokenizedTask", list["AnyRow
     rows = task.rows(split or task.spec.evaluation)
     task.check(rows)
     return task, rows
-
-
-def _compared(
-    loaded: "Run",
-    task: "TokenizedTask",
-    rows: list["AnyRow"],
-    known: "Prediction",
-    known_rows: list["AnyRow"],
-    seed: int,
-) -> dict[str, Any]:
-    """Return scores on other rows, and the AUROC of detecting them (positive) among `known` by several scores."""
-    import torch
-
-    from bayestune import metrics
-    from bayestune.inference import evaluate as scores_of
-    from bayestune.inference import novelty
-
-    def joined(of: "Callable[[Prediction], Tensor]") -> "Tensor":
-        return torch.cat([of(known), of(prediction)])
-
-    prediction = loaded.predict(rows, draws=known.draws, seed=seed, task=task, progress=True)
-    positive = torch.tensor([False] * len(known.ids) + [True] * len(rows))
-    total = joined(lambda found: found.total)
-    lengths = torch.tensor([len(row.texts[0][1]) for row in [*known_rows, *rows]])
-    posterior = loaded.posterior
-    far = None
-    if posterior.known is not None:  # runs of older versions keep no features
-        far = torch.cat([novelty(posterior, loaded.task, known_rows), novelty(posterior, task, rows)])
-    return {
-        **scores_of(prediction).as_dict(),
-        "epistemic": float(prediction.epistemic.mean()),
-        "auroc_total": metrics.auroc(total, positive),
-        "auroc_total_matched": metrics.matched_auroc(total, positive, lengths),
-        "auroc_largest_probability": metrics.auroc(joined(lambda found: 1 - found.probs.amax(-1)), positive),
-        "auroc_novelty": None if far is None else metrics.auroc(far, positive),
-        "auroc_length": metrics.auroc(lengths, positive),
-        "auroc_epistemic": metrics.auroc(joined(lambda found: found.epistemic), positive),
-    }

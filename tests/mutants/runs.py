@@ -111,7 +111,7 @@ def detection_takes_the_own_rows_for_the_others() -> None:
 
         return wrong
 
-    wrap(f"{CLI}.evaluate._compared", make)
+    wrap("bayestune.experiment.detection.detection", make)
 
 
 @defect("experiment/test_folder.py", "P11")

@@ -1,0 +1,159 @@
+"""What tells other data from a run's own: entropy, distance to the training rows, the draws' disagreement, length.
+
+    python benchmarks/other_data.py --data DIR --run RUN --name smollm2-blob    # a record in results/other_data
+    python benchmarks/other_data.py --page                                      # docs/other_data.md from the records
+
+RUN is the folder of a run on ARC-Easy or OpenBookQA. The first 200 usable rows of its evaluation split are compared
+with the first 100 of each other data set. For a causal model with draws, the mean over the tokens of the prompt of the
+draws' mutual information is compared too.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from options import parser
+
+from bayestune import metrics
+from bayestune.errors import DrawError
+from bayestune.experiment import Run, detection, load_run, other_task
+from bayestune.experiment.detection import DETECTORS
+from bayestune.experiment.record import hardware, rows_sha256, versions
+from bayestune.files import read_json, write_json, write_text
+from bayestune.inference import features, prompt_information
+from bayestune.sampling import Point
+from bayestune.tables.cells import portable
+from bayestune.tasks import Row, TokenizedTask
+from bayestune.tasks.causal import CausalChoice
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "results" / "other_data"
+OTHERS = (
+    "openbookqa:test",
+    "arc_challenge:test",
+    "mmlu_high_school_chemistry:test",
+    "mmlu_high_school_physics:test",
+    "mmlu_college_chemistry:test",
+    "mmlu_college_physics:test",
+)
+OWN_ROWS, OTHER_ROWS = 200, 100
+PROMPT = "auroc_prompt_information"
+
+
+def main() -> None:
+    made = parser(__doc__)
+    made.add_argument("--data", help="folder of the data sets")
+    made.add_argument("--run", type=Path, help="folder of the run")
+    made.add_argument("--name", help="name of the record")
+    made.add_argument("--split", help="rows of the run's data set; default: its evaluation split")
+    made.add_argument("--page", action="store_true", help="write the page from the records")
+    options = made.parse_args()
+    if options.page:
+        write_text(ROOT / "docs" / "other_data.md", page())
+        return
+    if None in (options.data, options.run, options.name):
+        made.error("expected --data, --run and --name, or --page")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    write_json(RESULTS / f"{options.name}.json", record(options))
+
+
+def record(options: argparse.Namespace) -> dict[str, Any]:
+    """How well each score tells the rows of each other data set from the run's own."""
+    started = time.monotonic()
+    trained = load_run(options.run, data=options.data)
+    task = trained.task
+    if trained.posterior.known is None:
+        known = [row for row in task.rows(trained.experiment.train_split) if task.faults([row]) == [None]]
+        trained.posterior.known = features(trained.posterior, task, known[:1000])
+    own = usable(task, options.split or str(trained.experiment.eval_split), OWN_ROWS)
+    prediction = trained.predict(own, draws=trained.default_draws, progress=True)
+    information = informed(trained, task, own)
+    others = {}
+    for name in OTHERS:
+        dataset, _, split = name.partition(":")
+        if dataset == task.name:
+            continue
+        other = other_task(trained, dataset)
+        rows = usable(other, split, OTHER_ROWS)
+        others[name] = {"sha256": rows_sha256(rows), **detection(trained, prediction, own, other, rows)}
+        if information is not None:
+            there = informed(trained, other, rows)
+            assert there is not None
+            both = torch.cat([information, there])
+            others[name][PROMPT] = metrics.auroc(both, torch.tensor([False] * len(own) + [True] * len(rows)))
+        print(name, {key: round(others[name][key], 3) for key in others[name] if key.startswith("auroc")}, flush=True)
+    return {
+        "model": trained.experiment.model,
+        "task": task.name,
+        "method": trained.experiment.method.name,
+        "seed": trained.experiment.seed,
+        "draws": prediction.draws,
+        "rows": len(own),
+        "sha256": rows_sha256(own),
+        "others": others,
+        "seconds": round(time.monotonic() - started, 1),
+        "command": ["python", "benchmarks/other_data.py", *map(portable, _command(options))],
+        "experiment": {**trained.experiment.as_dict(), "data": None, "adapter": None},
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+
+
+def _command(options: argparse.Namespace) -> list[str]:
+    split = ["--split", options.split] if options.split else []
+    return ["--data", "DIR", "--run", "RUN", "--name", options.name, *split]
+
+
+def usable(task: TokenizedTask, split: str, count: int) -> list[Row]:
+    """The first rows of a split that the task can use."""
+    rows = task.rows(split)
+    found = [row for row, fault in zip(rows, task.faults(rows), strict=True) if fault is None]
+    return [row for row in found[:count] if isinstance(row, Row)]
+
+
+def informed(trained: Run, task: TokenizedTask, rows: Sequence[Row]) -> torch.Tensor | None:
+    """The information of each row's prompt; None where the model reads none, or the posterior has no such draws."""
+    if not isinstance(task, CausalChoice) or isinstance(trained.posterior, Point):
+        return None
+    try:
+        return prompt_information(trained.posterior, task, rows, draws=trained.default_draws, progress=True)
+    except DrawError:
+        return None
+
+
+def page() -> str:
+    """The records as Markdown."""
+    headings = {**DETECTORS, PROMPT: "information of the prompt's tokens"}
+    parts = [INTRODUCTION]
+    for path in sorted(RESULTS.glob("*.json")):
+        made = read_json(path, "a record")
+        parts.append(
+            f"\n## {path.stem}\n\n{made['rows']} rows of {made['task']}, {made['draws']} draws, "
+            f"seed {made['seed']}; each cell is an AUROC.\n"
+        )
+        parts += [f"| | {' | '.join(made['others'])} |", "|---" * (len(made["others"]) + 1) + "|"]
+        for key, heading in headings.items():
+            values = [found.get(key) for found in made["others"].values()]
+            if any(value is not None for value in values):
+                cells = ["" if value is None else f"{value:.3f}" for value in values]
+                parts.append(f"| {heading} | {' | '.join(cells)} |")
+    return "\n".join(parts) + "\n"
+
+
+INTRODUCTION = """# Other data
+
+`python benchmarks/other_data.py --page` makes this page from the records in `results/other_data`.
+
+How well does a score tell the rows of another data set from those of the data set that a run was trained on? 0.5 is no
+better than chance. **Below 0.5 the score is lower on the other data.** The mutual information of the draws
+("epistemic") is not a score for this: it says how much the draws disagree on a question, and they were only trained to
+disagree on questions like those of the training rows. Look at the length of the question first, which needs no model:
+what it separates, any score that follows the length separates too.
+"""
+
+
+if __name__ == "__main__":
+    main()
