@@ -474,6 +474,7 @@ def test_the_flags_are_these() -> None:
             *("run", "pool", "top", "output", "score", "data"),
             *("draws", "predictive", "seed", "on_bad_row", "overwrite"),
         },
+        "distil": {"run", "output", "rows", "steps", "draws", "data", "overwrite"},
         "export": {"run", "output", "data", "draws", "seed", "overwrite"},
         "demo": {"output", "model", "seed", "overwrite"},
         "table": {

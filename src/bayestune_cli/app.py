@@ -16,6 +16,7 @@ import typer
 
 from bayestune_cli.acquire import acquire
 from bayestune_cli.demo import demo
+from bayestune_cli.distil import distil
 from bayestune_cli.errors import INTERNAL, INTERRUPTED, OK, STOPPED, TERMINATED, USER, fail
 from bayestune_cli.evaluate import evaluate
 from bayestune_cli.export import export
@@ -48,7 +49,7 @@ def program(
     """Declare --debug for the help; `invoke` accepts it anywhere among the arguments."""
 
 
-for command in (train, evaluate, predict, acquire, export, demo, table, report):
+for command in (train, evaluate, predict, acquire, distil, export, demo, table, report):
     app.command()(quietly(command))
 
 

@@ -240,3 +240,15 @@ def a_posterior_of_the_variances() -> None:
         f"{IVON}.IvonOptimizer.std",
         lambda right: lambda self: {name: value.square() for name, value in right(self).items()},
     )
+
+
+@defect("methods/test_distilled.py", "divergence")
+def a_student_learns_only_what_the_teacher_finds_most_probable() -> None:
+    def make(right: Any) -> Any:
+        def wrong(task: Any, outputs: Any, batch: Any) -> Any:
+            teacher = batch["teacher"]
+            return right(task, outputs, {**batch, "teacher": (teacher == teacher.amax(-1, keepdim=True)).float()})
+
+        return wrong
+
+    wrap(f"{METHODS}.distilled.Distillation.row_loss", make)

@@ -10,9 +10,9 @@ from peft import PeftModel
 
 from bayestune.experiment.processes import is_main
 from bayestune.experiment.settings import Experiment
-from bayestune.experiment.start import Start
+from bayestune.experiment.start import Start, adapter_file
 from bayestune.experiment.train import Training
-from bayestune.methods import Fitting
+from bayestune.methods import Fitting, load
 from bayestune.storage import load_posterior, save_posterior
 from bayestune.tasks import AnyRow
 
@@ -47,6 +47,7 @@ def fitting(
         renew=lambda model, seed: start.renew(model, experiment, seed),
         keep=_keep,
         restore=lambda model, folder: load_posterior(model.unload(), folder),
+        load=lambda model, folder: load(model.unload(), adapter_file(folder).parent),
         precision=lambda: autocast(experiment),
     )
 

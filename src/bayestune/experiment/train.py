@@ -18,7 +18,7 @@ from bayestune.experiment.settings import Experiment
 from bayestune.experiment.stopping import StopAtStep
 from bayestune.files import writing
 from bayestune.methods import Updates
-from bayestune.tasks import AnyRow, TokenizedTask
+from bayestune.tasks import AnyRow, Task, TokenizedTask
 from bayestune.training import BayesTrainer, last_complete
 from bayestune.training.checks import check_arguments
 
@@ -72,6 +72,8 @@ class Training:
         model: PeftModel,
         *,
         label: str,
+        task: Task | None = None,
+        rows: Sequence[AnyRow] | None = None,
         seed: int | None = None,
         folder: Path | None = None,
         resume: bool | None = None,
@@ -81,8 +83,8 @@ class Training:
     ) -> None:
         """Train the adapter of `model` in place.
 
-        `seed`, `folder`, `resume` and `**arguments` (of `TrainingArguments`) replace those of the experiment, and
-        `optimizer` replaces AdamW; `label` is shown beside the progress bar.
+        `task`, `rows`, `seed`, `folder`, `resume` and `**arguments` (of `TrainingArguments`) replace those of the
+        experiment, and `optimizer` replaces AdamW; `label` is shown beside the progress bar.
         """
         method, folder = self.experiment.method, folder or self.checkpoints
         seeded = {} if seed is None else {"seed": seed}
@@ -97,9 +99,9 @@ class Training:
         ):
             trainer = BayesTrainer(
                 model,
-                task=self.task,
+                task=task or self.task,
                 args=given,
-                train_rows=self.rows,
+                train_rows=rows or self.rows,
                 kl=method.kl(self.updates),
                 prior_std=method.weight_prior_std(),
                 optimizer=optimizer,

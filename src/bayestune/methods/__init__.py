@@ -13,6 +13,7 @@ from bayestune.methods.base import PostHocMethod as PostHocMethod
 from bayestune.methods.base import Updates as Updates
 from bayestune.methods.bbb import Bbb as Bbb
 from bayestune.methods.blob import Blob as Blob
+from bayestune.methods.distilled import Distilled as Distilled
 from bayestune.methods.dropout import Dropout as Dropout
 from bayestune.methods.ensemble import Ensemble as Ensemble
 from bayestune.methods.ensemble import EnsemblePosterior as EnsemblePosterior
@@ -45,7 +46,8 @@ from bayestune.storage import load_posterior as load_posterior
 from bayestune.storage import save_posterior as save_posterior
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Mle, Map, Dropout, Ensemble, Bbb, Laplace, Swag, Tfb, Temperature, Ivon, Blob)
+    method.name: method
+    for method in (Mle, Map, Dropout, Ensemble, Bbb, Laplace, Swag, Tfb, Temperature, Ivon, Distilled, Blob)
 }
 """Every method by its name, in the order of a table's lines. Add one of your own with `register`."""
 

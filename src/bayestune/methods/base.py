@@ -56,8 +56,9 @@ class Line:
 class Fitting:
     """The run that a method is fitted in.
 
-    ``train(model, label=..., seed=..., folder=..., resume=..., optimizer=..., callbacks=..., **training_arguments)``
-    trains an adapter; ``renew(model, seed)`` returns the same base with a new adapter and a new head.
+    ``train(model, label=..., task=..., rows=..., seed=..., folder=..., resume=..., optimizer=..., callbacks=...,
+    **training_arguments)`` trains an adapter; ``renew(model, seed)`` returns the same base with a new adapter and a
+    new head.
     """
 
     task: Task
@@ -76,6 +77,7 @@ class Fitting:
     renew: Callable[[PeftModel, int], PeftModel]
     keep: Callable[[PeftModel, Path], None]  # saves a finished adapter (main process only)
     restore: Callable[[PeftModel, Path], PeftModel]  # replaces the model's adapter with a kept one
+    load: Callable[[PeftModel, Path], Posterior]  # replaces the model's adapter with the posterior of another run
     precision: Callable[[], AbstractContextManager[Any]]  # context in which the model is evaluated
 
 

@@ -29,7 +29,7 @@ class Examples(Dataset[tuple[int, dict[str, Any]]]):
 
     def __init__(self, task: Task, rows: Sequence[AnyRow], model: nn.Module) -> None:
         for row in rows:
-            if row.target is None:
+            if task.target(row) is None:
                 raise row.fault(row.target_field, "nothing", "a label to train or evaluate on")
         self._task, self.ids = task, [row.id for row in rows]
         self._examples = task.examples(rows, model)

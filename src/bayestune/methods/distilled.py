@@ -1,0 +1,140 @@
+r"""Distillation: one plain LoRA adapter that answers as the average over a posterior's draws.
+
+The student q minimizes, over training rows and rows without labels, the mean of
+
+    KL( 1/K sum_k p(y | x, theta_k)  ||  q(y | x) ),
+
+in nats, with draws theta_k of the teacher. The loss is linear in the teacher's probabilities up to a constant, so the
+average over all draws, taken once, has the same expected gradient as fresh draws in every pass, and less noise.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft import PeftModel
+from pydantic import Field
+from torch import Tensor, nn
+
+from bayestune.errors import ConfigError
+from bayestune.functional import derive_seed
+from bayestune.inference import Prediction, predict
+from bayestune.methods.base import Fitting, Line, PointMethod, Updates
+from bayestune.sampling import Posterior
+from bayestune.settings import LARGEST_WHOLE
+from bayestune.storage.state import adapter_tensors
+from bayestune.tasks import AnyRow, Task, read_rows
+
+
+class Distillation(Task[Prediction]):
+    """A task of classes whose rows are answered by a teacher: the loss is ``KL(teacher || model)`` of each row.
+
+    Args:
+        task: what the rows ask.
+        rows: the rows to train on; their labels are not used.
+        probs: the teacher's probabilities.
+    """
+
+    def __init__(self, task: Task[Prediction], rows: Sequence[AnyRow], probs: Float[Tensor, "rows classes"]) -> None:
+        self.name, self.columns, self.labels, self.worked = task.name, task.columns, task.labels, task.worked
+        self._task = task
+        self._probs = {id(row): (row, values) for row, values in zip(rows, probs.tolist(), strict=True)}
+
+    def target(self, row: AnyRow) -> list[float]:
+        return self._probs[id(row)][1]
+
+    def example(self, row: AnyRow) -> dict[str, Any]:
+        return {**self._task.example(row), "teacher": self.target(row)}
+
+    def examples(self, rows: Sequence[AnyRow], model: nn.Module) -> list[dict[str, Any]]:
+        examples = self._task.examples(rows, model)
+        return [{**example, "teacher": self.target(row)} for row, example in zip(rows, examples, strict=True)]
+
+    def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        teacher = torch.tensor([example["teacher"] for example in examples], dtype=torch.float64)
+        return {**self._task.collate(examples), "teacher": teacher.float()}
+
+    def tokens(self, example: dict[str, Any]) -> int:
+        return self._task.tokens(example)
+
+    def outputs(self, model: Any, batch: dict[str, Tensor]) -> Float[Tensor, "rows columns"]:
+        return self._task.outputs(model, batch)
+
+    def row_loss(self, outputs: Float[Tensor, "rows columns"], batch: dict[str, Tensor]) -> Float[Tensor, " rows"]:
+        teacher = batch["teacher"]
+        log_probs = outputs.log_softmax(-1).masked_fill(teacher == 0, 0.0)  # -inf for choices that a row lacks
+        return -(teacher * log_probs).sum(-1) - torch.special.entr(teacher).sum(-1)
+
+    def prediction(
+        self,
+        outputs: Float[Tensor, "slices rows columns"],
+        rows: Sequence[AnyRow],
+        *,
+        draws: int,
+        seed: int,
+        temperature: float = 1.0,
+    ) -> Prediction:
+        return self._task.prediction(outputs, rows, draws=draws, seed=seed, temperature=temperature)
+
+
+class Distilled(PointMethod):
+    """Plain LoRA, trained to give in one forward what the draws of another run give on average.
+
+    The student starts at the teacher's mean (its mode, or its first member). A temperature of the teacher is part of
+    the answers that the student learns.
+    """
+
+    name = "distilled"
+    label = "Distilled"
+    summary = "one plain LoRA adapter trained on the averaged answers of another run"
+    paper = "Hinton et al. 2015, arXiv 1503.02531; of posteriors Balan et al. 2015, arXiv 1506.04416"
+
+    teacher: str | None = Field(None, min_length=1, description="Run whose averaged answers distilled learns.")
+    teacher_draws: int = Field(50, ge=1, le=LARGEST_WHOLE, description="Draws of the teacher that are averaged.")
+    distil_rows: str | None = Field(
+        None, min_length=1, description="File of further rows that the teacher answers; labels are not needed."
+    )
+
+    @classmethod
+    def lines(cls) -> dict[str, Line]:
+        return {cls.name: Line(label=cls.label, settings={}, by_default=False)}
+
+    def check(self, model: PeftModel, updates: Updates) -> None:
+        if self.teacher is None:
+            raise ConfigError("teacher: found none, expected the folder of a run, as `bayestune distil` gives it.")
+
+    def fit(self, model: PeftModel, run: Fitting) -> Posterior:
+        assert self.teacher is not None, "check has refused it"
+        further = [] if self.distil_rows is None else read_rows(Path(self.distil_rows), labelled=False)
+        rows = [*run.rows, *further]
+        teacher = run.load(model, Path(self.teacher))
+        sampled = teacher.has_mean and teacher.default_draws > 0  # not members, and not a point
+        draws = self.teacher_draws if sampled else teacher.default_draws
+        with run.precision():
+            seed = derive_seed("teacher", run.seed)
+            answers = predict(teacher, run.task, rows, draws=draws, seed=seed, progress=run.progress)
+        mean = {key: tensor.detach().clone() for key, tensor in adapter_tensors(teacher.model, "default").items()}
+        student = run.renew(teacher.model, run.seed)
+        _start_at(student, mean)
+        task = Distillation(run.task, rows, answers.probs)
+        run.train(student, label=self.name, task=task, rows=rows)
+        run.found["teacher_draws"] = draws
+        return self.posterior(student.eval())
+
+
+@torch.no_grad()
+def _start_at(student: PeftModel, mean: dict[str, Tensor]) -> None:
+    """Give a new adapter the teacher's weights.
+
+    Raises:
+        ConfigError: they have other sizes.
+    """
+    for key, tensor in adapter_tensors(student, "default").items():
+        if key not in mean or mean[key].shape != tensor.shape:
+            raise ConfigError(
+                f"teacher: found an adapter with other layers or another rank ({key}), expected those of this run: "
+                "leave rank and target_modules as the teacher has them."
+            )
+        tensor.copy_(mean[key])

@@ -1,0 +1,45 @@
+"""`bayestune distil`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bayestune_cli.arguments import Data, Overwrite, RunFolder, check_run
+from bayestune_cli.errors import FlagError
+
+
+def distil(
+    run: RunFolder,
+    output: Annotated[Path, typer.Option(help="Folder of the new run: posterior/, experiment.json, result.json.")],
+    rows: Annotated[
+        Path | None, typer.Option(help="Further rows for the run to answer, .jsonl or .jsonl.gz, without labels.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Updates; default: as many as the run's own.")] = None,
+    draws: Annotated[int, typer.Option(min=1, help="Draws of the run that are averaged.")] = 50,
+    data: Data = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train one plain LoRA adapter whose single forward answers as the average over the draws of a run."""
+    check_run(run)
+    if rows is not None and not rows.is_file():
+        raise FlagError(f"--rows {rows}: found no file, expected rows to answer.")
+    if output.exists() and not overwrite:
+        raise FlagError(f"--output {output}: it exists; choose another, or pass --overwrite.")
+
+    from bayestune.experiment import Experiment, score_table
+    from bayestune.experiment import run as train
+    from bayestune.files import read_json
+    from bayestune.methods import Distilled
+
+    recorded = read_json(run / "experiment.json", "the settings of a run")
+    taught = Experiment.from_dict(recorded, where=str(run))
+    method = Distilled(teacher=str(run), teacher_draws=draws, distil_rows=None if rows is None else str(rows))
+    own: dict[str, Any] = {"method": method, "adapter": None, "temperature_split": None}
+    own |= {"steps": steps or taught.steps, "data": data or taught.data}
+    command = ["bayestune", *sys.argv[1:]]
+    older = {} if "prompt" in recorded else {"experiment": recorded}  # it is asked as it was
+    result = train(taught.replace(**own), output, overwrite=overwrite, command=command, record=older, progress=True)
+    print(score_table(result.scores))
+    print(f"{result.output}: posterior/, experiment.json, result.json ({result.seconds:.0f} s)")

@@ -1,0 +1,136 @@
+"""Distillation: its loss in closed form, a student that comes nearer to its teacher, and the command."""
+
+import json
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bayestune.errors import ConfigError
+from bayestune.experiment import Experiment, Run, load_run, run
+from bayestune.inference import predict
+from bayestune.methods import Distilled, Point
+from bayestune.methods.distilled import Distillation
+from bayestune.tasks import Row, read_rows
+from bayestune_cli.app import invoke
+from inference.cases import Fixed
+from toys import pretrained_bert, questions, write_data, write_rows
+
+DRAWS = 40
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with bert/, data/ and teacher/, a run whose draws and mean answer differently."""
+    folder = tmp_path_factory.mktemp("world")
+    pretrained_bert(folder / "bert")
+    write_data(folder / "data")
+    settings = {"model": str(folder / "bert"), "task": "colours", "data": str(folder / "data"), "max_tokens": 250}
+    wide = {"method": "blob", "prior_std": 2.0, "posterior_std": 0.5, "kl_schedule": "uniform", "posterior_scale": 3}
+    sizes = {"steps": 100, "batch_size": 8, "rank": 4, "learning_rate": 0.03}
+    asked = Experiment.from_dict({**settings, **wide, **sizes}, where="test")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # so short a run cannot reach this std
+        run(asked, folder / "teacher", command=[])
+    return folder
+
+
+def distance(teacher: torch.Tensor, student: torch.Tensor) -> float:
+    """Mean KL(teacher || student), in nats."""
+    present = teacher > 0
+    terms = torch.where(present, teacher * (teacher.clamp(min=1e-300) / student.clamp(min=1e-300)).log(), 0.0)
+    return terms.sum(-1).mean().item()
+
+
+def test_the_loss_is_the_divergence_from_the_teacher() -> None:
+    asked = [Row(id=str(i), question="?", choices=("a", "b", "c"), answer=0) for i in range(3)]
+    logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, -math.inf], [math.log(3), 0.0, -math.inf]])
+    teacher = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.75, 0.25, 0.0]])
+    task = Distillation(Fixed(logits), asked, teacher)
+    batch = task.collate([{**task.example(row)} for row in asked])
+    outputs = logits.double().requires_grad_()
+    loss = task.row_loss(outputs, batch)
+    expected = [math.log(1 + 2 * math.exp(-2)), 0.0, 0.0]  # -log q of the one answer; the same distribution, twice
+    assert loss.tolist() == pytest.approx(expected, abs=1e-7)  # the teacher is float32
+    loss.sum().backward()
+    gradient = outputs.grad
+    assert gradient is not None
+    assert torch.allclose(gradient, logits.double().softmax(-1) - teacher, atol=1e-7)
+
+
+@pytest.fixture(scope="module")
+def student(world: Path) -> Run:
+    command = ["distil", str(world / "teacher"), "--output", str(world / "student"), "--draws", str(DRAWS)]
+    assert invoke([*command, "--steps", "100"]) == 0
+    return load_run(world / "student")
+
+
+def test_the_student_is_one_plain_adapter_nearer_to_the_average_than_the_mean(world: Path, student: Run) -> None:
+    taught = load_run(world / "teacher")
+    asked = taught.task.rows("train")
+    teacher = taught.predict(asked, draws=200, seed=1).probs
+    mean = taught.predict(asked, draws=0).probs
+    assert isinstance(student.posterior, Point) and student.default_draws == 0
+    assert distance(teacher, student.predict(asked, draws=0).probs) < 0.5 * distance(teacher, mean)
+    record = json.loads((world / "student" / "result.json").read_text())
+    assert (record["method"], record["fitted"]["teacher_draws"], record["steps"]) == ("distilled", DRAWS, 100)
+
+
+def test_rows_without_labels_are_learned_too(world: Path, student: Run) -> None:
+    further = [{**row, "answer": None} for row in questions(40, 6)]
+    path = write_rows(world / "further.jsonl", further)
+    command = ["distil", str(world / "teacher"), "--output", str(world / "wider"), "--steps", "100"]
+    assert invoke([*command, "--rows", str(path), "--draws", str(DRAWS)]) == 0
+    asked = read_rows(path, labelled=False)
+    teacher = load_run(world / "teacher").predict(asked, draws=200, seed=1).probs
+    near, far = (
+        distance(teacher, found.predict(asked, draws=0).probs) for found in (load_run(world / "wider"), student)
+    )
+    assert near < far
+
+
+@pytest.mark.parametrize("method", ["mle", "ensemble"])
+def test_a_teacher_without_draws_of_weights_answers_as_it_does(method: str, world: Path, tmp_path: Path) -> None:
+    record = json.loads((world / "teacher" / "experiment.json").read_text())
+    kept = {name: record[name] for name in ("model", "task", "data", "max_tokens", "batch_size", "rank")}
+    run(Experiment.from_dict({**kept, "method": method, "steps": 2}, where="test"), tmp_path / "taught", command=[])
+    own: dict[str, Any] = {"method": Distilled(**{"teacher": str(tmp_path / "taught")}), "steps": 1, "eval": False}
+    made = run(
+        Experiment.from_dict({**kept, "method": "mle"}, where="test").replace(**own), tmp_path / "out", command=[]
+    )
+    assert made.fitted["teacher_draws"] == {"mle": 0, "ensemble": 3}[method]
+
+
+def test_a_student_without_a_teacher_or_of_other_sizes_is_refused(world: Path, tmp_path: Path) -> None:
+    record = json.loads((world / "teacher" / "experiment.json").read_text())
+    kept = {name: record[name] for name in ("model", "task", "data", "max_tokens", "batch_size")}
+    asked = Experiment.from_dict({**kept, "method": "distilled", "steps": 1}, where="test")
+    with pytest.raises(ConfigError, match="teacher: found none, expected the folder of a run"):
+        run(asked, tmp_path / "out", command=[])
+    with pytest.raises(ConfigError, match=r"teacher: found an adapter with other layers or another rank \(.*lora_A"):
+        run(asked.replace(method=Distilled(**{"teacher": str(world / "teacher")})), tmp_path / "out", command=[])
+
+
+def test_the_command_checks_its_paths_first(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = str(world / "teacher")
+    for arguments, expected in [
+        (["distil", str(world / "none"), "--output", "x"], "found no result.json"),
+        (["distil", teacher, "--output", teacher], "it exists; choose another"),
+        (["distil", teacher, "--output", "x", "--rows", "none.jsonl"], "--rows none.jsonl: found no file"),
+    ]:
+        assert invoke(arguments) == 2
+        assert expected in capsys.readouterr().err
+
+
+def test_labels_are_not_looked_at(world: Path) -> None:
+    taught = load_run(world / "teacher")
+    asked = [row for row in taught.task.rows("train") if isinstance(row, Row)]
+    probs = predict(taught.posterior, taught.task, asked, draws=2).probs
+    task = Distillation(taught.task, asked, probs)
+    batch = task.collate(task.examples(asked, taught.model))
+    outputs = task.outputs(taught.model, batch)
+    wrong = {**batch, "labels": (batch["labels"] + 1) % 2}
+    assert torch.equal(task.row_loss(outputs, batch), task.row_loss(outputs, wrong))
