@@ -1,18 +1,21 @@
 """`features`, `novelty` and `prompt_information` against loops written out, and what a run keeps for them."""
 
 import math
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
+from transformers import FunnelConfig, FunnelForMaskedLM, T5Config, T5ForConditionalGeneration
 
 import bayestune as bt
 from bayestune import methods
 from bayestune.adapters.layers import is_disabled
-from bayestune.errors import ConfigError, DataError, DrawError
+from bayestune.errors import BayestuneWarning, ConfigError, DataError, DrawError
 from bayestune.experiment import Experiment, Run, load_run, run
 from bayestune.inference import features, prompt_information
 from bayestune.inference.novelty import distances
@@ -20,7 +23,7 @@ from bayestune.sampling import Variational
 from bayestune.tasks import Row
 from bayestune.tasks.causal import CausalChoice
 from models import scatter
-from toys import pretrained_bert, pretrained_llama, write_data
+from toys import byte_tokenizer, pretrained_bert, pretrained_llama, write_data, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +146,114 @@ def test_draws_that_say_nothing_about_prompts_are_refused(world: Path) -> None:
         prompt_information(found.model, task, some_rows(task), draws=1)
     with pytest.raises(DrawError, match="found draws of the answers alone, expected draws of the weights"):
         prompt_information(Variational(found.model, predictive="linearised"), task, some_rows(task))
+
+
+def below_head(found: Run) -> Any:
+    base: Any = found.model.get_base_model()
+    return base.base_model
+
+
+def test_an_error_leaves_a_frozen_adapter_frozen(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = trained(world, "llama")
+
+    def fail(**inputs: Any) -> None:
+        raise RuntimeError("no more")
+
+    monkeypatch.setattr(below_head(found), "forward", fail)
+    with pytest.raises(RuntimeError, match="no more"):
+        features(found.posterior, found.task, found.task.rows("dev"))
+    assert not any(parameter.requires_grad for parameter in found.model.parameters())
+    assert not is_disabled(found.model)
+
+
+def test_where_memory_runs_out_rows_go_in_smaller_batches_without_a_cache(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = trained(world, "llama")
+    rows = found.task.rows("train")
+    expected = features(found.posterior, found.task, rows)
+    base = below_head(found)
+    whole, most, caches = base.forward, 3, []
+
+    def limited(input_ids: Tensor, attention_mask: Tensor, use_cache: bool = True) -> Any:
+        if len(input_ids) > most:
+            raise torch.OutOfMemoryError("full")
+        caches.append(use_cache)
+        return whole(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+    monkeypatch.setattr(base, "forward", limited)
+    again = features(found.posterior, found.task, rows)
+    assert (again - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert set(caches) == {False}
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        features(found.posterior, found.task, rows)
+
+
+def test_a_merged_adapter_and_no_batch_are_refused(world: Path) -> None:
+    found = trained(world, "llama")
+    rows = found.task.rows("dev")
+    for size in (0, -1):
+        with pytest.raises(ConfigError, match=f"features: found batch_size={size}, expected at least 1"):
+            features(found.posterior, found.task, rows, batch_size=size)
+    found.model.merge_adapter()
+    with pytest.raises(ConfigError, match=r"features: the adapter is merged .* call unmerge_adapter\(\)"):
+        features(found.posterior, found.task, rows)
+
+
+def test_known_features_that_give_no_distance_are_refused(world: Path) -> None:
+    found = trained(world, "llama")
+    rows = found.task.rows("dev")
+    for known in (torch.zeros(0, 32), torch.zeros(32), torch.full((2, 32), math.nan)):
+        with pytest.raises(ConfigError, match=r"novelty: found known of shape .*, expected \[rows, width\]"):
+            bt.novelty(found.posterior, found.task, rows, known=known)
+    with pytest.raises(ConfigError, match="novelty: found known of width 31, expected 32"):
+        bt.novelty(found.posterior, found.task, rows, known=torch.ones(2, 31))
+
+
+def short_run(world: Path, model: str, output: Path, **settings: Any) -> Run:
+    asked = {"task": "colours", "data": str(world / "data"), "steps": 1, "batch_size": 4, "max_tokens": 250}
+    asked |= {"model": str(world / model), "method": "mle", "eval": False, **settings}
+    run(Experiment.from_dict(asked, where="test"), output, command=[])
+    return load_run(output, data=world / "data")
+
+
+def test_many_training_rows_are_sampled(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["bayestune.experiment.run"], "KNOWN_ROWS", 5)
+    found = short_run(world, "llama", tmp_path / "run")
+    assert found.posterior.known is not None and found.posterior.known.shape == (5, 32)
+    own = features(found.posterior, found.task, found.task.rows("train"))
+    assert (torch.cdist(found.posterior.known, own).amin(1) <= 1e-4 * own.norm(dim=1).max()).all()
+
+
+def test_an_encoder_decoder_gives_the_state_of_its_encoder(world: Path, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "</s>"})
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    backend: Any = tokenizer.backend_tokenizer
+    special = [("</s>", end)]
+    backend.post_processor = TemplateProcessing(single="$A </s>", pair="$A </s> $B </s>", special_tokens=special)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": len(tokenizer)}
+    config = T5Config(**sizes, pad_token_id=pad, eos_token_id=end, decoder_start_token_id=pad)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    tokenizer.save_pretrained(tmp_path / "t5")
+    rows = [{"id": f"s{i}", "text": f"The {'very ' * i}red hat", "label": i % 2} for i in range(5)]
+    for split in ("train", "dev"):
+        write_rows(tmp_path / "data" / "sentences" / f"{split}.jsonl", rows)
+    found = short_run(tmp_path, "t5", tmp_path / "run", task="sentences", eval_split="dev", target_modules=["q", "v"])
+    base: Any = found.model.get_base_model()
+    for row, known in zip(found.task.rows("train"), found.posterior.known, strict=True):
+        with torch.no_grad(), found.model.disable_adapter():
+            hidden = base.get_encoder()(**found.task.tokenizer(row.texts[0][1], return_tensors="pt"))[0]
+        assert (known - hidden[0].mean(0)).abs().max() <= 1e-5 * known.abs().max()
+
+
+def test_a_model_that_pools_its_tokens_trains_without_features(world: Path, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    sizes = {"block_sizes": [1, 1], "d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 32}
+    config = FunnelConfig(**sizes, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    FunnelForMaskedLM(config).save_pretrained(world / "funnel")
+    tokenizer.save_pretrained(world / "funnel")
+    with pytest.warns(BayestuneWarning, match=r"hidden states for \d+ tokens.* keeps no features for novelty"):
+        found = short_run(world, "funnel", tmp_path / "run", target_modules=["q_head", "v_head"])
+    assert found.posterior.known is None

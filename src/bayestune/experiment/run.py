@@ -3,6 +3,7 @@
 import contextlib
 import random
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from bayestune.adapters import gaussian_layers
-from bayestune.errors import ConfigError
+from bayestune.errors import BayestuneWarning, ConfigError
 from bayestune.experiment.backbone import find_backbone, load_base
 from bayestune.experiment.fitting import autocast, fitting
 from bayestune.experiment.folder import (
@@ -174,8 +175,9 @@ def _trained(ready: _Prepared, output: Path, started: float) -> tuple[Posterior,
     fitted: dict[str, Any] = {}
     if ready.training.task.worked:
         write_text(output / SHOTS, "".join(f"{row_json(row)}\n" for row in ready.training.task.worked))
+    known = _known(ready)  # of the frozen base: a fault shows before the training, not after it
     posterior = _fit(ready, fitted)
-    posterior.known = _known(posterior, ready)
+    posterior.known = known
     std = _mean_std(posterior.model)
     seconds, kl = time.monotonic() - started, _kl(ready.training, fitted.get("trained_std", std))
     made = {**ready.origin, "kl": kl, "posterior_std": std, "fitted": fitted, "seconds": seconds}
@@ -184,14 +186,18 @@ def _trained(ready: _Prepared, output: Path, started: float) -> tuple[Posterior,
     return posterior, made
 
 
-def _known(posterior: Posterior, ready: _Prepared) -> Tensor:
-    """The features, of the training rows or a sample of them, to which `novelty` compares."""
+def _known(ready: _Prepared) -> Tensor | None:
+    """The features, of the training rows or a sample of them, to which `novelty` compares; None if there are none."""
     training, rows = ready.training, ready.rows.train
     experiment = training.experiment
     if len(rows) > KNOWN_ROWS:
         rows = random.Random(derive_seed("known", experiment.seed)).sample(rows, KNOWN_ROWS)
-    with autocast(experiment):
-        return features(posterior, training.task, rows, progress=training.progress)
+    try:
+        with autocast(experiment):
+            return features(ready.model, training.task, rows, progress=training.progress)
+    except ConfigError as error:
+        warnings.warn(f"{error} The run keeps no features for novelty.", BayestuneWarning, stacklevel=2)
+        return None
 
 
 def _restored(ready: _Prepared, output: Path) -> tuple[Posterior, dict[str, Any]]:

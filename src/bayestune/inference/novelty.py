@@ -1,5 +1,6 @@
 """`novelty`: how far rows are from the training rows, in the features of the frozen base model."""
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
+from bayestune.adapters import is_merged
 from bayestune.errors import ConfigError, DataError
 from bayestune.inference.draws import evaluation_mode
 from bayestune.sampling.base import Posterior
@@ -31,42 +33,66 @@ def features(
     """Return the mean over tokens of the base model's last hidden state for the main text of each row.
 
     The adapter is switched off: training teaches it to ignore what does not matter for the answer, and distance with
-    it. Another thread must not use the model meanwhile.
+    it. Another thread must not use the model meanwhile. Of an encoder-decoder, it is the encoder's state.
 
     Args:
         model: a posterior, or a model with or without an adapter.
         task: whose tokenizer reads the rows.
-        rows: at least one; labels are not needed. The main text is the question, without passage and choices.
-        batch_size: rows per forward.
+        rows: at least one; labels are not needed. The main text is the question, without passage and choices, or the
+            first text of a pair.
+        batch_size: rows per forward; fewer where memory runs out.
         progress: show a bar on stderr.
 
     Returns:
         [rows, width], float32 on the CPU.
 
     Raises:
+        ConfigError: `batch_size` is less than 1, the adapter is merged, or the model has no hidden state per token.
         DataError: there are no rows, or a row cannot be used; names the row.
     """
+    if batch_size < 1:
+        raise ConfigError(f"features: found batch_size={batch_size}, expected at least 1.")
     if not rows:
         raise DataError("features: found no rows, expected at least one.")
     module = model.model if isinstance(model, Posterior) else model
+    if is_merged(module):
+        raise ConfigError("features: the adapter is merged into the base weights: call unmerge_adapter() before.")
     task.examples(rows, module)  # refuses rows that cannot be used
     encodings = task.encode([(row.texts[0][1], None) for row in rows])
     longest_first = sorted(range(len(rows)), key=lambda i: -len(encodings[i]["input_ids"]))
+    todo = [longest_first[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     device = next(module.parameters()).device
     found: list[Tensor] = [torch.empty(0)] * len(rows)
     bar = tqdm(total=len(rows), desc="features", unit="row", disable=not progress)
     with bar, evaluation_mode(module), torch.inference_mode(), _without_adapter(module) as base:
-        for start in range(0, len(rows), batch_size):
-            places = longest_first[start : start + batch_size]
+        while todo:
+            places = todo.pop(0)
             batch = pad_encodings([encodings[i] for i in places], task.pad_id)
             inputs = {key: batch[key].to(device) for key in batch if key != "special_tokens_mask"}
-            hidden = base(**inputs).last_hidden_state.float()
-            mask = inputs["attention_mask"].unsqueeze(-1)
-            means = ((hidden * mask).sum(1) / mask.sum(1)).cpu()
+            try:
+                means = _means(base, inputs).cpu()
+            except torch.OutOfMemoryError:
+                if len(places) == 1:
+                    raise
+                half = len(places) // 2
+                todo[:0] = [places[:half], places[half:]]
+                continue
             for i, mean in zip(places, means, strict=True):
                 found[i] = mean
             bar.update(len(places))
     return torch.stack(found)
+
+
+def _means(base: Any, inputs: dict[str, Tensor]) -> Float[Tensor, "rows width"]:
+    """Return the mean of the last hidden state over the tokens of each row."""
+    options = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
+    hidden = base(**inputs, **options).last_hidden_state.float()
+    mask = inputs["attention_mask"].to(hidden.device).unsqueeze(-1)
+    if hidden.shape[:2] != mask.shape[:2]:
+        raise ConfigError(
+            f"features: found {hidden.shape[1]} hidden states for {mask.shape[1]} tokens, expected one for each."
+        )
+    return (hidden * mask).sum(1) / mask.sum(1)
 
 
 def novelty(
@@ -94,7 +120,8 @@ def novelty(
         [rows], float64 on the CPU; higher is farther.
 
     Raises:
-        ConfigError: the posterior keeps no features, or `neighbors` is less than 1.
+        ConfigError: as `features`; or there are no features of training rows, they are of another model or not finite,
+            or `neighbors` is less than 1.
         DataError: as `features`.
 
     Example:
@@ -114,7 +141,17 @@ def novelty(
         )
     if neighbors < 1:
         raise ConfigError(f"novelty: found neighbors={neighbors}, expected at least 1.")
-    return distances(features(model, task, rows, progress=progress), known, neighbors=neighbors)
+    if known.ndim != 2 or len(known) == 0 or not known.isfinite().all():
+        raise ConfigError(
+            f"novelty: found known of shape {tuple(known.shape)}, expected [rows, width] with at least one row and "
+            "finite values."
+        )
+    found = features(model, task, rows, progress=progress)
+    if known.shape[1] != found.shape[1]:
+        raise ConfigError(
+            f"novelty: found known of width {known.shape[1]}, expected {found.shape[1]} as of this model."
+        )
+    return distances(found, known.to(found.device), neighbors=neighbors)
 
 
 def distances(
@@ -127,16 +164,21 @@ def distances(
 
 @contextmanager
 def _without_adapter(model: nn.Module) -> Iterator[Any]:
-    """The model below the head, with its adapters switched off."""
+    """The model below the head, or its encoder, with its adapters switched off."""
     if not isinstance(model, PeftModel):
-        base: Any = model
-        yield base.base_model
+        yield _below_head(model)
         return
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with model.disable_adapter():
-        base = model.get_base_model()
-        yield base.base_model
-    for parameter in model.parameters():  # PEFT has made the active adapter trainable
-        parameter.requires_grad_(False)
-    for parameter in trained:
-        parameter.requires_grad_(True)
+    try:
+        with model.disable_adapter():
+            yield _below_head(model.get_base_model())
+    finally:
+        for parameter in model.parameters():  # PEFT has made the active adapter trainable
+            parameter.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _below_head(model: Any) -> Any:
+    base = model.base_model
+    return base.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else base
