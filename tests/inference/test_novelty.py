@@ -16,7 +16,7 @@ import bayestune as bt
 from bayestune import methods
 from bayestune.adapters.layers import is_disabled
 from bayestune.errors import BayestuneWarning, ConfigError, DataError, DrawError
-from bayestune.experiment import Experiment, Run, load_run, run
+from bayestune.experiment import Experiment, Run, detection, load_run, other_task, run
 from bayestune.inference import features, prompt_information
 from bayestune.inference.novelty import distances
 from bayestune.sampling import Variational
@@ -257,3 +257,19 @@ def test_a_model_that_pools_its_tokens_trains_without_features(world: Path, tmp_
     with pytest.warns(BayestuneWarning, match=r"hidden states for \d+ tokens.* keeps no features for novelty"):
         found = short_run(world, "funnel", tmp_path / "run", target_modules=["q_head", "v_head"])
     assert found.posterior.known is None
+
+
+def test_detection_compares_in_the_run_s_precision(world: Path, tmp_path: Path) -> None:
+    """Its AUROC is the share of pairs in which the row of the other data set is farther from the training rows."""
+    found = short_run(world, "bert", tmp_path / "run", precision="bf16", eval_split="train")
+    own, task = found.task.rows("train"), other_task(found, "others")
+    prediction, seen = found.predict(own, draws=0), []
+    hook = below_head(found).register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    answer = detection(found, prediction, own, task, task.rows("dev"))
+    hook.remove()
+    assert seen and all(seen)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = bt.novelty(found.posterior, found.task, own)
+        high = bt.novelty(found.posterior, task, task.rows("dev"))
+    above = (high[:, None] > low).double() + 0.5 * (high[:, None] == low)
+    assert answer["auroc_novelty"] == pytest.approx(above.mean().item(), abs=1e-12) and above.mean() != 0.5

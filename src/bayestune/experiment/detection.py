@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bayestune import metrics
+from bayestune.experiment.fitting import autocast
 from bayestune.experiment.trained import Run
 from bayestune.inference import Prediction, evaluate, novelty
 from bayestune.tasks import AnyRow, TokenizedTask
@@ -46,7 +47,8 @@ def detection(
     lengths = torch.tensor([len(row.texts[0][1]) for row in [*known_rows, *rows]])
     posterior, far = trained.posterior, None
     if posterior.known is not None:  # runs of older versions keep no features
-        far = torch.cat([novelty(posterior, trained.task, known_rows), novelty(posterior, task, rows)])
+        with autocast(trained.experiment):
+            far = torch.cat([novelty(posterior, trained.task, known_rows), novelty(posterior, task, rows)])
     return {
         **evaluate(prediction).as_dict(),
         "epistemic": float(prediction.epistemic.mean()),
