@@ -273,3 +273,17 @@ def test_detection_compares_in_the_run_s_precision(world: Path, tmp_path: Path) 
         high = bt.novelty(found.posterior, task, task.rows("dev"))
     above = (high[:, None] > low).double() + 0.5 * (high[:, None] == low)
     assert answer["auroc_novelty"] == pytest.approx(above.mean().item(), abs=1e-12) and above.mean() != 0.5
+
+
+def test_a_token_that_the_tokenizer_appends_is_no_part_of_the_prompt(world: Path) -> None:
+    found = trained(world, "llama")
+    task = found.task
+    assert isinstance(task, CausalChoice)
+    rows, model = some_rows(task)[:1], scatter(found.model)
+    expected = prompt_information(model, task, rows, draws=2)
+    backend: Any = task.tokenizer.backend_tokenizer
+    special = [("<pad>", task.tokenizer.pad_token_id)]
+    backend.post_processor = TemplateProcessing(single="$A <pad>", pair="$A $B <pad>", special_tokens=special)
+    assert torch.equal(prompt_information(model, task, rows, draws=2), expected)
+    with pytest.raises(DataError, match="prompt_information: found no rows, expected at least one"):
+        prompt_information(model, task, [])

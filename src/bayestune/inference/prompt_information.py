@@ -8,12 +8,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from bayestune.errors import ConfigError, DrawError
+from bayestune.errors import ConfigError, DataError, DrawError
 from bayestune.inference.draws import evaluation_mode
 from bayestune.sampling.base import Posterior, Sampler
 from bayestune.storage.saving import as_posterior
 from bayestune.tasks import Row
-from bayestune.tasks.causal import CausalChoice
+from bayestune.tasks.causal import CausalChoice, without_appended
 from bayestune.tasks.tensors import widen
 
 
@@ -44,11 +44,13 @@ def prompt_information(
 
     Raises:
         ConfigError: there are fewer than two draws.
-        DataError: a row cannot be used; names the row.
+        DataError: there are no rows, or a row cannot be used; names the row.
         DrawError: the posterior has no such draws, or draws only answers, as linearized posteriors do.
     """
     if draws < 2:
         raise ConfigError(f"prompt_information: found {draws} draws, whose disagreement is 0, expected at least 2.")
+    if not rows:
+        raise DataError("prompt_information: found no rows, expected at least one.")
     posterior = as_posterior(model)
     task.examples(rows, posterior.model)  # refuses rows that cannot be used
     sampler = posterior.sampler(draws=draws, seed=seed)
@@ -59,7 +61,7 @@ def prompt_information(
     with evaluation_mode(posterior.model), torch.inference_mode():
         for row in tqdm(rows, desc="prompts", unit="row", disable=not progress):
             (encoding,) = task.encode([(task.prompt_text(row), None)])
-            found.append(_information(sampler, torch.tensor([encoding["input_ids"]], device=device)).cpu())
+            found.append(_information(sampler, torch.tensor([without_appended(encoding)], device=device)).cpu())
     return torch.stack(found)
 
 
