@@ -195,6 +195,17 @@ def test_evaluate_prints_a_table(world: Path, capsys: pytest.CaptureFixture[str]
     assert "draws: " not in capsys.readouterr().out
 
 
+def test_evaluate_names_no_start_and_no_prior_of_a_method_without_them(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for method, start in (("mle", None), ("tfb", tmp_path / "mle")):
+        flags = train_arguments(world, method=method, adapter=start)
+        assert invoke([*flags, "--output", str(tmp_path / method)]) == 0
+    capsys.readouterr()
+    assert invoke(["evaluate", str(tmp_path / "tfb"), "--draws", "2"]) == 0
+    assert re.search(r"^adapter: mean std \S+$", capsys.readouterr().out, re.MULTILINE)
+
+
 def test_predict_writes_one_object_a_row(world: Path, tmp_path: Path) -> None:
     rows = questions(50, 7)
     for row in rows:

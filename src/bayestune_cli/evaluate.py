@@ -58,12 +58,15 @@ def evaluate(
     if temperature != 1:
         print(f"temperature {temperature:.4g}")
     if diagnosed:
-        print(_diagnosed(diagnosed))
+        print(_diagnosed(diagnosed, dict(loaded.experiment.method)))
     _print_detected(detected, chosen, prediction)
 
 
-def _diagnosed(found: "Diagnostics") -> str:
-    """Return one line about the draws, and one about the width of the weights if they are Gaussian."""
+def _diagnosed(found: "Diagnostics", settings: dict[str, Any]) -> str:
+    """Return one line about the draws, and one about the width of the weights if they are Gaussian.
+
+    The start and the prior are named where the method has settings for them.
+    """
     factor = "" if found.softmax_factor is None else f" = {found.softmax_factor:.3f} x the logit variance"
     text = (
         f"draws: logit variance {found.logit_variance:.4g} (of the mean logits {found.mean_logit_variance:.4g}), "
@@ -71,10 +74,9 @@ def _diagnosed(found: "Diagnostics") -> str:
     )
     if found.mean_std is None:
         return text
-    stds = (
-        f"mean std {found.mean_std:.4g}, of a new adapter {found.initial_std:.4g}, of the prior {found.prior_std:.4g}"
-    )
-    return f"{text}\nadapter: {stds}"
+    start = f", of a new adapter {found.initial_std:.4g}" if "rho_init" in settings else ""
+    prior = f", of the prior {found.prior_std:.4g}" if settings.keys() & {"prior_std", "ivon_prior_std"} else ""
+    return f"{text}\nadapter: mean std {found.mean_std:.4g}{start}{prior}"
 
 
 def _print_detected(detected: dict[str, dict[str, Any]], chosen: str, prediction: "Prediction") -> None:

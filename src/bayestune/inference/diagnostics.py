@@ -22,11 +22,11 @@ class Diagnostics:
     """What the draws do to the answers, and the width of the adapter; the first four are means over rows.
 
     Attributes:
-        logit_variance: variance of the centered logits over draws.
+        logit_variance: variance of the centered logits over draws, after division by the posterior's temperature.
         mean_logit_variance: variance over classes of the logits' mean over draws.
         epistemic: mutual information of answer and weights, in nats.
         softmax_factor: `epistemic` / `logit_variance`; None if the draws are equal up to rounding.
-        draws_needed: number of draws whose NLL is within 0.01 nats of that of infinitely many.
+        draws_needed: number of independent draws whose NLL is within 0.01 nats of that of infinitely many.
         mean_std: mean standard deviation of the adapter's Gaussian weights. None without them, like the next two.
         initial_std: mean standard deviation of a new adapter with the `rho_init` of this one.
         prior_std: standard deviation of the prior.
@@ -52,7 +52,8 @@ def diagnostics(model: nn.Module | Posterior, prediction: Prediction) -> Diagnos
 
     If all classes of a row are equally probable, this is 1/2 of the logit variance. The softmax factor,
     epistemic / logit variance, falls to 0 as the answers become sure, because the softmax then hides what the logits
-    do. The width of the adapter does not enter it.
+    do. The width of the adapter does not enter it. K draws give (K - 1)/K of it, since their mutual information holds
+    that share of the sample variance.
 
     Args:
         model: the posterior, or its model, that made the prediction.
@@ -60,7 +61,8 @@ def diagnostics(model: nn.Module | Posterior, prediction: Prediction) -> Diagnos
 
     Returns:
         The diagnostics. Those of the weights are None unless the adapter has Gaussian weights. IVON and TFB do not
-        train the std from a start, so `initial_std` says nothing about their posteriors.
+        train the std from a start, so `initial_std` says nothing about their posteriors; nor does `prior_std` about
+        those of TFB, which has no prior.
 
     Raises:
         DataError: the prediction has fewer than 2 draws, or no rows.
