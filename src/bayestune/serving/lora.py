@@ -1,11 +1,13 @@
-"""A posterior as ordinary LoRA adapters: one folder for the mean and one for each draw.
+"""A posterior as ordinary LoRA adapters: one folder, or one GGUF file, for the mean and for each draw.
 
-Plain PEFT and servers that read LoRA folders load them without this library.
+Plain PEFT, servers that read LoRA folders, and llama.cpp load them without this library.
 """
 
 import json
 import os
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ from bayestune.files import new_folder
 from bayestune.functional import prediction_noise
 from bayestune.sampling import Point, Posterior, Variational
 from bayestune.sampling.base import SubstitutedDraws
+from bayestune.serving.gguf import gguf_layers, write_gguf
 from bayestune.storage import state
 from bayestune.storage.manifest import CONFIG_FILE, TENSOR_FILE, write_manifest
 from bayestune.storage.saving import as_posterior
@@ -31,8 +34,9 @@ def export_lora(
     draws: int = 10,
     seed: int = 0,
     overwrite: bool = False,
+    format: str = "peft",
 ) -> list[Path]:
-    """Write the mean and `draws` draws of a posterior, or of a model's active adapter, as LoRA folders under `path`.
+    """Write the mean and `draws` draws of a posterior, or of a model's active adapter, as LoRA adapters under `path`.
 
     Draw k is ``A = M + G^2 * noise(seed, k, layer)``, the weights of ``draw(model, index=k, seed=seed)``. Every layer
     is written with the largest rank (zero padded), ``lora_alpha = r``, and its scale folded into B, so that programs
@@ -45,19 +49,21 @@ def export_lora(
         draws: number of draws; 0 writes the mean alone.
         seed: seed of the draws.
         overwrite: replace a folder that bayestune wrote before.
+        format: "peft" for PEFT folders, or "gguf" for llama.cpp's files in float32 (needs the package gguf).
 
     Returns:
-        The folders written: ``path/mean``, ``path/draw_0``, ``path/draw_1``, ...
+        What was written: ``path/mean``, ``path/draw_0``, ``path/draw_1``, ..., with the suffix .gguf for that format.
 
     Raises:
         ConfigError: `path` exists, `draws` is not a count, the adapter has nothing to draw from, or has settings that
-            plain LoRA cannot express; or its draws are not weights, as for a linearized model.
+            plain LoRA or the format cannot express; or its draws are not weights, as for a linearized model.
         DrawError: an ensemble has fewer members.
         PosteriorError: the adapter holds NaN, infinities, or a standard deviation of 0.
     """
     posterior = as_posterior(model)
     model, adapter, kind = state.active_adapter(posterior.model)
     _check_exportable(posterior, adapter, kind, draws)
+    suffix, write = _writer(model, adapter, format)
     substituted = _substituted(posterior, adapter, draws, seed)
     notes = _notes(posterior, adapter)
     names: dict[str, int | None] = {"mean": None} if posterior.has_mean else {}
@@ -68,10 +74,21 @@ def export_lora(
             if index is not None:
                 tensors |= substituted[index] if substituted else _drawn(model, seed, index)
             source = {"draw": "mean"} if index is None else {"draw": str(index), "seed": str(seed)}
-            _write(folder / name, model, adapter, tensors, source)
+            rank = _fold(model, adapter, tensors)
+            write(folder / f"{name}{suffix}", tensors, rank=rank, source=source)
         content = {"exported": {"kind": posterior.kind, "draws": draws, "seed": seed}, "notes": notes}
-        write_manifest(folder, content, [f"{name}/{file}" for name in names for file in (CONFIG_FILE, TENSOR_FILE)])
-    return [Path(path) / name for name in names]
+        files = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+        write_manifest(folder, content, files)
+    return [Path(path) / f"{name}{suffix}" for name in names]
+
+
+def _writer(model: PeftModel, adapter: str, format: str) -> tuple[str, Callable[..., None]]:
+    """The suffix of what the format writes for each adapter, and the function that writes it."""
+    if format == "peft":
+        return "", partial(_write_folder, model, adapter)
+    if format == "gguf":
+        return ".gguf", partial(write_gguf, *gguf_layers(model, adapter))
+    raise ConfigError(f"format: found {format!r}, expected 'peft' or 'gguf'.")
 
 
 def _check_exportable(posterior: Posterior, adapter: str, kind: str, draws: int) -> None:
@@ -110,10 +127,10 @@ def _drawn(model: PeftModel, seed: int, index: int) -> dict[str, Tensor]:
     return tensors
 
 
-def _write(folder: Path, model: PeftModel, adapter: str, tensors: dict[str, Tensor], source: dict[str, str]) -> None:
-    """Write one adapter: every layer with the largest rank, zero padded, and its scale folded into B."""
+def _fold(model: PeftModel, adapter: str, tensors: dict[str, Tensor]) -> int:
+    """Give every layer in `tensors` the largest rank, zero padded, and fold its scale into B; return that rank."""
     state.check_values(tensors)
-    config, layers = state.adapter_config(model, adapter), state.lora_layers(model, adapter)
+    layers = state.lora_layers(model, adapter)
     rank = max(layer.r[adapter] for layer in layers.values())
     for path, layer in layers.items():
         a, b = sorted(key for key in tensors if key.startswith(f"base_model.model.{path}.lora_"))
@@ -121,6 +138,14 @@ def _write(folder: Path, model: PeftModel, adapter: str, tensors: dict[str, Tens
         tensors[a] = torch.cat([tensors[a], tensors[a].new_zeros(missing, *tensors[a].shape[1:])])
         scaled = tensors[b] * layer.scaling[adapter]
         tensors[b] = torch.cat([scaled, scaled.new_zeros(len(scaled), missing, *scaled.shape[2:])], dim=1)
+    return rank
+
+
+def _write_folder(
+    model: PeftModel, adapter: str, folder: Path, tensors: dict[str, Tensor], *, rank: int, source: dict[str, str]
+) -> None:
+    """Write one adapter as PEFT does."""
+    config = state.adapter_config(model, adapter)
     plain = LoraConfig(
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
