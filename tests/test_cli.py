@@ -248,6 +248,14 @@ def test_export_writes_adapters_that_plain_peft_answers_alike_with(world: Path, 
         assert (logits.exp() - expected[index].exp()).abs().max() < 1e-6
 
 
+def test_export_writes_a_gguf_file_for_each_adapter(world: Path, tmp_path: Path, capsys: Any) -> None:
+    command = ["export", str(world / "run"), "--output", str(tmp_path / "served"), "--draws", "2", "--format", "gguf"]
+    assert invoke(command) == 0
+    files = [tmp_path / "served" / f"{name}.gguf" for name in ("mean", "draw_0", "draw_1")]
+    assert capsys.readouterr().out.split() == list(map(str, files))
+    assert [file.read_bytes()[:4] for file in files] == [b"GGUF"] * 3
+
+
 def test_the_posterior_folder_is_what_peft_loads(world: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(world / "llama")
     model = PeftModel.from_pretrained(base, world / "run" / "posterior")
@@ -404,6 +412,7 @@ def test_a_wrong_use_of_a_run_is_refused(world: Path, tmp_path: Path, capsys: An
         (["predict", run, "--input", bad, *output], ["bad.jsonl:2", "r9", "choices"]),
         (["predict", run, "--input", bad, "--output", str(tmp_path / "no" / "a")], [str(tmp_path / "no")]),
         (["export", run, "--output", bad], ["bad.jsonl"]),
+        (["export", run, *output, "--format", "onnx"], ["--format", "onnx", "gguf"]),
         (["demo", "--output", str(tmp_path)], ["bad.jsonl"]),
         (["demo", "--output", bad], ["a file"]),
         (["demo", *output, "--seed", "-1"], ["--seed"]),
@@ -486,7 +495,7 @@ def test_the_flags_are_these() -> None:
             *("draws", "predictive", "seed", "on_bad_row", "overwrite"),
         },
         "distil": {"run", "output", "rows", "steps", "draws", "data", "overwrite"},
-        "export": {"run", "output", "data", "draws", "seed", "overwrite"},
+        "export": {"run", "output", "data", "draws", "seed", "overwrite", "format"},
         "demo": {"output", "model", "seed", "overwrite"},
         "table": {
             *("table", "data", "model", "seeds", "methods", "steps"),
