@@ -11,6 +11,7 @@ FILES = "bayestune.files.folders"
 STATE = "bayestune.storage.state"
 MANIFEST = "bayestune.storage.manifest"
 CHECKPOINTS = "bayestune.training.checkpoint_files"
+GGUF = "serving/test_gguf.py"
 FAULTS = "training/test_checkpoint_faults.py"
 STORAGE = "storage/test_storage.py"
 
@@ -166,3 +167,16 @@ def a_folder_is_looked_at_before_its_lock_is_held() -> None:
         return wrong
 
     wrap("bayestune.files.folders.new_folder", make)
+
+
+@defect(GGUF)
+def rows_of_queries_and_keys_in_the_order_of_transformers() -> None:
+    replace("bayestune.serving.gguf.permuted_rows", lambda weight, heads: weight)
+
+
+@defect(GGUF)
+def an_alpha_that_scales_a_gguf_adapter_twice() -> None:
+    def make(right: Any) -> Any:
+        return lambda *args, rank, source: right(*args, rank=2 * rank, source=source)
+
+    wrap("bayestune.serving.gguf.write_gguf", make)
