@@ -70,15 +70,12 @@ def export_lora(
     names |= {f"draw_{index}": index for index in range(draws)}
     with new_folder(path, overwrite=overwrite) as folder:
         for name, index in names.items():
-            tensors = {key: t for key, t in state.adapter_tensors(model, adapter).items() if not key.endswith(".rho")}
-            if index is not None:
-                tensors |= substituted[index] if substituted else _drawn(model, seed, index)
+            tensors = _tensors(model, adapter, seed, index, substituted)
             source = {"draw": "mean"} if index is None else {"draw": str(index), "seed": str(seed)}
             rank = _fold(model, adapter, tensors)
             write(folder / f"{name}{suffix}", tensors, rank=rank, source=source)
         content = {"exported": {"kind": posterior.kind, "draws": draws, "seed": seed}, "notes": notes}
-        files = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
-        write_manifest(folder, content, files)
+        write_manifest(folder, content, [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()])
     return [Path(path) / f"{name}{suffix}" for name in names]
 
 
@@ -115,6 +112,16 @@ def _substituted(posterior: Posterior, adapter: str, draws: int, seed: int) -> l
         )
     keys = {name: key for key, name in state.parameter_names(posterior.model, adapter).items()}
     return [{keys[name]: tensor for name, tensor in drawn.items()} for drawn in sampler.weights]
+
+
+def _tensors(
+    model: PeftModel, adapter: str, seed: int, index: int | None, substituted: list[dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The tensors of the mean, or of draw `index`, by key."""
+    tensors = {key: t for key, t in state.adapter_tensors(model, adapter).items() if not key.endswith(".rho")}
+    if index is None:
+        return tensors
+    return tensors | (substituted[index] if substituted else _drawn(model, seed, index))
 
 
 def _drawn(model: PeftModel, seed: int, index: int) -> dict[str, Tensor]:
