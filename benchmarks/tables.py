@@ -1,16 +1,18 @@
-"""Make the tables of README.md and docs/results.md from results/*.json; nothing in them is typed by hand.
+"""Make the tables of the README and the docs from results/*.json; nothing in them is typed by hand.
 
-python benchmarks/tables.py            # rewrite the parts of both pages between the markers
+python benchmarks/tables.py            # rewrite the parts between the markers, and the pages that are made whole
 python benchmarks/tables.py --check    # exit 1 if they differ from what results/ gives
 """
 
 import json
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import decoder_page
+import widths
 from options import parser
 
 from bayestune.tables import read_cells
@@ -25,17 +27,25 @@ def main() -> None:
     made = parser(__doc__)
     made.add_argument("--check", action="store_true")
     options = made.parse_args()
-    pages = {
-        "README.md": {"real": real_table},
+    pages: dict[str, dict[str, Callable[[], str]]] = {
+        "README.md": {"real": real_table, "decoder": decoder_table},
         "docs/results.md": {"demo": demo_table, "tuning": tuning_table, "methods": methods_table},
     }
     for name, tables in pages.items():
         before = after = (ROOT / name).read_text(encoding="utf-8")
         for marker, make in tables.items():
             after = between(after, marker, make())
-        if options.check and after != before:
-            sys.exit(f"{name}: a table differs from results/; run benchmarks/tables.py")
-        (ROOT / name).write_text(after, encoding="utf-8")
+        finish(name, before, after, check=options.check)
+    for name, make in {"width": widths.page, "decoder": decoder_page.page}.items():
+        before = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        finish(f"docs/{name}.md", before, make(), check=options.check)
+
+
+def finish(name: str, before: str, after: str, *, check: bool) -> None:
+    """Write a page, or stop if it would change."""
+    if check and after != before:
+        sys.exit(f"{name}: a table differs from results/; run benchmarks/tables.py")
+    (ROOT / name).write_text(after, encoding="utf-8")
 
 
 def between(text: str, name: str, table: str) -> str:
@@ -46,6 +56,13 @@ def between(text: str, name: str, table: str) -> str:
     if not (found and closed):
         raise SystemExit(f"found no pair of markers for {name!r}")
     return f"{head}{begin}\n{table}\n{end}{tail}"
+
+
+def decoder_table() -> str:
+    """Return four lines of the comparison on a language model, from results/decoder."""
+    records = decoder_page.read_records()
+    lines = [("mle", "mle"), ("mle", "mle_temperature"), ("blob", "blob_n10"), ("blob", "blob_n10_temperature")]
+    return "\n".join(decoder_page.score_lines(records, lines)) + "\n"
 
 
 def demo_table() -> str:
