@@ -6,7 +6,7 @@ from torch import nn
 
 from bayestune.adapters import BayesLoraConfig, gaussian_layers, mean_std
 from bayestune.functional import initial_std
-from bayestune.metrics import spread
+from bayestune.metrics import Spread, spread
 from bayestune.sampling import Posterior
 from bayestune.storage.state import active_adapter
 from bayestune.tasks import Prediction
@@ -80,8 +80,11 @@ def diagnostics(model: nn.Module | Posterior, prediction: Prediction) -> Diagnos
         Epistemic uncertainty: Houlsby et al. 2011, arXiv 1112.5745, equation 2. Widths: BLoB, Wang et al. 2024, arXiv
         2406.11675, section 3.
     """
-    found = spread(prediction.draw_log_probs)
     module = model.model if isinstance(model, Posterior) else model
+    return _diagnosed(module, spread(prediction.draw_log_probs))
+
+
+def _diagnosed(module: nn.Module, found: Spread) -> Diagnostics:
     layers = gaussian_layers(module).values()
     config = _config(module) if layers else None
     return Diagnostics(

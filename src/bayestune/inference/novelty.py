@@ -50,41 +50,51 @@ def features(
         ConfigError: `batch_size` is less than 1, the adapter is merged, or the model has no hidden state per token.
         DataError: there are no rows, or a row cannot be used; names the row.
     """
+    module = model.model if isinstance(model, Posterior) else model
+    _check(module, rows, batch_size)
+    task.examples(rows, module)  # refuses rows that cannot be used
+    encodings = task.encode([(row.texts[0][1], None) for row in rows])
+    bar = tqdm(total=len(rows), desc="features", unit="row", disable=not progress)
+    with bar, evaluation_mode(module), torch.inference_mode(), _without_adapter(module) as base:
+        return _all_means(base, encodings, task.pad_id, batch_size, bar)
+
+
+def _all_means(
+    base: Any, encodings: Sequence[dict[str, list[int]]], pad_id: int, batch_size: int, bar: tqdm
+) -> Float[Tensor, "rows width"]:
+    """Return `_means` of every text; the longest go first, and a batch that memory is too small for is halved."""
+    longest_first = sorted(range(len(encodings)), key=lambda i: -len(encodings[i]["input_ids"]))
+    todo = [longest_first[start : start + batch_size] for start in range(0, len(encodings), batch_size)]
+    found: list[Tensor] = [torch.empty(0)] * len(encodings)
+    while todo:
+        places = todo.pop(0)
+        try:
+            means = _means(base, pad_encodings([encodings[i] for i in places], pad_id)).cpu()
+        except torch.OutOfMemoryError:
+            if len(places) == 1:
+                raise
+            half = len(places) // 2
+            todo[:0] = [places[:half], places[half:]]
+            continue
+        for i, mean in zip(places, means, strict=True):
+            found[i] = mean
+        bar.update(len(places))
+    return torch.stack(found)
+
+
+def _check(model: nn.Module, rows: Sequence[AnyRow], batch_size: int) -> None:
     if batch_size < 1:
         raise ConfigError(f"features: found batch_size={batch_size}, expected at least 1.")
     if not rows:
         raise DataError("features: found no rows, expected at least one.")
-    module = model.model if isinstance(model, Posterior) else model
-    if is_merged(module):
+    if is_merged(model):
         raise ConfigError("features: the adapter is merged into the base weights: call unmerge_adapter() before.")
-    task.examples(rows, module)  # refuses rows that cannot be used
-    encodings = task.encode([(row.texts[0][1], None) for row in rows])
-    longest_first = sorted(range(len(rows)), key=lambda i: -len(encodings[i]["input_ids"]))
-    todo = [longest_first[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    device = next(module.parameters()).device
-    found: list[Tensor] = [torch.empty(0)] * len(rows)
-    bar = tqdm(total=len(rows), desc="features", unit="row", disable=not progress)
-    with bar, evaluation_mode(module), torch.inference_mode(), _without_adapter(module) as base:
-        while todo:
-            places = todo.pop(0)
-            batch = pad_encodings([encodings[i] for i in places], task.pad_id)
-            inputs = {key: batch[key].to(device) for key in batch if key != "special_tokens_mask"}
-            try:
-                means = _means(base, inputs).cpu()
-            except torch.OutOfMemoryError:
-                if len(places) == 1:
-                    raise
-                half = len(places) // 2
-                todo[:0] = [places[:half], places[half:]]
-                continue
-            for i, mean in zip(places, means, strict=True):
-                found[i] = mean
-            bar.update(len(places))
-    return torch.stack(found)
 
 
-def _means(base: Any, inputs: dict[str, Tensor]) -> Float[Tensor, "rows width"]:
+def _means(base: Any, batch: dict[str, Tensor]) -> Float[Tensor, "rows width"]:
     """Return the mean of the last hidden state over the tokens of each row."""
+    device = next(base.parameters()).device
+    inputs = {key: tensor.to(device) for key, tensor in batch.items() if key != "special_tokens_mask"}
     options = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
     hidden = base(**inputs, **options).last_hidden_state.float()
     mask = inputs["attention_mask"].to(hidden.device).unsqueeze(-1)
@@ -132,26 +142,29 @@ def novelty(
         Sun et al. 2022, arXiv 2204.06507 (nearest neighbors), section 3; van Amersfoort et al. 2020, arXiv 2003.02037
         (distance in features for uncertainty).
     """
-    if known is None:
-        known = model.known if isinstance(model, Posterior) else None
-    if known is None:
-        raise ConfigError(
-            "novelty: found no features of training rows, expected those that a run keeps with its posterior; pass "
-            "known=bayestune.inference.features(model, task, train_rows)."
-        )
     if neighbors < 1:
         raise ConfigError(f"novelty: found neighbors={neighbors}, expected at least 1.")
-    if known.ndim != 2 or len(known) == 0 or not known.isfinite().all():
-        raise ConfigError(
-            f"novelty: found known of shape {tuple(known.shape)}, expected [rows, width] with at least one row and "
-            "finite values."
-        )
+    known = _checked(known if known is not None or not isinstance(model, Posterior) else model.known)
     found = features(model, task, rows, progress=progress)
     if known.shape[1] != found.shape[1]:
         raise ConfigError(
             f"novelty: found known of width {known.shape[1]}, expected {found.shape[1]} as of this model."
         )
     return distances(found, known.to(found.device), neighbors=neighbors)
+
+
+def _checked(known: Tensor | None) -> Float[Tensor, "known width"]:
+    if known is None:
+        raise ConfigError(
+            "novelty: found no features of training rows, expected those that a run keeps with its posterior; pass "
+            "known=bayestune.inference.features(model, task, train_rows)."
+        )
+    if known.ndim != 2 or len(known) == 0 or not known.isfinite().all():
+        raise ConfigError(
+            f"novelty: found known of shape {tuple(known.shape)}, expected [rows, width] with at least one row and "
+            "finite values."
+        )
+    return known
 
 
 def distances(
