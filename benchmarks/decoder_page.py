@@ -184,11 +184,11 @@ def _tuned() -> list[str]:
 
 PICTURE = "![NLL of each method, without and with a temperature](images/decoder.png)\n"
 VERDICT = """
-Differences of one seed are no finding. What there is so far: ten draws lower BLoB's NLL, and it is below plain LoRA's,
-but one temperature lowers it far more, for every method, and then BLoB has no advantage. Every temperature below is
-far above 1: the sums of log-probabilities of texts are too far apart as logits, by about one factor. A temperature is
-that factor. Draws can only add noise: wide enough to undo the factor, it also undoes what was learned, as the accuracy
-of four draws under a prior of 3 shows.
+A difference on one seed is not a finding. So far, ten draws lower BLoB's NLL below plain LoRA's, but a temperature
+lowers the NLL of each method much more, and BLoB then has no advantage. All fitted temperatures are well above 1: as
+logits, the summed log-probabilities of the texts are too large by a common factor, and a temperature removes that
+factor. Noise in the weights cannot remove it without also removing what was learned: see the accuracy of four draws
+under a prior of 3.
 
 **Use a temperature here** (`--temperature-split`), with plain LoRA or with BLoB.
 """

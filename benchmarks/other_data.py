@@ -19,7 +19,7 @@ from options import parser
 
 from bayestune import metrics
 from bayestune.errors import DrawError
-from bayestune.experiment import Run, detection, load_run, other_task
+from bayestune.experiment import Run, detection, load_run, novelty_of, other_task
 from bayestune.experiment.detection import DETECTORS
 from bayestune.experiment.record import hardware, rows_sha256, versions
 from bayestune.files import read_json, write_json, write_text
@@ -70,7 +70,7 @@ def record(options: argparse.Namespace) -> dict[str, Any]:
         trained.posterior.known = features(trained.posterior, task, known[:1000])
     own = usable(task, options.split or str(trained.experiment.eval_split), OWN_ROWS)
     prediction = trained.predict(own, draws=trained.default_draws, progress=True)
-    information = informed(trained, task, own)
+    information, far = informed(trained, task, own), novelty_of(trained, task, own)
     others = {}
     for name in OTHERS:
         dataset, _, split = name.partition(":")
@@ -78,7 +78,8 @@ def record(options: argparse.Namespace) -> dict[str, Any]:
             continue
         other = other_task(trained, dataset)
         rows = usable(other, split, OTHER_ROWS)
-        others[name] = {"sha256": rows_sha256(rows), **detection(trained, prediction, own, other, rows)}
+        others[name] = detection(trained, prediction, own, other, rows, known_novelty=far)
+        others[name]["sha256"] = rows_sha256(rows)
         if information is not None:
             there = informed(trained, other, rows)
             assert there is not None
@@ -147,11 +148,10 @@ INTRODUCTION = """# Other data
 
 `python benchmarks/other_data.py --page` makes this page from the records in `results/other_data`.
 
-How well does a score tell the rows of another data set from those of the data set that a run was trained on? 0.5 is no
-better than chance. **Below 0.5 the score is lower on the other data.** The mutual information of the draws
-("epistemic") is not a score for this: it says how much the draws disagree on a question, and they were only trained to
-disagree on questions like those of the training rows. Look at the length of the question first, which needs no model:
-what it separates, any score that follows the length separates too.
+How well does a score separate the rows of another data set from those of the data set that a run was trained on? An
+AUROC of 0.5 is chance. **Below 0.5 the score is lower on the other data.** Mutual information of the draws
+("epistemic") measures how much the draws disagree about an answer. It is not designed to detect other data. Compare
+every score with the length of the question, which needs no model: it can separate two data sets by itself.
 """
 
 

@@ -25,6 +25,8 @@ def distil(
     check_run(run)
     if rows is not None and not rows.is_file():
         raise FlagError(f"--rows {rows}: found no file, expected rows to answer.")
+    if output.resolve() == run.resolve():
+        raise FlagError(f"--output {output}: found the run itself, expected another folder.")
     if output.exists() and not overwrite:
         raise FlagError(f"--output {output}: it exists; choose another, or pass --overwrite.")
 

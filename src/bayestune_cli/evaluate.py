@@ -33,7 +33,7 @@ def evaluate(
     """Score a run: accuracy, NLL, ECE and Brier with 95 % intervals, and out-of-distribution detection."""
     check_run(run)
 
-    from bayestune.experiment import detection, score_table
+    from bayestune.experiment import detection, novelty_of, score_table
     from bayestune.inference import diagnostics
     from bayestune.inference import evaluate as scores_of
 
@@ -45,7 +45,8 @@ def evaluate(
     rows = loaded.task.rows(chosen)
     others = {name: _other_rows(loaded, name) for name in (ood.split(",") if ood else [])}
     prediction = loaded.predict(rows, draws=count, seed=seed, progress=True)
-    detected = {name: detection(loaded, prediction, rows, *other) for name, other in others.items()}
+    far = novelty_of(loaded, loaded.task, rows) if others else None
+    detected = {name: detection(loaded, prediction, rows, *one, known_novelty=far) for name, one in others.items()}
     scores = scores_of(prediction)
     diagnosed = diagnostics(loaded.posterior, prediction) if len(prediction.draw_log_probs) >= 2 else None
     if as_json:

@@ -16,7 +16,7 @@ import bayestune as bt
 from bayestune import methods
 from bayestune.adapters.layers import is_disabled
 from bayestune.errors import BayestuneWarning, ConfigError, DataError, DrawError
-from bayestune.experiment import Experiment, Run, detection, load_run, other_task, run
+from bayestune.experiment import Experiment, Run, detection, load_run, novelty_of, other_task, run
 from bayestune.inference import features, prompt_information
 from bayestune.inference.novelty import distances
 from bayestune.sampling import Variational
@@ -265,7 +265,8 @@ def test_detection_compares_in_the_run_s_precision(world: Path, tmp_path: Path) 
     own, task = found.task.rows("train"), other_task(found, "others")
     prediction, seen = found.predict(own, draws=0), []
     hook = below_head(found).register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
-    answer = detection(found, prediction, own, task, task.rows("dev"))
+    far = novelty_of(found, found.task, own)
+    answer = detection(found, prediction, own, task, task.rows("dev"), known_novelty=far)
     hook.remove()
     assert seen and all(seen)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -118,7 +118,8 @@ def test_the_command_checks_its_paths_first(world: Path, capsys: pytest.CaptureF
     teacher = str(world / "teacher")
     for arguments, expected in [
         (["distil", str(world / "none"), "--output", "x"], "found no result.json"),
-        (["distil", teacher, "--output", teacher], "it exists; choose another"),
+        (["distil", teacher, "--output", str(world / "data")], "it exists; choose another"),
+        (["distil", teacher, "--output", teacher, "--overwrite"], "found the run itself, expected another folder"),
         (["distil", teacher, "--output", "x", "--rows", "none.jsonl"], "--rows none.jsonl: found no file"),
     ]:
         assert invoke(arguments) == 2

@@ -105,8 +105,8 @@ def an_export_says_nothing_of_what_servers_refuse() -> None:
 @defect("test_cli.py", "ood_is_positive")
 def detection_takes_the_own_rows_for_the_others() -> None:
     def make(right: Any) -> Any:
-        def wrong(*args: Any) -> Any:
-            found = right(*args)
+        def wrong(*args: Any, **options: Any) -> Any:
+            found = right(*args, **options)
             return {key: 1 - value if key.startswith("auroc") and value else value for key, value in found.items()}
 
         return wrong

@@ -1,6 +1,7 @@
 """One experiment: settings in, a run folder with a posterior and its scores out; and cells, the records of tables."""
 
 from bayestune.experiment.detection import detection as detection
+from bayestune.experiment.detection import novelty_of as novelty_of
 from bayestune.experiment.run import Result as Result
 from bayestune.experiment.run import run as run
 from bayestune.experiment.score_table import score_table as score_table

@@ -22,8 +22,22 @@ DETECTORS = {
 }
 
 
+def novelty_of(trained: Run, task: TokenizedTask, rows: Sequence[AnyRow]) -> Tensor | None:
+    """Return the `novelty` of rows in the run's precision, [rows]; None for runs of versions that kept no features."""
+    if trained.posterior.known is None:
+        return None
+    with autocast(trained.experiment):
+        return novelty(trained.posterior, task, rows)
+
+
 def detection(
-    trained: Run, known: Prediction, known_rows: Sequence[AnyRow], task: TokenizedTask, rows: Sequence[AnyRow]
+    trained: Run,
+    known: Prediction,
+    known_rows: Sequence[AnyRow],
+    task: TokenizedTask,
+    rows: Sequence[AnyRow],
+    *,
+    known_novelty: Tensor | None,
 ) -> dict[str, Any]:
     """Return the scores of a run on rows of another data set, and the AUROC of telling these from `known_rows`.
 
@@ -32,6 +46,7 @@ def detection(
         known: its prediction for `known_rows`, rows of its own data set; the others are predicted with its draws.
         task: the other data set, as `other_task` returns it.
         rows: its rows, labeled.
+        known_novelty: `novelty_of` the `known_rows`.
 
     Returns:
         The task's scores, "epistemic" (nats), and each of `DETECTORS`: above one half if the score is higher on
@@ -45,17 +60,15 @@ def detection(
     positive = torch.tensor([False] * len(known_rows) + [True] * len(rows))
     total = joined(lambda found: found.total)
     lengths = torch.tensor([len(row.texts[0][1]) for row in [*known_rows, *rows]])
-    posterior, far = trained.posterior, None
-    if posterior.known is not None:  # runs of older versions keep no features
-        with autocast(trained.experiment):
-            far = torch.cat([novelty(posterior, trained.task, known_rows), novelty(posterior, task, rows)])
+    far = novelty_of(trained, task, rows)
+    both = None if far is None or known_novelty is None else torch.cat([known_novelty, far])
     return {
         **evaluate(prediction).as_dict(),
         "epistemic": float(prediction.epistemic.mean()),
         "auroc_total": metrics.auroc(total, positive),
         "auroc_total_matched": metrics.matched_auroc(total, positive, lengths),
         "auroc_largest_probability": metrics.auroc(joined(lambda found: 1 - found.probs.amax(-1)), positive),
-        "auroc_novelty": None if far is None else metrics.auroc(far, positive),
+        "auroc_novelty": None if both is None else metrics.auroc(both, positive),
         "auroc_length": metrics.auroc(lengths, positive),
         "auroc_epistemic": metrics.auroc(joined(lambda found: found.epistemic), positive),
     }

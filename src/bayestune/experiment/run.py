@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from torch import Tensor
 
-from bayestune.adapters import gaussian_layers
+from bayestune.adapters import gaussian_layers, mean_std
 from bayestune.errors import BayestuneWarning, ConfigError
 from bayestune.experiment.backbone import find_backbone, load_base
 from bayestune.experiment.fitting import autocast, fitting
@@ -37,7 +36,7 @@ from bayestune.experiment.start import Start
 from bayestune.experiment.train import Training
 from bayestune.experiment.trained import Run, resolve
 from bayestune.files import file_sha256, read_json, write_json, write_text, writing
-from bayestune.functional import derive_seed, std
+from bayestune.functional import derive_seed
 from bayestune.inference import Prediction, Scores, evaluate, features, predict
 from bayestune.methods import Posterior, fit_temperature, load, save_posterior
 from bayestune.storage.manifest import TENSOR_FILE
@@ -178,7 +177,8 @@ def _trained(ready: _Prepared, output: Path, started: float) -> tuple[Posterior,
     known = _known(ready)  # of the frozen base: a fault shows before the training, not after it
     posterior = _fit(ready, fitted)
     posterior.known = known
-    std = _mean_std(posterior.model)
+    layers = gaussian_layers(posterior.model).values()
+    std = mean_std(layers) if layers else None
     seconds, kl = time.monotonic() - started, _kl(ready.training, fitted.get("trained_std", std))
     made = {**ready.origin, "kl": kl, "posterior_std": std, "fitted": fitted, "seconds": seconds}
     write_json(output / TRAINED, made)
@@ -280,12 +280,6 @@ def _record(result: Result, rows: RunRows, command: Sequence[str]) -> dict[str, 
         "seconds": round(result.seconds, 1),
         "rows": {"train": len(rows.train), "eval": len(rows.evaluation)},
     }
-
-
-def _mean_std(model: PeftModel) -> float | None:
-    """Mean standard deviation of the Gaussian weights; None without any."""
-    widths = [std(layer.rho.detach()).flatten() for layer in gaussian_layers(model).values()]
-    return torch.cat(widths).mean().item() if widths else None
 
 
 def _kl(training: Training, std: float | None) -> dict[str, Any] | None:

@@ -32,8 +32,8 @@ def features(
 ) -> Float[Tensor, "rows width"]:
     """Return the mean over tokens of the base model's last hidden state for the main text of each row.
 
-    The adapter is switched off: training teaches it to ignore what does not matter for the answer, and distance with
-    it. Another thread must not use the model meanwhile. Of an encoder-decoder, it is the encoder's state.
+    The adapter is disabled, so the features do not depend on the training. Other threads must not use the model
+    during the call. For an encoder-decoder, the hidden state is the encoder's.
 
     Args:
         model: a posterior, or a model with or without an adapter.
