@@ -1,12 +1,13 @@
 """Tiny Llama models as GGUF files, as llama.cpp's converter writes them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import gguf
 import torch
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 NAMES = {
@@ -31,6 +32,20 @@ def symbols() -> list[str]:
     return ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
 
 
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of these models: one token a byte, and "ab"; texts begin with <s> and chats have a template."""
+    model = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(symbols())}, [("a", "b")]))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    model.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=model, model_input_names=["input_ids", "attention_mask"], **special
+    )
+    tokenizer.chat_template = "<s>{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    return tokenizer
+
+
 def llama(*, tied: bool = True) -> LlamaForCausalLM:
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -49,8 +64,10 @@ def permuted(weight: Tensor, heads: int) -> Tensor:
     return weight.view(heads, 2, weight.shape[0] // heads // 2, -1).transpose(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path: Path, model: LlamaForCausalLM, dtype: gguf.GGMLQuantizationType) -> Path:
-    """Write a tiny Llama as llama.cpp's converter does, with a byte-level tokenizer."""
+def write_gguf(
+    path: Path, model: LlamaForCausalLM, dtype: gguf.GGMLQuantizationType, tokens: Sequence[str] | None = None
+) -> Path:
+    """Write a tiny Llama as llama.cpp's converter does, with a byte-level tokenizer, by default that of `symbols`."""
     writer, config = gguf.GGUFWriter(path, "llama"), model.config
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -62,7 +79,7 @@ def write_gguf(path: Path, model: LlamaForCausalLM, dtype: gguf.GGMLQuantization
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(symbols())
+    writer.add_token_list(list(tokens or symbols()))
     writer.add_token_types([3] * 3 + [1] * (config.vocab_size - 3))
     writer.add_token_merges(["a b"])
     for name, number in (("bos", 1), ("eos", 2), ("unk", 0)):

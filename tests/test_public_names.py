@@ -29,13 +29,14 @@ NAMES = [
     "novelty",
     "predict",
     "save_posterior",
+    "serving",
     "tasks",
 ]
 
 
 def test_the_public_names_are_these() -> None:
     tree = ast.parse(Path(bayestune.__file__).read_text(encoding="utf-8"))
-    exported = [alias.asname for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    exported = [alias.asname for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names]
     assert sorted(name for name in exported if name is not None) == NAMES
 
 

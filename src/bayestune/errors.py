@@ -33,6 +33,10 @@ class TrainingError(BayestuneError, RuntimeError):
     """Training was stopped before it could do harm."""
 
 
+class ServingError(BayestuneError, RuntimeError):
+    """A server of draws that is not there, or does not answer as its record says."""
+
+
 class DiskError(BayestuneError, OSError):
     """A file that could not be written."""
 

@@ -22,6 +22,7 @@ from bayestune_cli.evaluate import evaluate
 from bayestune_cli.export import export
 from bayestune_cli.predict import predict
 from bayestune_cli.report import report
+from bayestune_cli.serve import serve
 from bayestune_cli.signals import Stopped, stoppable
 from bayestune_cli.streams import LOUD, LastingStream, flush_output, quietly
 from bayestune_cli.table import table
@@ -49,7 +50,7 @@ def program(
     """Declare --debug for the help; `invoke` accepts it anywhere among the arguments."""
 
 
-for command in (train, evaluate, predict, acquire, distil, export, demo, table, report):
+for command in (train, evaluate, predict, acquire, distil, export, serve, demo, table, report):
     app.command()(quietly(command))
 
 

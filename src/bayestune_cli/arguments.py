@@ -10,9 +10,16 @@ from bayestune_cli.errors import FlagError
 
 if TYPE_CHECKING:
     from bayestune.experiment import Run
+    from bayestune_cli.serve import ServedRun
 
 LINEARISED_DRAWS = 1000
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder written by `bayestune train`.")]
+OptionalRunFolder = Annotated[
+    Path | None, typer.Argument(metavar="[RUN]", help="Run folder written by `bayestune train`.")
+]
+ApiKey = Annotated[
+    str | None, typer.Option(envvar="BAYESTUNE_API_KEY", help="Key that every request to the server carries.")
+]
 Data = Annotated[str | None, typer.Option(help="Folder of data sets; default: the one used in training.")]
 
 
@@ -73,7 +80,7 @@ def load(folder: Path, data: str | None, predictive: str | None) -> "Run":
         raise FlagError(f"--{error} The run's method is {run.experiment.method.name!r}.") from error
 
 
-def draw_count(run: "Run", draws: int | None, predictive: str | None = None) -> int:
+def draw_count(run: "Run | ServedRun", draws: int | None, predictive: str | None = None) -> int:
     """Return `draws`, or by default the run's own number, or many of the cheap linearized draws."""
     if draws is not None:
         return draws

@@ -45,8 +45,10 @@ def check_all(path: Path, task: "TokenizedTask") -> None:
             raise DataError(f"{bad[0]} ({len(bad)} of {len(rows) + len(bad)} rows cannot be used)") from bad[0]
 
 
-def batches(path: Path, task: "TokenizedTask") -> Iterator[tuple[list["AnyRow"], list[Exception]]]:
-    """Yield the usable rows of each `ROWS_AT_ONCE` lines, and what is wrong with the others.
+def batches(
+    path: Path, task: "TokenizedTask", *, at_once: int | None = None
+) -> Iterator[tuple[list["AnyRow"], list[Exception]]]:
+    """Yield the usable rows of each `at_once` lines, by default `ROWS_AT_ONCE`, and what is wrong with the others.
 
     Batches depend on the file alone, so a resumed command forms the same ones.
     """
@@ -54,7 +56,7 @@ def batches(path: Path, task: "TokenizedTask") -> Iterator[tuple[list["AnyRow"],
 
     places: dict[str, str] = {}
     lines = scan_rows(path, labelled=False)
-    while batch := list(itertools.islice(lines, ROWS_AT_ONCE)):
+    while batch := list(itertools.islice(lines, at_once or ROWS_AT_ONCE)):
         bad: list[Exception] = [line for line in batch if isinstance(line, Exception)]
         rows: list[AnyRow] = []
         parsed = [line for line in batch if not isinstance(line, Exception)]

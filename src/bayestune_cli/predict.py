@@ -4,16 +4,17 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Union
 
 import typer
 
 from bayestune_cli.arguments import (
+    ApiKey,
     Data,
     Draws,
+    OptionalRunFolder,
     Overwrite,
     Predictive,
-    RunFolder,
     Seed,
     check_output_file,
     check_run,
@@ -27,6 +28,9 @@ from bayestune_cli.signals import Stopped
 if TYPE_CHECKING:
     from bayestune.experiment import Run
     from bayestune.tasks import AnyRow
+    from bayestune_cli.serve import ServedRun
+
+Answering = Union["Run", "ServedRun"]
 
 _COMPARED = 16
 """Rows that --resume answers again, to see that the run, the draws and the seed are the same."""
@@ -34,10 +38,20 @@ _FIELDS = {"id", "probs", "answer"}
 """Fields of every answer, by which a file of answers is known from other files."""
 
 
+Input = Annotated[Path, typer.Option(help="Rows, .jsonl or .jsonl.gz; labels are not needed.")]
+Output = Annotated[Path, typer.Option(help="File for the answers, one JSON object per row.")]
+ServedFile = Annotated[
+    Path | None,
+    typer.Option(help="served.json of a running `bayestune serve`, which answers in the place of RUN."),
+]
+
+
 def predict(
-    run: RunFolder,
-    input: Annotated[Path, typer.Option(help="Rows, .jsonl or .jsonl.gz; labels are not needed.")],
-    output: Annotated[Path, typer.Option(help="File for the answers, one JSON object per row.")],
+    input: Input,
+    output: Output,
+    run: OptionalRunFolder = None,
+    served: ServedFile = None,
+    api_key: ApiKey = None,
     data: Data = None,
     draws: Draws = None,
     predictive: Predictive = None,
@@ -49,7 +63,7 @@ def predict(
     overwrite: Overwrite = False,
 ) -> None:
     """Answer rows: probabilities, index and text of the answer; total, aleatoric and epistemic uncertainty in nats."""
-    check_run(run)
+    _check_answering(run, served)
     check_output_file(output, overwrite=overwrite or resume)
     check_files(input, output, flag="--input", whole=on_bad_row == "stop")
     if overwrite and resume:
@@ -59,17 +73,18 @@ def predict(
     from bayestune.files import appending, check_writable, replacing
 
     check_writable(output.parent, f"--output {output}")
-    loaded = load(run, data, predictive)
+    loaded = _answering(run, served, data=data, predictive=predictive, api_key=api_key, draws=draws, seed=seed)
     if on_bad_row == "stop":
         check_all(input, loaded.task)
     count, keeps = draw_count(loaded, draws, predictive), not (overwrite and output.exists())
+    at_once = None if served is None else 16  # a server answers more slowly
     _check_same(loaded, input, done, output, draws=count, seed=seed)
     written, skipped, first = 0, 0, ""
     if length is not None:
         os.truncate(output, length)  # an unfinished last line, now that all else has been checked
     with appending(output) if keeps else replacing(output) as write:
         try:
-            for rows, bad in batches(input, loaded.task):
+            for rows, bad in batches(input, loaded.task, at_once=at_once):
                 skipped, first = skipped + len(bad), first or "".join(map(str, bad[:1]))
                 records = _records(loaded, rows, done, draws=count, seed=seed)
                 write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
@@ -83,7 +98,38 @@ def predict(
     print(f"{output}: {written} rows{before}{left_out}")
 
 
-def _check_same(loaded: "Run", input: Path, done: Mapping[str, Any], output: Path, *, draws: int, seed: int) -> None:
+def _check_answering(run: Path | None, served: Path | None) -> None:
+    if (run is None) == (served is None):
+        found = "neither" if run is None else "both"
+        raise FlagError(f"predict: found {found} of RUN and --served, expected one of them.")
+    if run is not None:
+        check_run(run)
+
+
+def _answering(
+    run: Path | None,
+    served: Path | None,
+    *,
+    data: str | None,
+    predictive: str | None,
+    api_key: str | None,
+    **asked: Any,
+) -> Answering:
+    """The run, or the server, that answers."""
+    if run is not None:
+        return load(run, data, predictive)
+    assert served is not None
+    if data is not None or predictive is not None:
+        raise FlagError("predict: found --data or --predictive with --served, expected neither: the server decides.")
+
+    from bayestune_cli.serve import ServedRun
+
+    return ServedRun.of(served, api_key, **asked)
+
+
+def _check_same(
+    loaded: Answering, input: Path, done: Mapping[str, Any], output: Path, *, draws: int, seed: int
+) -> None:
     """Raise an error unless some answered rows get their answers again, up to the last bits of another batch."""
     answered = ([row for row in batch if row.id in done] for batch, _ in batches(input, loaded.task))
     rows = next((batch for batch in answered if batch), [])[:_COMPARED] if done else []
@@ -99,7 +145,7 @@ def _check_same(loaded: "Run", input: Path, done: Mapping[str, Any], output: Pat
 
 
 def _records(
-    loaded: "Run", rows: list["AnyRow"], done: Mapping[str, Any], *, draws: int, seed: int
+    loaded: Answering, rows: list["AnyRow"], done: Mapping[str, Any], *, draws: int, seed: int
 ) -> list[dict[str, Any]]:
     """Return the answers of the rows that are not in `done`; all rows are predicted together, for the same bits."""
     if all(row.id in done for row in rows):

@@ -1,3 +1,10 @@
-"""Posteriors for other programs."""
+"""Posteriors for other programs. Without torch, the client alone can be imported."""
 
-from bayestune.serving.lora import export_lora as export_lora
+from importlib.util import find_spec
+
+from bayestune.serving.client import Client as Client
+from bayestune.serving.wire import Asked as Asked
+
+if find_spec("torch") is not None:
+    from bayestune.serving.launch import serve as serve
+    from bayestune.serving.lora import export_lora as export_lora

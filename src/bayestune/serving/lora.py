@@ -61,11 +61,26 @@ def export_lora(
         PosteriorError: the adapter holds NaN, infinities, or a standard deviation of 0.
     """
     posterior = as_posterior(model)
+    lost = [] if posterior.temperature == 1.0 else [_temperature_lost(posterior.temperature)]
+    return export_draws(posterior, path, draws=draws, seed=seed, overwrite=overwrite, format=format, limits=lost)
+
+
+def export_draws(
+    posterior: Posterior,
+    path: str | os.PathLike[str],
+    *,
+    draws: int,
+    seed: int,
+    overwrite: bool = False,
+    format: str,
+    limits: list[str],
+) -> list[Path]:
+    """As `export_lora`; `limits`, what the reader of the adapters will not know, is warned of and noted."""
     model, adapter, kind = state.active_adapter(posterior.model)
     _check_exportable(posterior, adapter, kind, draws)
     suffix, write = _writer(model, adapter, format)
     substituted = _substituted(posterior, adapter, draws, seed)
-    notes = _notes(posterior, adapter)
+    notes = _notes(posterior, adapter, limits)
     names: dict[str, int | None] = {"mean": None} if posterior.has_mean else {}
     names |= {f"draw_{index}": index for index in range(draws)}
     with new_folder(path, overwrite=overwrite) as folder:
@@ -179,13 +194,13 @@ def _targets(model: PeftModel, adapter: str) -> list[str]:
     return sorted({name if name.rpartition(".")[2] in shared else name.rpartition(".")[2] for name in layers})
 
 
-def _notes(posterior: Posterior, adapter: str) -> list[str]:
+def _temperature_lost(temperature: float) -> str:
+    return f"the posterior divides its logits by a temperature of {temperature}, which LoRA cannot hold."
+
+
+def _notes(posterior: Posterior, adapter: str, limits: list[str]) -> list[str]:
     """What the exported folders cannot express, which is warned of, and what a server may refuse."""
-    limits, heads = [], state.owned_heads(posterior.model, adapter)
-    if posterior.temperature != 1.0:
-        limits.append(
-            f"the posterior divides its logits by a temperature of {posterior.temperature}, which LoRA cannot hold."
-        )
+    limits, heads = list(limits), state.owned_heads(posterior.model, adapter)
     tied = tied_head(posterior.model)
     if tied in state.lora_layers(posterior.model, adapter):
         limits.append(
@@ -193,7 +208,7 @@ def _notes(posterior: Posterior, adapter: str) -> list[str]:
             "unmerged, since merging one changes both layers."
         )
     for limit in limits:
-        warnings.warn(f"export_lora: {limit}", BayestuneWarning, stacklevel=3)
+        warnings.warn(f"export_lora: {limit}", BayestuneWarning, stacklevel=4)
     refused = (
         f"modules_to_save {heads} are stored as PEFT stores them; some servers refuse adapters with such modules."
     )

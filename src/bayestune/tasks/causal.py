@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import math
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,6 +80,23 @@ class CausalChoice(TokenizedTask[Prediction], ClassTask):
         assert isinstance(row, Row)
         prompt = self.prompt_text(row)
         return [(prompt + answer, None) for answer in self.answers(row)]
+
+    @abstractmethod
+    def continuations(self, example: Mapping[str, Any]) -> list[list[int]]:
+        """Return the tokens of each choice, which follow those in `example["context"]`."""
+
+    @property
+    def shift_invariant(self) -> bool:
+        """Whether a constant added to the log-probabilities of a row's choices leaves its prediction as it is."""
+        return self.prompt.scoring != "text_per_byte"
+
+    def scored(
+        self, example: Mapping[str, Any], log_probs: Float[Tensor, "*draws choices"]
+    ) -> Float[Tensor, "*draws choices"]:
+        """Return the logits of the choices from the log-probabilities of their tokens, summed."""
+        if self.shift_invariant:
+            return log_probs
+        return log_probs / torch.tensor([len(text.encode()) for text in example["texts"]])
 
     def examples(self, rows: Sequence[AnyRow], model: nn.Module) -> list[dict[str, Any]]:
         """As `TokenizedTask.examples`.

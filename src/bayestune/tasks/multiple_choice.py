@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -124,6 +124,9 @@ class CausalMultipleChoice(CausalChoice):
         if problem is not None:
             raise row.fault("question", f"a prompt whose answer cannot be scored ({problem})", "distinct labels")
         return {"context": context, "scored": scored}
+
+    def continuations(self, example: Mapping[str, Any]) -> list[list[int]]:
+        return example["scored"]
 
     def tokens(self, example: dict[str, Any]) -> int:
         return len(example["context"]) + max(len(ids) for ids in example["scored"])

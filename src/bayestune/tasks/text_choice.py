@@ -1,6 +1,6 @@
 """Multiple choice for causal language models, scored by the text of each choice; all choices ride in one sequence."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,9 @@ class CausalTextChoice(CausalChoice):
         if context[:2] == [self.tokenizer.bos_token_id] * 2:
             raise row.fault("question", f"{shown(self.tokenizer.bos_token)} twice before the text", "it once")
         return {"context": context, "branches": branches, "texts": row.choices}
+
+    def continuations(self, example: Mapping[str, Any]) -> list[list[int]]:
+        return example["branches"]
 
     def tokens(self, example: dict[str, Any]) -> int:
         return len(example["context"]) + max(map(len, example["branches"]))

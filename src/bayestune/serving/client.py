@@ -1,0 +1,258 @@
+"""`Client`: the predictive distribution of a posterior whose draws a server holds. Imports without torch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bayestune.errors import ConfigError, ServingError
+from bayestune.files import file_sha256
+from bayestune.serving.connection import Connection
+from bayestune.serving.record import TOKENIZER, Served, ServedDraw, read_served
+from bayestune.serving.wire import WIRES, Adapter, Asked, LlamaCpp, Question, Step, Vllm, Wire
+
+if TYPE_CHECKING:
+    from bayestune.tasks import AnyRow, Prediction
+    from bayestune.tasks.causal import CausalChoice
+
+_PROBE = "The answer to this question is"
+_TENSORS = "adapter_model.safetensors"
+
+
+class Client:
+    """The draws of a posterior on a running server, as one predictive distribution.
+
+    Every draw is asked for itself, and the probabilities are averaged:
+    ``p(y|x) = 1/K sum_k softmax(log p(choice | x, theta_k) / T)`` (BLoB, arXiv 2406.11675, section 3.4). On
+    construction the client checks that the server holds every draw of the record, and that each changes its answers.
+
+    Args:
+        served: the `served.json` of `bayestune serve`, or its folder; or the URL of a server, whose adapters are then
+            all taken as draws, and which must be asked with token ids or with a task.
+        api_key: of the server.
+        concurrency: requests under way at once.
+        timeout: seconds that a request may take.
+        retries: further tries of a request that found no server or a busy one.
+
+    Raises:
+        ConfigError: there is no record, or it is incomplete.
+        ServingError: the server is down, lacks a draw, holds another, or one that changes nothing.
+
+    Example:
+        >>> client = Client("served/served.json")  # doctest: +SKIP
+        >>> client.predict(rows).probs  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        served: str | Path,
+        *,
+        api_key: str | None = None,
+        concurrency: int = 8,
+        timeout: float = 60.0,
+        retries: int = 2,
+    ) -> None:
+        if concurrency < 1 or timeout <= 0 or retries < 0:
+            raise ConfigError(
+                f"Client: found concurrency={concurrency}, timeout={timeout}, retries={retries}, expected at least 1, "
+                "above 0 and at least 0."
+            )
+        self.record: Served | None = None
+        self.folder: Path | None = None
+        if not str(served).startswith(("http://", "https://")):
+            self.record, self.folder = read_served(served)
+        url = str(served) if self.record is None else self.record.url
+        self._connection = Connection(url, api_key=api_key, concurrency=concurrency, timeout=timeout, retries=retries)
+        self._task: CausalChoice | None = None
+        try:
+            self.check()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def draws(self) -> int:
+        """Number of draws; 0 for the mean alone."""
+        return len(self.adapters) if self.record is None else self.record.draws
+
+    @property
+    def seed(self) -> int:
+        """Seed of the draws; 0 where there is no record."""
+        return 0 if self.record is None else self.record.seed
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens of the model; 0 where it is unknown."""
+        return self._wire.vocabulary if isinstance(self._wire, LlamaCpp | Vllm) else 0
+
+    def check(self) -> None:
+        """Look again at the server, as on construction.
+
+        Raises:
+            ServingError: the server is down, lacks a draw, holds another, or one that changes nothing.
+        """
+        self._wire, there = self._found()
+        self.adapters = tuple(there) if self.record is None else self._recorded(self.record, there)
+        self._probe()
+
+    def _found(self) -> tuple[Wire, list[Adapter]]:
+        """The protocol of the server, and its adapters."""
+        listed = self._connection.ask(Question(path="/v1/models"))
+        if listed["data"][0].get("owned_by") == "llamacpp":
+            there = LlamaCpp().adapters(self._connection.ask(LlamaCpp.listing))
+            anchor = self._connection.ask(Question(path="/tokenize", body={"content": " a"}))["tokens"][-1]
+            wire: Wire = LlamaCpp(
+                count=len(there), vocabulary=listed["data"][0]["meta"]["n_vocab"], anchor=int(anchor)
+            )
+        else:
+            base = next(entry["id"] for entry in listed["data"] if entry.get("parent") is None)
+            wire = Vllm(base=base, vocabulary=0 if self.record is None else self.record.vocabulary)
+            there = wire.adapters(listed)
+        if not there:
+            raise ServingError(f"{self._connection.url}: found no adapter, expected a server of draws.")
+        expected = wire.name if self.record is None else self.record.backend
+        if wire.name != expected:
+            raise ServingError(f"{self._connection.url}: found {wire.name}, expected {WIRES[expected].name}.")
+        return wire, there
+
+    def _recorded(self, record: Served, there: list[Adapter]) -> tuple[Adapter, ...]:
+        """The adapters of the record, which the server must have loaded from the same files."""
+        loaded = {adapter.key: adapter for adapter in there}
+        found = []
+        for draw in record.adapters:
+            adapter = loaded.get(draw.key)
+            if adapter is None:
+                raise ServingError(
+                    f"{self._connection.url}: found no {draw.name} (id {draw.key!r}) among its {len(there)} adapters, "
+                    "expected every draw of the record; serve the run again."
+                )
+            self._check_file(draw, adapter)
+            found.append(adapter)
+        return tuple(found)
+
+    def _check_file(self, draw: ServedDraw, adapter: Adapter) -> None:
+        if Path(adapter.path).name != Path(draw.path).name:
+            raise ServingError(
+                f"{self._connection.url}: found {Path(adapter.path).name} under id {draw.key!r}, expected "
+                f"{Path(draw.path).name}, as the record has it; serve the run again."
+            )
+        file = Path(adapter.path) / _TENSORS if Path(adapter.path).is_dir() else Path(adapter.path)
+        if file.is_file() and file_sha256(file) != draw.sha256:  # on another machine there is no file to compare
+            raise ServingError(
+                f"{file}: found another sha256 than the record has for {draw.name}; serve the run again."
+            )
+
+    def _probe(self) -> None:
+        """Raise an error unless every draw answers otherwise than the base: an adapter can load and do nothing."""
+        body = {"content": _PROBE} if isinstance(self._wire, LlamaCpp) else {"prompt": _PROBE}
+        tokens = [int(token) for token in self._connection.ask(Question(path="/tokenize", body=body))["tokens"]]
+        asked = [Asked(tokens[:-1], [tokens[-1:]])]
+        base, *draws = (self._log_probs(asked, [key])[0, 0] for key in (None, *(a.key for a in self.adapters)))
+        for adapter, draw in zip(self.adapters, draws, strict=True):
+            if np.array_equal(base, draw):
+                raise ServingError(
+                    f"{self._connection.url}: adapter {adapter.key!r} answers exactly as the base model does, "
+                    "expected another answer: it was loaded, and has no effect."
+                )
+
+    def log_probs(self, asked: Sequence[Asked], *, progress: bool = False) -> NDArray[np.float64]:
+        """Return the log-probability of each answer under each draw.
+
+        Args:
+            asked: the rows.
+            progress: show a bar on stderr.
+
+        Returns:
+            Log-probabilities [draws, rows, answers] in nats; -inf for answers that a row lacks.
+
+        Raises:
+            ServingError: a draw did not answer, or left out a token. There is no average over fewer draws.
+        """
+        return self._log_probs(asked, [adapter.key for adapter in self.adapters], progress=progress)
+
+    def _log_probs(
+        self, asked: Sequence[Asked], keys: Sequence[int | str | None], *, progress: bool = False
+    ) -> NDArray[np.float64]:
+        asking = [(k, row) for k in range(len(keys)) for row in range(len(asked))]
+        questions = [(k, row, q) for k, row in asking for q in self._wire.questions(keys[k], asked[row])]
+        replies = self._connection.ask_all([question for *_, question in questions], progress=progress)
+        known: dict[tuple[int, int], dict[Step, float]] = {place: {} for place in asking}
+        for (k, row, question), reply in zip(questions, replies, strict=True):
+            found = self._wire.read(question, reply)
+            known[k, row] |= self._withheld(question, keys[k]) if found is None else found
+        result = np.full((len(keys), len(asked), max(len(each.continuations) for each in asked)), -np.inf)
+        for k, row in asking:
+            for choice in range(len(asked[row].continuations)):
+                result[k, row, choice] = sum(known[k, row][step] for step in asked[row].steps(choice))
+        return result
+
+    def _withheld(self, question: Question, key: int | str | None) -> dict[Step, float]:
+        """The log-probabilities that a question asked for, by the distribution after each of its tokens."""
+        return {step: self.distribution(step[0], key)[step[1]] for step in question.steps}
+
+    def distribution(self, context: Sequence[int], key: int | str | None) -> dict[int, float]:
+        """Return the log-probability of every token after `context` under one adapter; None for the base.
+
+        Raises:
+            ServingError: the server did not answer, or left out a token.
+        """
+        return self._wire.read_whole(self._connection.ask(self._wire.whole(key, context)))
+
+    def distributions(self, context: Sequence[int]) -> NDArray[np.float64]:
+        """Return the log-probabilities [draws, tokens] of the whole vocabulary after `context`, in nats.
+
+        Raises:
+            ServingError: a draw did not answer, or left out a token.
+        """
+        questions = [self._wire.whole(adapter.key, context) for adapter in self.adapters]
+        found = [self._wire.read_whole(reply) for reply in self._connection.ask_all(questions)]
+        return np.array([[each[token] for token in range(len(each))] for each in found])
+
+    @property
+    def task(self) -> "CausalChoice":
+        """The task of the record.
+
+        Raises:
+            ConfigError: the client was made from a URL alone.
+        """
+        if self.record is None or self.folder is None:
+            raise ConfigError("Client: found no task at a URL alone; pass a task, or the served.json of the server.")
+        if self._task is None:
+            from bayestune.serving.asking import task_of
+
+            self._task = task_of(self.record.task, self.folder / TOKENIZER)
+        return self._task
+
+    def predict(
+        self, rows: "Sequence[AnyRow]", *, task: "CausalChoice | None" = None, progress: bool = False
+    ) -> "Prediction":
+        """Predict `rows` as `bayestune.predict` does, by the draws on the server. Needs torch.
+
+        Args:
+            rows: at least one; labels are not needed.
+            task: what the rows ask; by default the task of the record.
+            progress: show a bar on stderr.
+
+        Raises:
+            DataError: there are no rows, or a row cannot be used; names the row.
+            ServingError: as `log_probs`.
+        """
+        from bayestune.serving.asking import asked_rows, prediction
+
+        task = task or self.task
+        examples, asked = asked_rows(task, rows)
+        found: Any = self.log_probs(asked, progress=progress)
+        temperature = 1.0 if self.record is None else self.record.temperature
+        return prediction(task, rows, examples, found, draws=self.draws, seed=self.seed, temperature=temperature)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._connection.close()
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()

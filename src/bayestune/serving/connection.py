@@ -1,0 +1,92 @@
+"""A connection to a server of draws: several requests at once, with a limit on retries."""
+
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx2
+from tqdm.auto import tqdm
+
+from bayestune.errors import ServingError
+from bayestune.serving.wire import Question
+
+_AGAIN = {429, 502, 503, 504}  # the server is busy, or still loading the model
+
+
+class Connection:
+    """JSON requests to one server.
+
+    Args:
+        url: of the server.
+        api_key: sent as a bearer token.
+        concurrency: requests under way at once.
+        timeout: seconds that one request may take.
+        retries: further tries of a request that found no server, or a busy one; each waits twice as long, from 0.2 s.
+    """
+
+    def __init__(self, url: str, *, api_key: str | None, concurrency: int, timeout: float, retries: int) -> None:
+        self.url, self.retries, self.timeout = url.rstrip("/"), retries, timeout
+        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        limits = httpx2.Limits(max_connections=concurrency)
+        self._client = httpx2.Client(
+            base_url=self.url, headers=headers, timeout=timeout, limits=limits, trust_env=False
+        )
+        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="bayestune-client")
+
+    def ask(self, question: Question) -> Any:
+        """Return the JSON reply to one request.
+
+        Raises:
+            ServingError: no server, no answer in time, or a refusal.
+        """
+        fault = ""
+        for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(0.1 * 2**attempt)
+            try:
+                if question.body is None:
+                    reply = self._client.get(question.path)
+                else:
+                    reply = self._client.post(question.path, json=question.body)
+            except httpx2.TimeoutException:
+                fault = f"no answer within {self.timeout:g} s"
+            except httpx2.TransportError as error:
+                fault = f"no connection ({error})"
+            else:
+                if reply.status_code == 500 and question.refusable:
+                    return {}
+                if reply.status_code not in _AGAIN:
+                    return self._json(question, reply)
+                fault = f"status {reply.status_code}"
+        raise ServingError(
+            f"{self.url}: found {fault} in {self.retries + 1} tries, expected a server of draws; check that it runs, "
+            "or start it again with `bayestune serve`."
+        )
+
+    def _json(self, question: Question, reply: httpx2.Response) -> Any:
+        if reply.status_code in (401, 403):
+            raise ServingError(f"{self.url}: found the API key refused, expected one that fits; pass it as api_key.")
+        try:
+            found = reply.json()
+        except ValueError:
+            found = None
+        if not reply.is_success or found is None:
+            shown = " ".join(reply.text.split())[:200]
+            raise ServingError(f"{self.url}{question.path}: found status {reply.status_code}: {shown}")
+        return found
+
+    def ask_all(self, questions: Sequence[Question], *, progress: bool = False) -> list[Any]:
+        """Return the replies, in order; the first failure cancels what has not been sent."""
+        sent = [self._pool.submit(self.ask, question) for question in questions]
+        shown: Iterable[Any] = tqdm(sent, desc="ask", unit="request", disable=not progress)
+        try:
+            return [future.result() for future in shown]
+        finally:
+            for future in sent:
+                future.cancel()
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._pool.shutdown(cancel_futures=True)
+        self._client.close()

@@ -1,0 +1,243 @@
+"""What is sent to llama.cpp and to vLLM for the next token's log-probabilities under one adapter, and what comes back.
+
+Nothing here imports torch or opens a connection: a request is a path and a JSON body, a reply is a JSON body.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from bayestune.errors import ServingError
+
+Tokens = Sequence[int]
+_AT_ONCE = 128
+"""The tokens that one request to vLLM may name."""
+Step = tuple[tuple[int, ...], int]
+"""A token, after all that stands before it."""
+
+
+class Asked(NamedTuple):
+    """A row, as a server is asked: token ids of all that stands before the answer, and of each answer.
+
+    `relative` allows log-probabilities that are shifted by a constant, which suffices to compare single tokens.
+    """
+
+    context: Sequence[int]
+    continuations: Sequence[Sequence[int]]
+    relative: bool = False
+
+    def steps(self, choice: int) -> tuple[Step, ...]:
+        """Each token of an answer, with all that stands before it."""
+        answer = self.continuations[choice]
+        return tuple(((*self.context, *answer[:place]), token) for place, token in enumerate(answer))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One request.
+
+    Attributes:
+        path: under the server's URL. body: of a POST; None for a GET.
+        steps: those whose log-probabilities it asks for.
+        refusable: whether the server may refuse these tokens with status 500; the reply is then {}.
+    """
+
+    path: str
+    body: Mapping[str, Any] | None = None
+    steps: tuple[Step, ...] = ()
+    refusable: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """An adapter of a running server: how requests name it, and the file or folder that it was loaded from."""
+
+    key: int | str
+    path: str
+
+
+class Wire(ABC):
+    """The protocol of one server program."""
+
+    name: ClassVar[str]
+    listing: ClassVar[Question]
+    """The request whose reply lists the adapters."""
+
+    @abstractmethod
+    def adapters(self, reply: Any) -> list[Adapter]:
+        """Return the adapters in the reply to `listing`."""
+
+    @abstractmethod
+    def questions(self, key: int | str | None, asked: Asked) -> list[Question]:
+        """Return the requests for the log-probabilities of every token of a row's answers.
+
+        Args:
+            key: the adapter; None for the base.
+            asked: the row.
+        """
+
+    @abstractmethod
+    def whole(self, key: int | str | None, context: Tokens) -> Question:
+        """Return the request for the log-probabilities of the whole vocabulary after `context`."""
+
+    @abstractmethod
+    def read(self, question: Question, reply: Any) -> dict[Step, float] | None:
+        """Return the log-probabilities in the reply to one of the `questions`; None if the server withholds some.
+
+        Raises:
+            ServingError: the reply lacks a token that was asked for.
+        """
+
+    @abstractmethod
+    def read_whole(self, reply: Any) -> dict[int, float]:
+        """Return the log-probability of every token, from the reply to `whole`.
+
+        Raises:
+            ServingError: the reply lacks a token.
+        """
+
+
+@dataclass(kw_only=True)
+class LlamaCpp(Wire):
+    """The server of llama.cpp, or of xllamacpp.
+
+    Every request names every adapter and its scale, and refuses the prompt cache, which does not distinguish adapters
+    (ggml-org/llama.cpp#26207).
+
+    Attributes:
+        count: number of adapters. vocabulary: number of tokens. anchor: the id of a token that is text by itself.
+    """
+
+    name = "llamacpp"
+    listing = Question(path="/lora-adapters")
+    count: int = 0
+    vocabulary: int = 0
+    anchor: int = 0
+
+    def adapters(self, reply: Any) -> list[Adapter]:
+        return [Adapter(key=entry["id"], path=entry["path"]) for entry in reply]
+
+    def _body(self, key: int | str | None, context: Tokens, **own: Any) -> dict[str, Any]:
+        scales = [{"id": number, "scale": float(number == key)} for number in range(self.count)]
+        fixed = {"n_predict": 1, "temperature": 1.0, "samplers": [], "cache_prompt": False}
+        return {"prompt": list(context), "lora": scales, **fixed, **own}
+
+    def questions(self, key: int | str | None, asked: Asked) -> list[Question]:
+        choices = range(len(asked.continuations))
+        if asked.relative and len(choices) > 1:
+            return [self._biased(key, asked)]
+        answers = enumerate(asked.continuations)  # one that begins all others has no token of its own
+        return [self._forced(key, asked.context, ids, asked.steps(choice)) for choice, ids in answers if ids]
+
+    def _biased(self, key: int | str | None, asked: Asked) -> Question:
+        """All answers, of one token each, in one request, up to a constant.
+
+        The bias moves all of them alike, and everything else out of the samples.
+        """
+        steps = tuple(asked.steps(choice)[0] for choice in range(len(asked.continuations)))
+        bias = {"logit_bias": [[token, 60.0] for _, token in steps]}
+        body = self._body(key, asked.context, n_probs=len(steps), post_sampling_probs=True, **bias)
+        return Question(path="/completion", body=body, steps=steps)
+
+    def _forced(self, key: int | str | None, context: Tokens, tokens: Tokens, steps: tuple[Step, ...]) -> Question:
+        """The request whose grammar samples `tokens`: log-probabilities are those before the grammar.
+
+        Grammars do not take tokens that are parts of a character.
+        """
+        grammar = "root ::= " + " ".join(f"<[{token}]>" for token in tokens)
+        body = self._body(key, context, n_predict=len(tokens), n_probs=1, grammar=grammar)
+        return Question(path="/completion", body=body, steps=steps, refusable=True)
+
+    def whole(self, key: int | str | None, context: Tokens) -> Question:
+        bias = {"logit_bias": [[self.anchor, 1000.0]]}  # a token that is text: for others nothing is told
+        return Question(path="/completion", body=self._body(key, context, n_probs=self.vocabulary, **bias))
+
+    def read(self, question: Question, reply: Any) -> dict[Step, float] | None:
+        told = reply.get("completion_probabilities", [])
+        if len(told) == 1 and "top_probs" in told[0]:
+            found = {entry["id"]: _log(entry["prob"]) for entry in told[0]["top_probs"]}
+            return {step: _value(found, step[1]) for step in question.steps}
+        if [entry["id"] for entry in told] != [token for _, token in question.steps]:
+            return None  # a token that is a part of a character is withheld, or told with the next one
+        return {step: entry["logprob"] for step, entry in zip(question.steps, told, strict=True)}
+
+    def read_whole(self, reply: Any) -> dict[int, float]:
+        (told,) = reply["completion_probabilities"]
+        return _complete({entry["id"]: entry["logprob"] for entry in told["top_logprobs"]}, self.vocabulary)
+
+
+@dataclass(kw_only=True)
+class Vllm(Wire):
+    """The server of vLLM.
+
+    Attributes:
+        base: the name of the base model. vocabulary: number of tokens.
+    """
+
+    name = "vllm"
+    listing = Question(path="/v1/models")
+    base: str = ""
+    vocabulary: int = 0
+
+    def adapters(self, reply: Any) -> list[Adapter]:
+        return [Adapter(key=e["id"], path=e["root"]) for e in reply["data"] if e.get("parent") is not None]
+
+    def _body(self, key: int | str | None, context: Tokens, **own: Any) -> dict[str, Any]:
+        name = self.base if key is None else key
+        fixed = {"max_tokens": 1, "temperature": 0.0, "return_tokens_as_token_ids": True}
+        return {"model": name, "prompt": list(context), **fixed, **own}
+
+    def questions(self, key: int | str | None, asked: Asked) -> list[Question]:
+        after: dict[tuple[int, ...], dict[int, None]] = {}
+        for choice in range(len(asked.continuations)):
+            for before, token in asked.steps(choice):
+                after.setdefault(before, {})[token] = None
+        questions = []
+        for before, distinct in after.items():
+            for start in range(0, len(distinct), _AT_ONCE):
+                tokens = list(distinct)[start : start + _AT_ONCE]
+                body = self._body(key, before, logprobs=1, logprob_token_ids=tokens)
+                steps = tuple((before, token) for token in tokens)
+                questions.append(Question(path="/v1/completions", body=body, steps=steps))
+        return questions
+
+    def whole(self, key: int | str | None, context: Tokens) -> Question:
+        return Question(path="/v1/completions", body=self._body(key, context, logprobs=self.vocabulary))
+
+    def read(self, question: Question, reply: Any) -> dict[Step, float] | None:
+        found = self._told(reply)
+        return {step: _value(found, step[1]) for step in question.steps}
+
+    def read_whole(self, reply: Any) -> dict[int, float]:
+        return _complete(self._told(reply), self.vocabulary)
+
+    def _told(self, reply: Any) -> dict[int, float]:
+        (told,) = reply["choices"][0]["logprobs"]["top_logprobs"]
+        return {int(name.removeprefix("token_id:")): value for name, value in told.items()}
+
+
+WIRES: Mapping[str, type[Wire]] = {wire.name: wire for wire in (LlamaCpp, Vllm)}
+"""The protocols, by the name of their program."""
+
+
+def _log(probability: float) -> float:
+    return math.log(probability) if probability > 0 else -math.inf
+
+
+def _value(found: Mapping[int, float], token: int) -> float:
+    """The log-probability of a token that was asked for."""
+    value = found.get(token)
+    if value is None or math.isnan(value):
+        raise ServingError(
+            f"the server's reply has no log-probability for token {token} ({len(found)} others are there), expected "
+            "one for every token that was asked for; its version may speak another protocol."
+        )
+    return value
+
+
+def _complete(found: dict[int, float], vocabulary: int) -> dict[int, float]:
+    for token in range(vocabulary):
+        _value(found, token)
+    return found
