@@ -74,7 +74,7 @@ def picture(records: Sequence[dict[str, Any]], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("NLL (nats) on 200 rows, one dot per seed; lower is better")
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(loc="best")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
 
@@ -101,9 +101,8 @@ def score_lines(records: Sequence[dict[str, Any]], lines: Sequence[tuple[str, st
     for variant, key in lines:
         found = [list(_values(records, variant, key, measure).values()) for measure in MEASURES]
         cells = [f"{statistics.mean(v):.3f}" + (f" ± {statistics.stdev(v):.3f}" if len(v) > 1 else "") for v in found]
-        table.append(
-            f"| {label(variant, key)} | {' | '.join(cells)} | {', '.join(map(str, sorted(_values(records, variant, key, 'nll'))))} |"
-        )
+        seeds = ", ".join(map(str, sorted(_values(records, variant, key, "nll"))))
+        table.append(f"| {label(variant, key)} | {' | '.join(cells)} | {seeds} |")
     return table
 
 
@@ -176,10 +175,10 @@ def _tuned() -> list[str]:
 
 PICTURE = "![NLL of each method, without and with a temperature](images/decoder.png)\n"
 VERDICT = """
-Where a variant has one seed, its difference is not a finding. On each of three seeds ten draws of BLoB have a lower NLL
-than plain LoRA, and with a temperature for both a higher one: the temperature lowers the NLL of each method much more,
-and the scale of the std that is best without a temperature is then too wide. With a temperature, BLoB's mean and plain
-LoRA are within two standard errors of each other. All fitted temperatures are well above 1: as
+Where a variant has one seed, its difference is not a finding. On each of three seeds ten draws of BLoB have a lower
+NLL than plain LoRA, and with a temperature for both a higher one: the temperature lowers the NLL of each method much
+more, and the scale of the std that is best without a temperature is then too wide. With a temperature, BLoB's mean and
+plain LoRA are within two standard errors of each other. All fitted temperatures are well above 1: as
 logits, the summed log-probabilities of the texts are too large by a common factor, and a temperature removes that
 factor. Noise in the weights cannot remove it without also removing what was learned: see the accuracy of four draws
 under a prior of 3.
