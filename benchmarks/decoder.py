@@ -55,6 +55,7 @@ SETTINGS: dict[str, Any] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "mle": {"method": "mle"},
     "blob": {"method": "blob", "fit_split": "held"},
+    "blob_tempered": {"method": "blob", "fit_split": "held", "temperature_split": "held"},
     "blob_wide": {"method": "blob", "prior_std": 1.0, "fit_split": "held"},
     "ivon": {"method": "ivon", "learning_rate": 0.03},
     "blob_paper": {"method": "blob", "recipe": "paper"},
@@ -173,7 +174,7 @@ def _usable(task: Any, split: str) -> list[AnyRow]:
 
 def scored(trained: Run, rows: dict[str, list[AnyRow]], seed: int) -> dict[str, Any]:
     """The scores at the mean and at all draws, each without a temperature and with one fitted on the held-out rows."""
-    scores = {}
+    scores, trained.posterior.temperature = {}, 1.0  # it is fitted here, for all variants alike
     for key, draws in trained.evaluations().items():
         held = trained.predict(rows["held"], draws=draws, seed=derive_seed("decoder", seed))
         found = trained.predict(rows["scored"], draws=draws, progress=True)

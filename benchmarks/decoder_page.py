@@ -20,6 +20,7 @@ NAMES = {
     "ivon": "IVON",
     "blob_paper": "BLoB, the paper's recipe",
     "blob": "BLoB, std 0.06",
+    "blob_tempered": "BLoB, std 0.06, scale chosen with a temperature",
     "blob_wide": "BLoB, std 0.3 under a prior of 1",
 }
 TEMPERATURE = "_temperature"
@@ -51,7 +52,7 @@ def _cost(records: Sequence[dict[str, Any]]) -> list[str]:
     }
     took = ", ".join(f"{NAMES[variant]} {value:.0f}" for variant, value in minutes.items())
     there = (
-        f"{len(records)} of {3 * len(NAMES)} planned records (nine variants, three seeds) are there. Means over\n"
+        f"{len(records)} of {3 * len(NAMES)} planned records (ten variants, three seeds) are there. Means over\n"
         "other seeds do not compare; the differences below are of the same seeds and rows."
     )
     return [f"{there} Minutes of one core that a record took, with training: {took}.\n"]

@@ -29,6 +29,7 @@ def main() -> None:
     options = made.parse_args()
     pages: dict[str, dict[str, Callable[[], str]]] = {
         "README.md": {"real": real_table, "decoder": decoder_table},
+        "docs/serving.md": {"cost": serving_table},
         "docs/results.md": {"demo": demo_table, "tuning": tuning_table, "methods": methods_table},
     }
     for name, tables in pages.items():
@@ -63,6 +64,20 @@ def decoder_table() -> str:
     records = decoder_page.read_records()
     lines = [("mle", "mle"), ("mle", "mle_temperature"), ("blob", "blob_n10"), ("blob", "blob_n10_temperature")]
     return "\n".join(decoder_page.score_lines(records, lines)) + "\n"
+
+
+def serving_table() -> str:
+    """Return one line per record of results/serving."""
+    heads = ["run", "draws", "rows", "difference to `predict`", "seconds by those of `predict`", "a draw by the base"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for record in load("serving"):
+        run = f"{record['model']}, {record['task']}, {record['scoring']}"
+        found = [
+            f"{record['difference']:.1e}",
+            *(f"{record[key]:.1f}" for key in ("client_by_predict", "draw_by_base")),
+        ]
+        lines.append(f"| {run} | {record['draws']} | {record['rows']} | {' | '.join(found)} |")
+    return "\n".join(lines) + "\n"
 
 
 def demo_table() -> str:

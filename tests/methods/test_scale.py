@@ -14,7 +14,7 @@ from bayestune.inference import predict
 from bayestune.methods import Point, Variational, fit_scale
 from bayestune.methods.scale import ALWAYS, FACTORS, TOLERANCE, chosen
 from bayestune.metrics import row_nll
-from bayestune.tasks import Row
+from bayestune.tasks import Prediction, Row
 from inference.cases import Letters, rows
 from models import blob, llama
 
@@ -61,6 +61,27 @@ def test_the_chosen_scale_is_the_minimum_of_nlls_computed_apart() -> None:
     assert found.nll[found.scale] <= min(found.nll.values()) + TOLERANCE
     for now, before in zip(rho(posterior), start, strict=True):
         torch.testing.assert_close(now.square(), found.scale * before.square(), atol=1e-7, rtol=1e-6)
+
+
+def test_before_a_temperature_each_factor_is_judged_at_its_own_best_temperature() -> None:
+    labeled = [dataclasses.replace(row, choices=("a", "b", "c", "d")) for row in rows(40)]
+    plain = fit_scale(blob().eval(), Letters(), labeled, draws=6, seed=3)
+    found = fit_scale(blob().eval(), Letters(), labeled, draws=6, seed=3, tempered=True)
+    for factor in found.nll.keys() & plain.nll.keys():
+        other = Variational(blob().eval(), predictive="antithetic")
+        with torch.no_grad():
+            for layer in gaussian_layers(other.model).values():
+                layer.rho.mul_(math.sqrt(factor))
+        made = predict(other, Letters(), labeled, draws=6 if factor else 0, seed=derive_seed("scale", 3))
+        assert made.labels is not None
+
+        def nll(log_t: float, made: Prediction = made) -> float:
+            tempered = (made.draw_log_probs / math.exp(log_t)).log_softmax(-1).logsumexp(0)
+            return row_nll(tempered - math.log(len(made.draw_log_probs)), made.labels).mean().item()
+
+        best = min(nll(log_t) for log_t in torch.linspace(-4.6, 4.6, 400).tolist())
+        assert found.nll[factor] <= best + 1e-9 and found.nll[factor] <= plain.nll[factor]
+        assert found.nll[factor] == pytest.approx(best, abs=1e-3)
 
 
 def test_of_equal_factors_the_nearest_to_1_is_taken() -> None:

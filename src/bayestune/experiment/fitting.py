@@ -37,6 +37,7 @@ def fitting(
         seed=experiment.seed,
         learning_rate=experiment.learning_rate,
         draws=experiment.draws,
+        tempered=experiment.temperature_split is not None,
         started=experiment.adapter is not None,
         folder=training.checkpoints,
         checkpoints=experiment.checkpoint_steps > 0,

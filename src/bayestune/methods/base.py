@@ -67,6 +67,7 @@ class Fitting:
     seed: int
     learning_rate: float  # its peak
     draws: int  # of the run's predictions
+    tempered: bool  # whether a temperature is fitted afterwards
     started: bool  # whether the model already holds the finished adapter that the run was given to start from
     folder: Path  # where the run keeps checkpoints
     checkpoints: bool  # whether it keeps any

@@ -155,7 +155,8 @@ class Blob(Method):
             run.found["posterior_scale"] = self.posterior_scale
         elif rows:
             with run.precision():
-                search = fit_scale(posterior, run.task, rows, seed=run.seed, progress=run.progress)
+                settings = {"seed": run.seed, "tempered": run.tempered, "progress": run.progress}
+                search = fit_scale(posterior, run.task, rows, **settings)
             nll = {f"{factor:.4g}": value for factor, value in search.nll.items()}
             run.found.update(posterior_scale=search.scale, rows=len(rows), nll_by_scale=nll)
         return posterior

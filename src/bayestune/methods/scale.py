@@ -5,6 +5,7 @@ factor c of all standard deviations, ``Omega <- c Omega``, is then the one whose
 mean negative log-likelihood of the averaged prediction; c = 0 is the mean alone.
 """
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,6 +20,7 @@ from bayestune.adapters import GaussianLinear, gaussian_layers
 from bayestune.errors import BayestuneWarning, ConfigError, DataError, PosteriorError
 from bayestune.functional import clamp_rho, derive_seed
 from bayestune.inference import predict
+from bayestune.methods.temperature import best_temperature
 from bayestune.sampling import Posterior
 from bayestune.storage.saving import as_posterior
 from bayestune.tasks import AnyRow, Task
@@ -51,6 +53,7 @@ def fit_scale(
     *,
     draws: int = 4,
     seed: int = 0,
+    tempered: bool = False,
     batch_size: int = 8,
     progress: bool = False,
 ) -> ScaleSearch:
@@ -66,6 +69,9 @@ def fit_scale(
         model, task, rows: as in `predict`; labeled rows that the posterior was not trained on.
         draws: draws per factor, an even number.
         seed: of the noise.
+        tempered: whether each factor is judged at the temperature that suits it best (`fit_temperature`), as it should
+            be where a temperature is fitted afterwards: noise in the weights also softens answers, and less of it is
+            best where a temperature does that.
         batch_size, progress: as in `predict`.
 
     Raises:
@@ -83,6 +89,9 @@ def fit_scale(
     def nll(factor: float) -> float:
         _set_scale(layers, start, factor)
         found = predict(pairs, task, rows, draws=draws if factor else 0, seed=noise, batch_size=batch_size)
+        if tempered and found.labels is not None:
+            log_probs = found.draw_log_probs / best_temperature(found.draw_log_probs, found.labels)
+            found = dataclasses.replace(found, draw_log_probs=log_probs.log_softmax(-1))
         return found.row_nll().mean().item()
 
     scale = 1.0  # if the search fails

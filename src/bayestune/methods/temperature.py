@@ -57,6 +57,15 @@ def fit_temperature(log_probs: Float[Tensor, "draws rows classes"], labels: Int[
     if impossible.any():
         row = int(impossible.nonzero()[0, 0])
         raise DataError(f"fit_temperature: the label of row {row} has probability 0 at every temperature.")
+    temperature = best_temperature(log_probs, labels)
+    if temperature in (LOWEST, HIGHEST):
+        told = f"fit_temperature: stopped at the bound T = {temperature}: up to there the NLL does not rise."
+        warnings.warn(told, BayestuneWarning, stacklevel=2)
+    return temperature
+
+
+def best_temperature(log_probs: Float[Tensor, "draws rows classes"], labels: Int[Tensor, " rows"]) -> float:
+    """Return the temperature of `fit_temperature`, without checks and warnings."""
     log_probs, labels = log_probs.detach().cpu().double(), labels.detach().cpu().long()
 
     def nll(log_t: float) -> float:
@@ -79,8 +88,6 @@ def _minimizer(nll: Callable[[float], float]) -> float:
         return 1.0
     for bound, value in ((low, LOWEST), (high, HIGHEST)):
         if bound in bracket and nll(bound) <= best.fun:
-            told = f"fit_temperature: stopped at the bound T = {value}: up to there the NLL does not rise."
-            warnings.warn(told, BayestuneWarning, stacklevel=3)
             return value
     return math.exp(best.x)
 

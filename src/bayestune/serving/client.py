@@ -149,7 +149,7 @@ class Client:
         body = {"content": _PROBE} if isinstance(self._wire, LlamaCpp) else {"prompt": _PROBE}
         tokens = [int(token) for token in self._connection.ask(Question(path="/tokenize", body=body))["tokens"]]
         asked = [Asked(tokens[:-1], [tokens[-1:]])]
-        base, *draws = (self._log_probs(asked, [key])[0, 0] for key in (None, *(a.key for a in self.adapters)))
+        base, *draws = (self.log_probs_of(asked, key) for key in (None, *(a.key for a in self.adapters)))
         for adapter, draw in zip(self.adapters, draws, strict=True):
             if np.array_equal(base, draw):
                 raise ServingError(
@@ -171,6 +171,10 @@ class Client:
             ServingError: a draw did not answer, or left out a token. There is no average over fewer draws.
         """
         return self._log_probs(asked, [adapter.key for adapter in self.adapters], progress=progress)
+
+    def log_probs_of(self, asked: Sequence[Asked], key: int | str | None) -> NDArray[np.float64]:
+        """Return `log_probs` [rows, answers] under one adapter, or for None under the base alone."""
+        return self._log_probs(asked, [key])[0]
 
     def _log_probs(
         self, asked: Sequence[Asked], keys: Sequence[int | str | None], *, progress: bool = False
