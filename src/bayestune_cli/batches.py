@@ -50,7 +50,7 @@ def batches(
 ) -> Iterator[tuple[list["AnyRow"], list[Exception]]]:
     """Yield the usable rows of each `at_once` lines, by default `ROWS_AT_ONCE`, and what is wrong with the others.
 
-    Batches depend on the file alone, so a resumed command forms the same ones.
+    Batches depend on the file and `at_once` alone, so a resumed command forms the same ones.
     """
     from bayestune.tasks.data import scan_rows
 

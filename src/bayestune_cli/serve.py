@@ -72,30 +72,31 @@ def serve(
     from bayestune.serving.record import SERVED
 
     check_engine(backend, base)
-    check_port(host, port)
+    port = check_port(host, port)
     check_writable(output.parent, f"--output {output}")
     loaded = load(run, data, None)
     drawn = {"draws": draw_count(loaded, draws), "seed": seed, "overwrite": overwrite}
     asked = {"host": "127.0.0.1", "port": 0} if proxy else {"host": host, "port": port}
     asked |= {"base": base, "backend": backend, "api_key": api_key, "context": context}
-    try:
-        with serving(loaded.posterior, loaded.task, output, **drawn, **asked) as served:
-            what = f"{served.draws} draws" if served.draws else "the mean"
-            print(f"{output / SERVED}: {what} at {served.url}; Ctrl-C stops the server", flush=True)
+    with serving(loaded.posterior, loaded.task, output, **drawn, **asked) as served:
+        what = f"{served.draws} draws" if served.draws else "the mean"
+        print(f"{output / SERVED}: {what} at {served.url}; Ctrl-C stops the server", flush=True)
+        try:
             if proxy:
-                _answer(output, host=host, port=port, api_key=api_key)
+                _speak(output, host=host, port=port, api_key=api_key)
             signal.pause()
-    except Stopped:
-        print("stopped")
+        except Stopped:
+            print("stopped")
 
 
-def _answer(folder: Path, *, host: str, port: int, api_key: str | None) -> None:
+def _speak(folder: Path, *, host: str, port: int, api_key: str | None) -> None:
     """Answer as OpenAI's server does, until a signal."""
     from bayestune.serving import Client
     from bayestune.serving.proxy import Proxy, run
 
     with Client(folder, api_key=api_key) as client:
-        address = f"the model 'posterior' at http://{host}:{port}/v1; Ctrl-C stops it"
+        shown = f"[{host}]" if ":" in host else host
+        address = f"the model 'posterior' at http://{shown}:{port}/v1; Ctrl-C stops it"
         run(Proxy(client, api_key=api_key), host=host, port=port, listening=lambda: print(address, flush=True))
 
 
@@ -114,8 +115,8 @@ class ServedRun:
         if draws not in (None, client.draws) or seed not in (0, client.seed):
             client.close()
             raise FlagError(
-                f"predict: found --draws {draws}, --seed {seed}, expected {client.draws} draws of seed {client.seed}, "
-                "which are served; leave both out."
+                f"predict: found {client.draws} served draws of seed {client.seed}, and another --draws or --seed; "
+                "leave both out."
             )
         return cls(client=client)
 

@@ -84,8 +84,8 @@ def test_answers_are_resumed_from_a_server(world: Path, served: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--draws", "2"], "found --draws 2, --seed 0, expected 3 draws of seed 0, which are served"),
-        (["--seed", "8"], "expected 3 draws of seed 0"),
+        (["--draws", "2"], "found 3 served draws of seed 0, and another --draws or --seed"),
+        (["--seed", "8"], "found 3 served draws of seed 0"),
         (["--predictive", "mc"], "found --data or --predictive with --served"),
     ],
 )

@@ -13,9 +13,11 @@ from torch import Tensor
 from bayestune.errors import DrawError, PosteriorError
 from bayestune.inference import predict
 from bayestune.methods import EnsemblePosterior, Point, Variational, load, load_posterior, save_posterior
+from bayestune.sampling.base import SubstitutedDraws
 from bayestune.storage.state import adapter_tensors
 from inference.cases import Letters, rows
 from models import BERT, LLAMA, blob, scatter
+from serving.served import ROWS, posterior, task
 from storage.cases import Case
 
 PLAIN = Case(architecture=LLAMA, plain=True)
@@ -156,3 +158,14 @@ def test_a_temperature_divides_the_logits_of_every_draw(tmp_path: Path) -> None:
     save_posterior(posterior, tmp_path / "p")
     assert json.loads((tmp_path / "p" / "bayestune_manifest.json").read_text())["settings"] == {"temperature": 3.0}
     assert set(load_file(tmp_path / "p" / "adapter_model.safetensors")) == set(tensors(0))
+
+
+def test_members_answer_by_the_texts_of_the_choices(tmp_path: Path) -> None:
+    """A packed sequence needs the type of the weights, also where a member's take the place of the model's."""
+    asked, model = task(tmp_path, scoring="text"), posterior().model.eval()
+    batch = asked.collate(asked.examples(ROWS, model))
+    weights = {name: p.detach() + 0.1 for name, p in model.named_parameters() if "lora_A" in name}
+    found = SubstitutedDraws(model, [weights]).outputs(asked, batch, range(1))
+    model.load_state_dict(weights, strict=False)
+    assert asked.packed
+    torch.testing.assert_close(found[0], asked.outputs(model, batch))

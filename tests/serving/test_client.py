@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import uvicorn
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 
 from bayestune.errors import ConfigError, DataError, ServingError, TaskError
 from bayestune.inference import predict
 from bayestune.serving import Asked, Client, serve
+from bayestune.serving.engines import check_port
 from bayestune.serving.record import SERVED, Served
 from bayestune.serving.wire import LlamaCpp
 from bayestune.tasks import Prediction, classification
@@ -50,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def served(folder: Path) -> Iterator[Served]:
     """Three draws on a server, scored by the text of the choices, with a temperature."""
-    with serving(folder, posterior(temperature=1.7), task(folder, scoring="text"), context=1024) as served:
+    with serving(folder, posterior(temperature=1.7), task(folder, scoring="text")) as served:
         yield served
 
 
@@ -143,6 +150,22 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], None], type[Exception], str]] 
         "draw_1.gguf: found another sha256 than the record has for draw_1",
     ),
     "another program": (lambda r: r.update(backend="vllm"), ServingError, "found llamacpp, expected vllm"),
+    "other answers": (
+        lambda r: r["adapters"][2].update(probe=r["adapters"][1]["probe"]),
+        ServingError,
+        "adapter 2 answers a first question otherwise than when served.json was written",
+    ),
+    "a draw less": (
+        lambda r: r["adapters"].pop(),
+        ConfigError,
+        "found adapters draw_0, draw_1, expected draw_0, draw_1, draw_2, each once",
+    ),
+    "a draw twice": (lambda r: r["adapters"][1].update(key=0), ConfigError, "each once"),
+    "endless temperature": (
+        lambda r: r.update(temperature=1e999),
+        ConfigError,
+        "temperature: Input should be a finite",
+    ),
     "no temperature": (
         lambda r: r.pop("temperature"),
         ConfigError,
@@ -170,6 +193,59 @@ def test_a_draw_that_changes_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ServingError, match="adapter 0 answers exactly as the base model does"):
         with serving(tmp_path, here, task(tmp_path)):
             pass
+
+
+def test_a_start_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "base.gguf").write_bytes(b"GGUF but not really")
+    with pytest.raises(
+        ServingError, match="llama.cpp did not start with .*: the file is no GGUF model, or another one"
+    ):
+        with serving(tmp_path, posterior(), task(tmp_path)):
+            pass
+    assert not (tmp_path / "served").exists()
+
+
+def test_a_record_is_read_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with serve(posterior(), task(tmp_path), "served", base=tmp_path / "base.gguf", draws=1, port=0) as record:
+        assert [draw.path for draw in record.adapters] == [str(tmp_path / "served" / "adapters" / "draw_0.gguf")]
+
+
+def test_a_task_with_room_for_few_tokens_is_served(tmp_path: Path) -> None:
+    base(tmp_path)
+    short = task(tmp_path, scoring="text")
+    short.max_tokens = 20
+    with serving(tmp_path, posterior(), short, draws=1) as record:
+        assert record.task.max_tokens == 20
+
+
+def test_a_program_that_is_no_server_of_draws_is_named() -> None:
+    app = Starlette(routes=[Route("/v1/models", lambda request: JSONResponse([]))])
+    server = uvicorn.Server(uvicorn.Config(app, port=check_port("127.0.0.1", 0), log_level="warning", lifespan="off"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    with pytest.raises(ServingError, match="found another program, expected llama.cpp's server or vLLM"):
+        Client(f"http://127.0.0.1:{server.config.port}")
+    server.should_exit = True
+    thread.join()
+
+
+def test_a_probability_that_float32_cannot_hold_is_an_error() -> None:
+    wire = LlamaCpp(count=1, vocabulary=9, anchor=1)
+    (question,) = wire.questions(0, Asked([1, 2], [[3]]))
+    reply = {"completion_probabilities": [{"id": 3, "logprob": -3.4028e38, "top_logprobs": []}]}
+    with pytest.raises(ServingError, match=r"token 3: found a probability below the smallest of float32"):
+        wire.read(question, reply)
+
+
+def test_a_label_that_the_bias_does_not_reach_is_asked_exactly() -> None:
+    wire = LlamaCpp(count=1, vocabulary=9, anchor=1)
+    (question,) = wire.questions(0, Asked([1, 2], [[3], [4]], True))
+    told = [{"id": 3, "prob": 0.9}, {"id": 8, "prob": 0.1}]
+    assert wire.read(question, {"completion_probabilities": [{"id": 3, "prob": 0.9, "top_probs": told}]}) is None
 
 
 def test_a_server_that_is_down_or_dies_is_an_error_and_no_average(tmp_path: Path) -> None:
@@ -214,6 +290,8 @@ def test_what_cannot_be_served_is_refused_before_a_file_is_written(tmp_path: Pat
         (asked, {"backend": "ollama"}, ConfigError, "backend: found 'ollama', expected 'llamacpp' or 'vllm'"),
         (asked, {"backend": "vllm"}, ConfigError, "backend vllm: found no package vllm, expected it"),
         (asked, {"draws": -1}, ConfigError, "draws: found -1"),
+        (asked, {"context": 300}, ConfigError, "context: found 300, expected 250, the tokens of the task, to 256"),
+        (asked, {"api_key": "é"}, ConfigError, "api_key: found blanks or characters beyond ASCII"),
         (
             classification("texts", tokenizer, data=tmp_path),
             {},

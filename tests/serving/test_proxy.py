@@ -81,8 +81,12 @@ def test_one_token_has_the_averaged_log_probabilities_and_their_uncertainty(aski
     choice = found.choices[0]
     best = np.sort(mixture)[::-1][:20]
     assert choice.logprobs.token_logprobs == pytest.approx([np.log(best[0])], abs=1e-5)
-    told = sorted(choice.logprobs.top_logprobs[0].values(), reverse=True)
-    assert told == pytest.approx(np.log(best[: len(told)]).tolist(), abs=1e-5) or len(told) < 20  # tokens shown alike
+    told = choice.logprobs.top_logprobs[0]
+    assert max(told.values()) == pytest.approx(np.log(best[0]), abs=1e-5)
+    for name, value in told.items():
+        if name.startswith("token_id:"):
+            assert value == pytest.approx(np.log(mixture[int(name[9:])]), abs=1e-5)
+    assert any(name.startswith("token_id:") for name in told), "parts of characters have no text"
     assert choice.uncertainty == [pytest.approx(uncertainty, abs=1e-5)]
     assert uncertainty["epistemic"] > 1e-3 and choice.finish_reason == "length"
     assert (found.usage.prompt_tokens, found.usage.completion_tokens, found.model) == (5, 1, "posterior")
@@ -132,6 +136,10 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"n": 2}, 400, "n: Input should be 1"),
     ({"temperature": 3}, 400, "temperature: Input should be less than or equal to 2"),
     ({"prompt": ""}, 400, "prompt"),
+    ({"prompt": [1, 260]}, 400, "prompt: found token 260, expected ids below 260"),
+    ({"prompt": [1, -1]}, 400, "prompt"),
+    ({"logit_bias": {"5": 2}}, 400, "logit_bias is not offered; leave it out"),
+    ({"stop": ""}, 400, "stop"),
     ({"max_tokens": 400}, 400, r"found 5 tokens of the prompt and up to 400 of the answer, expected .* at most 256"),
 ]
 
@@ -144,6 +152,14 @@ def test_what_it_does_not_do_is_refused(
     with pytest.raises(openai.APIStatusError, match=words) as caught:
         asking.completions.create(**settings)
     assert caught.value.status_code == status
+
+
+def test_a_tiny_temperature_is_greedy_and_nulls_are_defaults(asking: openai.OpenAI) -> None:
+    greedy = asking.completions.create(model="posterior", prompt=PROMPT, max_tokens=3, temperature=0).choices[0].text
+    settings: Any = {"temperature": 1e-310, "extra_body": {"n": None, "top_p": None, "logprobs": None}}
+    assert (
+        asking.completions.create(model="posterior", prompt=PROMPT, max_tokens=3, **settings).choices[0].text == greedy
+    )
 
 
 def test_the_api_key_is_asked_for(folder: Path, asking: openai.OpenAI) -> None:

@@ -86,7 +86,12 @@ def recorded(folder: Path, url: str, scoring: str) -> Path:
     asked = task(folder, scoring=scoring)
     asked.tokenizer.save_pretrained(folder / "tokenizer")
     names = [f"draw_{k}" for k in range(3)]
-    draws = tuple(ServedDraw(name=name, key=name, path=f"/here/{name}", sha256="0") for name in names)
+    with Client(url) as client:
+        probes = [tuple(probe) for probe in client.probes()[1:].tolist()]
+    draws = tuple(
+        ServedDraw(name=name, key=name, path=f"/here/{name}", sha256="0", probe=probe)
+        for name, probe in zip(names, probes, strict=True)
+    )
     served = Served(
         url=url,
         backend="vllm",
@@ -97,6 +102,7 @@ def recorded(folder: Path, url: str, scoring: str) -> Path:
         temperature=1.0,
         vocabulary=260,
         context=256,
+        ends=(2,),
         task=described(asked),
     )
     return write_served(served, folder)
@@ -115,9 +121,9 @@ def test_the_client_predicts_what_predict_does(scoring: str, stub: tuple[Stub, s
 def test_a_draw_that_is_not_there_is_refused(stub: tuple[Stub, str], tmp_path: Path) -> None:
     file = recorded(tmp_path, stub[1], "text")
     record = json.loads(file.read_text())
-    record["adapters"][1] |= {"key": "draw_7", "name": "draw_7"}
+    record["adapters"][1]["key"] = "draw_7"
     file.write_text(json.dumps(record))
-    with pytest.raises(ServingError, match="found no draw_7 .* among its 3 adapters"):
+    with pytest.raises(ServingError, match=r"found no draw_1 \(id 'draw_7'\) among its 3 adapters"):
         Client(file)
 
 

@@ -23,7 +23,7 @@ from bayestune.inference import predict
 from bayestune.methods.temperature import best_temperature
 from bayestune.sampling import Posterior
 from bayestune.storage.saving import as_posterior
-from bayestune.tasks import AnyRow, Task
+from bayestune.tasks import AnyRow, Prediction, Task
 
 FACTORS = tuple(2 ** (k / 2) for k in range(-4, 13))
 """1/4 to 64, in steps of the square root of 2."""
@@ -69,9 +69,7 @@ def fit_scale(
         model, task, rows: as in `predict`; labeled rows that the posterior was not trained on.
         draws: draws per factor, an even number.
         seed: of the noise.
-        tempered: whether each factor is judged at the temperature that suits it best (`fit_temperature`), as it should
-            be where a temperature is fitted afterwards: noise in the weights also softens answers, and less of it is
-            best where a temperature does that.
+        tempered: judge each factor at its own best temperature, for a posterior whose temperature is fitted next.
         batch_size, progress: as in `predict`.
 
     Raises:
@@ -89,10 +87,7 @@ def fit_scale(
     def nll(factor: float) -> float:
         _set_scale(layers, start, factor)
         found = predict(pairs, task, rows, draws=draws if factor else 0, seed=noise, batch_size=batch_size)
-        if tempered and found.labels is not None:
-            log_probs = found.draw_log_probs / best_temperature(found.draw_log_probs, found.labels)
-            found = dataclasses.replace(found, draw_log_probs=log_probs.log_softmax(-1))
-        return found.row_nll().mean().item()
+        return (_tempered(found) if tempered else found).row_nll().mean().item()
 
     scale = 1.0  # if the search fails
     try:
@@ -101,6 +96,13 @@ def fit_scale(
     finally:
         _set_scale(layers, start, scale)
     return ScaleSearch(scale=scale, nll=found)
+
+
+def _tempered(found: Prediction) -> Prediction:
+    """The prediction at the temperature with the smallest NLL."""
+    assert found.labels is not None
+    log_probs = found.draw_log_probs / best_temperature(found.draw_log_probs, found.labels)
+    return dataclasses.replace(found, draw_log_probs=log_probs.log_softmax(-1))
 
 
 def chosen(nll: Mapping[float, float]) -> float:

@@ -2,7 +2,7 @@
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -149,7 +149,7 @@ class SubstitutedDraws(Sampler):
 
 
 class Substituted:
-    """`model` with some of its parameters replaced, as a callable with a `config`."""
+    """`model` with some of its parameters replaced, as a callable with `config` and `parameters`."""
 
     def __init__(self, model: nn.Module, weights: Tensors) -> None:
         self.model, self.weights = model, weights
@@ -158,6 +158,10 @@ class Substituted:
     def __call__(self, **inputs: Any) -> Any:
         with _SUBSTITUTING:
             return functional_call(self.model, dict(self.weights), (), inputs)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The model's own parameters, whose types and device those of the draw have."""
+        return self.model.parameters()
 
 
 def refuse_draws(draws: int, why: str) -> DrawError:

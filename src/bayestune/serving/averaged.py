@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+_GREEDY = 1e-6
+"""A temperature below it is 0: the quotient would overflow."""
 Distribution = NDArray[np.float64]
 
 
@@ -72,7 +74,7 @@ def next_token(log_probs: Distribution, sampling: Sampling, generator: np.random
     """Choose a token from the log-probabilities [draws, tokens] of all draws."""
     mixture = np.logaddexp.reduce(log_probs, axis=0) - np.log(len(log_probs))
     best = np.argsort(-mixture, kind="stable")
-    chosen = int(best[0]) if sampling.temperature == 0 else _sampled(mixture, best, sampling, generator)
+    chosen = int(best[0]) if sampling.temperature < _GREEDY else _sampled(mixture, best, sampling, generator)
     total, aleatoric = float(_entropies(mixture[None]).mean()), float(_entropies(log_probs).mean())
     return Token(
         id=chosen,
@@ -85,7 +87,7 @@ def next_token(log_probs: Distribution, sampling: Sampling, generator: np.random
 
 
 def _sampled(mixture: Distribution, best: NDArray[np.intp], sampling: Sampling, generator: np.random.Generator) -> int:
-    scaled = mixture[best] / sampling.temperature
+    scaled = (mixture[best] - mixture[best[0]]) / sampling.temperature
     probs = np.exp(scaled - np.logaddexp.reduce(scaled))
     kept = probs.cumsum() - probs < sampling.top_p  # the smallest set of tokens with at least this mass
     nucleus = np.where(kept, probs, 0.0)

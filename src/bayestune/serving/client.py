@@ -10,14 +10,15 @@ from numpy.typing import NDArray
 from bayestune.errors import ConfigError, ServingError
 from bayestune.files import file_sha256
 from bayestune.serving.connection import Connection
-from bayestune.serving.record import TOKENIZER, Served, ServedDraw, read_served
-from bayestune.serving.wire import WIRES, Adapter, Asked, LlamaCpp, Question, Step, Vllm, Wire
+from bayestune.serving.record import PROBE, SERVED, TOKENIZER, Served, ServedDraw, read_served
+from bayestune.serving.wire import WIRES, Adapter, Asked, LlamaCpp, Question, Step, Vllm, Wire, told
 
 if TYPE_CHECKING:
     from bayestune.tasks import AnyRow, Prediction
     from bayestune.tasks.causal import CausalChoice
 
-_PROBE = "The answer to this question is"
+_SAME = 1e-2
+"""How far the log-probabilities of a draw may be from the record's, in nats, as on another machine."""
 _TENSORS = "adapter_model.safetensors"
 
 
@@ -93,9 +94,14 @@ class Client:
         Raises:
             ServingError: the server is down, lacks a draw, holds another, or one that changes nothing.
         """
-        self._wire, there = self._found()
+        try:
+            self._wire, there = self._found()
+        except (KeyError, TypeError, IndexError, ValueError, StopIteration) as error:
+            raise ServingError(
+                f"{self._connection.url}: found another program, expected llama.cpp's server or vLLM."
+            ) from error
         self.adapters = tuple(there) if self.record is None else self._recorded(self.record, there)
-        self._probe()
+        self._check_probes()
 
     def _found(self) -> tuple[Wire, list[Adapter]]:
         """The protocol of the server, and its adapters."""
@@ -144,17 +150,33 @@ class Client:
                 f"{file}: found another sha256 than the record has for {draw.name}; serve the run again."
             )
 
-    def _probe(self) -> None:
-        """Raise an error unless every draw answers otherwise than the base: an adapter can load and do nothing."""
-        body = {"content": _PROBE} if isinstance(self._wire, LlamaCpp) else {"prompt": _PROBE}
+    def probes(self) -> NDArray[np.float64]:
+        """Return the log-probabilities [1 + adapters, tokens] of the tokens of `PROBE`, first under the base."""
+        body = {"content": PROBE} if isinstance(self._wire, LlamaCpp) else {"prompt": PROBE}
         tokens = [int(token) for token in self._connection.ask(Question(path="/tokenize", body=body))["tokens"]]
-        asked = [Asked(tokens[:-1], [tokens[-1:]])]
-        base, *draws = (self.log_probs_of(asked, key) for key in (None, *(a.key for a in self.adapters)))
-        for adapter, draw in zip(self.adapters, draws, strict=True):
+        asked, keys = Asked(tokens[:1], [tokens[1:]]), [None, *(adapter.key for adapter in self.adapters)]
+        known = self._known([asked], keys)
+        return np.array([[known[k, 0][step] for step in asked.steps(0)] for k in range(len(keys))])
+
+    def _check_probes(self) -> None:
+        """Raise an error unless every draw answers as in the record, and otherwise than the base.
+
+        An adapter can load and do nothing, and a file of the same name can be another.
+        """
+        base, *draws = self.probes()
+        for place, (adapter, draw) in enumerate(zip(self.adapters, draws, strict=True)):
             if np.array_equal(base, draw):
                 raise ServingError(
                     f"{self._connection.url}: adapter {adapter.key!r} answers exactly as the base model does, "
                     "expected another answer: it was loaded, and has no effect."
+                )
+            if self.record is None:
+                continue
+            before = self.record.adapters[place].probe
+            if len(before) != len(draw) or np.abs(np.array(before) - draw).max() > _SAME:
+                raise ServingError(
+                    f"{self._connection.url}: adapter {adapter.key!r} answers a first question otherwise than when "
+                    f"{SERVED} was written, expected the same; serve the run again."
                 )
 
     def log_probs(self, asked: Sequence[Asked], *, progress: bool = False) -> NDArray[np.float64]:
@@ -179,30 +201,40 @@ class Client:
     def _log_probs(
         self, asked: Sequence[Asked], keys: Sequence[int | str | None], *, progress: bool = False
     ) -> NDArray[np.float64]:
-        asking = [(k, row) for k in range(len(keys)) for row in range(len(asked))]
-        questions = [(k, row, q) for k, row in asking for q in self._wire.questions(keys[k], asked[row])]
-        replies = self._connection.ask_all([question for *_, question in questions], progress=progress)
-        known: dict[tuple[int, int], dict[Step, float]] = {place: {} for place in asking}
-        for (k, row, question), reply in zip(questions, replies, strict=True):
-            found = self._wire.read(question, reply)
-            known[k, row] |= self._withheld(question, keys[k]) if found is None else found
-        result = np.full((len(keys), len(asked), max(len(each.continuations) for each in asked)), -np.inf)
-        for k, row in asking:
+        known = self._known(asked, keys, progress=progress)
+        width = max((len(each.continuations) for each in asked), default=0)
+        result = np.full((len(keys), len(asked), width), -np.inf)
+        for k, row in known:
             for choice in range(len(asked[row].continuations)):
                 result[k, row, choice] = sum(known[k, row][step] for step in asked[row].steps(choice))
         return result
 
-    def _withheld(self, question: Question, key: int | str | None) -> dict[Step, float]:
-        """The log-probabilities that a question asked for, by the distribution after each of its tokens."""
-        return {step: self.distribution(step[0], key)[step[1]] for step in question.steps}
+    def _known(
+        self, asked: Sequence[Asked], keys: Sequence[int | str | None], *, progress: bool = False
+    ) -> dict[tuple[int, int], dict[Step, float]]:
+        """The log-probability of every token of the answers, by the index of the key and of the row."""
+        known: dict[tuple[int, int], dict[Step, float]] = {
+            (k, row): {} for k in range(len(keys)) for row in range(len(asked))
+        }
+        questions = [(k, row, q) for k, row in known for q in self._wire.questions(keys[k], asked[row])]
+        replies = self._connection.ask_all([question for *_, question in questions], progress=progress)
+        withheld: dict[tuple[int, int], list[Step]] = {}
+        for (k, row, question), reply in zip(questions, replies, strict=True):
+            found = self._wire.read(question, reply)
+            if found is None:
+                withheld.setdefault((k, row), []).extend(question.steps)
+            else:
+                known[k, row] |= found
+        for (k, row), steps in withheld.items():
+            known[k, row] |= self._by_distributions(steps, keys[k])
+        return known
 
-    def distribution(self, context: Sequence[int], key: int | str | None) -> dict[int, float]:
-        """Return the log-probability of every token after `context` under one adapter; None for the base.
-
-        Raises:
-            ServingError: the server did not answer, or left out a token.
-        """
-        return self._wire.read_whole(self._connection.ask(self._wire.whole(key, context)))
+    def _by_distributions(self, steps: Sequence[Step], key: int | str | None) -> dict[Step, float]:
+        """The same by the whole distribution after each context, for tokens that the server does not tell by name."""
+        contexts = list(dict.fromkeys(before for before, _ in steps))
+        replies = self._connection.ask_all([self._wire.whole(key, context) for context in contexts])
+        found = {context: self._wire.read_whole(reply) for context, reply in zip(contexts, replies, strict=True)}
+        return {step: told(found[step[0]], step[1]) for step in steps}
 
     def distributions(self, context: Sequence[int]) -> NDArray[np.float64]:
         """Return the log-probabilities [draws, tokens] of the whole vocabulary after `context`, in nats.

@@ -1,5 +1,6 @@
 """A connection to a server of draws: several requests at once, with a limit on retries."""
 
+import re
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +9,7 @@ from typing import Any
 import httpx2
 from tqdm.auto import tqdm
 
-from bayestune.errors import ServingError
+from bayestune.errors import ConfigError, ServingError
 from bayestune.serving.wire import Question
 
 _AGAIN = {429, 502, 503, 504}  # the server is busy, or still loading the model
@@ -26,12 +27,17 @@ class Connection:
     """
 
     def __init__(self, url: str, *, api_key: str | None, concurrency: int, timeout: float, retries: int) -> None:
+        if api_key is not None and not re.fullmatch(r"[!-~]+", api_key):
+            raise ConfigError("api_key: found blanks or characters beyond ASCII, expected printable ones.")
         self.url, self.retries, self.timeout = url.rstrip("/"), retries, timeout
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         limits = httpx2.Limits(max_connections=concurrency)
-        self._client = httpx2.Client(
-            base_url=self.url, headers=headers, timeout=timeout, limits=limits, trust_env=False
-        )
+        try:
+            self._client = httpx2.Client(
+                base_url=self.url, headers=headers, timeout=timeout, limits=limits, trust_env=False
+            )
+        except httpx2.InvalidURL as error:
+            raise ConfigError(f"url: found {url!r}, expected one such as http://127.0.0.1:8080 ({error}).") from error
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="bayestune-client")
 
     def ask(self, question: Question) -> Any:

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -73,8 +74,8 @@ def llamacpp(
         server = xllamacpp.Server(settings)
     except RuntimeError as error:
         raise ServingError(
-            f"llama.cpp could not load {base} with {len(adapters)} adapters: {one_line(error)}; the adapters must be "
-            "those of the same model."
+            f"llama.cpp did not start with {base} and {len(adapters)} adapters ({one_line(error)}): the file is no "
+            f"GGUF model, or another one than the adapters', or port {port} is taken."
         ) from error
     try:
         yield server.listening_address
@@ -105,16 +106,17 @@ def vllm(
     command += ["--max-logprobs", str(vocabulary), "--lora-modules", *names]
     environment = os.environ | ({} if api_key is None else {"VLLM_API_KEY": api_key})
     process = subprocess.Popen(command, env=environment, start_new_session=True)
-    url = f"http://{host}:{port}"
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     try:
         _wait(process, url)
         yield url
     finally:
-        process.terminate()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)  # it has processes of its own
         try:
             process.wait(timeout=20)
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, seconds: float = 900) -> None:

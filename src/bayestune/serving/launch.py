@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from bayestune.errors import BayestuneWarning
-from bayestune.files import file_sha256, new_folder, read_json
+from bayestune.errors import BayestuneWarning, ConfigError
+from bayestune.files import file_sha256, new_folder, read_json, remove
 from bayestune.inference import predict
 from bayestune.sampling import Posterior
 from bayestune.serving.asking import described
@@ -64,72 +64,109 @@ def serve(
         ServingError: the server does not start, or does not answer as it should.
     """
     check_engine(backend, None if base is None else Path(base))
-    folder, asked, port = Path(path), described(task), check_port(host, port)
-    vocabulary, tokens = _sizes(posterior, task)
-    listening = {"host": host, "port": port, "api_key": api_key, "context": context or tokens}
-    adapters = _exported(posterior, task, folder, backend, draws=draws, seed=seed, overwrite=overwrite)
-    with _started(
-        backend, str(base or posterior.model.name_or_path), adapters, vocabulary=vocabulary, **listening
-    ) as url:
-        drawn = {"kind": posterior.kind, "draws": draws, "seed": seed, "temperature": posterior.temperature}
-        sizes = {"vocabulary": vocabulary, "context": context or tokens}
-        served = Served(url=url, backend=backend, adapters=adapters, task=asked, **drawn, **sizes)
-        _compare(posterior, task, write_served(served, folder), api_key)
-        yield served
+    folder, port, sizes = Path(path).absolute(), check_port(host, port), _sizes(posterior, task, context)
+    paths = _exported(posterior, task, folder, backend, draws=draws, seed=seed, overwrite=overwrite)
+    source, answered = str(base or posterior.model.name_or_path), False
+    try:
+        with _started(backend, source, paths, host=host, port=port, api_key=api_key, **sizes) as url:
+            known = {"draws": draws, "seed": seed, "backend": backend, "api_key": api_key, **sizes}
+            served = _recorded(posterior, task, url, folder, paths, **known)
+            answered = True
+            yield served
+    finally:
+        if not answered:
+            remove(folder)
 
 
-def _sizes(posterior: Posterior, task: TokenizedTask) -> tuple[int, int]:
-    """The number of tokens of the model, and of a prompt with its answer."""
+def _sizes(posterior: Posterior, task: TokenizedTask, context: int | None) -> dict[str, int]:
+    """The number of tokens of the model, and of a prompt with its answer; refuses a task that cannot be served."""
+    described(task)
     config = posterior.model.config.get_text_config()
     positions = config.to_dict().get("max_position_embeddings") or 2048
-    return config.vocab_size, min(positions, max(2048, task.max_tokens + 1))
+    if context is not None and not task.max_tokens <= context <= positions:
+        raise ConfigError(
+            f"context: found {context}, expected {task.max_tokens}, the tokens of the task, to {positions}, the "
+            "positions of the model."
+        )
+    return {"vocabulary": config.vocab_size, "context": context or min(positions, max(2048, task.max_tokens + 1))}
 
 
 def _exported(
-    posterior: Posterior,
-    task: TokenizedTask,
-    folder: Path,
-    backend: str,
-    *,
-    draws: int,
-    seed: int,
-    overwrite: bool,
-) -> tuple[ServedDraw, ...]:
-    """Write the adapters and the tokenizer, and return what is to be served."""
-    is_llama = backend == "llamacpp"
+    posterior: Posterior, task: TokenizedTask, folder: Path, backend: str, *, draws: int, seed: int, overwrite: bool
+) -> list[Path]:
+    """Write the adapters and the tokenizer, and return the paths of those that are to be served."""
     with new_folder(folder, overwrite=overwrite) as made:
-        inner, format = made / ADAPTERS, "gguf" if is_llama else "peft"
+        inner, format = made / ADAPTERS, "gguf" if backend == "llamacpp" else "peft"
         written = export_draws(posterior, inner, draws=draws, seed=seed, format=format, limits=[])
         task.tokenizer.save_pretrained(made / TOKENIZER)
         inside = [file.relative_to(made).as_posix() for file in made.rglob("*") if file.is_file()]
         write_manifest(made, {"served": backend}, inside)
-    paths = [folder / ADAPTERS / each.name for each in written if draws == 0 or each.stem != "mean"]
-    return tuple(
-        ServedDraw(
-            name=path.stem,
-            key=number if is_llama else path.name,
-            path=str(path),
-            sha256=file_sha256(path if is_llama else path / TENSOR_FILE),
-        )
-        for number, path in enumerate(paths)
-    )
+    return [folder / ADAPTERS / each.name for each in written if draws == 0 or each.stem != "mean"]
 
 
 def _started(
-    backend: str, base: str, draws: tuple[ServedDraw, ...], *, vocabulary: int, **listening: Any
+    backend: str, base: str, paths: list[Path], *, vocabulary: int, **listening: Any
 ) -> contextlib.AbstractContextManager[str]:
     """The server, whose context yields its URL."""
-    paths = [Path(draw.path) for draw in draws]
     if backend == "llamacpp":
         return llamacpp(Path(base), paths, **listening)
     rank = read_json(paths[0] / CONFIG_FILE, "an adapter of PEFT")["r"]
     return vllm(base, paths, rank=rank, vocabulary=vocabulary, **listening)
 
 
+def _recorded(
+    posterior: Posterior,
+    task: TokenizedTask,
+    url: str,
+    folder: Path,
+    paths: list[Path],
+    *,
+    api_key: str | None,
+    backend: Backend,
+    **known: Any,
+) -> Served:
+    """Write what the server answers for, and compare its first answer."""
+    url = url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+    with Client(url, api_key=api_key) as client:
+        probes = client.probes()[1:].tolist()
+    is_llama = backend == "llamacpp"
+    adapters = tuple(
+        ServedDraw(
+            name=path.stem,
+            key=number if is_llama else path.name,
+            path=str(path),
+            sha256=file_sha256(path if is_llama else path / TENSOR_FILE),
+            probe=tuple(probe),
+        )
+        for number, (path, probe) in enumerate(zip(paths, probes, strict=True))
+    )
+    served = Served(
+        url=url,
+        backend=backend,
+        kind=posterior.kind,
+        adapters=adapters,
+        temperature=posterior.temperature,
+        ends=_ends(posterior, task),
+        task=described(task),
+        **known,
+    )
+    _compare(posterior, task, write_served(served, folder), api_key)
+    return served
+
+
+def _ends(posterior: Posterior, task: TokenizedTask) -> tuple[int, ...]:
+    """The tokens that end a text: those of the model's own settings, and the tokenizer's."""
+    settings: Any = posterior.model.generation_config.eos_token_id
+    named: list[Any] = [*(settings if isinstance(settings, list) else [settings]), task.tokenizer.eos_token_id]
+    return tuple(sorted({token for token in named if token is not None}))
+
+
 def _compare(posterior: Posterior, task: TokenizedTask, record: Path, api_key: str | None) -> None:
     """Warn if the server and `predict` answer a first question otherwise, as with another base or precision."""
     choices = task.spec.fixed_choices or ("yes", "no")
     row = Row(id="first", question="Is it _?", choices=choices, answer=None)
+    if task.faults([row])[0] is not None:  # it is too long for the task
+        return
     with Client(record, api_key=api_key) as client:
         here = predict(posterior, task, [row], draws=client.draws, seed=client.seed)
         difference = float((client.predict([row]).probs - here.probs).abs().max())
@@ -138,5 +175,5 @@ def _compare(posterior: Posterior, task: TokenizedTask, record: Path, api_key: s
             f"serve: a first question has probabilities that differ by {difference:.2g} between the server and "
             "`predict`; in float32 it is about 1e-6. The base is another model, quantized, or in half precision.",
             BayestuneWarning,
-            stacklevel=3,
+            stacklevel=4,
         )

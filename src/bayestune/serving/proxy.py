@@ -5,13 +5,15 @@ The only file that imports starlette and uvicorn.
 
 import hmac
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
 from typing import Annotated, Any, Literal
 
 import uvicorn
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -21,12 +23,16 @@ from starlette.routing import Route
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from bayestune.errors import ConfigError, ServingError, one_line
-from bayestune.serving.averaged import Sampling, Token, decode
+from bayestune.serving.averaged import Distribution, Sampling, Token, decode
 from bayestune.serving.client import Client
 from bayestune.serving.record import TOKENIZER
 
 MODEL = "posterior"
+_REFUSED = ("best_of", "suffix", "logit_bias", "frequency_penalty", "presence_penalty", "tools", "functions")
+_REFUSED += ("response_format", "audio", "modalities")
 _Count = Annotated[int, Field(ge=1)]
+_Id = Annotated[int, Field(ge=0)]
+_Stop = Annotated[str, Field(min_length=1)]
 
 
 class _Message(BaseModel):
@@ -35,24 +41,35 @@ class _Message(BaseModel):
 
 
 class _Body(BaseModel):
-    """What both requests share; fields of OpenAI's protocol that would change the answer otherwise are refused."""
+    """What both requests share. Fields of OpenAI's protocol that would change the answer are refused."""
 
-    model_config = ConfigDict(strict=False, extra="ignore")
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            raise ValueError("expected an object")
+        found = {name: value for name, value in given.items() if value is not None}
+        refused = next((name for name in _REFUSED if found.get(name)), None)
+        if refused is not None:
+            raise ValueError(f"{refused} is not offered; leave it out")
+        return found
 
     model: Literal["posterior"] = "posterior"
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
     seed: int | None = Field(default=None, ge=0)
-    stop: str | list[str] | None = None
+    stop: _Stop | list[_Stop] | None = None
     n: Literal[1] = 1
-    stream: Literal[False] | None = None
+    stream: Literal[False] = False
 
 
 class _Completion(_Body):
-    prompt: str | list[int] = Field(min_length=1)
+    prompt: str | list[_Id] = Field(min_length=1)
     max_tokens: _Count = 16
     logprobs: int | None = Field(default=None, ge=0, le=20)
-    echo: Literal[False] | None = None
+    echo: Literal[False] = False
 
 
 class _Chat(_Body):
@@ -76,7 +93,10 @@ class Proxy:
             raise ConfigError("proxy: found a client of a URL alone, expected one of a served.json.")
         self.client, self.api_key, self.context = client, api_key, client.record.context
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(client.folder / TOKENIZER)
-        self._broken = False
+        self.stopping = False
+        self._ends = set(client.record.ends)
+        self._vocabulary = client.record.vocabulary
+        self._broken, self._checking = False, threading.Lock()
 
     def app(self) -> Starlette:
         """Return the ASGI application."""
@@ -98,7 +118,11 @@ class Proxy:
     async def _completions(self, request: Request) -> JSONResponse:
         body = await self._parsed(request, _Completion)
         prompt = body.prompt
-        ids: Sequence[int] = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+        ids: Any = prompt
+        if isinstance(prompt, str):
+            ids = (await run_in_threadpool(self.tokenizer, prompt))["input_ids"]
+        if max(ids, default=0) >= self._vocabulary:
+            raise HTTPException(400, f"prompt: found token {max(ids)}, expected ids below {self._vocabulary}.")
         tokens, reason = await self._decoded(ids, body, body.max_tokens, top=body.logprobs or 0)
         choice: dict[str, Any] = {"index": 0, "text": self._text(tokens, body), "finish_reason": reason}
         choice["logprobs"] = None if body.logprobs is None else self._listed(tokens)
@@ -113,7 +137,7 @@ class Proxy:
             text: Any = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # whatever the template raises
             raise HTTPException(400, f"the chat template refuses these messages: {one_line(error)}") from error
-        ids: Any = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids: Any = (await run_in_threadpool(self.tokenizer, text, add_special_tokens=False))["input_ids"]
         limit = body.max_completion_tokens or body.max_tokens or max(1, self.context - len(ids))
         tokens, reason = await self._decoded(ids, body, limit, top=body.top_logprobs)
         message = {"role": "assistant", "content": self._text(tokens, body), "refusal": None}
@@ -122,8 +146,8 @@ class Proxy:
         return _answer("chat.completion", choice, tokens, len(ids))
 
     def _authorize(self, request: Request) -> None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if self.api_key is not None and not hmac.compare_digest(given.encode(), self.api_key.encode()):
+        given = request.headers.get("authorization", "")
+        if self.api_key is not None and not hmac.compare_digest(given.encode(), f"Bearer {self.api_key}".encode()):
             raise HTTPException(401, "found another API key, expected the one that the server was started with.")
 
     async def _parsed(self, request: Request, form: type[Any]) -> Any:
@@ -148,12 +172,10 @@ class Proxy:
         seed = int.from_bytes(uuid.uuid4().bytes[:4]) if body.seed is None else body.seed
         sampling = Sampling(temperature=body.temperature, top_p=body.top_p, top=top, seed=seed)
         try:
-            if self._broken:
-                await run_in_threadpool(self.client.check)  # what came back may hold other draws
-                self._broken = False
+            await run_in_threadpool(self._check)
             tokens = await run_in_threadpool(
                 decode,
-                self.client.distributions,
+                self._distributions,
                 ids,
                 max_tokens=limit,
                 sampling=sampling,
@@ -164,8 +186,20 @@ class Proxy:
             raise HTTPException(503, str(error)) from error
         return tokens, "stop" if self._stops([token.id for token in tokens], body) else "length"
 
+    def _check(self) -> None:
+        """Look at the server again after a failure: what came back may hold other draws."""
+        with self._checking:
+            if self._broken:
+                self.client.check()
+                self._broken = False
+
+    def _distributions(self, context: Sequence[int]) -> Distribution:
+        if self.stopping:
+            raise ServingError("the proxy is being stopped")
+        return self.client.distributions(context)
+
     def _stops(self, ids: Sequence[int], body: _Body) -> bool:
-        if ids[-1] == self.tokenizer.eos_token_id:
+        if ids[-1] in self._ends:
             return True
         return bool(body.stop) and any(stop in self.tokenizer.decode(list(ids)) for stop in _stops(body))
 
@@ -180,7 +214,7 @@ class Proxy:
         return {
             "tokens": [self._shown(token.id) for token in tokens],
             "token_logprobs": [token.log_prob for token in tokens],
-            "top_logprobs": [{self._shown(id): log_prob for id, log_prob in token.top} for token in tokens],
+            "top_logprobs": [{self._shown(id): log_prob for id, log_prob in reversed(token.top)} for token in tokens],
         }
 
     def _detailed(self, tokens: Sequence[Token]) -> list[dict[str, Any]]:
@@ -195,11 +229,13 @@ class Proxy:
 
     def _entry(self, id: int, log_prob: float) -> dict[str, Any]:
         shown = self._shown(id)
-        return {"token": shown, "logprob": log_prob, "bytes": list(shown.encode())}
+        whole = not shown.startswith("token_id:")
+        return {"token": shown, "logprob": log_prob, "bytes": list(shown.encode()) if whole else None}
 
     def _shown(self, id: int) -> str:
+        """The text of a token, or its id where it is a part of a character."""
         text: Any = self.tokenizer.decode([id])
-        return text
+        return f"token_id:{id}" if "\N{REPLACEMENT CHARACTER}" in text else text
 
 
 def _stops(body: _Body) -> list[str]:
@@ -233,9 +269,13 @@ async def _refusal(request: Request, error: Exception) -> JSONResponse:
 class _Server(uvicorn.Server):
     """Says when it listens."""
 
-    def __init__(self, config: uvicorn.Config, listening: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, proxy: Proxy, listening: Callable[[], None]) -> None:
         super().__init__(config)
-        self.listening = listening
+        self.proxy, self.listening = proxy, listening
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.proxy.stopping = True  # answers under way end at their next token
+        super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -245,4 +285,4 @@ class _Server(uvicorn.Server):
 def run(proxy: Proxy, *, host: str, port: int, listening: Callable[[], None]) -> None:
     """Answer requests until SIGINT or SIGTERM; `listening` is called once the port is open."""
     config = uvicorn.Config(proxy.app(), host=host, port=port, log_level="warning", lifespan="off")
-    _Server(config, listening).run()
+    _Server(config, proxy, listening).run()

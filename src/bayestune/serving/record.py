@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bayestune.errors import ConfigError
 
 SERVED = "served.json"
+PROBE = "The answer to this question is"
+"""The text that every draw is asked first."""
 TOKENIZER = "tokenizer"
 """The folder beside the record with the tokenizer of the base model."""
 
@@ -25,12 +27,14 @@ class ServedDraw(_Record):
         key: how requests name it: a number for llama.cpp, its name for vLLM.
         path: the GGUF file, or the PEFT folder, that the server loaded.
         sha256: of that file, or of the folder's weights.
+        probe: the log-probabilities of the tokens of `PROBE` under it, by which it is known from another machine.
     """
 
     name: str
     key: int | str
     path: str
     sha256: str
+    probe: tuple[float, ...]
 
 
 class ServedTask(_Record):
@@ -59,6 +63,7 @@ class Served(_Record):
         adapters: each draw, or the mean.
         temperature: by which the choices' log-probabilities are divided.
         vocabulary: number of tokens of the model. context: tokens of a prompt and its answer together, at most.
+        ends: the tokens that end a text.
         task: what was trained.
     """
 
@@ -69,10 +74,19 @@ class Served(_Record):
     draws: int = Field(ge=0)
     seed: int
     adapters: tuple[ServedDraw, ...] = Field(min_length=1)
-    temperature: float = Field(gt=0)
+    temperature: float = Field(gt=0, allow_inf_nan=False)
     vocabulary: int = Field(ge=1)
     context: int = Field(ge=1)
+    ends: tuple[int, ...]
     task: ServedTask
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Served":
+        expected = [f"draw_{k}" for k in range(self.draws)] or ["mean"]
+        found = [adapter.name for adapter in self.adapters]
+        if found != expected or len({adapter.key for adapter in self.adapters}) < len(found):
+            raise ValueError(f"found adapters {', '.join(found)}, expected {', '.join(expected)}, each once")
+        return self
 
 
 def read_served(path: str | Path) -> tuple[Served, Path]:

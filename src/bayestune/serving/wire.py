@@ -12,6 +12,8 @@ from typing import Any, ClassVar, NamedTuple
 from bayestune.errors import ServingError
 
 Tokens = Sequence[int]
+LOWEST = -87.0
+"""The log-probability, in nats, below which a normal number of float32 cannot hold the probability."""
 _AT_ONCE = 128
 """The tokens that one request to vLLM may name."""
 Step = tuple[tuple[int, ...], int]
@@ -155,17 +157,20 @@ class LlamaCpp(Wire):
         return Question(path="/completion", body=self._body(key, context, n_probs=self.vocabulary, **bias))
 
     def read(self, question: Question, reply: Any) -> dict[Step, float] | None:
-        told = reply.get("completion_probabilities", [])
-        if len(told) == 1 and "top_probs" in told[0]:
-            found = {entry["id"]: _log(entry["prob"]) for entry in told[0]["top_probs"]}
-            return {step: _value(found, step[1]) for step in question.steps}
-        if [entry["id"] for entry in told] != [token for _, token in question.steps]:
+        steps = reply.get("completion_probabilities", [])
+        if len(steps) == 1 and "top_probs" in steps[0]:
+            found = {entry["id"]: _log(entry["prob"]) for entry in steps[0]["top_probs"]}
+            known = {step: found[step[1]] for step in question.steps if step[1] in found}
+            return known if len(known) == len(question.steps) else None  # one is far less probable than the bias
+        if [entry["id"] for entry in steps] != [token for _, token in question.steps]:
             return None  # a token that is a part of a character is withheld, or told with the next one
-        return {step: entry["logprob"] for step, entry in zip(question.steps, told, strict=True)}
+        return {
+            step: told({step[1]: entry["logprob"]}, step[1]) for step, entry in zip(question.steps, steps, strict=True)
+        }
 
     def read_whole(self, reply: Any) -> dict[int, float]:
-        (told,) = reply["completion_probabilities"]
-        return _complete({entry["id"]: entry["logprob"] for entry in told["top_logprobs"]}, self.vocabulary)
+        (step,) = reply["completion_probabilities"]
+        return _complete({entry["id"]: entry["logprob"] for entry in step["top_logprobs"]}, self.vocabulary)
 
 
 @dataclass(kw_only=True)
@@ -208,14 +213,14 @@ class Vllm(Wire):
 
     def read(self, question: Question, reply: Any) -> dict[Step, float] | None:
         found = self._told(reply)
-        return {step: _value(found, step[1]) for step in question.steps}
+        return {step: told(found, step[1]) for step in question.steps}
 
     def read_whole(self, reply: Any) -> dict[int, float]:
         return _complete(self._told(reply), self.vocabulary)
 
     def _told(self, reply: Any) -> dict[int, float]:
-        (told,) = reply["choices"][0]["logprobs"]["top_logprobs"]
-        return {int(name.removeprefix("token_id:")): value for name, value in told.items()}
+        (step,) = reply["choices"][0]["logprobs"]["top_logprobs"]
+        return {int(name.removeprefix("token_id:")): value for name, value in step.items()}
 
 
 WIRES: Mapping[str, type[Wire]] = {wire.name: wire for wire in (LlamaCpp, Vllm)}
@@ -226,9 +231,14 @@ def _log(probability: float) -> float:
     return math.log(probability) if probability > 0 else -math.inf
 
 
-def _value(found: Mapping[int, float], token: int) -> float:
+def told(found: Mapping[int, float], token: int) -> float:
     """The log-probability of a token that was asked for."""
     value = found.get(token)
+    if value is not None and value < LOWEST:
+        raise ServingError(
+            f"token {token}: found a probability below the smallest of float32 (e^{LOWEST:g}), in which the server "
+            "tells it; the row can be answered by `bayestune predict` with the run itself."
+        )
     if value is None or math.isnan(value):
         raise ServingError(
             f"the server's reply has no log-probability for token {token} ({len(found)} others are there), expected "
@@ -238,6 +248,7 @@ def _value(found: Mapping[int, float], token: int) -> float:
 
 
 def _complete(found: dict[int, float], vocabulary: int) -> dict[int, float]:
-    for token in range(vocabulary):
-        _value(found, token)
+    missing = next((token for token in range(vocabulary) if token not in found), None)
+    if missing is not None:
+        told(found, missing)
     return found
