@@ -1,7 +1,6 @@
 """`bayestune serve` runs llama.cpp until a signal, and `predict --served` gives the answers of `predict`."""
 
 import json
-import signal
 import subprocess
 import sys
 import urllib.request
@@ -32,7 +31,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def serving(world: Path, output: Path, *flags: str, count: int = 1) -> Iterator[list[str]]:
-    """Run the command; yields its first `count` lines, and ends it as Ctrl-C does."""
+    """Run the command; yields its first `count` lines, and ends it by SIGTERM."""
     command = [sys.executable, "-m", "bayestune", "serve", str(world / "whole"), "--base", str(world / "base.gguf")]
     command += ["--output", str(output), "--port", "0", *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -40,10 +39,13 @@ def serving(world: Path, output: Path, *flags: str, count: int = 1) -> Iterator[
         lines = [process.stdout.readline() for _ in range(count)]
         if not lines[-1]:
             pytest.fail(process.stderr.read())
-        yield lines
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 0
-        assert process.stdout.read() == "stopped\n"
+        try:
+            yield lines
+            process.terminate()  # not SIGINT, which a shell's background ignores
+            assert process.wait(timeout=60) == 0
+            assert process.stdout.read() == "stopped\n"
+        finally:
+            process.kill()
 
 
 @pytest.fixture(scope="module")
