@@ -480,6 +480,8 @@ def test_the_flags_are_these() -> None:
         "evaluate": {"run", "data", "split", "draws", "predictive", "seed", "ood", "as_json"},
         "predict": {
             "run",
+            "served",
+            "api_key",
             "input",
             "output",
             "data",
@@ -496,6 +498,10 @@ def test_the_flags_are_these() -> None:
         },
         "distil": {"run", "output", "rows", "steps", "draws", "data", "overwrite"},
         "export": {"run", "output", "data", "draws", "seed", "overwrite", "format"},
+        "serve": {
+            *("run", "output", "base", "draws", "seed", "backend", "host", "port", "proxy"),
+            *("api_key", "context", "data", "overwrite"),
+        },
         "demo": {"output", "model", "seed", "overwrite"},
         "table": {
             *("table", "data", "model", "seeds", "methods", "steps"),

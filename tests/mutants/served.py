@@ -37,12 +37,12 @@ def the_file_of_a_draw_is_not_compared() -> None:
 
 @defect(TESTS, "changes_nothing")
 def a_draw_without_effect_is_averaged() -> None:
-    replace(f"{CLIENT}._probe", lambda self: None)
+    replace(f"{CLIENT}._check_probes", lambda self: None)
 
 
 @defect("serving/test_vllm.py", "without_a_token")
 def a_missing_token_has_probability_0() -> None:
-    replace(f"{WIRE}._value", lambda found, token: found.get(token, -np.inf))
+    replace(f"{WIRE}.told", lambda found, token: found.get(token, -np.inf))
 
 
 @defect(PROXY, "one_token or longer_answer")
