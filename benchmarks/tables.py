@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import decoder_page
+import other_data
 import widths
 from options import parser
 
@@ -37,7 +38,7 @@ def main() -> None:
         for marker, make in tables.items():
             after = between(after, marker, make())
         finish(name, before, after, check=options.check)
-    for name, make in {"width": widths.page, "decoder": decoder_page.page}.items():
+    for name, make in {"width": widths.page, "decoder": decoder_page.page, "other_data": other_data.page}.items():
         before = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
         finish(f"docs/{name}.md", before, make(), check=options.check)
 
