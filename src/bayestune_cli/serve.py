@@ -71,7 +71,7 @@ def serve(
     from bayestune.serving.launch import serve as serving
     from bayestune.serving.record import SERVED
 
-    check_engine(backend, base)
+    check_engine(backend, base, api_key)
     port = check_port(host, port)
     check_writable(output.parent, f"--output {output}")
     loaded = load(run, data, None)

@@ -15,6 +15,12 @@ from bayestune.serving.wire import Question
 _AGAIN = {429, 502, 503, 504}  # the server is busy, or still loading the model
 
 
+def check_api_key(api_key: str | None) -> None:
+    """Raise a ConfigError for a key that no header can carry."""
+    if api_key is not None and not re.fullmatch(r"[!-~]+", api_key):
+        raise ConfigError("api_key: found blanks or characters beyond ASCII, expected printable ones.")
+
+
 class Connection:
     """JSON requests to one server.
 
@@ -27,8 +33,7 @@ class Connection:
     """
 
     def __init__(self, url: str, *, api_key: str | None, concurrency: int, timeout: float, retries: int) -> None:
-        if api_key is not None and not re.fullmatch(r"[!-~]+", api_key):
-            raise ConfigError("api_key: found blanks or characters beyond ASCII, expected printable ones.")
+        check_api_key(api_key)
         self.url, self.retries, self.timeout = url.rstrip("/"), retries, timeout
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         limits = httpx2.Limits(max_connections=concurrency)

@@ -17,13 +17,15 @@ import httpx2
 import torch
 
 from bayestune.errors import ConfigError, ServingError, one_line
+from bayestune.serving.connection import check_api_key
 
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The largest ranks that vLLM can be told."""
 
 
-def check_engine(backend: str, base: Path | None) -> None:
-    """Raise a ConfigError if a server cannot be started: an unknown name, a missing package or a missing base."""
+def check_engine(backend: str, base: Path | None, api_key: str | None) -> None:
+    """Raise a ConfigError if a server cannot be started: an unknown name, no package, no base, or a key of blanks."""
+    check_api_key(api_key)
     if backend not in ("llamacpp", "vllm"):
         raise ConfigError(f"backend: found {backend!r}, expected 'llamacpp' or 'vllm'.")
     package, install = {
@@ -78,7 +80,11 @@ def llamacpp(
             f"GGUF model, or another one than the adapters', or port {port} is taken."
         ) from error
     try:
-        yield server.listening_address
+        # Its loop answers this; a server that is stopped before the loop runs would wait for it without end.
+        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        url = server.listening_address
+        httpx2.get(f"{url}/lora-adapters", headers=headers, timeout=60, trust_env=False).raise_for_status()
+        yield url
     finally:
         del server  # which stops it
 

@@ -63,7 +63,7 @@ def serve(
         ConfigError, TaskError: a package, the base or the port is missing, or the task has a head; as `export_lora`.
         ServingError: the server does not start, or does not answer as it should.
     """
-    check_engine(backend, None if base is None else Path(base))
+    check_engine(backend, None if base is None else Path(base), api_key)
     folder, port, sizes = Path(path).absolute(), check_port(host, port), _sizes(posterior, task, context)
     paths = _exported(posterior, task, folder, backend, draws=draws, seed=seed, overwrite=overwrite)
     source, answered = str(base or posterior.model.name_or_path), False
