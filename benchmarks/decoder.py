@@ -174,7 +174,8 @@ def _usable(task: Any, split: str) -> list[AnyRow]:
 
 def scored(trained: Run, rows: dict[str, list[AnyRow]], seed: int) -> dict[str, Any]:
     """The scores at the mean and at all draws, each without a temperature and with one fitted on the held-out rows."""
-    scores, trained.posterior.temperature = {}, 1.0  # it is fitted here, for all variants alike
+    scores = {}
+    trained.posterior.temperature = 1.0  # it is fitted here, for all variants alike
     for key, draws in trained.evaluations().items():
         held = trained.predict(rows["held"], draws=draws, seed=derive_seed("decoder", seed))
         found = trained.predict(rows["scored"], draws=draws, progress=True)

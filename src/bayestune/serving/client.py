@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from bayestune.tasks.causal import CausalChoice
 
 _SAME = 1e-2
-"""How far the log-probabilities of a draw may be from the record's, in nats, as on another machine."""
+"""How far the log-probabilities of a draw may be from the record's, in nats, as on another machine.
+
+Draws that are nearer to each other than this are told apart by the hash of their file alone."""
 _TENSORS = "adapter_model.safetensors"
 
 
@@ -83,11 +85,6 @@ class Client:
         """Seed of the draws; 0 where there is no record."""
         return 0 if self.record is None else self.record.seed
 
-    @property
-    def vocabulary(self) -> int:
-        """Number of tokens of the model; 0 where it is unknown."""
-        return self._wire.vocabulary if isinstance(self._wire, LlamaCpp | Vllm) else 0
-
     def check(self) -> None:
         """Look again at the server, as on construction.
 
@@ -108,7 +105,7 @@ class Client:
         listed = self._connection.ask(Question(path="/v1/models"))
         if listed["data"][0].get("owned_by") == "llamacpp":
             there = LlamaCpp().adapters(self._connection.ask(LlamaCpp.listing))
-            anchor = self._connection.ask(Question(path="/tokenize", body={"content": " a"}))["tokens"][-1]
+            anchor = self._connection.ask(LlamaCpp().tokenize(" a"))["tokens"][-1]
             wire: Wire = LlamaCpp(
                 count=len(there), vocabulary=listed["data"][0]["meta"]["n_vocab"], anchor=int(anchor)
             )
@@ -152,8 +149,7 @@ class Client:
 
     def probes(self) -> NDArray[np.float64]:
         """Return the log-probabilities [1 + adapters, tokens] of the tokens of `PROBE`, first under the base."""
-        body = {"content": PROBE} if isinstance(self._wire, LlamaCpp) else {"prompt": PROBE}
-        tokens = [int(token) for token in self._connection.ask(Question(path="/tokenize", body=body))["tokens"]]
+        tokens = [int(token) for token in self._connection.ask(self._wire.tokenize(PROBE))["tokens"]]
         asked, keys = Asked(tokens[:1], [tokens[1:]]), [None, *(adapter.key for adapter in self.adapters)]
         known = self._known([asked], keys)
         return np.array([[known[k, 0][step] for step in asked.steps(0)] for k in range(len(keys))])
@@ -268,7 +264,7 @@ class Client:
 
         Args:
             rows: at least one; labels are not needed.
-            task: what the rows ask; by default the task of the record.
+            task: what the rows ask; by default the task of the record. At a URL alone no temperature is applied.
             progress: show a bar on stderr.
 
         Raises:

@@ -83,7 +83,10 @@ def llamacpp(
         # Its loop answers this; a server that is stopped before the loop runs would wait for it without end.
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         url = server.listening_address
-        httpx2.get(f"{url}/lora-adapters", headers=headers, timeout=60, trust_env=False).raise_for_status()
+        try:
+            httpx2.get(f"{url}/lora-adapters", headers=headers, timeout=60, trust_env=False).raise_for_status()
+        except httpx2.HTTPError as error:
+            raise ServingError(f"{url}: llama.cpp was started and does not answer: {one_line(error)}") from error
         yield url
     finally:
         del server  # which stops it

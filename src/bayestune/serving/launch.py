@@ -22,7 +22,7 @@ from bayestune.tasks import Row, TokenizedTask
 ADAPTERS = "adapters"
 Backend = Literal["llamacpp", "vllm"]
 _AGREES = 1e-3
-"""The largest difference of probabilities that is not warned of; in float32 it is about 1e-6."""
+"""The largest difference of probabilities that is not warned of."""
 
 
 @contextlib.contextmanager
@@ -173,7 +173,7 @@ def _compare(posterior: Posterior, task: TokenizedTask, record: Path, api_key: s
     if difference > _AGREES:
         warnings.warn(
             f"serve: a first question has probabilities that differ by {difference:.2g} between the server and "
-            "`predict`; in float32 it is about 1e-6. The base is another model, quantized, or in half precision.",
+            f"`predict`, expected at most {_AGREES:g}: the base is another model, quantized, or in half precision.",
             BayestuneWarning,
             stacklevel=4,
         )

@@ -72,6 +72,10 @@ class Wire(ABC):
         """Return the adapters in the reply to `listing`."""
 
     @abstractmethod
+    def tokenize(self, text: str) -> Question:
+        """Return the request for the token ids of a text, which the reply has under `tokens`."""
+
+    @abstractmethod
     def questions(self, key: int | str | None, asked: Asked) -> list[Question]:
         """Return the requests for the log-probabilities of every token of a row's answers.
 
@@ -120,6 +124,9 @@ class LlamaCpp(Wire):
 
     def adapters(self, reply: Any) -> list[Adapter]:
         return [Adapter(key=entry["id"], path=entry["path"]) for entry in reply]
+
+    def tokenize(self, text: str) -> Question:
+        return Question(path="/tokenize", body={"content": text})
 
     def _body(self, key: int | str | None, context: Tokens, **own: Any) -> dict[str, Any]:
         scales = [{"id": number, "scale": float(number == key)} for number in range(self.count)]
@@ -188,6 +195,9 @@ class Vllm(Wire):
 
     def adapters(self, reply: Any) -> list[Adapter]:
         return [Adapter(key=e["id"], path=e["root"]) for e in reply["data"] if e.get("parent") is not None]
+
+    def tokenize(self, text: str) -> Question:
+        return Question(path="/tokenize", body={"prompt": text})
 
     def _body(self, key: int | str | None, context: Tokens, **own: Any) -> dict[str, Any]:
         name = self.base if key is None else key
