@@ -1,8 +1,9 @@
-"""Methods on a real language model: SmolLM2-135M-Instruct, ARC-Easy by the texts of the choices, little data.
+"""Methods on a real language model: SmolLM2-135M-Instruct, questions by the texts of the choices, little data.
 
     python benchmarks/decoder.py --data DIR --runs RUNS              # every missing record in results/decoder
-    python benchmarks/decoder.py --data DIR --runs RUNS --variants mle,blob --seeds 1
+    python benchmarks/decoder.py --data DIR --runs RUNS --task openbookqa --variants mle,blob --seeds 1
     python benchmarks/decoder.py --data DIR --runs RUNS --tune       # the learning rates and priors of the variants
+    python benchmarks/decoder.py --data DIR --cut FOLDER --seeds 1   # the rows of a seed, for other benchmarks
     python benchmarks/decoder.py --page                              # docs/decoder.md from the records
 
 400 rows of the train split are trained on, in 300 updates of 4 rows; 60 further rows of it choose the temperatures
@@ -37,10 +38,10 @@ from bayestune.methods import fit_temperature
 from bayestune.tables.cells import portable
 from bayestune.tasks import AnyRow
 
-TASK, TRAINED, HELD_OUT, TUNED, SCORED, DRAWS = "arc_easy", 400, 60, 100, 200, 10
+TASKS = ("arc_easy", "openbookqa")
+TRAINED, HELD_OUT, TUNED, SCORED, DRAWS = 400, 60, 100, 200, 10
 SETTINGS: dict[str, Any] = {
     "model": "smollm2",
-    "task": TASK,
     "scoring": "text",
     "prompt": "paper",
     "steps": 300,
@@ -57,26 +58,32 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "blob": {"method": "blob", "fit_split": "held"},
     "blob_tempered": {"method": "blob", "fit_split": "held", "temperature_split": "held"},
     "blob_wide": {"method": "blob", "prior_std": 1.0, "fit_split": "held"},
-    "ivon": {"method": "ivon", "learning_rate": 0.03},
+    "ivon": {"method": "ivon", "learning_rate": 0.001},
     "blob_paper": {"method": "blob", "recipe": "paper"},
     "tfb": {"method": "tfb"},
     "laplace": {"method": "laplace"},
     "dropout": {"method": "dropout"},
     "ensemble": {"method": "ensemble"},
 }
-GRID: dict[str, dict[str, Any]] = {
+ALL_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+_TUNED: dict[str, dict[str, Any]] = {
     **{f"mle-{rate}": {"method": "mle", "learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3)},
     **{
-        f"blob-prior{prior}-{rate}": {
-            "method": "blob",
-            "prior_std": prior,
-            "learning_rate": rate,
-            "posterior_scale": 1,
-        }
+        f"blob-prior{prior}-{rate}": {"method": "blob", "prior_std": prior, "learning_rate": rate}
         for prior in (0.2, 1.0, 3.0)
         for rate in (1e-3, 2e-3)
     },
-    **{f"ivon-{rate}": {"method": "ivon", "learning_rate": rate} for rate in (0.01, 0.03, 0.1)},
+    **{f"bbb-prior{prior}-0.001": {"method": "bbb", "prior_std": prior} for prior in (0.2, 1.0)},
+    **{f"ivon-{rate}": {"method": "ivon", "learning_rate": rate} for rate in (0.0003, 0.001, 0.003, 0.01)},
+    "mle-all-layers": {"method": "mle", "target_modules": ALL_LAYERS},
+    "blob-all-layers-prior0.2": {"method": "blob", "target_modules": ALL_LAYERS},
+    "blob-all-layers-prior1.0": {"method": "blob", "target_modules": ALL_LAYERS, "prior_std": 1.0},
+    "mle-600-updates": {"method": "mle", "steps": 600},
+    "blob-600-updates-prior0.2": {"method": "blob", "steps": 600},
+    "blob-600-updates-prior1.0": {"method": "blob", "steps": 600, "prior_std": 1.0},
+}
+GRID = {
+    name: own | ({"posterior_scale": 1} if own["method"] in ("blob", "bbb") else {}) for name, own in _TUNED.items()
 }
 
 
@@ -84,8 +91,10 @@ def main() -> None:
     made = parser(__doc__)
     made.add_argument("--data", help="folder of the data sets")
     made.add_argument("--runs", type=Path, help="folder for the trained runs")
+    made.add_argument("--cut", type=Path, help="write the rows of the first of --seeds to this folder, and stop")
     made.add_argument("--page", action="store_true", help="write the page from the records")
     made.add_argument("--tune", nargs="?", const=",".join(GRID), help="settings of the grid to score; all by default")
+    made.add_argument("--task", choices=TASKS, default=TASKS[0])
     made.add_argument("--variants", default=",".join(VARIANTS))
     made.add_argument("--seeds", default="1,2,3")
     options = made.parse_args()
@@ -93,14 +102,17 @@ def main() -> None:
         write_text(ROOT / "docs" / "decoder.md", page())
         picture(read_records(), ROOT / "docs" / "images" / "decoder.png")
         return
-    if options.data is None or options.runs is None:
-        made.error("expected --data DIR and --runs DIR, or --page")
+    if options.data is None or (options.runs or options.cut) is None:
+        made.error("expected --data DIR and --runs DIR or --cut FOLDER, or --page")
     transformers.logging.set_verbosity_error()
+    if options.cut:
+        write_rows(options.cut, options.task, cut(options.task, options.data, int(options.seeds.split(",")[0])))
+        return
     if options.tune:
         cells = [("tune", name, GRID[name], 0) for name in options.tune.split(",")]
     else:
         seeds, variants = map(int, options.seeds.split(",")), options.variants.split(",")
-        cells = [(TASK, name, VARIANTS[name], seed) for seed in seeds for name in variants]
+        cells = [(options.task, name, VARIANTS[name], seed) for seed in seeds for name in variants]
     for use, name, settings, seed in cells:
         file = (TUNING if options.tune else RESULTS) / f"{use}-{name}-seed{seed}.json"
         if not file.exists():
@@ -113,18 +125,16 @@ def main() -> None:
 def record(variant: str, own: dict[str, Any], seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Train a variant, if it is not trained yet, and score it without and with a temperature."""
     started = time.monotonic()
-    tune = options.tune is not None
-    rows = cut(options.data, seed, tune=tune)
-    output = options.runs / f"{'tune-' if tune else ''}{variant}-seed{seed}"
+    task, tune = options.task, options.tune is not None
+    rows = cut(task, options.data, seed, tune=tune)
+    output = options.runs / f"{'tune' if tune else task}-{variant}-seed{seed}"
     with tempfile.TemporaryDirectory() as folder:
-        for split, several in rows.items():
-            path = Path(folder) / TASK / f"{split}.jsonl"
-            path.parent.mkdir(exist_ok=True)
-            path.write_text("".join(f"{row_json(row)}\n" for row in several))
-        settings = {**SETTINGS, **own, "data": folder, "seed": seed, "draws": 4 if tune else DRAWS}
+        write_rows(Path(folder), task, rows)
+        settings = {**SETTINGS, **own, "task": task, "data": folder, "seed": seed, "draws": 4 if tune else DRAWS}
         experiment = Experiment.from_dict(settings, where=variant)
         if experiment.method.start is not None:
-            experiment = experiment.replace(adapter=str(options.runs / f"{experiment.method.start.name}-seed{seed}"))
+            start = f"{task}-{experiment.method.start.name}-seed{seed}"
+            experiment = experiment.replace(adapter=str(options.runs / start))
         if not (output / "result.json").is_file():
             run(experiment.replace(eval=False), output, overwrite=True, command=[], progress=True)
         trained = load_run(output, data=folder)
@@ -133,7 +143,7 @@ def record(variant: str, own: dict[str, Any], seed: int, options: argparse.Names
     return {
         **{name: result[name] for name in ("posterior_std", "fitted", "kl") if name in result},
         "model": "smollm2",
-        "task": TASK,
+        "task": task,
         "variant": variant,
         "method": experiment.method.name,
         "seed": seed,
@@ -143,28 +153,36 @@ def record(variant: str, own: dict[str, Any], seed: int, options: argparse.Names
         "sha256": {name: rows_sha256(several) for name, several in rows.items()},
         "train_seconds": result["seconds"],
         "score_seconds": round(time.monotonic() - started, 1),
-        "command": ["python", "benchmarks/decoder.py", *map(portable, _command(variant, seed, tune))],
+        "command": ["python", "benchmarks/decoder.py", *map(portable, _command(task, variant, seed, tune))],
         "experiment": {**trained.experiment.as_dict(), "data": None, "adapter": None},
         "versions": versions(),
         "hardware": hardware(),
     }
 
 
-def _command(variant: str, seed: int, tune: bool) -> list[str]:
-    which = ["--tune", variant] if tune else ["--variants", variant, "--seeds", str(seed)]
+def _command(task: str, variant: str, seed: int, tune: bool) -> list[str]:
+    which = ["--tune", variant] if tune else ["--task", task, "--variants", variant, "--seeds", str(seed)]
     return ["--data", "DIR", "--runs", "RUNS", *which]
 
 
-def cut(data: str, seed: int, *, tune: bool = False) -> dict[str, list[AnyRow]]:
+def cut(name: str, data: str, seed: int, *, tune: bool = False) -> dict[str, list[AnyRow]]:
     """The rows by use; the seed chooses which of the first rows of the train split are trained on."""
     backbone = find_backbone("smollm2")
-    asked = Experiment.from_dict({**SETTINGS, "method": "mle"}, where="decoder")
-    task = build_task(backbone, TASK, data, SETTINGS["max_tokens"], prompt=asked.asked_prompt())
+    asked = Experiment.from_dict({**SETTINGS, "task": name, "method": "mle"}, where="decoder")
+    task = build_task(backbone, name, data, SETTINGS["max_tokens"], prompt=asked.asked_prompt())
     usable = _usable(task, "train")
     first, further = usable[: TRAINED + HELD_OUT], usable[TRAINED + HELD_OUT :]
     random.Random(derive_seed("decoder", seed)).shuffle(first)
     scored = further[:TUNED] if tune else _usable(task, "dev")[:SCORED]
     return {"train": first[:TRAINED], "held": first[TRAINED:], "scored": scored}
+
+
+def write_rows(folder: Path, task: str, rows: dict[str, list[AnyRow]]) -> None:
+    """Write the rows as splits of a data set."""
+    for split, several in rows.items():
+        path = folder / task / f"{split}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{row_json(row)}\n" for row in several), encoding="utf-8")
 
 
 def _usable(task: Any, split: str) -> list[AnyRow]:

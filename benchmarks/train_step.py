@@ -5,8 +5,8 @@
 Prints one JSON object: "ratio" is the median over rounds of BLoB's time by plain LoRA's, "reference_ratio" that of
 `looped_reference.py`, "control_ratio" that of a second plain LoRA: how far it is from 1 is the machine's doing. A step
 is forward, backward, AdamW and, for BLoB, noise and KL, as `BayesTrainer` takes them. "memory" is each way's peak in
-each of three processes of its own (allocated by CUDA, or resident, with an allocator that gives memory back at once),
-and "memory_ratio" the median of BLoB's, less G and its gradient, by that of plain LoRA's.
+each of three processes of its own (resident, with an allocator that gives memory back at once), or in one (allocated
+by CUDA), and "memory_ratio" the median of BLoB's, less G and its gradient, by that of plain LoRA's.
 """
 
 import argparse
@@ -43,9 +43,11 @@ def main() -> None:
     if options.memory_of:
         print(peak(step_of(options.memory_of, shape, options), options.device))
         return
+    processes = 1 if options.device.startswith("cuda") else PROCESSES  # what CUDA allocates is the same in each
+    # Before this process takes memory of its own.
+    peaks = {way: [memory_of(way, shape.name, options) for _ in range(processes)] for way in WAYS}
     steps = {way: step_of(way, shape, options) for way in (*WAYS, CONTROL)}
     times = seconds(steps, pairs=options.pairs, warmup=options.warmup, device=options.device)
-    peaks = {way: [memory_of(way, shape.name, options) for _ in range(PROCESSES)] for way in WAYS}
     memory = {way: statistics.median(found) for way, found in peaks.items()}
     extra = extra_bytes(shape)
     found = {
