@@ -58,7 +58,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "blob": {"method": "blob", "fit_split": "held"},
     "blob_tempered": {"method": "blob", "fit_split": "held", "temperature_split": "held"},
     "blob_wide": {"method": "blob", "prior_std": 1.0, "fit_split": "held"},
-    "ivon": {"method": "ivon", "learning_rate": 0.001},
+    "ivon": {"method": "ivon", "learning_rate": 0.0003},
     "blob_paper": {"method": "blob", "recipe": "paper"},
     "tfb": {"method": "tfb"},
     "laplace": {"method": "laplace"},

@@ -233,7 +233,7 @@ def arguments(experiment: Experiment, folder: str) -> TrainingArguments:
         warmup_steps=WARM_UP,
         adam_epsilon=1e-6,
         max_grad_norm=0.0,
-        use_cpu=True,
+        use_cpu=not torch.cuda.is_available(),
         bf16=experiment.precision == "bf16",
         save_strategy="no",
         logging_strategy="no",
