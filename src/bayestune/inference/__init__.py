@@ -5,9 +5,13 @@ from bayestune.inference.diagnostics import Diagnostics as Diagnostics
 from bayestune.inference.diagnostics import diagnostics as diagnostics
 from bayestune.inference.draws import draw as draw
 from bayestune.inference.evaluate import evaluate as evaluate
+from bayestune.inference.generate import generate as generate
+from bayestune.inference.generation import Generation as Generation
+from bayestune.inference.generation import clusters as clusters
 from bayestune.inference.novelty import features as features
 from bayestune.inference.novelty import novelty as novelty
 from bayestune.inference.predict import predict as predict
 from bayestune.inference.prompt_information import prompt_information as prompt_information
+from bayestune.inference.score import score as score
 from bayestune.tasks import Prediction as Prediction
 from bayestune.tasks import Scores as Scores

@@ -1,0 +1,256 @@
+"""`Decoder`: transformers' own `generate` on a batch in which every row stands once for each draw."""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+
+from bayestune.adapters import drawn_weights, row_major_sizes
+from bayestune.errors import ConfigError, DrawError, PosteriorError
+from bayestune.functional import derive_seed
+from bayestune.inference.score import Scorer
+from bayestune.sampling.base import Posterior
+from bayestune.sampling.stacked import StackedDraws
+from bayestune.tasks.tensors import pad
+
+NEW_TOKENS = 128
+"""Limit of new tokens if none is given."""
+Mode = Literal["averaged", "per_draw"]
+Figures = tuple[Tensor, Tensor, Tensor]
+"""`draw_log_probs` [slices, tokens], `total` and `aleatoric` [tokens] of a text; see `Generation`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """The new tokens of one text.
+
+    Attributes:
+        ids: the tokens.
+        finished: whether the text ended by itself.
+        figures: of the tokens, from the draws that wrote them.
+    """
+
+    ids: Int[Tensor, " tokens"]
+    finished: bool
+    figures: Figures
+
+
+class Decoder:
+    """transformers' decoding of a batch whose rows are repeated for every draw, the draw outermost.
+
+    Args:
+        scorer: the draws.
+        posterior: whose model writes.
+        tokenizer: of the model.
+        seed: of sampled tokens.
+        mode: whether draws write together or each by itself.
+        settings: of `transformers.GenerationConfig`.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        posterior: Posterior,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        seed: int,
+        mode: Mode,
+        settings: dict[str, Any],
+    ) -> None:
+        if mode not in ("averaged", "per_draw"):
+            raise ConfigError(f"mode: found {mode!r}, expected 'averaged' or 'per_draw'.")
+        if not isinstance(scorer.sampler, StackedDraws):
+            raise DrawError(
+                f"generate: found a posterior of kind {posterior.kind!r}, whose draws cannot write in one batch, "
+                "expected Gaussian or dropout adapters; use draws=0, or serve its draws (bayestune serve --proxy)."
+            )
+        if mode == "per_draw" and not scorer.sampler.weights:
+            raise ConfigError("mode: found 'per_draw' with draws=0, expected at least one draw.")
+        self.draws, self.model, self.tokenizer = scorer.sampler, posterior.model, tokenizer
+        self.seed, self.mode = seed, mode
+        base: Any = posterior.model.get_base_model()
+        self.config = copy.deepcopy(settings.get("generation_config") or base.generation_config)
+        self.others = self.config.update(**{k: v for k, v in settings.items() if k != "generation_config"})
+        if self.config.max_new_tokens is None and not {"max_length", "generation_config"} & settings.keys():
+            self.config.max_new_tokens = NEW_TOKENS
+        for name in ("num_beams", "num_return_sequences"):
+            if (getattr(self.config, name) or 1) > 1:
+                raise ConfigError(f"{name}: found {getattr(self.config, name)}, expected 1.")
+        self.config.return_dict_in_generate = False
+        self.stop_strings, self.config.stop_strings = self.config.stop_strings, None
+        if self.config.pad_token_id is None:
+            named = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+            self.config.pad_token_id = next((token for token in named if isinstance(token, int)), 0)
+
+    @property
+    def plain(self) -> bool:
+        """Whether tokens are sampled from the distributions of the draws as they are."""
+        kept = (self.config.temperature, self.config.top_p)
+        return bool(self.config.do_sample) and not self.config.top_k and set(kept) <= {None, 1.0}
+
+    def new_tokens(self, before: int) -> int:
+        """The limit of new tokens after a prompt."""
+        limit = self.config.max_new_tokens
+        return limit if limit is not None else max(1, (self.config.max_length or 20) - before)
+
+    def write(self, contexts: Sequence[Sequence[int]], keys: Sequence[int | str], start: int) -> list[list[Written]]:
+        """Return what is written after each context: one text, or one for each draw.
+
+        Args:
+            contexts: token ids of the prompts.
+            keys: of the noise that samples tokens.
+            start: number of the first prompt, for errors.
+        """
+        slices, rows = self.draws.slices, len(contexts)
+        mask = pad([[1] * len(ids) for ids in contexts], 0, left=True)
+        inputs = {"input_ids": pad(contexts, self.config.pad_token_id, left=True), "attention_mask": mask}
+        inputs = {name: tensor.repeat(slices, 1).to(self.model.device) for name, tensor in inputs.items()}
+        width = mask.shape[1]
+        sizes = row_major_sizes((slices * rows, width), slices)
+        loop = _Loop(self, keys, start)
+        others = {**self.others, "stopping_criteria": self._stopping()}
+        with drawn_weights(self.draws.weights, sizes=sizes):
+            out = self.model.generate(**inputs, generation_config=self.config, custom_generate=loop, **others)
+        assert loop.ends is not None and loop.average is not None
+        loop.average.choose(out)
+        found = []
+        for row in range(slices * rows if self.mode == "per_draw" else rows):
+            count = int(loop.ends.length[row]) - width
+            figures = loop.average.figures(row, count)
+            ids, finished = out[row, width : width + count].cpu(), bool(loop.ends.finished[row])
+            found.append(Written(ids=ids, finished=finished, figures=figures))
+        return [found[row::rows] for row in range(rows)]
+
+    def _stopping(self) -> StoppingCriteriaList:
+        """The user's criteria and the stop strings: transformers loses the tokenizer that these need."""
+        criteria = StoppingCriteriaList(self.others.get("stopping_criteria") or [])
+        if self.stop_strings is not None:
+            criteria.append(StopStringCriteria(self.tokenizer, self.stop_strings))
+        return criteria
+
+
+class _Loop:
+    """transformers' loop with the average before its processors and the choice of a token after them."""
+
+    def __init__(self, decoder: Decoder, keys: Sequence[int | str], start: int) -> None:
+        self.decoder, self.keys, self.start = decoder, keys, start
+        self.average: _Average | None = None
+        self.ends: _Ends | None = None
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: Any,
+        **others: Any,
+    ) -> Tensor:
+        slices = self.decoder.draws.slices
+        together = slices if self.decoder.mode == "averaged" else 1
+        self.average = _Average(together, len(self.keys), self.start, input_ids.shape[1])
+        last = []
+        if generation_config.do_sample:
+            last = [_Gumbel(self.decoder.seed, self.keys, slices // together, together, input_ids.shape[1])]
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.do_sample = False  # the most probable token after Gumbel noise is a sample
+        self.ends = _Ends(stopping_criteria, len(input_ids))
+        processors = LogitsProcessorList([self.average, *logits_processor, *last])
+        return model._sample(input_ids, processors, self.ends, generation_config, **others)
+
+
+class _Average(LogitsProcessor):
+    """Log-probabilities of the average over each row's draws, in the place of each draw's logits; notes its figures.
+
+    Args:
+        slices: how many draws are averaged.
+        rows: prompts in the batch.
+        start: number of the first, for errors.
+        width: tokens of the prompts.
+    """
+
+    def __init__(self, slices: int, rows: int, start: int, width: int) -> None:
+        self.slices, self.rows, self.start, self.width = slices, rows, start, width
+        self.total: list[Tensor] = []
+        self.aleatoric: list[Tensor] = []
+        self.chosen: list[Tensor] = []
+        self._latest: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.choose(input_ids)
+        log_probs = scores.double().log_softmax(-1)
+        bad = log_probs.isnan().any(-1)
+        if bad.any():
+            number = self.start + int(bad.nonzero()[0, 0]) % self.rows
+            raise PosteriorError(
+                f"generate: prompt {number}: found answers that are not finite, expected finite ones: the adapter's "
+                "weights, or the precision, are too large or too small for this model."
+            )
+        self._latest = log_probs.unflatten(0, (self.slices, -1))
+        averaged = self._latest.logsumexp(0) - math.log(self.slices)
+        self.total.append(torch.special.entr(averaged.exp()).sum(-1).cpu())
+        self.aleatoric.append(torch.special.entr(self._latest.exp()).sum(-1).mean(0).cpu())
+        return averaged.repeat(self.slices, 1)
+
+    def choose(self, input_ids: Tensor) -> None:
+        """Note what the draws said of the token that came of the latest distributions, if `input_ids` has it."""
+        step = self.width + len(self.chosen)
+        if self._latest is not None and input_ids.shape[1] > step:
+            taken = input_ids[:, step].view(self.slices, -1, 1)
+            self.chosen.append(self._latest.gather(2, taken)[..., 0].cpu())
+
+    def figures(self, row: int, count: int) -> Figures:
+        """Return the figures of the first `count` tokens of a row."""
+        if not count:
+            return torch.zeros(self.slices, 0).double(), torch.zeros(0).double(), torch.zeros(0).double()
+        chosen, total, aleatoric = (torch.stack(each[:count]) for each in (self.chosen, self.total, self.aleatoric))
+        return chosen[:, :, row].T, total[:, row], aleatoric[:, row]
+
+
+class _Gumbel(LogitsProcessor):
+    """Gumbel noise on each row, keyed by seed, prompt, draw and step; the largest sum is a sample (Gumbel 1954)."""
+
+    def __init__(self, seed: int, keys: Sequence[int | str], draws: int, copies: int, width: int) -> None:
+        self.keys = [(seed, key, draw) for draw in range(draws) for key in keys]
+        self.copies, self.width = copies, width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        step = input_ids.shape[1] - self.width
+        noise = torch.empty(len(self.keys), scores.shape[1], dtype=torch.float64)
+        for row, key in zip(noise, self.keys, strict=True):
+            row.exponential_(generator=torch.Generator().manual_seed(derive_seed("token", *key, step)))
+        return scores - noise.log().to(scores.device).repeat(self.copies, 1)
+
+
+class _Ends(StoppingCriteriaList):
+    """Stopping criteria that note at which length each row ended, and whether by itself or by a limit."""
+
+    def __init__(self, criteria: StoppingCriteriaList, rows: int) -> None:
+        super().__init__(criteria)
+        self.length, self.finished = torch.zeros(rows, dtype=torch.long), torch.zeros(rows, dtype=torch.bool)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **others: Any) -> Tensor:
+        done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        ended = done.clone()
+        for criterion in self:
+            found = criterion(input_ids, scores, **others)
+            done |= found
+            ended |= found & (not isinstance(criterion, MaxLengthCriteria | MaxTimeCriteria))
+        new = done.cpu() & (self.length == 0)
+        self.finished |= new & ended.cpu()
+        self.length[new] = input_ids.shape[1]
+        return done

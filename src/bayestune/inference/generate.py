@@ -1,0 +1,151 @@
+r"""`generate`: texts from a posterior, and what its draws say of them.
+
+In mode "averaged" all draws write one text: at every step the next token comes from
+
+    p(t | before) = 1/K sum_k p(t | before, theta_k),
+
+with K draws in one batch, each with its own part of one cache. In mode "per_draw" each draw writes a text of its own,
+and the answer is the first text of the largest cluster of texts that say the same.
+
+Decoding is transformers': generation config, stopping, logits processors, chat template and cache. Processors and the
+settings of sampling act on the average. A token is sampled by the Gumbel-max trick with noise keyed by (seed, key of
+the prompt, step; in mode "per_draw" also the draw), so that all draws of an average take the same token, the global
+random state is left alone, and a text does not depend on the other prompts. A posterior's temperature, which is fitted
+to choices, is not used.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from bayestune.errors import ConfigError
+from bayestune.inference.decoding import Decoder, Figures, Mode, Written
+from bayestune.inference.draws import evaluation_mode
+from bayestune.inference.generation import Generation, Same, clusters
+from bayestune.inference.score import Prompt, Scorer, check_length, encoded, pieces
+from bayestune.sampling.base import Posterior
+from bayestune.storage.saving import as_posterior
+
+
+def generate(
+    model: nn.Module | Posterior,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    draws: int,
+    seed: int = 0,
+    mode: Mode = "averaged",
+    same: Same = "normalized",
+    keys: Sequence[int | str] | None = None,
+    batch_size: int = 8,
+    progress: bool = False,
+    **generation_config: Any,
+) -> Generation:
+    """Return a text for each prompt, with the uncertainty of every token; ``draws=0`` decodes with the mean.
+
+    Args:
+        model: a posterior with Gaussian or dropout adapters, or such a model; any other for ``draws=0``.
+        tokenizer: of the model.
+        prompts: texts, or chats (lists of messages), which the tokenizer's chat template puts into words.
+        draws, seed: number and seed of the draws; the seed also chooses sampled tokens.
+        mode: "averaged" or "per_draw".
+        same: in mode "per_draw", which texts say the same; see `clusters`.
+        keys: of the prompts, for the noise that samples tokens; default: their places.
+        batch_size: prompts at a time, before draws are stacked.
+        progress: show a bar on stderr.
+        **generation_config: settings of `transformers.GenerationConfig` (`max_new_tokens`, by default 128;
+            `do_sample`, `temperature`, `top_p`, `stop_strings`, ...), or ``generation_config=`` such a one.
+
+    Raises:
+        ConfigError: a setting is out of range, or of another kind of decoding, such as beams.
+        DataError: there are no prompts, or one has no token, or is too long for the model with its new tokens.
+        TaskError: the model is no causal language model, or the tokenizer has no chat template for a chat.
+        DrawError: the posterior has no such draws, or its draws cannot be stacked.
+        PosteriorError: the model's answers are not finite; names the prompt.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size: found {batch_size}, expected at least 1.")
+    clusters([], same)
+    posterior = as_posterior(model)
+    contexts, scorer = encoded(posterior, tokenizer, prompts, "generate"), Scorer(posterior, draws, seed)
+    decoder = Decoder(scorer, posterior, tokenizer, seed=seed, mode=mode, settings=generation_config)
+    with evaluation_mode(posterior.model), torch.inference_mode():
+        found = _written(decoder, posterior, contexts, keys or range(len(prompts)), batch_size, progress)
+        if mode == "per_draw":
+            return _per_draw(scorer, tokenizer, contexts, found, same, decoder.plain, draws=draws, seed=seed)
+    answers = [each[0] for each in found]
+    return _generation(tokenizer, answers, [each.figures for each in answers], draws=draws, seed=seed)
+
+
+def _written(
+    decoder: Decoder,
+    posterior: Posterior,
+    contexts: Sequence[list[int]],
+    keys: Sequence[int | str],
+    batch_size: int,
+    progress: bool,
+) -> list[list[Written]]:
+    """What is written after each context: one text, or one for each draw."""
+    for number, context in enumerate(contexts):
+        check_length(posterior, len(context) + decoder.new_tokens(len(context)), number, "generate")
+    found: list[list[Written]] = []
+    with tqdm(total=len(contexts), desc="generate", unit="prompt", disable=not progress) as bar:
+        for start in range(0, len(contexts), batch_size):
+            part = slice(start, start + batch_size)
+            found += decoder.write(contexts[part], keys[part], start)
+            bar.update(len(found) - bar.n)
+    return found
+
+
+def _generation(tokenizer: Any, found: Sequence[Written], figures: Sequence[Figures], **fields: Any) -> Generation:
+    return Generation(
+        texts=tuple(tokenizer.decode(each.ids, skip_special_tokens=True) for each in found),
+        sequences=tuple(each.ids for each in found),
+        pieces=tuple(pieces(tokenizer, each.ids) for each in found),
+        draw_log_probs=tuple(each[0] for each in figures),
+        total=tuple(each[1] for each in figures),
+        aleatoric=tuple(each[2] for each in figures),
+        finished=tuple(each.finished for each in found),
+        **fields,
+    )
+
+
+def _per_draw(
+    scorer: Scorer,
+    tokenizer: Any,
+    contexts: Sequence[list[int]],
+    found: Sequence[Sequence[Written]],
+    same: Same,
+    plain: bool,
+    **asked: int,
+) -> Generation:
+    texts = [[tokenizer.decode(each.ids, skip_special_tokens=True) for each in several] for several in found]
+    largest = [clusters(several, same)[0] for several in texts]
+    answers = [several[group[0]] for several, group in zip(found, largest, strict=True)]
+    figures = [scorer.figures(contexts[i], each.ids, i) for i, each in enumerate(answers)]
+    information = [
+        _information([scorer.figures(context, each.ids, i)[0].sum(-1) for each in several])
+        for i, (context, several) in enumerate(zip(contexts, found, strict=True))
+        if plain
+    ]
+    return _generation(
+        tokenizer,
+        answers,
+        figures,
+        draw_texts=tuple(map(tuple, texts)),
+        agreement=tuple(len(group) / len(several) for group, several in zip(largest, found, strict=True)),
+        information=tuple(information) if plain else None,
+        **asked,
+    )
+
+
+def _information(likelihoods: Sequence[Float[Tensor, " draws"]]) -> float:
+    """The estimate of `Generation.information` from log p(y_k | theta_j), one tensor for each text y_k."""
+    table = torch.stack(list(likelihoods))
+    return float((table.diagonal() - table.logsumexp(1) + math.log(len(table))).mean())

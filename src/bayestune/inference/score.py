@@ -1,0 +1,198 @@
+"""`score`: what all draws say of texts that exist already, token by token."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from bayestune.errors import ConfigError, DataError, DrawError, PosteriorError, TaskError
+from bayestune.inference.draws import evaluation_mode
+from bayestune.inference.generation import Generation
+from bayestune.sampling.base import Posterior, Sampler
+from bayestune.storage.saving import as_posterior
+from bayestune.tasks.causal import without_appended
+from bayestune.tasks.tensors import widen
+
+Prompt = str | Sequence[Mapping[str, Any]]
+"""A text, or the messages of a chat."""
+
+
+def score(
+    model: nn.Module | Posterior,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    texts: Sequence[str],
+    *,
+    draws: int,
+    seed: int = 0,
+    progress: bool = False,
+) -> Generation:
+    """Return the uncertainty of every token of each text after its prompt; ``draws=0`` asks the mean.
+
+    Prompt and text are tokenized apart and joined, without a token for the end of the text.
+
+    Args:
+        model: a posterior, or a causal language model with an adapter.
+        tokenizer: of the model.
+        prompts: texts, or chats (lists of messages), which the tokenizer's chat template puts into words.
+        texts: one for each prompt.
+        draws, seed: number and seed of the draws.
+        progress: show a bar on stderr.
+
+    Raises:
+        ConfigError: there is not one text for each prompt, or `draws` is below 0.
+        DataError: there are no prompts, or a prompt or a text has no token, or both are too long for the model.
+        TaskError: the model is no causal language model, or the tokenizer has no chat template for a chat.
+        DrawError: the posterior has no such draws.
+        PosteriorError: the model's answers are not finite; names the prompt.
+    """
+    if len(prompts) != len(texts):
+        raise ConfigError(f"score: found {len(prompts)} prompts and {len(texts)} texts, expected one text each.")
+    posterior = as_posterior(model)
+    contexts = encoded(posterior, tokenizer, prompts, "score")
+    sequences = [_text_ids(posterior, tokenizer, *pair) for pair in enumerate(zip(contexts, texts, strict=True))]
+    scorer = Scorer(posterior, draws, seed)
+    pairs = tqdm(list(zip(contexts, sequences, strict=True)), desc="score", unit="prompt", disable=not progress)
+    with evaluation_mode(posterior.model), torch.inference_mode():
+        found = [scorer.figures(*pair, number) for number, pair in enumerate(pairs)]
+    return Generation(
+        texts=tuple(texts),
+        sequences=tuple(sequences),
+        pieces=tuple(pieces(tokenizer, ids) for ids in sequences),
+        draw_log_probs=tuple(each[0] for each in found),
+        total=tuple(each[1] for each in found),
+        aleatoric=tuple(each[2] for each in found),
+        finished=(True,) * len(texts),
+        draws=draws,
+        seed=seed,
+    )
+
+
+def _text_ids(
+    posterior: Posterior, tokenizer: PreTrainedTokenizerBase, number: int, pair: tuple[list[int], str]
+) -> Int[Tensor, " tokens"]:
+    context, text = pair
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    if not ids:
+        raise DataError(f"score: text {number}: found no token in {text!r}, expected at least one.")
+    check_length(posterior, len(context) + len(ids), number, "score")
+    return torch.tensor(ids)
+
+
+class Scorer:
+    """The draws of a posterior as readers of texts, one after another: all at once would not fit in memory.
+
+    Args:
+        posterior: over a causal language model.
+        draws, seed: number and seed of the draws.
+
+    Raises:
+        ConfigError: `draws` is below 0.
+        DrawError: the posterior has no such draws, or draws of the answers alone, as linearized posteriors have.
+    """
+
+    def __init__(self, posterior: Posterior, draws: int, seed: int) -> None:
+        if draws < 0:
+            raise ConfigError(f"draws: found {draws}, expected 0 or more.")
+        self.sampler: Sampler = posterior.sampler(draws=draws, seed=seed)
+        if self.sampler.gradients:
+            raise DrawError("draws: found draws of the answers alone, expected draws of the weights.")
+        self.device = next(posterior.model.parameters()).device
+
+    def figures(
+        self, context: Sequence[int], ids: Int[Tensor, " tokens"], number: int
+    ) -> tuple[Float[Tensor, "slices tokens"], Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
+        """Return `draw_log_probs`, `total` and `aleatoric` of the tokens `ids` after a context.
+
+        Raises:
+            PosteriorError: they are not finite; names prompt `number`.
+        """
+        count, slices = len(ids), self.sampler.slices
+        chosen = torch.empty(slices, count, dtype=torch.float64)
+        if not count:
+            return chosen, torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
+        whole = torch.tensor([[*context, *ids.tolist()]], device=self.device)
+        reader: Any = _NextTokens(count)
+        mean, entropy = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        for k in range(slices):
+            log_probs = self.sampler.outputs(reader, {"input_ids": whole}, range(k, k + 1))[0, 0].double()
+            if not log_probs.gather(1, whole[0, -count:, None]).isfinite().all():
+                raise PosteriorError(
+                    f"prompt {number}: found answers that are not finite, expected finite ones: the adapter's "
+                    "weights, or the precision, are too large or too small for this model."
+                )
+            chosen[k] = log_probs.gather(1, whole[0, -count:, None])[:, 0].cpu()
+            probs = log_probs.exp()
+            mean = mean + probs / slices
+            entropy = entropy + torch.special.entr(probs).sum(-1) / slices
+        return chosen, torch.special.entr(mean).sum(-1).cpu(), entropy.cpu()
+
+
+class _NextTokens:
+    """What a sampler asks of a task: here log-probabilities of the last tokens, [rows, tokens, vocabulary]."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def outputs(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        logits = model(**batch, logits_to_keep=self.count + 1, use_cache=False).logits
+        return widen(logits[:, -self.count - 1 : -1]).log_softmax(-1)
+
+
+def encoded(
+    posterior: Posterior, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], call: str
+) -> list[list[int]]:
+    """Return the token ids of prompts; errors name `call` and the number of the prompt.
+
+    Raises:
+        DataError: there are no prompts, or one has no token.
+        TaskError: the model does not generate, or the tokenizer has no chat template for a chat.
+    """
+    base: Any = posterior.model.get_base_model()
+    if not base.can_generate() or base.config.is_encoder_decoder:
+        raise TaskError(f"{call}: found {type(base).__name__}, expected a causal language model.")
+    if isinstance(prompts, str) or not prompts:
+        raise DataError(f"{call}: found {prompts!r}, expected a list of prompts, at least one.")
+    found = []
+    for number, prompt in enumerate(prompts):
+        ids = _ids(tokenizer, prompt, f"{call}: prompt {number}")
+        if not ids:
+            raise DataError(f"{call}: prompt {number}: found no token in {prompt!r}, expected at least one.")
+        check_length(posterior, len(ids) + 1, number, call)
+        found.append(ids)
+    return found
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: str) -> list[int]:
+    if isinstance(prompt, str):
+        return without_appended(tokenizer(prompt, return_special_tokens_mask=True)) if prompt else []
+    if not tokenizer.chat_template:
+        raise TaskError(f"{where}: found messages, expected a text: the tokenizer has no chat template.")
+    messages = [dict(message) for message in prompt]
+    encoding: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    return encoding["input_ids"]
+
+
+def check_length(posterior: Posterior, tokens: int, number: int, call: str) -> None:
+    """Raise a DataError if a text has more tokens than the model has positions for."""
+    limit = posterior.model.config.get_text_config().to_dict().get("max_position_embeddings")
+    if limit is not None and tokens > limit:
+        raise DataError(
+            f"{call}: prompt {number}: found {tokens} tokens with those to come, expected at most {limit}, the "
+            "positions of the model; shorten it, or ask for fewer new tokens."
+        )
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: Int[Tensor, " tokens"]) -> tuple[str, ...]:
+    """Return the text that each token adds; parts of a character are shown with the token that completes it."""
+    found, before = [], ""
+    for end in range(1, len(ids) + 1):
+        text: Any = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
+        complete = not text.endswith("�") or end == len(ids)
+        found.append(text[len(before) :] if complete else "")
+        before = text if complete else before
+    return tuple(found)
