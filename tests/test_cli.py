@@ -496,6 +496,10 @@ def test_the_flags_are_these() -> None:
             *("run", "pool", "top", "output", "score", "data"),
             *("draws", "predictive", "seed", "on_bad_row", "overwrite"),
         },
+        "generate": {
+            *("run", "input", "output", "draws", "seed", "mode", "max_new_tokens", "temperature", "top_p", "stop"),
+            *("chat", "batch_size", "data", "resume", "overwrite"),
+        },
         "distil": {"run", "output", "rows", "steps", "draws", "data", "overwrite"},
         "export": {"run", "output", "data", "draws", "seed", "overwrite", "format"},
         "serve": {
@@ -519,6 +523,7 @@ def test_help_names_the_commands_and_the_exit_codes(capsys: pytest.CaptureFixtur
         "train",
         "evaluate",
         "predict",
+        "generate",
         "acquire",
         "export",
         "demo",

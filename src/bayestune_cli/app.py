@@ -20,6 +20,7 @@ from bayestune_cli.distil import distil
 from bayestune_cli.errors import INTERNAL, INTERRUPTED, OK, STOPPED, TERMINATED, USER, fail
 from bayestune_cli.evaluate import evaluate
 from bayestune_cli.export import export
+from bayestune_cli.generate import generate
 from bayestune_cli.predict import predict
 from bayestune_cli.report import report
 from bayestune_cli.serve import serve
@@ -50,7 +51,7 @@ def program(
     """Declare --debug for the help; `invoke` accepts it anywhere among the arguments."""
 
 
-for command in (train, evaluate, predict, acquire, distil, export, serve, demo, table, report):
+for command in (train, evaluate, predict, generate, acquire, distil, export, serve, demo, table, report):
     app.command()(quietly(command))
 
 

@@ -13,5 +13,7 @@ from bayestune.inference.novelty import novelty as novelty
 from bayestune.inference.predict import predict as predict
 from bayestune.inference.prompt_information import prompt_information as prompt_information
 from bayestune.inference.score import score as score
+from bayestune.inference.shading import shaded as shaded
+from bayestune.inference.shading import shaded_html as shaded_html
 from bayestune.tasks import Prediction as Prediction
 from bayestune.tasks import Scores as Scores

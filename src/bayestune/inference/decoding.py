@@ -22,7 +22,7 @@ from transformers import (
 from bayestune.adapters import drawn_weights, row_major_sizes
 from bayestune.errors import ConfigError, DrawError, PosteriorError
 from bayestune.functional import derive_seed
-from bayestune.inference.score import Scorer
+from bayestune.inference.score import Scorer, writing_base
 from bayestune.sampling.base import Posterior
 from bayestune.sampling.stacked import StackedDraws
 from bayestune.tasks.tensors import pad
@@ -82,7 +82,7 @@ class Decoder:
             raise ConfigError("mode: found 'per_draw' with draws=0, expected at least one draw.")
         self.draws, self.model, self.tokenizer = scorer.sampler, posterior.model, tokenizer
         self.seed, self.mode = seed, mode
-        base: Any = posterior.model.get_base_model()
+        base = writing_base(posterior, "generate")
         self.config = copy.deepcopy(settings.get("generation_config") or base.generation_config)
         self.others = self.config.update(**{k: v for k, v in settings.items() if k != "generation_config"})
         if self.config.max_new_tokens is None and not {"max_length", "generation_config"} & settings.keys():
@@ -102,18 +102,17 @@ class Decoder:
         kept = (self.config.temperature, self.config.top_p)
         return bool(self.config.do_sample) and not self.config.top_k and set(kept) <= {None, 1.0}
 
-    def new_tokens(self, before: int) -> int:
-        """The limit of new tokens after a prompt."""
-        limit = self.config.max_new_tokens
-        return limit if limit is not None else max(1, (self.config.max_length or 20) - before)
+    @property
+    def new_tokens(self) -> int:
+        """The limit of new tokens, where it is one; 1 where the limit is one of the whole text."""
+        return self.config.max_new_tokens or 1
 
-    def write(self, contexts: Sequence[Sequence[int]], keys: Sequence[int | str], start: int) -> list[list[Written]]:
+    def write(self, contexts: Sequence[Sequence[int]], keys: Sequence[int | str]) -> list[list[Written]]:
         """Return what is written after each context: one text, or one for each draw.
 
         Args:
             contexts: token ids of the prompts.
-            keys: of the noise that samples tokens.
-            start: number of the first prompt, for errors.
+            keys: of the noise that samples tokens, and names for errors.
         """
         slices, rows = self.draws.slices, len(contexts)
         mask = pad([[1] * len(ids) for ids in contexts], 0, left=True)
@@ -121,7 +120,7 @@ class Decoder:
         inputs = {name: tensor.repeat(slices, 1).to(self.model.device) for name, tensor in inputs.items()}
         width = mask.shape[1]
         sizes = row_major_sizes((slices * rows, width), slices)
-        loop = _Loop(self, keys, start)
+        loop = _Loop(self, keys)
         others = {**self.others, "stopping_criteria": self._stopping()}
         with drawn_weights(self.draws.weights, sizes=sizes):
             out = self.model.generate(**inputs, generation_config=self.config, custom_generate=loop, **others)
@@ -146,8 +145,8 @@ class Decoder:
 class _Loop:
     """transformers' loop with the average before its processors and the choice of a token after them."""
 
-    def __init__(self, decoder: Decoder, keys: Sequence[int | str], start: int) -> None:
-        self.decoder, self.keys, self.start = decoder, keys, start
+    def __init__(self, decoder: Decoder, keys: Sequence[int | str]) -> None:
+        self.decoder, self.keys = decoder, keys
         self.average: _Average | None = None
         self.ends: _Ends | None = None
 
@@ -162,7 +161,7 @@ class _Loop:
     ) -> Tensor:
         slices = self.decoder.draws.slices
         together = slices if self.decoder.mode == "averaged" else 1
-        self.average = _Average(together, len(self.keys), self.start, input_ids.shape[1])
+        self.average = _Average(together, self.keys, input_ids.shape[1])
         last = []
         if generation_config.do_sample:
             last = [_Gumbel(self.decoder.seed, self.keys, slices // together, together, input_ids.shape[1])]
@@ -178,13 +177,12 @@ class _Average(LogitsProcessor):
 
     Args:
         slices: how many draws are averaged.
-        rows: prompts in the batch.
-        start: number of the first, for errors.
+        names: of the prompts in the batch, for errors.
         width: tokens of the prompts.
     """
 
-    def __init__(self, slices: int, rows: int, start: int, width: int) -> None:
-        self.slices, self.rows, self.start, self.width = slices, rows, start, width
+    def __init__(self, slices: int, names: Sequence[int | str], width: int) -> None:
+        self.slices, self.names, self.width = slices, names, width
         self.total: list[Tensor] = []
         self.aleatoric: list[Tensor] = []
         self.chosen: list[Tensor] = []
@@ -195,9 +193,9 @@ class _Average(LogitsProcessor):
         log_probs = scores.double().log_softmax(-1)
         bad = log_probs.isnan().any(-1)
         if bad.any():
-            number = self.start + int(bad.nonzero()[0, 0]) % self.rows
+            name = self.names[int(bad.nonzero()[0, 0]) % len(self.names)]
             raise PosteriorError(
-                f"generate: prompt {number}: found answers that are not finite, expected finite ones: the adapter's "
+                f"generate: prompt {name!r}: found answers that are not finite, expected finite ones: the adapter's "
                 "weights, or the precision, are too large or too small for this model."
             )
         self._latest = log_probs.unflatten(0, (self.slices, -1))

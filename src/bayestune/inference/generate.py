@@ -28,7 +28,7 @@ from bayestune.errors import ConfigError
 from bayestune.inference.decoding import Decoder, Figures, Mode, Written
 from bayestune.inference.draws import evaluation_mode
 from bayestune.inference.generation import Generation, Same, clusters
-from bayestune.inference.score import Prompt, Scorer, check_length, encoded, pieces
+from bayestune.inference.score import Prompt, Scorer, encoded, pieces
 from bayestune.sampling.base import Posterior
 from bayestune.storage.saving import as_posterior
 
@@ -56,7 +56,7 @@ def generate(
         draws, seed: number and seed of the draws; the seed also chooses sampled tokens.
         mode: "averaged" or "per_draw".
         same: in mode "per_draw", which texts say the same; see `clusters`.
-        keys: of the prompts, for the noise that samples tokens; default: their places.
+        keys: names of the prompts, for the noise that samples tokens and for errors; default: their places.
         batch_size: prompts at a time, before draws are stacked.
         progress: show a bar on stderr.
         **generation_config: settings of `transformers.GenerationConfig` (`max_new_tokens`, by default 128;
@@ -72,11 +72,12 @@ def generate(
     if batch_size < 1:
         raise ConfigError(f"batch_size: found {batch_size}, expected at least 1.")
     clusters([], same)
-    posterior = as_posterior(model)
-    contexts, scorer = encoded(posterior, tokenizer, prompts, "generate"), Scorer(posterior, draws, seed)
+    posterior, names = as_posterior(model), keys or range(len(prompts))
+    scorer = Scorer(posterior, draws, seed)
     decoder = Decoder(scorer, posterior, tokenizer, seed=seed, mode=mode, settings=generation_config)
+    contexts = encoded(posterior, tokenizer, prompts, names, "generate", decoder.new_tokens)
     with evaluation_mode(posterior.model), torch.inference_mode():
-        found = _written(decoder, posterior, contexts, keys or range(len(prompts)), batch_size, progress)
+        found = _written(decoder, contexts, names, batch_size, progress)
         if mode == "per_draw":
             return _per_draw(scorer, tokenizer, contexts, found, same, decoder.plain, draws=draws, seed=seed)
     answers = [each[0] for each in found]
@@ -84,21 +85,14 @@ def generate(
 
 
 def _written(
-    decoder: Decoder,
-    posterior: Posterior,
-    contexts: Sequence[list[int]],
-    keys: Sequence[int | str],
-    batch_size: int,
-    progress: bool,
+    decoder: Decoder, contexts: Sequence[list[int]], names: Sequence[int | str], batch_size: int, progress: bool
 ) -> list[list[Written]]:
     """What is written after each context: one text, or one for each draw."""
-    for number, context in enumerate(contexts):
-        check_length(posterior, len(context) + decoder.new_tokens(len(context)), number, "generate")
     found: list[list[Written]] = []
     with tqdm(total=len(contexts), desc="generate", unit="prompt", disable=not progress) as bar:
         for start in range(0, len(contexts), batch_size):
             part = slice(start, start + batch_size)
-            found += decoder.write(contexts[part], keys[part], start)
+            found += decoder.write(contexts[part], names[part])
             bar.update(len(found) - bar.n)
     return found
 

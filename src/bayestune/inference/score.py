@@ -53,7 +53,7 @@ def score(
     if len(prompts) != len(texts):
         raise ConfigError(f"score: found {len(prompts)} prompts and {len(texts)} texts, expected one text each.")
     posterior = as_posterior(model)
-    contexts = encoded(posterior, tokenizer, prompts, "score")
+    contexts = encoded(posterior, tokenizer, prompts, range(len(prompts)), "score")
     sequences = [_text_ids(posterior, tokenizer, *pair) for pair in enumerate(zip(contexts, texts, strict=True))]
     scorer = Scorer(posterior, draws, seed)
     pairs = tqdm(list(zip(contexts, sequences, strict=True)), desc="score", unit="prompt", disable=not progress)
@@ -104,12 +104,12 @@ class Scorer:
         self.device = next(posterior.model.parameters()).device
 
     def figures(
-        self, context: Sequence[int], ids: Int[Tensor, " tokens"], number: int
+        self, context: Sequence[int], ids: Int[Tensor, " tokens"], name: int | str
     ) -> tuple[Float[Tensor, "slices tokens"], Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
         """Return `draw_log_probs`, `total` and `aleatoric` of the tokens `ids` after a context.
 
         Raises:
-            PosteriorError: they are not finite; names prompt `number`.
+            PosteriorError: they are not finite; names the prompt.
         """
         count, slices = len(ids), self.sampler.slices
         chosen = torch.empty(slices, count, dtype=torch.float64)
@@ -122,7 +122,7 @@ class Scorer:
             log_probs = self.sampler.outputs(reader, {"input_ids": whole}, range(k, k + 1))[0, 0].double()
             if not log_probs.gather(1, whole[0, -count:, None]).isfinite().all():
                 raise PosteriorError(
-                    f"prompt {number}: found answers that are not finite, expected finite ones: the adapter's "
+                    f"prompt {name!r}: found answers that are not finite, expected finite ones: the adapter's "
                     "weights, or the precision, are too large or too small for this model."
                 )
             chosen[k] = log_probs.gather(1, whole[0, -count:, None])[:, 0].cpu()
@@ -144,27 +144,42 @@ class _NextTokens:
 
 
 def encoded(
-    posterior: Posterior, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], call: str
+    posterior: Posterior,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    names: Sequence[int | str],
+    call: str,
+    new_tokens: int = 1,
 ) -> list[list[int]]:
-    """Return the token ids of prompts; errors name `call` and the number of the prompt.
+    """Return the token ids of prompts; errors name `call` and the prompt.
 
     Raises:
-        DataError: there are no prompts, or one has no token.
+        DataError: there are no prompts, or one has no token, or is too long with `new_tokens` more.
         TaskError: the model does not generate, or the tokenizer has no chat template for a chat.
+    """
+    writing_base(posterior, call)
+    if isinstance(prompts, str) or not prompts:
+        raise DataError(f"{call}: found {prompts!r}, expected a list of prompts, at least one.")
+    found = []
+    for name, prompt in zip(names, prompts, strict=True):
+        ids = _ids(tokenizer, prompt, f"{call}: prompt {name!r}")
+        if not ids:
+            raise DataError(f"{call}: prompt {name!r}: found no token in {prompt!r}, expected at least one.")
+        check_length(posterior, len(ids) + new_tokens, name, call)
+        found.append(ids)
+    return found
+
+
+def writing_base(posterior: Posterior, call: str) -> Any:
+    """Return the model under the adapter.
+
+    Raises:
+        TaskError: it is no causal language model.
     """
     base: Any = posterior.model.get_base_model()
     if not base.can_generate() or base.config.is_encoder_decoder:
         raise TaskError(f"{call}: found {type(base).__name__}, expected a causal language model.")
-    if isinstance(prompts, str) or not prompts:
-        raise DataError(f"{call}: found {prompts!r}, expected a list of prompts, at least one.")
-    found = []
-    for number, prompt in enumerate(prompts):
-        ids = _ids(tokenizer, prompt, f"{call}: prompt {number}")
-        if not ids:
-            raise DataError(f"{call}: prompt {number}: found no token in {prompt!r}, expected at least one.")
-        check_length(posterior, len(ids) + 1, number, call)
-        found.append(ids)
-    return found
+    return base
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: str) -> list[int]:
@@ -177,12 +192,12 @@ def _ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: str) -> list
     return encoding["input_ids"]
 
 
-def check_length(posterior: Posterior, tokens: int, number: int, call: str) -> None:
+def check_length(posterior: Posterior, tokens: int, name: int | str, call: str) -> None:
     """Raise a DataError if a text has more tokens than the model has positions for."""
     limit = posterior.model.config.get_text_config().to_dict().get("max_position_embeddings")
     if limit is not None and tokens > limit:
         raise DataError(
-            f"{call}: prompt {number}: found {tokens} tokens with those to come, expected at most {limit}, the "
+            f"{call}: prompt {name!r}: found {tokens} tokens with those to come, expected at most {limit}, the "
             "positions of the model; shorten it, or ask for fewer new tokens."
         )
 
