@@ -7,6 +7,7 @@ from mutants import rows as rows
 from mutants import runs as runs
 from mutants import saved as saved
 from mutants import scores as scores
+from mutants import generation as generation
 from mutants import served as served
 from mutants import training as training
 from mutants.defect import DEFECTS as DEFECTS
