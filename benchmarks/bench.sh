@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes results/bench/*.json, on an idle machine; PYTHON=... picks the interpreter. On a GPU: DEVICE=cuda.
-# For sampling_free.json name posteriors to ask: RUNS="folder ..." DATA=folder.
+# For sampling_free.json name posteriors to ask: RUNS="folder ..." DATA=folder; for generate_smollm2.json a run on
+# SmolLM2: CAUSAL_RUN=folder DATA=folder.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -28,5 +29,8 @@ done
 if [ -n "${RUNS:-}" ]; then
     # shellcheck disable=SC2086
     "$PYTHON" benchmarks/sampling_free.py $RUNS --data "$DATA" --json $out/sampling_free.json
+fi
+if [ -n "${CAUSAL_RUN:-}" ]; then
+    "$PYTHON" benchmarks/generate.py --run "$CAUSAL_RUN" --data "$DATA" --json $out/generate_smollm2.json
 fi
 "$PYTHON" benchmarks/performance.py

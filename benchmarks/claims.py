@@ -82,6 +82,8 @@ def _ten_draws() -> list[list[str]]:
     for shape, limit in TEN_DRAWS.items():
         one = record(f"predict_{shape}")
         found.append(_paired(f"Ten draws / ten forwards, {shape}", limit, one))
+    one = record("generate_smollm2")
+    found.append(_paired("Text of the average of ten draws / plain decoding, SmolLM2 (machine not idle)", 10, one))
     one = record("predict_llama7b-1x100")
     found.append(_claim("Ten draws / one forward, llama7b-1x100", 3.5, one and one["per_forward"], missing=NONE))
     return found
