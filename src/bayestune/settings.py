@@ -60,7 +60,7 @@ def expected(field: FieldInfo) -> str:
     if get_origin(kind) is Literal:
         return f"one of {', '.join(get_args(kind))}"
     if get_origin(kind) is tuple:
-        return "a list of names"
+        return "a list of numbers" if float in get_args(kind) else "a list of names"
     if kind is str:
         return "a text"
     if kind is bool:

@@ -63,7 +63,7 @@ def acquire(
         check_writable(output.parent, f"--output {output}")
     loaded = load(run, data, predictive)
     count = None if score == "random" else draw_count(loaded, draws, predictive)
-    check_acquisition(score, count or 0)
+    check_acquisition(score, count or 0, classes=loaded.task.has_classes)
     if on_bad_row == "stop":
         check_all(pool, loaded.task)
     seen = _Seen()

@@ -53,9 +53,10 @@ def batches(
     Batches depend on the file and `at_once` alone, so a resumed command forms the same ones.
     """
     from bayestune.tasks.data import scan_rows
+    from bayestune.tasks.rows import formats_of
 
     places: dict[str, str] = {}
-    lines = scan_rows(path, labelled=False)
+    lines = scan_rows(path, labelled=False, formats=formats_of(task.row))
     while batch := list(itertools.islice(lines, at_once or ROWS_AT_ONCE)):
         bad: list[Exception] = [line for line in batch if isinstance(line, Exception)]
         rows: list[AnyRow] = []

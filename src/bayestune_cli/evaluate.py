@@ -1,6 +1,7 @@
 """`bayestune evaluate`."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,7 @@ from bayestune_cli.arguments import Data, Draws, Predictive, RunFolder, Seed, ch
 
 if TYPE_CHECKING:
     from bayestune.experiment import Run
-    from bayestune.inference import Diagnostics, Prediction
+    from bayestune.inference import Diagnostics
     from bayestune.tasks import AnyRow, TokenizedTask
 
 
@@ -30,7 +31,7 @@ def evaluate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Score a run: accuracy, NLL, ECE and Brier with 95 % intervals, and out-of-distribution detection."""
+    """Score a run with 95 % intervals (of classes: accuracy, NLL, ECE, Brier), and detect out-of-distribution data."""
     check_run(run)
 
     from bayestune.experiment import detection, novelty_of, score_table
@@ -48,7 +49,7 @@ def evaluate(
     far = novelty_of(loaded, loaded.task, rows) if others else None
     detected = {name: detection(loaded, prediction, rows, *one, known_novelty=far) for name, one in others.items()}
     scores = scores_of(prediction)
-    diagnosed = diagnostics(loaded.posterior, prediction) if len(prediction.draw_log_probs) >= 2 else None
+    diagnosed = None if prediction.spread() is None else diagnostics(loaded.posterior, prediction)
     if as_json:
         answer = {**scores.as_dict(), "task": loaded.task.name, "split": chosen, "seed": seed}
         answer |= {"temperature": temperature, "predictive": predictive or "mc", "method": method}
@@ -60,7 +61,8 @@ def evaluate(
         print(f"temperature {temperature:.4g}")
     if diagnosed:
         print(_diagnosed(diagnosed, dict(loaded.experiment.method)))
-    _print_detected(detected, chosen, prediction)
+    here = float(prediction.uncertainties()["epistemic"].mean()) if detected else 0.0
+    _print_detected(detected, chosen, scores.headings, here)
 
 
 def _diagnosed(found: "Diagnostics", settings: dict[str, Any]) -> str:
@@ -80,18 +82,24 @@ def _diagnosed(found: "Diagnostics", settings: dict[str, Any]) -> str:
     return f"{text}\nadapter: mean std {found.mean_std:.4g}{start}{prior}"
 
 
-def _print_detected(detected: dict[str, dict[str, Any]], chosen: str, prediction: "Prediction") -> None:
-    """Print the scores on the other data sets, and how well each score tells them apart."""
+def _print_detected(
+    detected: dict[str, dict[str, Any]], chosen: str, headings: Mapping[str, str], here: float
+) -> None:
+    """Print the scores on the other data sets, and how well each score tells them apart.
+
+    `here` is the mean epistemic uncertainty on the run's own rows.
+    """
     from bayestune.experiment.detection import DETECTORS
 
     for name, other in detected.items():
-        text = f"accuracy {other['accuracy']:.3f}, NLL {other['nll']:.3f}, epistemic {other['epistemic']:.4f} nats"
-        print(f"{name}: {text} (here {prediction.epistemic.mean():.4f})")
+        text = ", ".join(f"{heading} {other[key]:.3f}" for key, heading in headings.items())
+        print(f"{name}: {text}, epistemic {other['epistemic']:.4f} (here {here:.4f})")
         print(
             f"{'':4}AUROC, how well a score tells these rows from those of {chosen}; below 0.5 it is lower on these:"
         )
         for key, score in DETECTORS.items():
-            print(f"{'':4}{score:<44} {'none' if other[key] is None else format(other[key], '.3f')}")
+            if key in other:
+                print(f"{'':4}{score:<44} {'none' if other[key] is None else format(other[key], '.3f')}")
 
 
 def _other_rows(loaded: "Run", name: str) -> tuple["TokenizedTask", list["AnyRow"]]:

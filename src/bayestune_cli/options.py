@@ -12,7 +12,7 @@ import typer
 
 from bayestune_cli.errors import FlagError
 
-_TYPES = {"bool": bool, "int": int, "float": float, "str": str, "names": str}
+_TYPES = {"bool": bool, "int": int, "float": float, "str": str, "names": str, "numbers": str}
 _HOLDS = {"ge": operator.ge, "gt": operator.gt, "le": operator.le, "lt": operator.lt}
 
 

@@ -34,8 +34,8 @@ Answering = Union["Run", "ServedRun"]
 
 _COMPARED = 16
 """Rows that --resume answers again, to see that the run, the draws and the seed are the same."""
-_FIELDS = {"id", "probs", "answer"}
-"""Fields of every answer, by which a file of answers is known from other files."""
+_FIELDS = {"id", "total", "aleatoric", "epistemic"}
+"""Fields of every answer of every task, by which a file of answers is known from other files."""
 
 
 Input = Annotated[Path, typer.Option(help="Rows, .jsonl or .jsonl.gz; labels are not needed.")]
@@ -62,7 +62,7 @@ def predict(
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Answer rows: probabilities, index and text of the answer; total, aleatoric and epistemic uncertainty in nats."""
+    """Answer rows: probabilities and text of the answer, or a number and its interval; and three uncertainties."""
     _check_answering(run, served)
     check_output_file(output, overwrite=overwrite or resume)
     check_files(input, output, flag="--input", whole=on_bad_row == "stop")
@@ -133,15 +133,15 @@ def _check_same(
     """Raise an error unless some answered rows get their answers again, up to the last bits of another batch."""
     answered = ([row for row in batch if row.id in done] for batch, _ in batches(input, loaded.task))
     rows = next((batch for batch in answered if batch), [])[:_COMPARED] if done else []
-    answers = loaded.predict(rows, draws=draws, seed=seed).records(rows) if rows else []
-    for row, answer in zip(rows, answers, strict=True):
-        probs, before = answer["probs"], done[row.id]
-        if len(probs) == len(before) and max(abs(a - b) for a, b in zip(probs, before, strict=True)) <= 1e-3:
-            continue
-        raise FlagError(
-            f"--output {output}: found other probabilities for row {row.id!r} than this run gives with {draws} draws "
-            f"of seed {seed}, expected the answers of the same command: pass its options, or another --output."
-        )
+    if not rows:
+        return
+    prediction = loaded.predict(rows, draws=draws, seed=seed)
+    for row, answer in zip(rows, prediction.records(rows), strict=True):
+        if not prediction.same_answer(answer, done[row.id]):
+            raise FlagError(
+                f"--output {output}: found another answer for row {row.id!r} than this run gives with {draws} draws "
+                f"of seed {seed}, expected the answers of the same command: pass its options, or another --output."
+            )
 
 
 def _records(
@@ -154,9 +154,9 @@ def _records(
     return [record for record in records if record["id"] not in done]
 
 
-def _answered(output: Path) -> tuple[dict[str, list[float]], int]:
-    """Return the probabilities in `output` by id, and the bytes of its whole lines; only the last may be cut."""
-    found: dict[str, list[float]] = {}
+def _answered(output: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """Return the answers in `output` by id, and the bytes of its whole lines; only the last may be cut."""
+    found: dict[str, dict[str, Any]] = {}
     whole = 0
     with output.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -167,9 +167,9 @@ def _answered(output: Path) -> tuple[dict[str, list[float]], int]:
             except ValueError:
                 answer = None
             known = isinstance(answer, dict) and answer.keys() >= _FIELDS
-            if not known or not isinstance(answer["id"], str) or not isinstance(answer["probs"], list):
+            if not known or not isinstance(answer["id"], str):
                 expected = "an answer of `bayestune predict`, to --resume from"
                 raise FlagError(f"--output {output}:{number}: found another line, expected {expected}.")
-            found[answer["id"]] = answer["probs"]
+            found[answer["id"]] = answer
             whole += len(line)
     return found, whole

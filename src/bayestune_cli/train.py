@@ -21,6 +21,22 @@ _OF_RECIPE = ("estimator", "kl_schedule", "posterior_scale", *_EITHER)
 """Settings that a recipe fills: --recipe replaces them in a config file, such as the record of a run."""
 
 
+def _names(text: str, option: Mapping[str, Any]) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
+def _numbers(text: str, option: Mapping[str, Any]) -> list[float]:
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError as error:
+        flag = "--" + option["name"].replace("_", "-")
+        raise FlagError(f"{flag}: found {text!r}, expected numbers with commas.") from error
+
+
+_LISTS = {"names": _names, "numbers": _numbers}
+"""How the text of a flag becomes a list, by the type of its option."""
+
+
 def _check_folders(data: Any, output: Path, *, new: bool) -> None:
     """Raise an error if there is no folder `data`, or `output` cannot be one, or a `new` run finds files in it."""
     if isinstance(data, str) and not Path(data).is_dir():
@@ -52,8 +68,8 @@ def train(
     """Train a posterior (or plain LoRA), evaluate it, and leave both in a run folder."""
     given = {name: value for name, value in given.items() if value is not None}
     for option in options():
-        if option["type"] == "names" and option["name"] in given:
-            given[option["name"]] = [name.strip() for name in given[option["name"]].split(",")]
+        if option["type"] in _LISTS and option["name"] in given:
+            given[option["name"]] = _LISTS[option["type"]](given[option["name"]], option)
     if resume and config is None and not {"model", "task"} & given.keys():
         config = output / "experiment.json"
     settings, record = ({}, None) if config is None else read_run_file(config)

@@ -127,7 +127,7 @@ def test_a_stopped_command_keeps_its_answers_and_resumes_with_the_same_bits(
     kept = b"".join(lines[:6])
     cut.write_bytes(kept)
     assert invoke(asking(world, source, cut, "--resume", "--seed", "9")) == 2
-    assert "found other probabilities for row 'q60' than this run gives" in capsys.readouterr().err
+    assert "found another answer for row 'q60' than this run gives" in capsys.readouterr().err
     assert cut.read_bytes() == kept
     for text in (
         '{"id": "a", "probs": null, "answer": 0}\n',

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bayestune.errors import ConfigError
-from bayestune.methods.laplace.kfac import FactorSums, KroneckerFactor, add_batch, loss_roots
+from bayestune.methods.laplace.kfac import FactorSums, KroneckerFactor, add_batch
 from bayestune.methods.laplace.prior_precision import CANDIDATES, best_candidate, log_evidence, most_evident
 from bayestune.sampling.jacobian import traced
 from inference.cases import Letters, Sequences, rows
@@ -40,7 +40,8 @@ def factors(case: str, batch_size: int, count: int = 7) -> dict[str, tuple[Tenso
     linears = covered(model, layers)
     sums = {name: FactorSums(linear) for name, linear in linears.items()}
     for start in range(0, count, batch_size):
-        add_batch(sums, traced(model, linears, task, one_batch(task, rows(count)[start : start + batch_size])))
+        batch = one_batch(task, rows(count)[start : start + batch_size])
+        add_batch(sums, traced(model, linears, task, batch), task)
     return {name: (layer.outputs, layer.inputs, layer.positions) for name, layer in sums.items()}
 
 
@@ -82,7 +83,7 @@ def test_one_row_with_one_position_has_its_exact_curvature(case: str) -> None:
     linears, batch = covered(model, layers), one_batch(task, alike(1, letters=1))
     sums = {name: FactorSums(linear) for name, linear in linears.items()}
     forward = traced(model, linears, task, batch)
-    add_batch(sums, forward)
+    add_batch(sums, forward, task)
     for name, jacobian in jacobians(model, linears, task, batch).items():
         expected = curvature_of(jacobian, forward.logits.detach().softmax(-1))
         factor = sums[name].decomposed()

@@ -57,7 +57,7 @@ def roots_of_the_loss_that_are_not_centred() -> None:
             vector[:, c] = root[:, c]
             yield vector
 
-    replace(f"{METHODS}.laplace.kfac.loss_roots", wrong)
+    replace("bayestune.tasks.classes.loss_roots", wrong)
 
 
 @defect("methods/test_laplace.py", "probit")

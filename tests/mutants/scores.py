@@ -235,7 +235,7 @@ def random_rows_are_the_same_for_every_seed() -> None:
 
 @defect("cli/test_acquire.py", "wrong_input or needs_draws")
 def a_posterior_without_draws_is_ranked() -> None:
-    replace(f"{ACQUIRE}.check_acquisition", lambda score, draws: None)
+    replace(f"{ACQUIRE}.check_acquisition", lambda score, draws, **more: None)
 
 
 @defect("cli/test_acquire.py", "left_out")

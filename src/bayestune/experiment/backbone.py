@@ -3,8 +3,10 @@
 import difflib
 import importlib.util
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bayestune.errors import ConfigError, one_line
-from bayestune.experiment.settings import Experiment
+from bayestune.experiment.settings import OF_TASKS, Experiment
 from bayestune.methods.base import Family
 from bayestune.packaged import PACKAGED, model_source
 from bayestune.tasks import TASKS, Prompt, TokenizedTask, dataset
@@ -91,29 +93,38 @@ def build_task(
     max_tokens: int,
     labels: tuple[str, ...] | None = None,
     prompt: Prompt | None = None,
+    own: Mapping[str, Any] = MappingProxyType({}),
 ) -> TokenizedTask:
     """Return the first of `TASKS` that reads the data set `name` and fits the model; `labels` as in `dataset`.
 
-    Tasks without prompts ignore `prompt`.
+    Tasks without prompts ignore `prompt`. `own` holds the settings of a run that some tasks take.
 
     Raises:
         DataError, TaskError: as the functions of `bayestune.tasks`.
-        ConfigError: `max_tokens` is more than the model has positions for; or the tokenizer pads with
-            a token that has no embedding, or with another than an encoder does.
+        ConfigError: `max_tokens` is more than the model has positions for; the tokenizer pads with
+            a token that has no embedding, or with another than an encoder does; or a setting in `own` is another
+            task's.
     """
     limit = backbone.positions
     if limit is not None and max_tokens > limit:
         raise ConfigError(f"max_tokens: found {max_tokens}, expected at most {limit}, the positions of the model.")
     if name in PACKAGED_TASKS and (data is None or not (Path(data) / name).is_dir()):
         data = PACKAGED_DATA
-    spec = dataset(name, data, labels=labels)
+    moments = own.get("target_mean")
+    spec = dataset(name, data, labels=labels, numbers=None if moments is None else len(moments))
     if labels not in (None, spec.labels):
         found = ", ".join(map(shown, labels))
         raise ConfigError(f"data set {name}: found no class names, expected {found} (those of the run, or --labels).")
     scoring = (prompt or Prompt()).scoring
     able = [each for each in TASKS if each.row is spec.row and backbone.family in each.families]
     make = next(each for each in able if not each.scorings or scoring in each.scorings)
-    options = {"prompt": prompt} if make.scorings else {}
+    for setting in OF_TASKS:
+        if own.get(setting) is not None and setting not in make.settings:
+            raise ConfigError(
+                f"{setting}: found {own[setting]!r}, expected none: {name} has {spec.row.noun} rows, without numbers."
+            )
+    options: dict[str, Any] = {"prompt": prompt} if make.scorings else {}
+    options |= {setting: own[setting] for setting in make.settings if own.get(setting) is not None}
     task = make(spec, backbone.tokenizer, data=data, max_tokens=max_tokens, **options)
     _fit_tokenizer(backbone, task)
     return task

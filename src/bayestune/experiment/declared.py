@@ -65,7 +65,7 @@ def _takes(field: FieldInfo) -> dict[str, Any]:
 def _type(field: FieldInfo) -> str:
     kind = int if int in get_args(field.annotation) else base_type(field)
     if get_origin(kind) is tuple:
-        return "names"
+        return "numbers" if float in get_args(kind) else "names"
     return "str" if get_origin(kind) is Literal else _TYPES[kind]
 
 

@@ -1,6 +1,6 @@
 """`detection`: how well scores tell the rows of another data set from those that a run knows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,12 +9,12 @@ from torch import Tensor
 from bayestune import metrics
 from bayestune.experiment.fitting import autocast
 from bayestune.experiment.trained import Run
-from bayestune.inference import Prediction, evaluate, novelty
-from bayestune.tasks import AnyRow, TokenizedTask
+from bayestune.inference import evaluate, novelty
+from bayestune.tasks import AnyPrediction, AnyRow, TokenizedTask
 
 DETECTORS = {
-    "auroc_total": "total entropy",
-    "auroc_total_matched": "total entropy, pairs of equal length",
+    "auroc_total": "total uncertainty",
+    "auroc_total_matched": "total uncertainty, pairs of equal length",
     "auroc_largest_probability": "1 - largest probability",
     "auroc_novelty": "distance to the training rows (frozen base)",
     "auroc_length": "length of the question (no model)",
@@ -32,7 +32,7 @@ def novelty_of(trained: Run, task: TokenizedTask, rows: Sequence[AnyRow]) -> Ten
 
 def detection(
     trained: Run,
-    known: Prediction,
+    known: AnyPrediction,
     known_rows: Sequence[AnyRow],
     task: TokenizedTask,
     rows: Sequence[AnyRow],
@@ -49,26 +49,22 @@ def detection(
         known_novelty: `novelty_of` the `known_rows`.
 
     Returns:
-        The task's scores, "epistemic" (nats), and each of `DETECTORS`: above one half if the score is higher on
-        `rows`. It is None where there are no pairs of equal length, or the run keeps no features of training rows.
+        The task's scores, the mean "epistemic" uncertainty, and those of `DETECTORS` that the task has: above one
+        half if the score is higher on `rows`. It is None where there are no pairs of equal length, or the run keeps no
+        features of training rows.
     """
-
-    def joined(of: Callable[[Prediction], Tensor]) -> Tensor:
-        return torch.cat([of(known), of(prediction)])
-
     prediction = trained.predict(rows, draws=known.draws, seed=known.seed, task=task, progress=True)
     positive = torch.tensor([False] * len(known_rows) + [True] * len(rows))
-    total = joined(lambda found: found.total)
+    here, there = known.uncertainties(), prediction.uncertainties()
+    joined = {name: torch.cat([here[name], values]) for name, values in there.items()}
     lengths = torch.tensor([len(row.texts[0][1]) for row in [*known_rows, *rows]])
     far = novelty_of(trained, task, rows)
     both = None if far is None or known_novelty is None else torch.cat([known_novelty, far])
     return {
         **evaluate(prediction).as_dict(),
-        "epistemic": float(prediction.epistemic.mean()),
-        "auroc_total": metrics.auroc(total, positive),
-        "auroc_total_matched": metrics.matched_auroc(total, positive, lengths),
-        "auroc_largest_probability": metrics.auroc(joined(lambda found: 1 - found.probs.amax(-1)), positive),
+        "epistemic": float(there["epistemic"].mean()),
+        **{f"auroc_{name}": metrics.auroc(values, positive) for name, values in joined.items()},
+        "auroc_total_matched": metrics.matched_auroc(joined["total"], positive, lengths),
         "auroc_novelty": None if both is None else metrics.auroc(both, positive),
         "auroc_length": metrics.auroc(lengths, positive),
-        "auroc_epistemic": metrics.auroc(joined(lambda found: found.epistemic), positive),
     }

@@ -37,8 +37,8 @@ from bayestune.experiment.train import Training
 from bayestune.experiment.trained import Run, resolve
 from bayestune.files import file_sha256, read_json, write_json, write_text, writing
 from bayestune.functional import derive_seed
-from bayestune.inference import Prediction, Scores, evaluate, features, predict
-from bayestune.methods import Posterior, fit_temperature, load, save_posterior
+from bayestune.inference import evaluate, features, predict
+from bayestune.methods import Posterior, load, save_posterior, temperature_of
 from bayestune.storage.manifest import TENSOR_FILE
 from bayestune.storage.state import adapter_tensors
 from bayestune.tasks import AnyRow
@@ -58,8 +58,8 @@ class Result:
 
     experiment: Experiment
     output: Path
-    scores: dict[str, Scores]
-    predictions: dict[str, Prediction]
+    scores: dict[str, Any]  # the task's `AnyScores`
+    predictions: dict[str, Any]  # its `AnyPrediction`
     seconds: float
     temperature: float = 1.0
     posterior_std: float | None = None
@@ -260,7 +260,7 @@ def _temperature(posterior: Posterior, training: Training, rows: Sequence[AnyRow
     draws, seed = experiment.method.draw_counts(experiment.draws)[-1], derive_seed("temperature", experiment.seed)
     with autocast(experiment):
         found = predict(posterior, training.task, rows, draws=draws, seed=seed)
-    return fit_temperature(found.draw_log_probs, found.labels)
+    return temperature_of(found)
 
 
 def _record(result: Result, rows: RunRows, command: Sequence[str]) -> dict[str, Any]:

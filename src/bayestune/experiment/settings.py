@@ -24,6 +24,8 @@ _FAMILY_DEFAULTS: Mapping[Family, Mapping[str, Any]] = MappingProxyType(
 """The paper's settings: Llama-2 for causal models, RoBERTa for encoders."""
 PROMPT = ("scoring", "prompt", "system", "shots", "label_words")
 """Settings of how a language model is asked."""
+OF_TASKS = ("noise", "target_mean", "target_std")
+"""Settings of single tasks, which name them in their own `settings`."""
 BEFORE_PROMPTS = {"scoring": "letters", "prompt": PAPER}
 """What language models were asked by before there were such settings: records without them mean these."""
 REPORTING = ("eval", "eval_rows", "report_to")
@@ -64,6 +66,17 @@ class Experiment(Settings):
     shots: int = Field(0, ge=0, le=64, description="Training rows, by seed, shown with their answers in every prompt.")
     label_words: tuple[str, ...] | None = Field(
         None, min_length=2, description="Labels of the choices in the place of letters, with commas."
+    )
+    noise: Literal["predicted", "constant"] | None = Field(
+        None,
+        description="Noise of numbers: predicted for each row (default), or constant, fitted after training on "
+        "temperature_split (default: the training rows).",
+    )
+    target_mean: tuple[float, ...] | None = Field(
+        None, min_length=1, description="Mean of each number, with commas; default: that of the training rows."
+    )
+    target_std: tuple[float, ...] | None = Field(
+        None, min_length=1, description="Standard deviation of each number; default: that of the training rows."
     )
     method: Method = Field(default_factory=DEFAULT, description="How the posterior is obtained.")
     seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of weights, row order and noise.")

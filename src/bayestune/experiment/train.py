@@ -51,6 +51,7 @@ class Training:
         if tracker not in ("none", *get_available_reporting_integrations()):
             raise ConfigError(f"report_to {tracker!r} needs the package {tracker}: install it.")
         check_arguments(TrainingArguments(**_arguments(self.experiment, self.checkpoints)))
+        self.experiment.method.check_task(self.task)
         self.experiment.method.check(model, self.updates)
         if is_main() and not self.resume and self.experiment.adapter is None:
             self.task.advise(model, self.rows)

@@ -1,6 +1,7 @@
 """`Run`: a trained run, and its way back from disk."""
 
 import dataclasses
+import functools
 import random
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,10 +17,10 @@ from bayestune.experiment.fitting import autocast
 from bayestune.experiment.folder import EXPERIMENT, POSTERIOR, RESULT, SHOTS, TRAINED, earlier_run
 from bayestune.experiment.record import rows_sha256
 from bayestune.experiment.rows import HELD_OUT, own_splits
-from bayestune.experiment.settings import PROMPT, Experiment
+from bayestune.experiment.settings import OF_TASKS, PROMPT, Experiment
 from bayestune.files import MANIFEST, file_sha256, read_json
 from bayestune.functional import derive_seed
-from bayestune.inference import Prediction, predict
+from bayestune.inference import predict
 from bayestune.methods import Posterior, load
 from bayestune.storage.manifest import TENSOR_FILE
 from bayestune.tasks import AnyRow, Row, Task, TokenizedTask, read_rows
@@ -52,7 +53,7 @@ class Run:
 
     def predict(
         self, rows: Sequence[AnyRow], *, draws: int, seed: int = 0, task: Task | None = None, progress: bool = False
-    ) -> Prediction:
+    ) -> Any:
         """`bayestune.predict` in the run's own precision; `task` asks another task of the same model."""
         with autocast(self.experiment):
             return predict(self.posterior, task or self.task, rows, draws=draws, seed=seed, progress=progress)
@@ -105,12 +106,12 @@ def other_task(trained: Run, name: str) -> TokenizedTask:
     assert experiment.max_tokens is not None
     backbone = find_backbone(experiment.model)
     prompt = own.prompt if isinstance(own, CausalChoice) else None
-    task = build_task(backbone, name, experiment.data, experiment.max_tokens, own.labels, prompt)
+    task = build_task(backbone, name, experiment.data, experiment.max_tokens, own.labels, prompt, own.recorded)
     if (type(task), task.head, task.labels) != (type(own), own.head, own.labels):
         named = "named " if task.labels else ""
         raise ConfigError(
-            f"data set {name}: found {task.row.noun} rows with {task.columns} {named}classes, expected "
-            f"{own.row.noun} rows with {own.columns} as in {own.name}, which the run was trained on."
+            f"data set {name}: found {task.row.noun} rows with {task.spec.classes} {named}{task.row.counted}, "
+            f"expected {own.row.noun} rows with {own.spec.classes} as in {own.name}, which the run was trained on."
         )
     return task
 
@@ -132,10 +133,14 @@ def resolve(
     experiment = experiment.resolved(backbone.family, chat=backbone.chat and not older)
     assert experiment.max_tokens is not None
     prompt = experiment.asked_prompt() if backbone.family == "causal" else None
-    task = build_task(backbone, experiment.task, experiment.data, experiment.max_tokens, experiment.labels, prompt)
+    build = functools.partial(
+        build_task, backbone, experiment.task, experiment.data, experiment.max_tokens, experiment.labels
+    )
+    own = {name: dict(experiment)[name] for name in (*OF_TASKS, "train_split")}
+    task = build(prompt, own)
     if prompt is not None and experiment.shots and task.scorings:
         prompt = dataclasses.replace(prompt, shots=shots or _drawn(task, experiment))
-        task = build_task(backbone, experiment.task, experiment.data, experiment.max_tokens, experiment.labels, prompt)
+        task = build(prompt, own)
     if not task.scorings:
         if asked:
             raise ConfigError(
@@ -144,6 +149,8 @@ def resolve(
             )
         experiment = experiment.replace(scoring=None, prompt=None)
     targets = experiment.target_modules or default_targets(backbone, task)
+    if task.needs_temperature and experiment.temperature_split is None:
+        experiment = experiment.replace(temperature_split=experiment.train_split)
     split = experiment.eval_split or task.spec.evaluation
     for name, used in {**own_splits(experiment), HELD_OUT: experiment.temperature_split or ""}.items():
         shared = set(used.split("+")) & set(split.split("+"))
@@ -155,7 +162,7 @@ def resolve(
         trained = set(used.split("+")) & set(experiment.train_split.split("+"))
         if trained and name != HELD_OUT:
             raise ConfigError(f"{name}: found {min(trained)!r}, which the run is trained on; choose other rows.")
-    return experiment.replace(target_modules=targets, eval_split=split, labels=task.labels), task
+    return experiment.replace(target_modules=targets, eval_split=split, labels=task.labels, **task.recorded), task
 
 
 def _of_adapter(experiment: Experiment) -> dict[str, Any]:

@@ -41,14 +41,17 @@ def acquire(
     return heapq.nlargest(count, scored, key=lambda pair: pair[1])
 
 
-def check_acquisition(score: str, draws: int) -> None:
-    """Raise an error unless `draws` draws can be ranked by `score`.
+def check_acquisition(score: str, draws: int, *, classes: bool = True) -> None:
+    """Raise an error unless `draws` draws of a task, with classes or without, can be ranked by `score`.
 
     Raises:
-        ConfigError: the score is unknown, or it is the mutual information and there are fewer than two draws.
+        ConfigError: the score is unknown or needs classes, or it is the mutual information and there are fewer than
+            two draws.
     """
     if score not in ACQUISITIONS:
         raise ConfigError(f"acquire: score is {score!r}, expected one of {', '.join(ACQUISITIONS)}")
+    if score != "random" and not classes:
+        raise ConfigError(f"acquire: found score {score!r} for a task without classes, expected 'random'")
     if score == "mutual_information" and draws < 2:
         raise ConfigError(
             f"acquire: found {draws} draws, of which the mutual information is 0 for every row, expected at least 2; "

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from bayestune.adapters import BayesLoraConfig, gaussian_layers, mean_std
+from bayestune.errors import DataError
 from bayestune.functional import initial_std
-from bayestune.metrics import Spread, spread
+from bayestune.metrics import Spread
 from bayestune.sampling import Posterior
 from bayestune.storage.state import active_adapter
-from bayestune.tasks import Prediction
+from bayestune.tasks import AnyPrediction
 
 EXCESS_NLL = 0.01
 """Distance in nats to the NLL of infinitely many draws, for which the draws needed are counted."""
@@ -42,7 +43,7 @@ class Diagnostics:
     prior_std: float | None
 
 
-def diagnostics(model: nn.Module | Posterior, prediction: Prediction) -> Diagnostics:
+def diagnostics(model: nn.Module | Posterior, prediction: AnyPrediction) -> Diagnostics:
     r"""Return how far the draws of a posterior move its logits and answers, and how wide its weights are.
 
     To second order in the variance of the logits z of a row with predictive p, the epistemic uncertainty is
@@ -57,7 +58,7 @@ def diagnostics(model: nn.Module | Posterior, prediction: Prediction) -> Diagnos
 
     Args:
         model: the posterior, or its model, that made the prediction.
-        prediction: at least 2 draws of at least one row.
+        prediction: of classes, at least 2 draws of at least one row.
 
     Returns:
         The diagnostics. Those of the weights are None unless the adapter has Gaussian weights. IVON and TFB do not
@@ -65,11 +66,12 @@ def diagnostics(model: nn.Module | Posterior, prediction: Prediction) -> Diagnos
         those of TFB, which has no prior.
 
     Raises:
-        DataError: the prediction has fewer than 2 draws, or no rows.
+        DataError: the prediction has no classes, fewer than 2 draws, or no rows.
         ConfigError: the weights are Gaussian, but several adapters are active.
 
     Example:
         >>> import torch
+        >>> from bayestune.tasks import Prediction
         >>> log_probs = torch.tensor([[[0.75, 0.25]], [[0.25, 0.75]]]).log()
         >>> answer = Prediction(ids=("a",), draw_log_probs=log_probs, labels=None, draws=2, seed=0, task="made")
         >>> found = diagnostics(torch.nn.Identity(), answer)  # a model without Gaussian weights
@@ -81,7 +83,11 @@ def diagnostics(model: nn.Module | Posterior, prediction: Prediction) -> Diagnos
         2406.11675, section 3.
     """
     module = model.model if isinstance(model, Posterior) else model
-    return _diagnosed(module, spread(prediction.draw_log_probs))
+    spread = prediction.spread()
+    if spread is None:
+        found = f"{max(prediction.draws, 1)} draws of {len(prediction.ids)} rows"
+        raise DataError(f"diagnostics: found {found}, expected at least 2 draws of classes (task {prediction.task}).")
+    return _diagnosed(module, spread)
 
 
 def _diagnosed(module: nn.Module, found: Spread) -> Diagnostics:

@@ -33,6 +33,7 @@ from bayestune.methods.swag import SwagCallback as SwagCallback
 from bayestune.methods.swag import SwagPosterior as SwagPosterior
 from bayestune.methods.temperature import Temperature as Temperature
 from bayestune.methods.temperature import fit_temperature as fit_temperature
+from bayestune.methods.temperature import temperature_of as temperature_of
 from bayestune.methods.tfb import SigmaSearch as SigmaSearch
 from bayestune.methods.tfb import Tfb as Tfb
 from bayestune.methods.tfb import anchor_loss as anchor_loss

@@ -135,6 +135,9 @@ class Method(Settings, ABC):
     def check(self, model: PeftModel, updates: Updates) -> None:
         """Raise a ConfigError if this machine or run cannot do it, before anything is trained or written."""
 
+    def check_task(self, task: Task) -> None:
+        """Raise a ConfigError if it cannot answer a task, before anything is trained or written."""
+
     def fit(self, model: PeftModel, run: Fitting) -> Posterior:
         """The posterior, in evaluation mode, from a `model` with a new adapter, or the one to start from."""
         run.train(model, label=self.name)

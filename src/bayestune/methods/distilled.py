@@ -101,6 +101,12 @@ class Distilled(PointMethod):
     def lines(cls) -> dict[str, Line]:
         return {cls.name: Line(label=cls.label, settings={}, by_default=False)}
 
+    def check_task(self, task: Task) -> None:
+        if not task.has_classes:
+            raise ConfigError(
+                f"distilled: found task {task.name} without classes, expected classes, whose probabilities it learns."
+            )
+
     def check(self, model: PeftModel, updates: Updates) -> None:
         if self.teacher is None:
             raise ConfigError("teacher: found none, expected the folder of a run, as `bayestune distil` gives it.")

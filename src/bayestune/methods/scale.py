@@ -5,7 +5,6 @@ factor c of all standard deviations, ``Omega <- c Omega``, is then the one whose
 mean negative log-likelihood of the averaged prediction; c = 0 is the mean alone.
 """
 
-import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,7 +22,7 @@ from bayestune.inference import predict
 from bayestune.methods.temperature import best_temperature
 from bayestune.sampling import Posterior
 from bayestune.storage.saving import as_posterior
-from bayestune.tasks import AnyRow, Prediction, Task
+from bayestune.tasks import AnyRow, Task
 
 FACTORS = tuple(2 ** (k / 2) for k in range(-4, 13))
 """1/4 to 64, in steps of the square root of 2."""
@@ -87,7 +86,7 @@ def fit_scale(
     def nll(factor: float) -> float:
         _set_scale(layers, start, factor)
         found = predict(pairs, task, rows, draws=draws if factor else 0, seed=noise, batch_size=batch_size)
-        return (_tempered(found) if tempered else found).row_nll().mean().item()
+        return (found.tempered(best_temperature(found)) if tempered else found).row_nll().mean().item()
 
     scale = 1.0  # if the search fails
     try:
@@ -96,13 +95,6 @@ def fit_scale(
     finally:
         _set_scale(layers, start, scale)
     return ScaleSearch(scale=scale, nll=found)
-
-
-def _tempered(found: Prediction) -> Prediction:
-    """The prediction at the temperature with the smallest NLL."""
-    assert found.labels is not None
-    log_probs = found.draw_log_probs / best_temperature(found.draw_log_probs, found.labels)
-    return dataclasses.replace(found, draw_log_probs=log_probs.log_softmax(-1))
 
 
 def chosen(nll: Mapping[float, float]) -> float:

@@ -16,6 +16,7 @@ from bayestune.methods.base import Fitting, PointMethod
 from bayestune.methods.mle import Mle
 from bayestune.metrics import row_nll
 from bayestune.sampling import Posterior
+from bayestune.tasks import AnyPrediction, Prediction
 
 LOWEST, HIGHEST = 0.01, 100.0
 """Bounds of T."""
@@ -53,27 +54,43 @@ def fit_temperature(log_probs: Float[Tensor, "draws rows classes"], labels: Int[
         raise DataError("fit_temperature: found rows without a label, expected one of the classes for every row.")
     if log_probs.ndim != 3 or len(log_probs) == 0:
         raise DataError(f"fit_temperature: log_probs {tuple(log_probs.shape)}, expected [draws, rows, classes].")
-    impossible = torch.stack([row_nll(draw, labels) for draw in log_probs]).isposinf().all(0)
+    for draw in log_probs:
+        row_nll(draw, labels)  # refuses what are no log-probabilities, or no classes
+    log_probs, ids = log_probs.detach().cpu().double(), tuple(map(str, range(len(labels))))
+    given = Prediction(ids=ids, draw_log_probs=log_probs, labels=labels, draws=len(log_probs), seed=0, task="given")
+    return temperature_of(given)
+
+
+def temperature_of(prediction: AnyPrediction) -> float:
+    r"""Fit the temperature T > 0 that minimizes the mean NLL of ``prediction.tempered(T)``, as `fit_temperature`.
+
+    For numbers, T multiplies every variance of the noise. With one draw of constant noise s^2, ``T = mean (y - mu)^2 /
+    s^2``.
+
+    Args:
+        prediction: of validation rows at temperature 1, of another seed than the predictions that are scored.
+
+    Returns:
+        The temperature; 1 if no other is better beyond rounding.
+
+    Raises:
+        DataError: a row has no label, or one of probability 0 in every draw, and so at every T.
+        TaskError: the task has no temperature.
+    """
+    impossible = prediction.row_nll().isposinf()
     if impossible.any():
         row = int(impossible.nonzero()[0, 0])
         raise DataError(f"fit_temperature: the label of row {row} has probability 0 at every temperature.")
-    temperature = best_temperature(log_probs, labels)
+    temperature = best_temperature(prediction)
     if temperature in (LOWEST, HIGHEST):
         told = f"fit_temperature: stopped at the bound T = {temperature}: up to there the NLL does not rise."
         warnings.warn(told, BayestuneWarning, stacklevel=2)
     return temperature
 
 
-def best_temperature(log_probs: Float[Tensor, "draws rows classes"], labels: Int[Tensor, " rows"]) -> float:
-    """Return the temperature of `fit_temperature`, without checks and warnings."""
-    log_probs, labels = log_probs.detach().cpu().double(), labels.detach().cpu().long()
-
-    def nll(log_t: float) -> float:
-        scaled = (log_probs / math.exp(log_t)).log_softmax(-1)
-        picked = scaled.gather(-1, labels.expand(len(scaled), -1)[..., None])[..., 0]
-        return -(picked.logsumexp(0) - math.log(len(scaled))).mean().item()
-
-    return _minimizer(nll)
+def best_temperature(prediction: AnyPrediction) -> float:
+    """Return the temperature of `temperature_of`, without checks and warnings."""
+    return _minimizer(lambda log_t: prediction.tempered(math.exp(log_t)).row_nll().mean().item())
 
 
 def _minimizer(nll: Callable[[float], float]) -> float:

@@ -26,7 +26,6 @@ from peft.utils import ModulesToSaveWrapper
 from pydantic import Field
 from torch import Tensor
 
-from bayestune import metrics
 from bayestune.adapters import gaussian_layers
 from bayestune.errors import BayestuneWarning, ConfigError, DataError, PosteriorError
 from bayestune.functional import derive_seed
@@ -167,9 +166,10 @@ def anchor_loss(
     are not the draws that `predict` takes with it.
 
     Raises:
-        ConfigError: `draws` below 1.
+        ConfigError: `draws` below 1, or the task has no classes.
         DataError: a row without a label.
     """
+    _check_task(task)
     if draws < 1:
         raise ConfigError(f"anchor_loss: found draws={draws}, expected at least 1.")
     for row in rows:
@@ -179,11 +179,17 @@ def anchor_loss(
     noise = derive_seed("anchor", seed)
 
     def loss(model: PeftModel) -> float:
-        prediction = predict(model, task, rows, draws=draws, seed=noise, batch_size=batch_size)
-        assert prediction.labels is not None
-        return metrics.nll(prediction.log_probs, prediction.labels)
+        return predict(model, task, rows, draws=draws, seed=noise, batch_size=batch_size).row_nll().mean().item()
 
     return loss
+
+
+def _check_task(task: Task) -> None:
+    """Raise a ConfigError for a density: a share of its NLL depends on the unit of the target."""
+    if not task.has_classes:
+        raise ConfigError(
+            f"tfb: found task {task.name} without classes, expected classes: the tolerance is a share of their NLL."
+        )
 
 
 def rotated(
@@ -270,6 +276,9 @@ class Tfb(PostHocMethod):
     anchor_rows: int = Field(
         200, ge=1, le=LARGEST_WHOLE, description="Training rows that it is measured on, about ten times."
     )
+
+    def check_task(self, task: Task) -> None:
+        _check_task(task)
 
     def fit_to(self, model: PeftModel, run: Fitting) -> Variational:
         generator = torch.Generator().manual_seed(derive_seed("anchor rows", run.seed))

@@ -1,5 +1,5 @@
-"""Scores of predictions: probabilities (`scores`), rankings (`ranking`), draws (`draws`), pairs of methods (`paired`),
-selection (`selective`) and prediction sets (`conformal`).
+"""Scores of predictions: probabilities (`scores`), numbers (`numbers`), rankings (`ranking`), draws (`draws`), pairs
+of methods (`paired`), selection (`selective`), prediction sets (`conformal`) and intervals (`conformal_numbers`).
 
 Functions take tensors and return numbers. They raise DataError, a ValueError, if a row cannot be scored.
 """
@@ -9,8 +9,15 @@ from bayestune.metrics.conformal import conformal_threshold as conformal_thresho
 from bayestune.metrics.conformal import prediction_sets as prediction_sets
 from bayestune.metrics.conformal import smallest_calibration as smallest_calibration
 from bayestune.metrics.conformal import split_conformal as split_conformal
+from bayestune.metrics.conformal_numbers import IntervalScores as IntervalScores
+from bayestune.metrics.conformal_numbers import conformal_width as conformal_width
+from bayestune.metrics.conformal_numbers import split_conformal_intervals as split_conformal_intervals
 from bayestune.metrics.draws import Spread as Spread
 from bayestune.metrics.draws import spread as spread
+from bayestune.metrics.numbers import mixture_cdf as mixture_cdf
+from bayestune.metrics.numbers import mixture_crps as mixture_crps
+from bayestune.metrics.numbers import mixture_quantiles as mixture_quantiles
+from bayestune.metrics.numbers import mixture_row_nll as mixture_row_nll
 from bayestune.metrics.paired import PairedDifference as PairedDifference
 from bayestune.metrics.paired import paired_interval as paired_interval
 from bayestune.metrics.ranking import aupr as aupr

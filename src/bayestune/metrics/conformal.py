@@ -83,15 +83,23 @@ def conformal_threshold(
         Romano, Sesia and Candes 2020, arXiv 2006.02544, algorithm 1.
     """
     log_probs, labels = checked(log_probs, labels)
-    rows, least = len(labels), smallest_calibration(alpha)
+    return threshold_of(_class_scores(log_probs, score, seed).gather(1, labels[:, None])[:, 0], alpha)
+
+
+def threshold_of(scores: Float[Tensor, " rows"], alpha: float) -> float:
+    """Return the ``ceil((n + 1)(1 - alpha))``-th smallest of the scores of n calibration rows.
+
+    Raises:
+        DataError: there are fewer rows than `smallest_calibration`.
+        ConfigError: `alpha` is outside (0, 1).
+    """
+    rows, least = len(scores), smallest_calibration(alpha)
     if rows < least:
         raise DataError(
             f"conformal: found {rows} calibration rows, expected at least {least} for alpha={alpha}; add rows, or "
             "choose a larger alpha"
         )
-    scores = _class_scores(log_probs, score, seed)
-    rank = math.ceil((rows + 1) * (1 - _exact(alpha)))
-    return scores.gather(1, labels[:, None])[:, 0].kthvalue(rank).values.item()
+    return scores.kthvalue(math.ceil((rows + 1) * (1 - _exact(alpha)))).values.item()
 
 
 def prediction_sets(
@@ -134,10 +142,7 @@ def split_conformal(
         DataError, ConfigError: as `conformal_threshold`.
     """
     log_probs, labels = checked(log_probs, labels)
-    generator = torch.Generator().manual_seed(derive_seed("conformal halves", seed))
-    known, new = torch.randperm(len(labels), generator=generator).tensor_split([len(labels) // 2])
-    if len(known) == 0:
-        raise DataError("conformal: found 1 row, expected at least 2, for two halves; add rows")
+    known, new = halves(len(labels), seed)
     threshold = conformal_threshold(log_probs[known], labels[known], alpha=alpha, score=score, seed=seed)
     sets = prediction_sets(log_probs[new], threshold, score=score, seed=seed)
     return SetScores(
@@ -148,6 +153,19 @@ def split_conformal(
         coverage=sets.gather(1, labels[new][:, None]).double().mean().item(),
         size=sets.sum(1).double().mean().item(),
     )
+
+
+def halves(rows: int, seed: int) -> tuple[Int[Tensor, " known"], Int[Tensor, " new"]]:
+    """Return the indices of the rows that `split_conformal` calibrates on, and those of the others.
+
+    Raises:
+        DataError: there is one row, or none.
+    """
+    generator = torch.Generator().manual_seed(derive_seed("conformal halves", seed))
+    known, new = torch.randperm(rows, generator=generator).tensor_split([rows // 2])
+    if len(known) == 0:
+        raise DataError(f"conformal: found {rows} row, expected at least 2, for two halves; add rows")
+    return known, new
 
 
 def smallest_calibration(alpha: float) -> int:

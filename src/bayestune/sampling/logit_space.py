@@ -1,6 +1,9 @@
-"""The predictive of a Gaussian adapter without sampling weights: logits linearized about the mean are Gaussian."""
+"""The predictive of a Gaussian adapter without sampling weights: outputs linearized about the mean are Gaussian."""
+
+from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -16,9 +19,10 @@ from bayestune.tasks import Task
 class LogitDraws(Sampler):
     r"""Draws of the logits: ``f(x) ~ N(f(x; M), J diag(Omega^2) J^T)``, J the Jacobian of the logits by A at M.
 
-    This is exact for a model that is linear in A. Only the differences between the logits and that of the first class
-    matter, so one forward and C - 1 backward passes are enough for a batch; a draw then takes C - 1 numbers per row.
-    All rows share the normal numbers of a draw, which are keyed by the seed and the draw.
+    This is exact for a model that is linear in A. Where outputs are logits of classes, only their differences from
+    that of the first class matter, so one forward and C - 1 backward passes are enough for a batch; a draw then takes
+    C - 1 numbers per row. Other outputs take one pass and one number each. All rows share the normal numbers of a
+    draw, which are keyed by the seed and the draw.
     """
 
     gradients = True
@@ -33,11 +37,12 @@ class LogitDraws(Sampler):
         forward = traced(self.model, self.layers, task, batch)
         with full_precision(forward.logits):
             mode = forward.logits.detach()
-            root = symmetric_root(difference_covariance(forward, self.layers))
+            covariance = difference_covariance if task.has_classes else output_covariance
+            root = symmetric_root(covariance(forward, self.layers))
             shape = (root.shape[-1],)
             noise = torch.stack([prediction_noise(self.seed, k, "logits", shape) for k in part])
             spread = torch.einsum("kd,bcd->kbc", noise.to(root), root).to(mode)
-            return mode + torch.cat([torch.zeros_like(spread[..., :1]), spread], -1)
+            return mode + (F.pad(spread, (1, 0)) if task.has_classes else spread)
 
 
 def difference_covariance(
@@ -45,7 +50,16 @@ def difference_covariance(
 ) -> Float[Tensor, "rows differences differences"]:
     """Return ``J diag(Omega^2) J^T`` of the differences ``f_c - f_0``, c = 1, ...; 0 for classes that a row lacks."""
     first, *others = forward.classes
-    vectors = (vector - first * vector.sum(1, keepdim=True) for vector in others)
+    return _covariance(forward, layers, (vector - first * vector.sum(1, keepdim=True) for vector in others))
+
+
+def output_covariance(forward: Traced, layers: dict[str, GaussianLinear]) -> Float[Tensor, "rows columns columns"]:
+    """Return ``J diag(Omega^2) J^T`` of the outputs."""
+    return _covariance(forward, layers, forward.classes)
+
+
+def _covariance(forward: Traced, layers: dict[str, GaussianLinear], vectors: Iterable[Tensor]) -> Tensor:
+    """The covariance of ``v . f`` for each pair of `vectors`, by row."""
     dtypes = {name: layer.weight.dtype for name, layer in layers.items()}
     widths = {name: std(layer.rho.detach()).flatten() for name, layer in layers.items()}
     scaled: dict[str, list[Tensor]] = {name: [] for name in layers}

@@ -1,4 +1,4 @@
-"""Tasks: multiple choice for causal models and encoders, classification; their rows, data sets and predictions."""
+"""Tasks: multiple choice, classification and regression; their rows, data sets and predictions."""
 
 from bayestune.tasks.base import AnyPrediction as AnyPrediction
 from bayestune.tasks.base import AnyScores as AnyScores
@@ -16,8 +16,13 @@ from bayestune.tasks.encoder_multiple_choice import EncoderMultipleChoice
 from bayestune.tasks.encoder_multiple_choice import encoder_multiple_choice as encoder_multiple_choice
 from bayestune.tasks.multiple_choice import CausalMultipleChoice
 from bayestune.tasks.multiple_choice import multiple_choice as multiple_choice
+from bayestune.tasks.numbers import RegressionPrediction as RegressionPrediction
+from bayestune.tasks.numbers import RegressionScores as RegressionScores
 from bayestune.tasks.prompts import Prompt as Prompt
+from bayestune.tasks.regression import Regression
+from bayestune.tasks.regression import regression as regression
 from bayestune.tasks.rows import AnyRow as AnyRow
+from bayestune.tasks.rows import NumberRow as NumberRow
 from bayestune.tasks.rows import Row as Row
 from bayestune.tasks.rows import TextRow as TextRow
 from bayestune.tasks.text_choice import CausalTextChoice
@@ -29,5 +34,6 @@ TASKS: tuple[type[TokenizedTask], ...] = (
     CausalTextChoice,
     EncoderMultipleChoice,
     Classification,
+    Regression,
 )
 """The tasks of the command line: the first one for the kind of data set and the family of the model is used."""

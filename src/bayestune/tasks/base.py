@@ -1,15 +1,16 @@
 """`Task`: what a model is asked. It owns its examples, outputs and loss, its kind of prediction and its scores."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Generic
+from typing import Any, ClassVar, Generic, Self
 
 from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import TypeVar
 
 from bayestune.errors import TaskError
+from bayestune.metrics import Spread
 from bayestune.tasks.rows import AnyRow
 
 
@@ -84,6 +85,27 @@ class AnyPrediction(ABC, Generic[S]):
     def records(self, rows: Sequence[AnyRow]) -> list[dict[str, Any]]:
         """Return one JSON object per row: its id, the prediction and its uncertainty."""
 
+    @staticmethod
+    def same_answer(record: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+        """Return whether two of its `records` are the same answer, up to what other rows in a batch change."""
+        return record == other
+
+    def tempered(self, temperature: float) -> Self:
+        """Return the prediction at a temperature T, with every draw's likelihood raised to 1/T and normalized.
+
+        Raises:
+            TaskError: the task has no temperature.
+        """
+        raise TaskError(f"task {self.task}: its predictions have no temperature; leave temperature_split out")
+
+    def spread(self) -> Spread | None:
+        """Return what the draws do to probabilities of classes; None without classes, or fewer than two draws."""
+        return None
+
+    def uncertainties(self) -> dict[str, Float[Tensor, " rows"]]:
+        """Return scores of each row that are higher where the prediction is less sure: "total", "epistemic", ..."""
+        return {}
+
 
 P = TypeVar("P", bound=AnyPrediction, default=Any)
 
@@ -99,8 +121,10 @@ class Task(ABC, Generic[P]):
         name: name of the data set. columns: number of outputs per row.
         labels: names of the classes, by index; None where rows have numbers.
         worked: rows whose answers the task shows to the model; `rows` leaves them out.
+        has_classes: whether outputs are logits of classes, which a constant per row does not change.
     """
 
+    has_classes: ClassVar[bool] = False
     name: str
     columns: int
     labels: tuple[str, ...] | None = None
@@ -145,6 +169,14 @@ class Task(ABC, Generic[P]):
         Raises:
             TaskError: the batch has no labels.
         """
+
+    def loss_roots(self, outputs: Float[Tensor, "rows columns"]) -> Iterator[Float[Tensor, "rows columns"]]:
+        """Yield vectors v with ``sum v v^T`` the Fisher matrix of each row's label by the outputs, for Laplace.
+
+        Raises:
+            TaskError: the task does not know it.
+        """
+        raise TaskError(f"task {self.name}: found no curvature of its likelihood (loss_roots), which laplace needs")
 
     @abstractmethod
     def prediction(

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from abc import ABC
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -147,6 +147,25 @@ class Prediction(AnyPrediction[Scores]):
             )
         return self.labels
 
+    @staticmethod
+    def same_answer(record: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+        """Return whether two records have the same probabilities, up to 0.001."""
+        probs, before = record["probs"], other.get("probs") or ()
+        return len(probs) == len(before) and max(abs(a - b) for a, b in zip(probs, before, strict=True)) <= 1e-3
+
+    def tempered(self, temperature: float) -> "Prediction":
+        """Return the prediction whose draws are ``log softmax(draw_log_probs / temperature)``."""
+        return dataclasses.replace(self, draw_log_probs=(self.draw_log_probs / temperature).log_softmax(-1))
+
+    def spread(self) -> metrics.Spread | None:
+        """Return `metrics.spread` of the draws; None where there are fewer than two."""
+        return metrics.spread(self.draw_log_probs) if len(self.draw_log_probs) >= 2 else None
+
+    def uncertainties(self) -> dict[str, Float[Tensor, " rows"]]:
+        """Return total and epistemic uncertainty, in nats, and 1 less the largest probability."""
+        least = 1 - self.probs.amax(-1)
+        return {"total": self.total, "largest_probability": least, "epistemic": self.epistemic}
+
     def records(self, rows: Sequence[AnyRow]) -> list[dict[str, Any]]:
         """Return one JSON object per row.
 
@@ -173,6 +192,8 @@ class Prediction(AnyPrediction[Scores]):
 class ClassTask(Task[Prediction], ABC):
     """A task whose outputs are unnormalized log-probabilities of classes; choices that a row lacks have -inf."""
 
+    has_classes = True
+
     def row_loss(self, outputs: Float[Tensor, "rows columns"], batch: dict[str, Tensor]) -> Float[Tensor, " rows"]:
         """Return -log softmax(outputs)[label] of each row, in nats.
 
@@ -189,6 +210,10 @@ class ClassTask(Task[Prediction], ABC):
         """Return `accuracy` and `nll` (nats), as means over rows."""
         log_probs = outputs.double().log_softmax(-1)
         return {"accuracy": metrics.accuracy(log_probs, labels), "nll": metrics.nll(log_probs, labels)}
+
+    def loss_roots(self, outputs: Float[Tensor, "rows columns"]) -> Iterator[Float[Tensor, "rows columns"]]:
+        """Yield the columns of the Cholesky factor of ``diag(p) - p p^T``, without the last one, 0."""
+        return loss_roots(outputs)
 
     def prediction(
         self,
@@ -210,3 +235,21 @@ class ClassTask(Task[Prediction], ABC):
             task=self.name,
             names=self.labels,
         )
+
+
+def loss_roots(logits: Float[Tensor, "rows classes"]) -> Iterator[Float[Tensor, "rows classes"]]:
+    """The columns of the Cholesky factor of ``diag(p) - p p^T``, in closed form; the last one, 0, is left out.
+
+    With q_c the sum of p from class c on, column c is ``sqrt(p_c / q_c)`` times ``sqrt(q_(c+1))`` at c and
+    ``-p_j / sqrt(q_(c+1))`` at j > c.
+    """
+    probs = logits.softmax(-1)
+    rest = probs.flip(1).cumsum(1).flip(1)
+    for c in range(probs.shape[1] - 1):
+        scale = torch.where(rest[:, c] > 0, probs[:, c] / rest[:, c], 0.0).sqrt()
+        after = rest[:, c + 1].sqrt()
+        root = torch.zeros_like(probs)
+        root[:, c] = scale * after
+        below = torch.where(after[:, None] > 0, probs[:, c + 1 :] / after[:, None], 0.0)
+        root[:, c + 1 :] = -scale[:, None] * below
+        yield root

@@ -2,7 +2,8 @@
 
 One row is one JSON object on one line, UTF-8, ended by a newline. Multiple choice:
 `{"id", "question", "choices": [str, ...], "answer": int, "passage"?: str}`; sentences:
-`{"id", "text", "text_pair"?: str, "label": int | str}`. Other fields (`title`, say) are ignored. Nothing is skipped,
+`{"id", "text", "text_pair"?: str, "label": int | str}`; numbers: `"target": float | [float, ...]` in the place of
+`label`. Other fields (`title`, say) are ignored. Nothing is skipped,
 repaired or cut.
 """
 
@@ -18,6 +19,7 @@ from typing import Any
 from bayestune.errors import DataError
 from bayestune.tasks.rows import FORMATS, AnyRow, Fields, fault, shown
 
+_KINDS = {str: "a text", int: "a whole number", float: "a number", tuple: "a list of numbers"}
 LINE_LIMIT = 10_000_000
 """Bytes a line may have; longer ones are a broken file rather than a row."""
 
@@ -82,12 +84,12 @@ def check_kinds(rows: Sequence[AnyRow]) -> None:
 
 
 def check_labels(rows: Sequence[AnyRow]) -> None:
-    """Refuse labels that are texts in some rows and numbers in others, with the places of both."""
+    """Refuse labels of different types, such as texts and numbers, with the places of both."""
     labelled = [row for row in rows if row.target is not None]
     for row in labelled:
         first = labelled[0]
         if type(row.target) is not type(first.target):
-            wanted = "a text" if isinstance(first.target, str) else "a whole number"
+            wanted = _KINDS[type(first.target)]
             expected = f"{wanted}, as {shown(first.target)} of {first.where}"
             raise row.fault(row.target_field, shown(row.target), expected)
 
@@ -152,8 +154,9 @@ def parse_row(
         DataError: naming `where`, the id and the field.
     """
     found = [each for each in formats if len(formats) == 1 or not values.keys().isdisjoint(each.marks)]
-    if len(found) != 1:
-        marks = " and ".join(f"'{each.marks[0]}'" for each in formats)
+    if len({each.marks for each in found}) != 1:
+        marks = " and ".join(dict.fromkeys(f"'{each.marks[0]}'" for each in formats))
         problem = f"{'both' if found else 'neither'} of {marks}"
         raise fault(where, values.get("id"), formats[0].marks[0], problem, "one of them")
-    return found[0].from_fields(Fields(values, where, labelled))
+    kind = next((each for each in found if each.target_field in values), found[0])
+    return kind.from_fields(Fields(values, where, labelled))

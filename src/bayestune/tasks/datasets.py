@@ -8,8 +8,8 @@ from typing import Any
 
 from bayestune.errors import DataError, MissingSplitError
 from bayestune.tasks import hub
-from bayestune.tasks.data import check_kinds, check_labels, check_together, parse_row, read_rows
-from bayestune.tasks.rows import FORMATS, AnyRow, Row, TextRow, shown
+from bayestune.tasks.data import check_kinds, check_labels, check_together, parse_row, read_rows, scan_rows
+from bayestune.tasks.rows import FORMATS, AnyRow, NumberRow, Row, TextRow, formats_of, shown
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """The names that a data set or a split can have: they become part of a path."""
@@ -22,7 +22,7 @@ class DatasetSpec:
     Attributes:
         folder: its folder under the data folder.
         row: the class of its rows.
-        classes: the largest number of choices, or the number of labels.
+        classes: the largest number of choices, the number of labels, or that of numbers per row.
         splits: file stems to look for, in order, if they differ from the name of the split.
         evaluation: the split that is usually reported; for your own data set dev, or test if there is no dev.
         labels: names of the classes, if labels are texts.
@@ -123,7 +123,12 @@ KNOWN: tuple[DatasetSpec, ...] = (
 
 
 def dataset(
-    name: str, data: str | Path | None = None, *, classes: int | None = None, labels: tuple[str, ...] | None = None
+    name: str,
+    data: str | Path | None = None,
+    *,
+    classes: int | None = None,
+    labels: tuple[str, ...] | None = None,
+    numbers: int | None = None,
 ) -> DatasetSpec:
     """Return the description of the data set `name`: a known one, or your own in the folder `data/name`.
 
@@ -133,6 +138,7 @@ def dataset(
         classes: number of classes of your own data set; by default counted in all its files.
         labels: names of the classes of your own data set, whose files are then not read; by default the text labels of
             its train split, sorted.
+        numbers: numbers per row of your own data set of numbers, whose files are then not read.
 
     Raises:
         DataError: neither a known data set nor a folder in `data`.
@@ -145,6 +151,8 @@ def dataset(
     folder = None if data is None or not NAME.fullmatch(name) else Path(data) / name
     if folder is not None and labels is not None:
         return _named(name, folder, labels)
+    if folder is not None and numbers is not None:
+        return DatasetSpec(name=name, folder=name, row=NumberRow, classes=numbers, evaluation=_evaluation(folder))
     if folder is not None and folder.is_dir():
         return _own(name, folder, classes)
     if data is not None and not Path(data).is_dir():
@@ -155,7 +163,8 @@ def dataset(
 
 
 def _own(name: str, folder: Path, classes: int | None) -> DatasetSpec:
-    splits = [(_split(path), read_rows(path, labelled=False)) for path in _files(folder)]
+    formats = _formats(folder)
+    splits = [(_split(path), read_rows(path, labelled=False, formats=formats)) for path in _files(folder)]
     rows = [row for _, found in splits for row in found]
     if not rows:
         raise DataError(f"{folder}: found no .jsonl or .jsonl.gz file, expected one a split, such as train.jsonl")
@@ -164,11 +173,19 @@ def _own(name: str, folder: Path, classes: int | None) -> DatasetSpec:
     if any(isinstance(row.target, str) for row in rows):
         train = [row for split, found in splits if split == "train" for row in found]
         return _named_by(train, rows, name, folder, classes)
-    counted = rows[0].count_classes(rows)
-    if (classes or counted) < 2:
-        raise DataError(f"{folder}: found {counted} classes in its labels, expected at least 2; label more rows")
+    counted, kind = rows[0].count_classes(rows), type(rows[0])
+    if (classes or counted) < kind.fewest:
+        found = f"{counted} {kind.counted} in its labels"
+        raise DataError(f"{folder}: found {found}, expected at least {kind.fewest}; label more rows")
     evaluation = _evaluation(folder)
-    return DatasetSpec(name=name, folder=name, row=type(rows[0]), classes=classes or counted, evaluation=evaluation)
+    return DatasetSpec(name=name, folder=name, row=kind, classes=classes or counted, evaluation=evaluation)
+
+
+def _formats(folder: Path) -> tuple[type[AnyRow], ...]:
+    """The row classes to expect in a folder: a first row with a label says what rows without one are."""
+    firsts = [next(scan_rows(path, labelled=False), None) for path in _files(folder)]
+    labeled = [type(row) for row in firsts if isinstance(row, AnyRow) and row.target is not None]
+    return formats_of(labeled[0]) if labeled else FORMATS
 
 
 def _named_by(train: list[Any], rows: list[Any], name: str, folder: Path, classes: int | None) -> DatasetSpec:
@@ -220,7 +237,7 @@ def load_rows(name: str, split: str, data: str | Path | None = None) -> list[Any
 def rows_of(spec: DatasetSpec, split: str, data: str | Path | None = None) -> list[Any]:
     """Like `load_rows`, for a data set whose description is known."""
     rows: list[Any] = []
-    formats = FORMATS if spec.row in FORMATS else (spec.row,)
+    formats = formats_of(spec.row)
     for part in split.split("+"):
         if data is not None:
             rows += read_rows(_split_file(spec, part, Path(data)), formats=formats)

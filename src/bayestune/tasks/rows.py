@@ -1,11 +1,15 @@
-"""The rows of tasks: `AnyRow`, and the two kinds that data sets hold. Each row class reads its own JSON fields."""
+"""The rows of tasks: `AnyRow`, and the three kinds that data sets hold. Each row class reads its own JSON fields."""
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bayestune.errors import DataError
+from bayestune.tasks.fields import Fields as Fields
+from bayestune.tasks.fields import fault as fault
+from bayestune.tasks.fields import shown as shown
 
 if TYPE_CHECKING:
     from bayestune.tasks.datasets import DatasetSpec
@@ -14,83 +18,23 @@ MAX_CHOICES = 26
 """One for each of the letters A to Z."""
 
 
-def shown(value: object) -> str:
-    """A value as an error message shows it: ASCII only (safe on any console), at most 60 characters."""
-    text = ascii(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def fault(where: str, row_id: object, name: str, found: str, expected: str) -> DataError:
-    """The error of one field of one row: `where` is `file:line`, or empty for a row made in code."""
-    place = f"{where or 'row'} (id {shown(row_id).strip(chr(39))})"
-    return DataError(f"{place}: field '{name}': found {found}, expected {expected}; fix or remove the row")
-
-
-@dataclass(frozen=True)
-class Fields:
-    """The fields of one JSON object, read by type; what a value means is checked by the row that is made of them.
-
-    Attributes:
-        values: the object.
-        where: `file:line`.
-        labeled: whether the label must be there.
-    """
-
-    values: Mapping[str, Any]
-    where: str
-    labeled: bool = True
-
-    def text(self, name: str) -> str:
-        """Return a text."""
-        value = self.values.get(name)
-        if not isinstance(value, str):
-            raise self.fault(name, "a text")
-        return value
-
-    def optional_text(self, name: str) -> str | None:
-        """Return a text, or None if the field is absent or null."""
-        return None if self.values.get(name) is None else self.text(name)
-
-    def texts(self, name: str) -> tuple[str, ...]:
-        """Return a list of texts."""
-        value = self.values.get(name)
-        if not isinstance(value, list):
-            raise self.fault(name, "a list of texts")
-        for each in value:
-            if not isinstance(each, str):
-                raise fault(
-                    self.where, self.values.get("id"), name, f"{shown(each)} among the {name}", "a list of texts"
-                )
-        return tuple(value)
-
-    def label(self, name: str, *kinds: type, expected: str) -> Any:
-        """Return a label of one of `kinds`, which are types of JSON; None if it is absent and need not be there."""
-        value = self.values.get(name)
-        if type(value) in kinds or (
-            value is None and not self.labeled
-        ):  # a bool is an int to isinstance, and no label
-            return value
-        raise self.fault(name, expected)
-
-    def fault(self, name: str, expected: str) -> DataError:
-        """Return the error for a field that is not what is expected."""
-        found = shown(self.values[name]) if name in self.values else "nothing"
-        return fault(self.where, self.values.get("id"), name, found, expected)
-
-
 class AnyRow(ABC):
     """A row of any task.
 
     Attributes:
         noun: what errors call such a row.
-        marks: fields, any of which shows that a JSON object is such a row.
+        marks: fields, any of which shows that a JSON object is such a row. Kinds with the same marks differ in the
+            field of the label.
         target_field: name of the field with the label.
+        counted: what `count_classes` counts. fewest: the smallest count that a data set can have.
         id: identifies the row in its data set. where: `file:line`, or empty for a row made in code.
     """
 
     noun: ClassVar[str]
     marks: ClassVar[tuple[str, ...]]
     target_field: ClassVar[str]
+    counted: ClassVar[str] = "classes"
+    fewest: ClassVar[int] = 2
     id: str
     where: str
 
@@ -105,14 +49,18 @@ class AnyRow(ABC):
 
     @classmethod
     def count_classes(cls, rows: Sequence[Any]) -> int:
-        """Return the number of classes, or of choices, that such rows need."""
+        """Return the number of classes, of choices, or of numbers, that such rows need."""
         return 0
 
     def check_in(self, spec: "DatasetSpec") -> None:
         """Raise a DataError if the row cannot belong to a data set."""
-        if type(self) is not spec.row:
-            found, expected = self.marks[0], spec.row.marks[0]
-            raise self.fault(found, f"a row with '{found}'", f"rows with '{expected}', as {spec.name} has")
+        if type(self) is spec.row:
+            return
+        found, expected = self.marks[0], spec.row.marks[0]
+        if found == expected:
+            name = spec.row.target_field
+            raise self.fault(name, f"a {type(self).__name__}", f"a {spec.row.__name__}, as {spec.name} has")
+        raise self.fault(found, f"a row with '{found}'", f"rows with '{expected}', as {spec.name} has")
 
     @property
     @abstractmethod
@@ -275,5 +223,67 @@ class TextRow(AnyRow):
         return [("text", self.text), *([] if self.text_pair is None else [("text_pair", self.text_pair)])]
 
 
-FORMATS: tuple[type[AnyRow], ...] = (Row, TextRow)
+@dataclass(frozen=True, kw_only=True)
+class NumberRow(AnyRow):
+    """One sentence, or pair of sentences, with a number, a list of numbers, or None when unlabelled.
+
+    Raises DataError as `Row`, and for a number that is not finite.
+    """
+
+    noun: ClassVar[str] = "number"
+    marks: ClassVar[tuple[str, ...]] = ("text",)
+    target_field: ClassVar[str] = "target"
+    counted: ClassVar[str] = "numbers"
+    fewest: ClassVar[int] = 1
+
+    id: str
+    text: str
+    text_pair: str | None = None
+    target: float | tuple[float, ...] | None = None
+    where: str = field(default="", compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        _check_text(self, "id", self.id)
+        for name, text in self.texts:
+            _check_text(self, name, text)
+        if self.numbers == () or not all(map(math.isfinite, self.numbers or ())):
+            raise self.fault("target", shown(self.target), "one or more numbers, each of them finite")
+
+    @classmethod
+    def from_fields(cls, fields: Fields) -> "NumberRow":
+        return cls(
+            id=fields.text("id"),
+            text=fields.text("text"),
+            text_pair=fields.optional_text("text_pair"),
+            target=fields.numbers("target"),
+            where=fields.where,
+        )
+
+    @classmethod
+    def count_classes(cls, rows: "Sequence[NumberRow]") -> int:
+        return max((len(row.numbers) for row in rows if row.numbers is not None), default=0)
+
+    def check_in(self, spec: "DatasetSpec") -> None:
+        super().check_in(spec)
+        if self.numbers is not None and len(self.numbers) != spec.classes:
+            raise self.fault("target", f"{len(self.numbers)} numbers", f"{spec.classes}, as {spec.name} has")
+
+    @property
+    def numbers(self) -> tuple[float, ...] | None:
+        """The target as a tuple, or None when the row is unlabeled."""
+        return self.target if self.target is None or isinstance(self.target, tuple) else (self.target,)
+
+    @property
+    def texts(self) -> list[tuple[str, str]]:
+        """Every text that is put to a model, each after the name of its field."""
+        return [("text", self.text), *([] if self.text_pair is None else [("text_pair", self.text_pair)])]
+
+
+FORMATS: tuple[type[AnyRow], ...] = (Row, TextRow, NumberRow)
 """The rows of data sets."""
+
+
+def formats_of(kind: type[AnyRow]) -> tuple[type[AnyRow], ...]:
+    """Return the row classes to expect where rows of one kind belong: without others of the same marks."""
+    alike = [each for each in FORMATS if each.marks == kind.marks and each is not kind]
+    return tuple(each for each in FORMATS if each not in alike) if kind in FORMATS else (kind,)

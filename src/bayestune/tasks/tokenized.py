@@ -47,6 +47,8 @@ class TokenizedTask(Task[P]):
     """The class of transformers that loads a model with the right head."""
     scorings: ClassVar[tuple[Scoring, ...]] = ()
     """The ways of scoring that it offers, for tasks that put a `Prompt` to the model."""
+    settings: ClassVar[tuple[str, ...]] = ()
+    """The settings of a run that it takes, beside those of every task."""
     encoding: Mapping[str, Any] = MappingProxyType({})
     """Options of the tokenizer's call."""
 
@@ -77,6 +79,16 @@ class TokenizedTask(Task[P]):
     def head(self) -> dict[str, Any]:
         """The settings of the model's head, for `auto_model.from_pretrained`."""
         return {}
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """The settings of a run that it has filled in, by name: with them it is the same task again."""
+        return {}
+
+    @property
+    def needs_temperature(self) -> bool:
+        """Whether a part of its likelihood is a temperature: a run then fits one, by default on its training rows."""
+        return False
 
     def rows(self, split: str) -> list[AnyRow]:
         """Return the labeled rows of a split, such as "train" or "dev+test", without those in `worked`.

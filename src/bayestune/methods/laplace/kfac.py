@@ -4,7 +4,7 @@ Written by hand: curvlinops, which has the same factors, needs torchvision and w
 counts padding as data.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bayestune.errors import PosteriorError
 from bayestune.methods.laplace.linears import factor_dtype
 from bayestune.sampling.jacobian import Traced, full_precision
+from bayestune.tasks import Task
 
 ROUNDINGS = 1000
 """Relative to the largest gradient in its row, in units of the last place: what is smaller counts as rounding."""
@@ -88,15 +89,15 @@ class KroneckerFactor:
             return self.output_vectors @ scaled @ self.input_vectors.T
 
 
-def add_batch(sums: Mapping[str, FactorSums], batch: Traced) -> None:
-    """Add one batch to the factors of its layers: one backward pass less than there are classes.
+def add_batch(sums: Mapping[str, FactorSums], batch: Traced, task: Task) -> None:
+    """Add one batch to the factors of its layers: one backward pass per root, for classes one less than there are.
 
-    ``Lambda = sum_c v_c v_c^T`` with the v_c of `loss_roots`, so that pass c adds the outer products of the gradients
-    of ``v_c . logits``.
+    ``Lambda = sum_c v_c v_c^T`` with the v_c of `task.loss_roots`, so that pass c adds the outer products of the
+    gradients of ``v_c . outputs``.
     """
     largest: dict[int, Tensor] = {}
     with full_precision(batch.logits):
-        for gradients in batch.gradients(loss_roots(batch.logits.detach())):
+        for gradients in batch.gradients(task.loss_roots(batch.logits.detach())):
             for call, gradient in gradients:
                 flat = gradient.reshape(-1, gradient.shape[-1]).to(sums[call.layer].outputs.dtype)
                 sums[call.layer].add_gradient(flat)
@@ -108,24 +109,6 @@ def add_batch(sums: Mapping[str, FactorSums], batch: Traced) -> None:
                 by_row = largest[id(call)].view(len(batch.logits), -1)
                 rounding = ROUNDINGS * torch.finfo(by_row.dtype).eps * by_row.amax(1, keepdim=True)
                 layer.add_inputs(call.positions(layer.inputs.dtype)[(by_row > rounding).flatten()])
-
-
-def loss_roots(logits: Float[Tensor, "rows classes"]) -> Iterator[Float[Tensor, "rows classes"]]:
-    """The columns of the Cholesky factor of ``diag(p) - p p^T``, in closed form; the last one, 0, is left out.
-
-    With q_c the sum of p from class c on, column c is ``sqrt(p_c / q_c)`` times ``sqrt(q_(c+1))`` at c and
-    ``-p_j / sqrt(q_(c+1))`` at j > c.
-    """
-    probs = logits.softmax(-1)
-    rest = probs.flip(1).cumsum(1).flip(1)
-    for c in range(probs.shape[1] - 1):
-        scale = torch.where(rest[:, c] > 0, probs[:, c] / rest[:, c], 0.0).sqrt()
-        after = rest[:, c + 1].sqrt()
-        root = torch.zeros_like(probs)
-        root[:, c] = scale * after
-        below = torch.where(after[:, None] > 0, probs[:, c + 1 :] / after[:, None], 0.0)
-        root[:, c + 1 :] = -scale[:, None] * below
-        yield root
 
 
 def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,9 @@ from pydantic import Field
 
 from bayestune.methods.base import FIT_SPLIT, FIT_SPLIT_HELP, Fitting, PostHocMethod, Updates
 from bayestune.methods.laplace.linears import refuse_if_too_large
-from bayestune.methods.laplace.posterior import LaplacePosterior, fit_laplace
+from bayestune.methods.laplace.posterior import LaplacePosterior, check_task, fit_laplace
 from bayestune.methods.mle import Mle
+from bayestune.tasks import Task
 
 
 class Laplace(PostHocMethod):
@@ -29,6 +30,10 @@ class Laplace(PostHocMethod):
         "mc", description="mc, draws of the linearized model, or probit, in closed form."
     )
     fit_split: str | None = Field(None, min_length=1, description=FIT_SPLIT_HELP)
+
+    def check_task(self, task: Task) -> None:
+        precision = "marglik" if self.fit_split is None else "validation"
+        check_task(task, precision, self.laplace_predictive)
 
     def check(self, model: PeftModel, updates: Updates) -> None:
         refuse_if_too_large(model, layers=self.laplace_layers)

@@ -136,9 +136,10 @@ def fit_laplace(
 ) -> LaplacePosterior:
     """Fit a Laplace posterior to the finished, plain LoRA adapter of `model`.
 
-    The curvature is the generalised Gauss-Newton matrix summed over `rows`, exact over the classes, so that labels are
-    not needed; in K-FAC form, with weights shared over tokens as in "expand" (see `FactorSums`). The model is put in
-    evaluation mode. Under ``torch.autocast`` the factors stay in float32, or float64 where the adapter is.
+    The curvature is the generalised Gauss-Newton matrix summed over `rows`, with the Fisher matrix of the likelihood
+    by the outputs (`task.loss_roots`; for classes exact over them), so that labels are not needed; in K-FAC form, with
+    weights shared over tokens as in "expand" (see `FactorSums`). The model is put in evaluation mode. Under
+    ``torch.autocast`` the factors stay in float32, or float64 where the adapter is.
 
     Args:
         rows: rows that it was trained on, labelled or not.
@@ -156,12 +157,13 @@ def fit_laplace(
     model, _, _ = active_adapter(model)
     linears = covered_linears(model, layers=layers)
     _check_settings(precision, validation_rows, predictive, batch_size)
+    check_task(task, precision, predictive)
     _check_rows(task, rows, validation_rows)
     refuse_if_too_large(model, layers=layers)
     model.eval()
     sums = {name: FactorSums(linear) for name, linear in linears.items()}
     for chosen, batch in _batches(model, task, rows, batch_size, progress):
-        add_batch(sums, _finite(traced(model, linears, task, batch), chosen))
+        add_batch(sums, _finite(traced(model, linears, task, batch), chosen), task)
     factors = {name: sums.pop(name).decomposed() for name in linears}
     if precision == "marglik":
         square_norm = sum(linear.weight.detach().double().square().sum().item() for linear in linears.values())
@@ -222,6 +224,16 @@ def _check_settings(
         found = "none" if validation_rows is None else f"{len(validation_rows)} of them"
         raise ConfigError(
             f"validation_rows: found {found} with precision={precision!r}, expected them with 'validation' only."
+        )
+
+
+def check_task(task: Task, precision: str | float, predictive: str) -> None:
+    """Raise a ConfigError for the probit predictive of a task without classes."""
+    if not task.has_classes and (predictive == "probit" or precision == "validation"):
+        found = "predictive 'probit'" if predictive == "probit" else "precision 'validation' (a fit_split)"
+        raise ConfigError(
+            f"laplace: found {found} for task {task.name} without classes, expected predictive 'mc' and precision "
+            "'marglik' or a number: probit averages probabilities of classes."
         )
 
 
