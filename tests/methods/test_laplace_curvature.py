@@ -13,6 +13,7 @@ from bayestune.errors import ConfigError
 from bayestune.methods.laplace.kfac import FactorSums, KroneckerFactor, add_batch
 from bayestune.methods.laplace.prior_precision import CANDIDATES, best_candidate, log_evidence, most_evident
 from bayestune.sampling.jacobian import traced
+from bayestune.tasks.classes import loss_roots
 from inference.cases import Letters, Sequences, rows
 from methods.laplace_cases import Labels, alike, bert_with_head, covered, curvature_of, jacobians, one_batch, plain
 from models import GPT2

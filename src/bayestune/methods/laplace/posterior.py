@@ -156,8 +156,7 @@ def fit_laplace(
     """
     model, _, _ = active_adapter(model)
     linears = covered_linears(model, layers=layers)
-    _check_settings(precision, validation_rows, predictive, batch_size)
-    check_task(task, precision, predictive)
+    _check_settings(task, precision, validation_rows, predictive, batch_size)
     _check_rows(task, rows, validation_rows)
     refuse_if_too_large(model, layers=layers)
     model.eval()
@@ -211,8 +210,9 @@ def _finite(forward: Traced, rows: Sequence[AnyRow]) -> Traced:
 
 
 def _check_settings(
-    precision: str | float, validation_rows: Sequence[AnyRow] | None, predictive: str, batch_size: int
+    task: Task, precision: str | float, validation_rows: Sequence[AnyRow] | None, predictive: str, batch_size: int
 ) -> None:
+    check_task(task, precision, predictive)
     if predictive not in get_args(Predictive):
         raise ConfigError(f"predictive: found {predictive!r}, expected one of {get_args(Predictive)}.")
     if batch_size < 1:
