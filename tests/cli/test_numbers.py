@@ -142,6 +142,20 @@ def test_a_run_of_each_method_is_loaded_with_the_same_answers(world: Path, tmp_p
         assert again.rmse == pytest.approx(record["methods"][key]["rmse"], rel=1e-5)
 
 
+def test_a_method_that_is_started_from_an_adapter_has_its_units(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    units = ("--target-mean", "400", "--target-std", "100")
+    assert invoke(training(world, tmp_path / "mle", "--method", "mle", *units, task="few")) == 0
+    start = ("--method", "laplace", "--adapter", str(tmp_path / "mle"))
+    assert invoke(training(world, tmp_path / "laplace", *start, task="few")) == 0
+    records = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("mle", "laplace")]
+    assert [record["experiment"]["target_mean"] for record in records] == [[400.0], [400.0]]
+    assert records[1]["methods"]["laplace_n0"]["rmse"] == pytest.approx(records[0]["methods"]["mle"]["rmse"], rel=1e-5)
+    other = training(world, tmp_path / "other", *start, "--target-std", "3", task="few")
+    assert "target_std: found (3.0,), expected (100.0,), as the run of adapter" in refused(other, capsys)
+
+
 def refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
     assert invoke(command) == 2
@@ -170,7 +184,7 @@ def test_what_means_nothing_for_numbers_is_refused_in_one_line(
         ),
         "--target-std: found 'a,2', expected numbers with commas": training(world, output, "--target-std", "a,2"),
         "target_mean and target_std: found one of them": training(world, output, "--target-mean", "3"),
-        "data set pairs: found number rows with 2 numbers, expected number rows with 1 as in lengths": [
+        "(id r200): field 'target': found 2 numbers, expected 1 per row of pairs": [
             *("evaluate", run, "--ood", "pairs")
         ],
     }

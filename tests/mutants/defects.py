@@ -3,6 +3,7 @@
 from mutants import draws as draws
 from mutants import mathematics as mathematics
 from mutants import methods as methods
+from mutants import numbers as numbers
 from mutants import rows as rows
 from mutants import runs as runs
 from mutants import saved as saved

@@ -329,7 +329,7 @@ def test_a_target_that_is_no_number_is_refused_by_name(tmp_path: Path, target: s
 
 def test_rows_of_one_data_set_have_as_many_numbers(make: Callable[..., Regression], tmp_path: Path) -> None:
     task = make()
-    with pytest.raises(DataError, match=r"\(id r\): field 'target': found 2 numbers, expected 1, as grades has"):
+    with pytest.raises(DataError, match=r"\(id r\): field 'target': found 2 numbers, expected 1 per row of grades"):
         task.check([NumberRow(id="r", text="It rains.", target=(1.0, 2.0))])
     mixed = write_rows(tmp_path / "m.jsonl", [*numbers(1), {**numbers(2)[1], "target": [3.0]}])
     with pytest.raises(DataError, match=r"m.jsonl:2 \(id n1\): field 'target': found \(3.0,\), expected a number"):

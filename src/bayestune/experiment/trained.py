@@ -173,20 +173,20 @@ def _of_adapter(experiment: Experiment) -> dict[str, Any]:
 
 
 def _asked_as(experiment: Experiment, record: Mapping[str, Any]) -> tuple[Experiment, tuple[Row, ...] | None]:
-    """The experiment with the prompt, and the shots, that its adapter was trained with.
+    """The experiment with the prompt, the shots, and the units of numbers, that its adapter was trained with.
 
     Raises:
-        ConfigError: a setting of the prompt is given, and is another one there.
+        ConfigError: such a setting is given, and is another one there.
     """
-    folder = Path(experiment.adapter or "")
-    kept = {name: record[name] for name in ("model", "task", *PROMPT) if name in record}
+    folder, asked = Path(experiment.adapter or ""), (*PROMPT, *OF_TASKS)
+    kept = {name: record[name] for name in ("model", "task", *asked) if name in record}
     own = Experiment.from_dict(kept, where=str(folder / EXPERIMENT))
-    for name in PROMPT:
+    for name in asked:
         given, there = dict(experiment)[name], dict(own)[name]
         if given not in (None, 0, there):
             raise ConfigError(f"{name}: found {given!r}, expected {there!r}, as the run of adapter {folder} has it.")
     shots = _kept_shots(folder) if own.shots else None
-    return experiment.replace(**{name: dict(own)[name] for name in PROMPT}), shots
+    return experiment.replace(**{name: dict(own)[name] for name in asked}), shots
 
 
 def _kept_shots(folder: Path) -> tuple[Row, ...]:

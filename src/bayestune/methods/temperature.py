@@ -18,10 +18,7 @@ from bayestune.metrics import row_nll
 from bayestune.sampling import Posterior
 from bayestune.tasks import AnyPrediction, Prediction
 
-LOWEST, HIGHEST = 0.01, 100.0
-"""Bounds of T."""
-
-_GRID = 65  # points in log T, T = 1 the middle one; neighbours are a factor 1.15 apart
+_GRID = 65  # points in log T, T = 1 the middle one; neighbours are a factor 1.15 apart, for numbers 1.54
 _PRECISION = 1e-9  # of log T, where the search ends: rounding of the NLL hides a finer minimum
 
 
@@ -64,8 +61,8 @@ def fit_temperature(log_probs: Float[Tensor, "draws rows classes"], labels: Int[
 def temperature_of(prediction: AnyPrediction) -> float:
     r"""Fit the temperature T > 0 that minimizes the mean NLL of ``prediction.tempered(T)``, as `fit_temperature`.
 
-    For numbers, T multiplies every variance of the noise. With one draw of constant noise s^2, ``T = mean (y - mu)^2 /
-    s^2``.
+    For numbers, T is from 1e-6 to 1e6 and multiplies every variance of the noise. With one draw of constant noise
+    s^2, ``T = mean (y - mu)^2 / s^2``.
 
     Args:
         prediction: of validation rows at temperature 1, of another seed than the predictions that are scored.
@@ -82,7 +79,7 @@ def temperature_of(prediction: AnyPrediction) -> float:
         row = int(impossible.nonzero()[0, 0])
         raise DataError(f"fit_temperature: the label of row {row} has probability 0 at every temperature.")
     temperature = best_temperature(prediction)
-    if temperature in (LOWEST, HIGHEST):
+    if temperature in prediction.temperatures:
         told = f"fit_temperature: stopped at the bound T = {temperature}: up to there the NLL does not rise."
         warnings.warn(told, BayestuneWarning, stacklevel=2)
     return temperature
@@ -90,12 +87,13 @@ def temperature_of(prediction: AnyPrediction) -> float:
 
 def best_temperature(prediction: AnyPrediction) -> float:
     """Return the temperature of `temperature_of`, without checks and warnings."""
-    return _minimizer(lambda log_t: prediction.tempered(math.exp(log_t)).row_nll().mean().item())
+    bounds = prediction.temperatures
+    return _minimizer(lambda log_t: prediction.tempered(math.exp(log_t)).row_nll().mean().item(), *bounds)
 
 
-def _minimizer(nll: Callable[[float], float]) -> float:
-    """T = exp(x) for the minimizer x of `nll`, a function of log T."""
-    low, high = math.log(LOWEST), math.log(HIGHEST)
+def _minimizer(nll: Callable[[float], float], lowest: float, highest: float) -> float:
+    """T = exp(x) for the minimizer x of `nll`, a function of log T; `highest` is 1 / `lowest`."""
+    low, high = math.log(lowest), math.log(highest)
     step = (high - low) / (_GRID - 1)
     center = min((low + step * i for i in range(_GRID)), key=nll)
     bracket = (max(low, center - step), min(high, center + step))
@@ -103,7 +101,7 @@ def _minimizer(nll: Callable[[float], float]) -> float:
     at_one = nll(0.0)
     if at_one - best.fun <= 8 * torch.finfo(torch.float64).eps * max(1.0, abs(at_one)):
         return 1.0
-    for bound, value in ((low, LOWEST), (high, HIGHEST)):
+    for bound, value in ((low, lowest), (high, highest)):
         if bound in bracket and nll(bound) <= best.fun:
             return value
     return math.exp(best.x)

@@ -57,9 +57,10 @@ class AnyPrediction(ABC, Generic[S]):
     Attributes:
         ids: the rows' ids, in the order given.
         draws: number of draws; 0 for the mean alone. seed: seed of the draws.
-        task: name of the task.
+        task: name of the task. temperatures: the smallest and the largest that are tried in a fit.
     """
 
+    temperatures: ClassVar[tuple[float, float]] = (0.01, 100.0)
     ids: tuple[str, ...]
     draws: int
     seed: int

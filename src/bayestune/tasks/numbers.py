@@ -64,6 +64,7 @@ class RegressionPrediction(AnyPrediction[RegressionScores]):
         task: name of the task.
     """
 
+    temperatures: ClassVar[tuple[float, float]] = (1e-6, 1e6)
     draw_means: Float[Tensor, "slices rows numbers"]
     draw_variances: Float[Tensor, "slices rows numbers"]
     targets: Float[Tensor, "rows numbers"] | None

@@ -266,7 +266,7 @@ class NumberRow(AnyRow):
     def check_in(self, spec: "DatasetSpec") -> None:
         super().check_in(spec)
         if self.numbers is not None and len(self.numbers) != spec.classes:
-            raise self.fault("target", f"{len(self.numbers)} numbers", f"{spec.classes}, as {spec.name} has")
+            raise self.fault("target", f"{len(self.numbers)} numbers", f"{spec.classes} per row of {spec.name}")
 
     @property
     def numbers(self) -> tuple[float, ...] | None:

@@ -136,10 +136,9 @@ def fit_laplace(
 ) -> LaplacePosterior:
     """Fit a Laplace posterior to the finished, plain LoRA adapter of `model`.
 
-    The curvature is the generalised Gauss-Newton matrix summed over `rows`, with the Fisher matrix of the likelihood
-    by the outputs (`task.loss_roots`; for classes exact over them), so that labels are not needed; in K-FAC form, with
-    weights shared over tokens as in "expand" (see `FactorSums`). The model is put in evaluation mode. Under
-    ``torch.autocast`` the factors stay in float32, or float64 where the adapter is.
+    The curvature is the generalised Gauss-Newton matrix summed over `rows`, exact over labels, which are not needed
+    (`task.loss_roots`); in K-FAC form, with weights shared over tokens as in "expand" (see `FactorSums`). The model is
+    in evaluation mode. Under ``torch.autocast`` the factors stay in float32, or float64 where the adapter is.
 
     Args:
         rows: rows that it was trained on, labelled or not.
