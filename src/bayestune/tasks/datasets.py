@@ -46,7 +46,7 @@ class DatasetSpec:
         """Raise a DataError, naming the row and the field, if a row cannot belong to this data set."""
         if not isinstance(row, AnyRow):  # without a type checker: a dict, say
             found = type(row).__name__
-            raise DataError(f"row: found a {found}, expected a Row or a TextRow, as tasks.read_rows(path) gives them")
+            raise DataError(f"row: found a {found}, expected a row as tasks.read_rows(path) gives them")
         row.check_in(self)
 
 

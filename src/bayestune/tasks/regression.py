@@ -60,10 +60,15 @@ def regression(
         TaskError: the rows have no numbers.
         ConfigError: `target_mean` and `target_std` do not fit the rows.
     """
-    numbers = None if target_mean is None else len(target_mean)
-    units = {"target_mean": target_mean, "target_std": target_std}
-    spec = dataset(name, data, numbers=numbers)
-    return Regression(spec, tokenizer, data=data, max_tokens=max_tokens, noise=noise, **units)
+    return Regression(
+        dataset(name, data, numbers=None if target_mean is None else len(target_mean)),
+        tokenizer,
+        data=data,
+        max_tokens=max_tokens,
+        noise=noise,
+        target_mean=target_mean,
+        target_std=target_std,
+    )
 
 
 class Regression(TokenizedTask[RegressionPrediction]):
