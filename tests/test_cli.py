@@ -492,6 +492,10 @@ def test_the_flags_are_these() -> None:
             "resume",
             "overwrite",
         },
+        "lm-eval": {
+            *("run", "tasks", "output", "draws", "seed", "num_fewshot", "limit", "batch_size"),
+            *("include_path", "apply_chat_template", "data", "overwrite"),
+        },
         "acquire": {
             *("run", "pool", "top", "output", "score", "data"),
             *("draws", "predictive", "seed", "on_bad_row", "overwrite"),
@@ -523,6 +527,7 @@ def test_help_names_the_commands_and_the_exit_codes(capsys: pytest.CaptureFixtur
         "train",
         "evaluate",
         "predict",
+        "lm-eval",
         "generate",
         "acquire",
         "export",

@@ -46,6 +46,7 @@ HOME = {  # optional packages, and the only place that may import each
     "gguf": "serving/gguf.py",
     "starlette": "serving/proxy.py",
     "uvicorn": "serving/proxy.py",
+    "lm_eval": "experiment/lm_eval.py",
     "trl": None,
     "sklearn": None,
     "torchmetrics": None,

@@ -21,6 +21,7 @@ from bayestune_cli.errors import INTERNAL, INTERRUPTED, OK, STOPPED, TERMINATED,
 from bayestune_cli.evaluate import evaluate
 from bayestune_cli.export import export
 from bayestune_cli.generate import generate
+from bayestune_cli.lm_eval import lm_eval
 from bayestune_cli.predict import predict
 from bayestune_cli.report import report
 from bayestune_cli.serve import serve
@@ -51,7 +52,7 @@ def program(
     """Declare --debug for the help; `invoke` accepts it anywhere among the arguments."""
 
 
-for command in (train, evaluate, predict, generate, acquire, distil, export, serve, demo, table, report):
+for command in (train, evaluate, predict, generate, lm_eval, acquire, distil, export, serve, demo, table, report):
     app.command()(quietly(command))
 
 
