@@ -1,4 +1,4 @@
-# make demo | make demo-llm | make test | make test-nightly | make lint | make docs | make mutants | make properties; each makes .venv first. PYTHON=... picks the interpreter (3.11 or newer).
+# make demo | make demo-llm | make test | make test-nightly | make test-vllm | make lint | make docs | make mutants | make properties; each makes .venv first, and test-vllm .venv-vllm. PYTHON=... picks the interpreter (3.11 or newer).
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,8 +8,10 @@ RUNS := $(VENV)/.runs
 TESTS := $(VENV)/.tests
 DOCS := $(VENV)/.docs
 LLM := $(VENV)/.llm
+VLLM := .venv-vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: venv demo demo-llm test test-nightly lint docs mutants properties declared
+.PHONY: venv demo demo-llm test test-nightly test-vllm lint docs mutants properties declared
 
 venv: $(TESTS)
 
@@ -60,6 +62,18 @@ docs: $(DOCS)
 test-nightly: export OMP_NUM_THREADS = 1
 test-nightly: $(TESTS)
 	$(BIN)/python -m pytest -n 2 -m nightly $(if $(SEED),--seed $(SEED))
+
+$(VLLM)/.tests: pyproject.toml constraints.txt requirements-vllm.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM_PIP) install --constraint constraints.txt torch==2.13.0
+	$(VLLM_PIP) install --no-deps --requirement requirements-vllm.txt
+	$(VLLM_PIP) install --no-deps --editable .
+	touch $@
+
+# Some minutes: vLLM's own server, on the CPU, in an environment of its own (3.6 GB).
+test-vllm: export OMP_NUM_THREADS = 1
+test-vllm: $(VLLM)/.tests
+	$(VLLM)/bin/python -m pytest -m vllm tests/serving/test_vllm_server.py
 
 # Runs both tiers, and makes docs/properties.md from what they found.
 properties: export OMP_NUM_THREADS = 1

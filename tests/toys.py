@@ -62,7 +62,7 @@ def write_data(folder: Path) -> Path:
     return folder
 
 
-def pretrained_llama(folder: Path) -> Path:
+def pretrained_llama(folder: Path, **settings: Any) -> Path:
     """A Llama of two layers that has read a few prompts, with its byte-level tokenizer, saved to `folder`."""
     tokenizer = byte_tokenizer()
     with torch.random.fork_rng():
@@ -77,6 +77,7 @@ def pretrained_llama(folder: Path) -> Path:
             max_position_embeddings=256,
             pad_token_id=tokenizer.pad_token_id,
             tie_word_embeddings=False,
+            **settings,
         )
         model = LlamaForCausalLM(config)
         texts = [f"{row['question']}? {row['choices'][row['answer']]}" for row in questions(100, 8)]

@@ -30,9 +30,9 @@ PLACES = {
 """Functions that a command calls where it can be made to wait."""
 
 
-def make_world(folder: Path) -> Path:
+def make_world(folder: Path, **settings: Any) -> Path:
     """`folder` with llama/ (model and tokenizer), data/, rows.jsonl, and whole/, a run with checkpoints."""
-    pretrained_llama(folder / "llama")
+    pretrained_llama(folder / "llama", **settings)
     write_data(folder / "data")
     write_rows(folder / "rows.jsonl", questions(50, 4))
     assert invoke(training(folder, folder / "whole", "--checkpoint-steps", "2")) == 0

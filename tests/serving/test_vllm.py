@@ -54,7 +54,9 @@ class Stub:
         if "prompt_logprobs" in body or body["max_tokens"] != 1 or (asked is not None and not 0 < len(asked) <= 128):
             return JSONResponse({"error": "not supported"}, 400)
         log_probs = self.log_probs(body["model"], body["prompt"])
-        told = {f"token_id:{token}": log_probs[token] for token in asked or range(len(log_probs))}
+        best = sorted(range(len(log_probs)), key=log_probs.__getitem__, reverse=True)
+        count = len(best) if body["logprobs"] == -1 else body["logprobs"]
+        told = {f"token_id:{token}": log_probs[token] for token in asked or best[:count]}
         return JSONResponse({"choices": [{"logprobs": {"top_logprobs": [told]}}]})
 
     def log_probs(self, name: str, prompt: list[int]) -> list[float]:
@@ -115,6 +117,13 @@ def test_the_client_predicts_what_predict_does(scoring: str, stub: tuple[Stub, s
         found, whole = client.predict(ROWS), client.distributions([1, 5])
         expected = predict(made.posterior, client.task, ROWS, draws=3, seed=4)
     assert float((found.draw_log_probs.exp() - expected.draw_log_probs.exp()).abs().max()) < 1e-5
+    assert whole.shape == (3, 260) and whole[1].tolist() == pytest.approx(made.log_probs("draw_1", [1, 5]))
+
+
+def test_a_url_alone_gives_the_whole_distribution(stub: tuple[Stub, str]) -> None:
+    made, url = stub
+    with Client(url) as client:
+        whole = client.distributions([1, 5])
     assert whole.shape == (3, 260) and whole[1].tolist() == pytest.approx(made.log_probs("draw_1", [1, 5]))
 
 

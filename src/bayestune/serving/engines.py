@@ -30,7 +30,7 @@ def check_engine(backend: str, base: Path | None, api_key: str | None) -> None:
         raise ConfigError(f"backend: found {backend!r}, expected 'llamacpp' or 'vllm'.")
     package, install = {
         "llamacpp": ("xllamacpp", "pip install 'bayestune[serve]'"),
-        "vllm": ("vllm", "install it as vLLM's own pages say, for this machine"),
+        "vllm": ("vllm", "install it beside this project's transformers, as docs/serving.md says"),
     }[backend]
     if importlib.util.find_spec(package) is None:
         raise ConfigError(f"backend {backend}: found no package {package}, expected it; {install}.")
@@ -114,7 +114,7 @@ def vllm(
     command += ["--max-loras", str(len(adapters)), "--max-lora-rank", str(fitting)]
     command += ["--max-logprobs", str(vocabulary), "--lora-modules", *names]
     environment = os.environ | ({} if api_key is None else {"VLLM_API_KEY": api_key})
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=2)  # it logs to its stdout
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     try:
         _wait(process, url)

@@ -185,7 +185,7 @@ class Vllm(Wire):
     """The server of vLLM.
 
     Attributes:
-        base: the name of the base model. vocabulary: number of tokens.
+        base: the name of the base model. vocabulary: number of tokens; 0 if it is unknown, as at a URL alone.
     """
 
     name = "vllm"
@@ -219,14 +219,15 @@ class Vllm(Wire):
         return questions
 
     def whole(self, key: int | str | None, context: Tokens) -> Question:
-        return Question(path="/v1/completions", body=self._body(key, context, logprobs=self.vocabulary))
+        return Question(path="/v1/completions", body=self._body(key, context, logprobs=self.vocabulary or -1))
 
     def read(self, question: Question, reply: Any) -> dict[Step, float] | None:
         found = self._told(reply)
         return {step: told(found, step[1]) for step in question.steps}
 
     def read_whole(self, reply: Any) -> dict[int, float]:
-        return _complete(self._told(reply), self.vocabulary)
+        found = self._told(reply)
+        return _complete(found, self.vocabulary or len(found))
 
     def _told(self, reply: Any) -> dict[int, float]:
         (step,) = reply["choices"][0]["logprobs"]["top_logprobs"]
