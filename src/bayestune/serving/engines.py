@@ -114,7 +114,7 @@ def vllm(
     command += ["--max-loras", str(len(adapters)), "--max-lora-rank", str(fitting)]
     command += ["--max-logprobs", str(vocabulary), "--lora-modules", *names]
     environment = os.environ | ({} if api_key is None else {"VLLM_API_KEY": api_key})
-    process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=2)  # it logs to its stdout
+    process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=2)  # its log goes to stderr
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     try:
         _wait(process, url)
