@@ -66,7 +66,7 @@ def _cost(records: Sequence[dict[str, Any]]) -> list[str]:
     }
     left = "; ".join(f"{NAMES[variant]}, seeds {', '.join(seeds)}" for variant, seeds in missing.items() if seeds)
     not_run = (
-        f"Not run: {left}; and all of OpenBookQA (`--task openbookqa`). A record takes about half an hour of one core, "
+        f"Not run: {left}; and all of OpenBookQA (`--task openbookqa`). A record takes half an hour of one core, "
         "an ensemble three times as long; TFB did not end within 28 minutes."
     )
     return [f"{there} {'. '.join(lines)}.\n", f"{not_run}\n"]
