@@ -52,8 +52,7 @@ def batches(
 
     Batches depend on the file and `at_once` alone, so a resumed command forms the same ones.
     """
-    from bayestune.tasks.data import scan_rows
-    from bayestune.tasks.rows import formats_of
+    from bayestune.tasks.data import formats_of, scan_rows
 
     places: dict[str, str] = {}
     lines = scan_rows(path, labelled=False, formats=formats_of(task.row))

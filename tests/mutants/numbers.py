@@ -121,7 +121,7 @@ def a_temperature_of_the_standard_deviation() -> None:
 
 @defect(REGRESSION, "without_a_label")
 def the_first_row_of_a_folder_is_not_looked_at() -> None:
-    from bayestune.tasks.rows import FORMATS
+    from bayestune.tasks.data import FORMATS
 
     replace("bayestune.tasks.datasets._formats", lambda folder: FORMATS)
 

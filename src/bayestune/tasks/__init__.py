@@ -1,4 +1,4 @@
-"""Tasks: multiple choice, classification and regression; their rows, data sets and predictions."""
+"""Tasks: multiple choice, classification, regression and generation; their rows, data sets and predictions."""
 
 from bayestune.tasks.base import AnyPrediction as AnyPrediction
 from bayestune.tasks.base import AnyScores as AnyScores
@@ -14,10 +14,15 @@ from bayestune.tasks.datasets import dataset as dataset
 from bayestune.tasks.datasets import load_rows as load_rows
 from bayestune.tasks.encoder_multiple_choice import EncoderMultipleChoice
 from bayestune.tasks.encoder_multiple_choice import encoder_multiple_choice as encoder_multiple_choice
+from bayestune.tasks.generation import GenerationTask
+from bayestune.tasks.generation import TextPrediction as TextPrediction
+from bayestune.tasks.generation import TextScores as TextScores
+from bayestune.tasks.generation import generation as generation
 from bayestune.tasks.multiple_choice import CausalMultipleChoice
 from bayestune.tasks.multiple_choice import multiple_choice as multiple_choice
 from bayestune.tasks.numbers import RegressionPrediction as RegressionPrediction
 from bayestune.tasks.numbers import RegressionScores as RegressionScores
+from bayestune.tasks.prompted import PromptRow as PromptRow
 from bayestune.tasks.prompts import Prompt as Prompt
 from bayestune.tasks.regression import Regression
 from bayestune.tasks.regression import regression as regression
@@ -35,5 +40,6 @@ TASKS: tuple[type[TokenizedTask], ...] = (
     EncoderMultipleChoice,
     Classification,
     Regression,
+    GenerationTask,
 )
 """The tasks of the command line: the first one for the kind of data set and the family of the model is used."""

@@ -3,8 +3,8 @@
 One row is one JSON object on one line, UTF-8, ended by a newline. Multiple choice:
 `{"id", "question", "choices": [str, ...], "answer": int, "passage"?: str}`; sentences:
 `{"id", "text", "text_pair"?: str, "label": int | str}`; numbers: `"target": float | [float, ...]` in the place of
-`label`. Other fields (`title`, say) are ignored. Nothing is skipped,
-repaired or cut.
+`label`; prompts: `{"id", "prompt": str | "messages": [...], "answer": str}`. Other fields (`title`, say) are ignored.
+Nothing is skipped, repaired or cut.
 """
 
 import gzip
@@ -17,9 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from bayestune.errors import DataError
-from bayestune.tasks.rows import FORMATS, AnyRow, Fields, fault, shown
+from bayestune.tasks.prompted import PromptRow
+from bayestune.tasks.rows import AnyRow, Fields, NumberRow, Row, TextRow, fault, shown
 
 _KINDS = {str: "a text", int: "a whole number", float: "a number", tuple: "a list of numbers"}
+FORMATS: tuple[type[AnyRow], ...] = (Row, TextRow, NumberRow, PromptRow)
+"""The rows of data sets."""
 LINE_LIMIT = 10_000_000
 """Bytes a line may have; longer ones are a broken file rather than a row."""
 
@@ -153,10 +156,18 @@ def parse_row(
     Raises:
         DataError: naming `where`, the id and the field.
     """
-    found = [each for each in formats if len(formats) == 1 or not values.keys().isdisjoint(each.marks)]
+    marked = [each for each in formats if len(formats) == 1 or not values.keys().isdisjoint(each.marks)]
+    known = {name for each in marked for name in each.also}  # by other rows than those that they mark
+    found = [each for each in marked if not values.keys() & set(each.marks) <= known] or marked
     if len({each.marks for each in found}) != 1:
-        marks = " and ".join(dict.fromkeys(f"'{each.marks[0]}'" for each in formats))
-        problem = f"{'both' if found else 'neither'} of {marks}"
+        marks = list(dict.fromkeys(f"'{each.marks[0]}'" for each in found or formats))
+        problem = " and ".join(marks) if found else f"none of {', '.join(marks)}"
         raise fault(where, values.get("id"), formats[0].marks[0], problem, "one of them")
     kind = next((each for each in found if each.target_field in values), found[0])
     return kind.from_fields(Fields(values, where, labelled))
+
+
+def formats_of(kind: type[AnyRow]) -> tuple[type[AnyRow], ...]:
+    """Return the row classes to expect where rows of one kind belong: without others of the same marks."""
+    alike = [each for each in FORMATS if each.marks == kind.marks and each is not kind]
+    return tuple(each for each in FORMATS if each not in alike) if kind in FORMATS else (kind,)

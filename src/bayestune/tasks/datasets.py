@@ -8,8 +8,17 @@ from typing import Any
 
 from bayestune.errors import DataError, MissingSplitError
 from bayestune.tasks import hub
-from bayestune.tasks.data import check_kinds, check_labels, check_together, parse_row, read_rows, scan_rows
-from bayestune.tasks.rows import FORMATS, AnyRow, NumberRow, Row, TextRow, formats_of, shown
+from bayestune.tasks.data import (
+    FORMATS,
+    check_kinds,
+    check_labels,
+    check_together,
+    formats_of,
+    parse_row,
+    read_rows,
+    scan_rows,
+)
+from bayestune.tasks.rows import AnyRow, NumberRow, Row, TextRow, shown
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """The names that a data set or a split can have: they become part of a path."""

@@ -25,6 +25,7 @@ class AnyRow(ABC):
         noun: what errors call such a row.
         marks: fields, any of which shows that a JSON object is such a row. Kinds with the same marks differ in the
             field of the label.
+        also: optional fields that mark another kind of row; they do not tell against this one.
         target_field: name of the field with the label.
         counted: what `count_classes` counts. fewest: the smallest count that a data set can have.
         id: identifies the row in its data set. where: `file:line`, or empty for a row made in code.
@@ -32,6 +33,7 @@ class AnyRow(ABC):
 
     noun: ClassVar[str]
     marks: ClassVar[tuple[str, ...]]
+    also: ClassVar[tuple[str, ...]] = ()
     target_field: ClassVar[str]
     counted: ClassVar[str] = "classes"
     fewest: ClassVar[int] = 2
@@ -77,7 +79,8 @@ class AnyRow(ABC):
         return fault(self.where, self.id, name, found, expected)
 
 
-def _check_text(row: AnyRow, name: str, text: str) -> None:
+def check_text(row: AnyRow, name: str, text: str) -> None:
+    """Raise a DataError for a text of a row that is empty, or that cannot be written as UTF-8 without NUL."""
     if not text.strip():
         raise fault(row.where, row.id, name, "empty text" if not text else "only blanks", "some text")
     if "\0" in text:
@@ -110,14 +113,14 @@ class Row(AnyRow):
     where: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        _check_text(self, "id", self.id)
-        _check_text(self, "question", self.question)
+        check_text(self, "id", self.id)
+        check_text(self, "question", self.question)
         if self.passage is not None:
-            _check_text(self, "passage", self.passage)
+            check_text(self, "passage", self.passage)
         if not 2 <= len(self.choices) <= MAX_CHOICES:
             raise self.fault("choices", f"{len(self.choices)} choices", f"2 to {MAX_CHOICES}")
         for choice in self.choices:
-            _check_text(self, "choices", choice)
+            check_text(self, "choices", choice)
         if self.answer is None:
             return
         if not 0 <= self.answer < len(self.choices):
@@ -181,12 +184,12 @@ class TextRow(AnyRow):
     where: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        _check_text(self, "id", self.id)
-        _check_text(self, "text", self.text)
+        check_text(self, "id", self.id)
+        check_text(self, "text", self.text)
         if self.text_pair is not None:
-            _check_text(self, "text_pair", self.text_pair)
+            check_text(self, "text_pair", self.text_pair)
         if isinstance(self.label, str):
-            _check_text(self, "label", self.label)
+            check_text(self, "label", self.label)
         elif self.label is not None and self.label < 0:
             raise self.fault("label", str(self.label), "0 or more")
 
@@ -243,9 +246,9 @@ class NumberRow(AnyRow):
     where: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        _check_text(self, "id", self.id)
+        check_text(self, "id", self.id)
         for name, text in self.texts:
-            _check_text(self, name, text)
+            check_text(self, name, text)
         if self.numbers == () or not all(map(math.isfinite, self.numbers or ())):
             raise self.fault("target", shown(self.target), "one or more numbers, each of them finite")
 
@@ -277,13 +280,3 @@ class NumberRow(AnyRow):
     def texts(self) -> list[tuple[str, str]]:
         """Every text that is put to a model, each after the name of its field."""
         return [("text", self.text), *([] if self.text_pair is None else [("text_pair", self.text_pair)])]
-
-
-FORMATS: tuple[type[AnyRow], ...] = (Row, TextRow, NumberRow)
-"""The rows of data sets."""
-
-
-def formats_of(kind: type[AnyRow]) -> tuple[type[AnyRow], ...]:
-    """Return the row classes to expect where rows of one kind belong: without others of the same marks."""
-    alike = [each for each in FORMATS if each.marks == kind.marks and each is not kind]
-    return tuple(each for each in FORMATS if each not in alike) if kind in FORMATS else (kind,)
