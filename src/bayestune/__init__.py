@@ -18,12 +18,14 @@ if find_spec("torch") is not None:
     from bayestune.inference import Generation as Generation
     from bayestune.inference import Prediction as Prediction
     from bayestune.inference import Scores as Scores
+    from bayestune.inference import best_of_n as best_of_n
     from bayestune.inference import diagnostics as diagnostics
     from bayestune.inference import draw as draw
     from bayestune.inference import evaluate as evaluate
     from bayestune.inference import generate as generate
     from bayestune.inference import novelty as novelty
     from bayestune.inference import predict as predict
+    from bayestune.inference import rewards as rewards
     from bayestune.inference import score as score
     from bayestune.serving import export_lora as export_lora
     from bayestune.storage import load_posterior as load_posterior

@@ -13,6 +13,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -139,6 +140,12 @@ _MODELS: dict[str, Callable[[], PreTrainedModel]] = {
         GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=1024, initializer_range=0.2)
     ),
     "bert choice": lambda: BertForMultipleChoice(BertConfig(**_SIZES, **_NO_DROPOUT, initializer_range=0.2)),
+    "bert reward": lambda: BertForSequenceClassification(
+        BertConfig(**_SIZES, **_NO_DROPOUT, initializer_range=0.2, num_labels=1)
+    ),
+    "llama reward": lambda: LlamaForSequenceClassification(
+        LlamaConfig(**_SIZES, initializer_range=0.2, num_labels=1, pad_token_id=2)
+    ),
     "bert classes": lambda: BertForSequenceClassification(BertConfig(**_SIZES, **_NO_DROPOUT, initializer_range=0.2)),
 }
 

@@ -104,7 +104,7 @@ def test_a_line_of_very_many_fields_is_refused_in_time(tmp_path: Path, figure: C
     """In time proportional to the fields; comparing all with all would take minutes."""
     content = b'{"id": "a", ' + b", ".join(b'"k%d": 0' % i for i in range(60_000)) + b"}\n"
     started = time.process_time()
-    assert "neither of 'question' and 'text'" in refusal(tmp_path / "rows.jsonl", content)
+    assert "none of 'question', 'text', 'chosen'" in refusal(tmp_path / "rows.jsonl", content)
     assert "'k7' is there twice" in refusal(tmp_path / "rows.jsonl", content[:-2] + b', "k7": 1}\n')
     figure("seconds of processor for two lines of 60,000 fields", time.process_time() - started, at_most=5.0)
 
@@ -280,9 +280,16 @@ def test_rows_of_two_kinds_in_a_file_are_refused(tmp_path: Path) -> None:
     assert "rows.jsonl:2 (id t1): field 'text': found a sentence row after the multiple-choice row" in message
 
 
-@pytest.mark.parametrize("fields", [{"id": "r"}, {**GOOD, "text": "both"}])
-def test_a_row_of_no_kind_or_both_is_refused(fields: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match="of 'question' and 'text', expected one of them"):
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ({"id": "r"}, "none of 'question', 'text', 'chosen'"),
+        ({**GOOD, "text": "both"}, "'question' and 'text'"),
+        ({**TEXT, "rejected": "both"}, "'text' and 'chosen'"),
+    ],
+)
+def test_a_row_of_no_kind_or_several_is_refused(fields: dict[str, Any], found: str) -> None:
+    with pytest.raises(DataError, match=f": found {found}, expected one of them"):
         parse_row(fields, where="file:1")
 
 

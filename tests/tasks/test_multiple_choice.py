@@ -326,7 +326,7 @@ def test_the_tokenizers_own_limit_counts_too(tokenizers: Tokenizers) -> None:
 
 @pytest.mark.parametrize("make", [multiple_choice, encoder_multiple_choice])
 def test_sentences_and_foreign_rows_are_refused(tokenizers: Tokenizers, make: Callable[..., Task]) -> None:
-    with pytest.raises(TaskError, match="data set rte: found sentences, expected choices"):
+    with pytest.raises(TaskError, match="data set rte: found sentence rows, expected questions"):
         make("rte", tokenizers["encoder"]())
     task = make("openbookqa", tokenizers["encoder"]())
     with pytest.raises(DataError, match=r"\(id r\): field 'choices': found 5 choices, expected at most 4"):

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -51,6 +52,23 @@ def predict(
         TaskError, DrawError: the task or the posterior does not fit, such as draws of a plain LoRA model.
         PosteriorError: the model's outputs are not finite; names the row.
     """
+    outputs, temperature = draw_outputs(
+        model, task, rows, draws=draws, seed=seed, batch_size=batch_size, progress=progress
+    )
+    return task.prediction(outputs, rows, draws=draws, seed=seed, temperature=temperature)
+
+
+def draw_outputs(
+    model: nn.Module | Posterior,
+    task: Task[Any],
+    rows: Sequence[AnyRow],
+    *,
+    draws: int,
+    seed: int,
+    batch_size: int,
+    progress: bool = False,
+) -> tuple[Float[Tensor, "slices rows columns"], float]:
+    """Return the task's outputs of every draw, float64 on the CPU, and the posterior's temperature; see `predict`."""
     if draws < 0 or batch_size < 1:
         raise ConfigError(f"predict: found draws={draws}, batch_size={batch_size}, expected at least 0 and 1.")
     if not rows:
@@ -63,8 +81,7 @@ def predict(
             else StackedDraws.of(module, draws=draws, seed=seed)
         )
         with torch.inference_mode(not sampler.gradients):
-            outputs = _outputs(sampler, module, task, rows, batch_size, progress)
-    return task.prediction(outputs, rows, draws=draws, seed=seed, temperature=temperature)
+            return _outputs(sampler, module, task, rows, batch_size, progress), temperature
 
 
 def _outputs(

@@ -1,4 +1,4 @@
-"""Tasks: multiple choice, classification, regression and generation; their rows, data sets and predictions."""
+"""Tasks: multiple choice, classification, regression, generation, preferences; their rows and predictions."""
 
 from bayestune.tasks.base import AnyPrediction as AnyPrediction
 from bayestune.tasks.base import AnyScores as AnyScores
@@ -22,6 +22,11 @@ from bayestune.tasks.multiple_choice import CausalMultipleChoice
 from bayestune.tasks.multiple_choice import multiple_choice as multiple_choice
 from bayestune.tasks.numbers import RegressionPrediction as RegressionPrediction
 from bayestune.tasks.numbers import RegressionScores as RegressionScores
+from bayestune.tasks.preference import Preference as Preference
+from bayestune.tasks.preference import Rewards as Rewards
+from bayestune.tasks.preference import preference as preference
+from bayestune.tasks.preference_rows import Candidate as Candidate
+from bayestune.tasks.preference_rows import PreferenceRow as PreferenceRow
 from bayestune.tasks.prompted import PromptRow as PromptRow
 from bayestune.tasks.prompts import Prompt as Prompt
 from bayestune.tasks.regression import Regression
@@ -41,5 +46,6 @@ TASKS: tuple[type[TokenizedTask], ...] = (
     Classification,
     Regression,
     GenerationTask,
+    Preference,
 )
 """The tasks of the command line: the first one for the kind of data set and the family of the model is used."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from bayestune.errors import ConfigError, TaskError
-from bayestune.tasks.choices import refuse_sentences
+from bayestune.tasks.choices import refuse_others
 from bayestune.tasks.classes import ClassTask, Prediction
 from bayestune.tasks.datasets import DatasetSpec
 from bayestune.tasks.prompts import Prompt, Scoring
@@ -46,7 +46,7 @@ class CausalChoice(TokenizedTask[Prediction], ClassTask):
         max_tokens: int,
         prompt: Prompt | None = None,
     ) -> None:
-        refuse_sentences(spec)
+        refuse_others(spec)
         super().__init__(spec, tokenizer, data=data, max_tokens=max_tokens)
         self.prompt = prompt or Prompt(scoring=self.scorings[0])
         self.prompt.check(tokenizer)

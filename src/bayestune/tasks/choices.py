@@ -43,7 +43,7 @@ def warn_of_alike(name: str, ids: Sequence[str], rows: int) -> None:
         )
 
 
-def refuse_sentences(spec: DatasetSpec) -> None:
+def refuse_others(spec: DatasetSpec) -> None:
     """Raise a TaskError for a data set without choices."""
     if spec.row is not Row:
-        raise TaskError(f"data set {spec.name}: found sentences, expected choices; use tasks.classification")
+        raise TaskError(f"data set {spec.name}: found {spec.row.noun} rows, expected questions with choices")

@@ -53,6 +53,8 @@ class Classification(TokenizedTask[Prediction], ClassTask):
     def __init__(
         self, spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, *, data: str | Path | None, max_tokens: int
     ) -> None:
+        if spec.row not in (Row, TextRow):
+            raise TaskError(f"data set {spec.name}: found {spec.row.noun} rows, expected sentences with a label")
         if spec.row is Row and spec.fixed_choices is None:
             raise TaskError(f"data set {spec.name}: choices differ by row, expected classes; use multiple choice")
         super().__init__(spec, tokenizer, data=data, max_tokens=max_tokens)

@@ -3,8 +3,9 @@
 One row is one JSON object on one line, UTF-8, ended by a newline. Multiple choice:
 `{"id", "question", "choices": [str, ...], "answer": int, "passage"?: str}`; sentences:
 `{"id", "text", "text_pair"?: str, "label": int | str}`; numbers: `"target": float | [float, ...]` in the place of
-`label`; prompts: `{"id", "prompt": str | "messages": [...], "answer": str}`. Other fields (`title`, say) are ignored.
-Nothing is skipped, repaired or cut.
+`label`; preferences: `{"id", "prompt"?: str, "chosen", "rejected"}`; prompts:
+`{"id", "prompt": str | "messages": [...], "answer": str}`. Other fields (`title`, say) are ignored. Nothing is skipped,
+repaired or cut.
 """
 
 import gzip
@@ -17,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from bayestune.errors import DataError
+from bayestune.tasks.preference_rows import PreferenceRow
 from bayestune.tasks.prompted import PromptRow
 from bayestune.tasks.rows import AnyRow, Fields, NumberRow, Row, TextRow, fault, shown
 
 _KINDS = {str: "a text", int: "a whole number", float: "a number", tuple: "a list of numbers"}
-FORMATS: tuple[type[AnyRow], ...] = (Row, TextRow, NumberRow, PromptRow)
+FORMATS: tuple[type[AnyRow], ...] = (Row, TextRow, NumberRow, PreferenceRow, PromptRow)
 """The rows of data sets."""
 LINE_LIMIT = 10_000_000
 """Bytes a line may have; longer ones are a broken file rather than a row."""

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoModelForMultipleChoice, PreTrainedTokenizerBase
 
-from bayestune.tasks.choices import choice_mask, mask_absent, refuse_sentences, warn_of_alike, with_filler
+from bayestune.tasks.choices import choice_mask, mask_absent, refuse_others, warn_of_alike, with_filler
 from bayestune.tasks.classes import ClassTask, Prediction
 from bayestune.tasks.datasets import DatasetSpec, dataset
 from bayestune.tasks.rows import AnyRow, Row
@@ -59,7 +59,7 @@ class EncoderMultipleChoice(TokenizedTask[Prediction], ClassTask):
     def __init__(
         self, spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, *, data: str | Path | None, max_tokens: int
     ) -> None:
-        refuse_sentences(spec)
+        refuse_others(spec)
         super().__init__(spec, tokenizer, data=data, max_tokens=max_tokens)
 
     def sequences(self, row: AnyRow) -> list[Text]:

@@ -110,6 +110,10 @@ class TokenizedTask(Task[P]):
             DataError: the row cannot be scored.
         """
 
+    def longest_field(self, row: AnyRow, example: dict[str, Any]) -> str:
+        """Return the field that the error for a row that is too long names."""
+        return row.texts[0][0]
+
     def advise(self, model: nn.Module, rows: Sequence[AnyRow]) -> None:  # noqa: B027
         """Warn if the model, before it is trained on `rows`, looks unable to answer in the way that the task asks."""
 
@@ -197,7 +201,9 @@ class TokenizedTask(Task[P]):
         if tokens > self.max_tokens:
             expected = f"at most {self.max_tokens} (max_tokens, or the tokenizer's own limit; nothing is ever cut)"
             shots = f", {self.shot_tokens} of them of the {len(self.worked)} shots" if self.worked else ""
-            return row.fault(row.texts[0][0], f"{tokens} tokens with its prompt and answer{shots}", expected)
+            return row.fault(
+                self.longest_field(row, example), f"{tokens} tokens with its prompt and answer{shots}", expected
+            )
         return example
 
     def encode(self, texts: Sequence[Text]) -> list[dict[str, list[int]]]:
