@@ -56,16 +56,22 @@ def _parsed(line: bytes, where: str) -> dict[str, Any]:
     return row
 
 
+_TEXTS = {("question", "choices"): ("question",), ("text",): ("text",), ("chosen", "rejected"): ("chosen", "rejected")}
+"""The texts that a row must have, by the fields any of which marks its kind."""
+
+
 def _check_fields(row: Mapping[str, Any], where: str) -> None:
-    if ("question" in row or "choices" in row) == ("text" in row):
-        found = "both" if "text" in row else "neither"
-        raise _fault(where, row, "question", f"{found} of 'question' and 'text'", "one of them")
-    for name in ("id", "text" if "text" in row else "question"):
+    kinds = [marks for marks in _TEXTS if not row.keys().isdisjoint(marks)]
+    if len(kinds) != 1:
+        names = [f"'{marks[0]}'" for marks in kinds or _TEXTS]
+        found = " and ".join(names) if kinds else f"none of {', '.join(names)}"
+        raise _fault(where, row, "question", found, "one of them")
+    for name in ("id", *_TEXTS[kinds[0]]):
         if not isinstance(row.get(name), str):
             raise _fault(where, row, name, _shown(row[name]) if name in row else "nothing", "a text")
-    choices = row.get("choices")
-    if "text" in row:
+    if "choices" not in kinds[0]:
         return
+    choices = row.get("choices")
     if not isinstance(choices, list):
         raise _fault(where, row, "choices", _shown(choices) if "choices" in row else "nothing", "a list of texts")
     for choice in choices:
