@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 
+from bayestune.errors import DataError
 from bayestune.experiment import load_run
 from bayestune.inference import predict
 from bayestune.tasks import read_rows
 from bayestune_cli.app import invoke
+from bayestune_cli.errors import FlagError
+from bayestune_cli.rows import check_rows
 from toys import pretrained_bert, pretrained_llama, questions, write_rows
 
 
@@ -57,3 +60,18 @@ def test_pairs_are_trained_scored_and_predicted(
         assert answer["epistemic"] >= 0 and answer["total"] == pytest.approx(
             answer["aleatoric"] + answer["epistemic"], abs=1e-9
         )
+
+
+@pytest.mark.property("D08")
+@pytest.mark.parametrize(
+    "changes",
+    [{"rejected": None}, {"chosen": 3}, {"id": 7}, {"question": "both"}, {"text": "both"}],
+    ids=["rejected", "chosen", "id", "question", "text"],
+)
+def test_the_check_before_torch_is_imported_says_what_the_reader_says(tmp_path: Path, changes: dict[str, Any]) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [pairs(0, 1)[0], {**pairs(1, 1)[0], **changes}])
+    with pytest.raises(FlagError, match=r"rows.jsonl:2 \(id") as quick:
+        check_rows(path)
+    with pytest.raises(DataError) as full:
+        read_rows(path)
+    assert str(quick.value) == str(full.value)

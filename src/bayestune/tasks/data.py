@@ -4,8 +4,8 @@ One row is one JSON object on one line, UTF-8, ended by a newline. Multiple choi
 `{"id", "question", "choices": [str, ...], "answer": int, "passage"?: str}`; sentences:
 `{"id", "text", "text_pair"?: str, "label": int | str}`; numbers: `"target": float | [float, ...]` in the place of
 `label`; preferences: `{"id", "prompt"?: str, "chosen", "rejected"}`; prompts:
-`{"id", "prompt": str | "messages": [...], "answer": str}`. Other fields (`title`, say) are ignored. Nothing is skipped,
-repaired or cut.
+`{"id", "prompt": str | "messages": [...], "answer": str}`. Other fields (`title`, say) are ignored. Nothing is
+skipped, repaired or cut.
 """
 
 import gzip
