@@ -56,12 +56,19 @@ def _parsed(line: bytes, where: str) -> dict[str, Any]:
     return row
 
 
-_TEXTS = {("question", "choices"): ("question",), ("text",): ("text",), ("chosen", "rejected"): ("chosen", "rejected")}
-"""The texts that a row must have, by the fields any of which marks its kind."""
+_TEXTS = {
+    ("question", "choices"): ("question",),
+    ("text",): ("text",),
+    ("chosen", "rejected"): ("chosen", "rejected"),
+    ("prompt", "messages"): (),
+}
+"""The texts that a row must have, by the fields any of which marks its kind; a prompt may be part of a preference."""
 
 
 def _check_fields(row: Mapping[str, Any], where: str) -> None:
     kinds = [marks for marks in _TEXTS if not row.keys().isdisjoint(marks)]
+    if "chosen" in row or "rejected" in row:
+        kinds = [marks for marks in kinds if "prompt" not in marks or "messages" in row]
     if len(kinds) != 1:
         names = [f"'{marks[0]}'" for marks in kinds or _TEXTS]
         found = " and ".join(names) if kinds else f"none of {', '.join(names)}"

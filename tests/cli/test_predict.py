@@ -70,7 +70,7 @@ def test_wrong_paths_and_rows_are_refused_before_torch_is_imported(tmp_path: Pat
             "a",
         ): "jsonl:3 (id r9): field 'choices': found 'ab', expected a list of texts",
         ("run", "one choice", "a"): "field 'choices': found 1 choices, expected 2 to 26",
-        ("run", "no question", "a"): "field 'question': found none of 'question', 'text', 'chosen'",
+        ("run", "no question", "a"): "field 'question': found none of 'question', 'text', 'chosen', 'prompt'",
         ("run", "id twice", "a"): "id twice.jsonl:1 again",
         ("run", "empty", "a"): "found no rows",
     }

@@ -104,7 +104,7 @@ def test_a_line_of_very_many_fields_is_refused_in_time(tmp_path: Path, figure: C
     """In time proportional to the fields; comparing all with all would take minutes."""
     content = b'{"id": "a", ' + b", ".join(b'"k%d": 0' % i for i in range(60_000)) + b"}\n"
     started = time.process_time()
-    assert "none of 'question', 'text', 'chosen'" in refusal(tmp_path / "rows.jsonl", content)
+    assert "none of 'question', 'text', 'chosen', 'prompt'" in refusal(tmp_path / "rows.jsonl", content)
     assert "'k7' is there twice" in refusal(tmp_path / "rows.jsonl", content[:-2] + b', "k7": 1}\n')
     figure("seconds of processor for two lines of 60,000 fields", time.process_time() - started, at_most=5.0)
 
@@ -283,7 +283,7 @@ def test_rows_of_two_kinds_in_a_file_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "found"),
     [
-        ({"id": "r"}, "none of 'question', 'text', 'chosen'"),
+        ({"id": "r"}, "none of 'question', 'text', 'chosen', 'prompt'"),
         ({**GOOD, "text": "both"}, "'question' and 'text'"),
         ({**TEXT, "rejected": "both"}, "'text' and 'chosen'"),
     ],

@@ -134,9 +134,8 @@ def test_the_command_line_trains_and_scores_answers(
     train = ["train", "--model", str(tmp_path / "llama"), "--task", "colours", "--data", str(data), "--steps", "8"]
     assert invoke([*train, "--learning-rate", "0.01", *more, "--output", run]) == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    scores = result["blob_n2"]
+    scores = result["methods"]["blob_n2"]
     assert 0 < scores["nll_per_token"] < scores["nll"]
-    assert "posterior_scale" in result["fitted"]
     capsys.readouterr()
     assert invoke(["evaluate", run, "--draws", "2", "--json"]) == 0
     again = json.loads(capsys.readouterr().out)

@@ -129,7 +129,7 @@ def test_its_rows_are_refused_as_all_rows_are(tmp_path: Path) -> None:
     write_rows(tmp_path / "numbers.jsonl", [{"id": "n0", "ids": [1], "value": "a"}])
     with pytest.raises(DataError, match=r"numbers.jsonl:1 \(id n0\): field 'value': found 'a', expected a number"):
         read_rows(tmp_path / "numbers.jsonl", formats=(NumberRow,))
-    with pytest.raises(DataError, match="found none of 'question', 'text', 'chosen'"):
+    with pytest.raises(DataError, match="found none of 'question', 'text', 'chosen', 'prompt'"):
         read_rows(tmp_path / "numbers.jsonl")
 
 
