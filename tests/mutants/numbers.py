@@ -14,13 +14,8 @@ MIXTURES, REGRESSION, RUNS = "metrics/test_numbers.py", "tasks/test_regression.p
 
 @defect(MIXTURES, "crps")
 def crps_without_its_pairs() -> None:
-    """What rewards a spread of the draws."""
-
-    def wrong(means: Tensor, stds: Tensor, targets: Tensor) -> Tensor:
-        draws = torch.distributions.Normal(means, stds).sample((1,))
-        return (draws - targets).abs().mean((0, 1))
-
-    replace(f"{METRICS}.mixture_crps", wrong)
+    """The mean absolute error of the draws, which no spread makes smaller."""
+    replace(f"{METRICS}.mixture_crps", lambda means, stds, targets: (targets - means).abs().mean(0))
 
 
 @defect(MIXTURES, "crps")
@@ -49,7 +44,7 @@ def quantiles_averaged_over_draws() -> None:
 
 
 @defect("metrics/test_conformal_numbers.py", "in_turn")
-def an_interval_from_all_rows_but_one_fewer() -> None:
+def intervals_for_twice_the_alpha() -> None:
     wrap("bayestune.metrics.conformal._exact", lambda right: lambda alpha: right(alpha) * 2)
 
 
@@ -65,7 +60,7 @@ def a_loss_in_standard_units() -> None:
 
 
 @defect(REGRESSION, "fisher")
-def the_hessian_of_the_log_variance_at_one() -> None:
+def roots_of_the_roots_of_the_fisher_matrix() -> None:
     def make(right: Any) -> Any:
         return lambda self, outputs: (root.clamp(min=0).pow(0.5) for root in right(self, outputs))
 
@@ -89,7 +84,7 @@ def an_epistemic_variance_of_a_sample() -> None:
 
 
 @defect(REGRESSION, "coverage")
-def an_interval_of_95_percent_counted_as_one_of_90() -> None:
+def a_wider_interval_is_counted() -> None:
     wrap("bayestune.metrics.numbers.mixture_cdf", lambda right: lambda *mixture: 0.5 + (right(*mixture) - 0.5) / 1.1)
 
 
