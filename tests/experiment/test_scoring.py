@@ -83,10 +83,10 @@ def test_a_run_interrupted_before_its_temperature_resumes_there(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, settings = tmp_path / "cut", given(world, method="mle", temperature_split="train")
-    interrupted(settings, output, monkeypatch, at="fit_temperature")
+    interrupted(settings, output, monkeypatch, at="temperature_of")
     with pytest.raises(ConfigError, match=r"temperature .* is not fitted yet.* --resume"):
         load_run(output)
-    monkeypatch.setattr(runs, "fit_temperature", lambda log_probs, labels: 2.0)
+    monkeypatch.setattr(runs, "temperature_of", lambda found: 2.0)
     assert resumed_without_training(settings, output, monkeypatch).temperature == 2
     assert load_run(output).posterior.temperature == record(output)["temperature"] == 2
 
