@@ -1,9 +1,10 @@
 """`bayestune generate`: prompts in, texts out, some at a time."""
 
+import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -61,11 +62,13 @@ def generate(
     check_output_file(output, overwrite=overwrite or resume)
     if overwrite and resume:
         raise FlagError("generate: found --overwrite with --resume, expected one of the two.")
+    if not temperature and top_p < 1:
+        raise FlagError("--top-p: found it without --temperature, expected both: without one nothing is sampled.")
     if output.resolve() == input.resolve():
         raise FlagError(f"--output {output}: found the file of --input, expected another file.")
 
     from bayestune.experiment import load_run
-    from bayestune.files import appending, replacing
+    from bayestune.files import MANIFEST, appending, file_sha256, replacing
     from bayestune.tasks import read_rows
     from bayestune.tasks.prompted import PromptRow
 
@@ -74,57 +77,62 @@ def generate(
     settings: dict[str, Any] = {"draws": draw_count(loaded, draws), "seed": seed, "mode": mode}
     settings |= {"max_new_tokens": max_new_tokens, "stop_strings": stop, "do_sample": temperature > 0}
     settings |= {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
-    record = {**settings, "chat": chat}
-    done = _written(output, record) if resume and output.exists() else set()
-    todo, keeps = [row for row in rows if row.id not in done], not (overwrite and output.exists())
+    prompts = _checked(loaded, rows, chat, settings)
+    record = {**settings, "chat": chat, "posterior": file_sha256(run / "posterior" / MANIFEST)}
+    done = _written(output, record, prompts) if resume and output.exists() else set()
+    todo, keeps = [row.id for row in rows if row.id not in done], not (overwrite and output.exists())
     with appending(output) if keeps else replacing(output) as write:
-        for part, found in _texts(loaded, todo, batch_size, output if keeps else None, chat=chat, settings=settings):
-            records = [
-                {"id": row.id, **made, _SETTINGS: record} for row, made in zip(part, found.records(), strict=True)
-            ]
-            write("".join(f"{json.dumps(each, ensure_ascii=False)}\n" for each in records))
+        for names, found in _texts(loaded, todo, prompts, batch_size, output if keeps else None, settings):
+            for name, made in zip(names, found.records(), strict=True):
+                own = {"prompt_sha256": _sha256(prompts[name]), _SETTINGS: record}
+                write(json.dumps({"id": name, **made, **own}, ensure_ascii=False) + "\n")
     print(f"{output}: {len(todo)} texts{f', {len(done)} written before' if resume else ''}")
+
+
+def _checked(loaded: "Run", rows: Sequence["PromptRow"], chat: bool, settings: dict[str, Any]) -> dict[str, Any]:
+    """The prompts by id, all of them usable."""
+    from bayestune.inference.generate import prepared
+
+    prompts = {
+        row.id: [{"role": "user", "content": row.prompt}] if chat and isinstance(row.prompt, str) else row.prompt
+        for row in rows
+    }
+    own = {name: value for name, value in settings.items() if name not in ("draws", "seed", "mode")}
+    asked = settings["draws"], settings["seed"], settings["mode"], own
+    prepared(loaded.posterior, loaded.task.tokenizer, list(prompts.values()), list(prompts), *asked)
+    return prompts
+
+
+def _sha256(prompt: Any) -> str:
+    return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()
 
 
 def _texts(
     loaded: "Run",
-    rows: Sequence["PromptRow"],
+    names: Sequence[str],
+    prompts: Mapping[str, Any],
     batch_size: int,
     kept: Path | None,
-    *,
-    chat: bool,
     settings: dict[str, Any],
-) -> Iterator[tuple[Sequence["PromptRow"], "Generation"]]:
+) -> Iterator[tuple[Sequence[str], "Generation"]]:
     """Yield the texts of some prompts at a time, and print them; sampled tokens are keyed by the prompts' ids."""
     from bayestune.experiment.fitting import autocast
     from bayestune.inference import generate as written
-    from bayestune.inference.score import encoded
 
-    prompts: list[Any] = [
-        [{"role": "user", "content": row.prompt}] if chat and isinstance(row.prompt, str) else row.prompt
-        for row in rows
-    ]
-    names, tokenizer = [row.id for row in rows], loaded.task.tokenizer
-    if rows:
-        encoded(loaded.posterior, tokenizer, prompts, names, "generate", settings["max_new_tokens"])  # refuses early
-    for start in range(0, len(rows), batch_size):
-        part = slice(start, start + batch_size)
+    for start in range(0, len(names), batch_size):
+        part = names[start : start + batch_size]
+        asked = [prompts[name] for name in part]
         try:
             with autocast(loaded.experiment):
                 found = written(
-                    loaded.posterior,
-                    tokenizer,
-                    prompts[part],
-                    keys=names[part],
-                    batch_size=batch_size,
-                    **settings,
+                    loaded.posterior, loaded.task.tokenizer, asked, keys=part, batch_size=batch_size, **settings
                 )
         except Stopped as stopped:
             if start and kept is not None:
-                stopped.args = (f"{start} prompts have a text in {kept}; continue with --resume",)
+                stopped.args = (f"{start} more prompts have a text in {kept}; continue with --resume",)
             raise
-        yield rows[part], found
-        _show(names[part], found, start, len(rows))
+        yield part, found
+        _show(part, found, start, len(names))
 
 
 def _show(ids: Sequence[str], found: "Generation", start: int, total: int) -> None:
@@ -135,34 +143,43 @@ def _show(ids: Sequence[str], found: "Generation", start: int, total: int) -> No
     for i, (name, text) in enumerate(zip(ids, texts, strict=True)):
         ended = "" if found.finished[i] else " [limit reached]"
         agree = "" if found.agreement is None else f" ({found.agreement[i]:.0%} of draws)"
-        print(f"[{start + i + 1}/{total}] {name}: {' '.join(text.split())}{agree}{ended}", flush=True)
+        line = f"[{start + i + 1}/{total}] {name}: {' '.join(text.split())}{agree}{ended}"
+        encoding = sys.stdout.encoding or "utf-8"
+        print(line.encode(encoding, "replace").decode(encoding), flush=True)
 
 
-def _written(output: Path, settings: dict[str, Any]) -> set[str]:
+def _written(output: Path, settings: dict[str, Any], prompts: Mapping[str, Any]) -> set[str]:
     """The ids that have a text in `output`, whose last line is taken away if it is cut.
 
     Raises:
-        FlagError: a line is no text of this command, or was made with other settings.
+        FlagError: a line is no text of this command, or was made with other settings, another run or another prompt.
     """
     found: set[str] = set()
     whole = 0
     with output.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n") and found:
+            if not line.endswith(b"\n") and (found or line.startswith(b'{"id": ')):
                 break
-            try:
-                text: Any = json.loads(line)
-            except ValueError:
-                text = None
-            if not isinstance(text, dict) or not text.keys() >= _FIELDS:
-                expected = "a text of `bayestune generate`, to --resume from"
-                raise FlagError(f"--output {output}:{number}: found another line, expected {expected}.")
+            text, where = _parsed(line), f"--output {output}:{number}"
+            if text is None:
+                raise FlagError(f"{where}: found another line, expected a text of `bayestune generate`.")
             if text.get(_SETTINGS) != settings:
                 raise FlagError(
-                    f"--output {output}:{number}: found a text made with {text.get(_SETTINGS)}, expected {settings}: "
-                    "pass the options of the command that made it, or another --output."
+                    f"{where}: found a text made with {text.get(_SETTINGS)}, expected {settings}: pass the run and "
+                    "the options of the command that made it, or another --output."
                 )
+            if text["id"] in prompts and text.get("prompt_sha256") != _sha256(prompts[text["id"]]):
+                raise FlagError(f"{where}: found a text of another prompt with the id {text['id']!r}; rename one.")
             found.add(text["id"])
             whole += len(line)
     os.truncate(output, whole)
     return found
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """The text that a line holds, or None."""
+    try:
+        text: Any = json.loads(line)
+    except ValueError:
+        return None
+    return text if isinstance(text, dict) and text.keys() >= _FIELDS else None

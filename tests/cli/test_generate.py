@@ -11,7 +11,7 @@ from bayestune.experiment import load_run
 from bayestune_cli import generate as command
 from bayestune_cli.app import invoke
 from bayestune_cli.signals import Stopped
-from cli.commands import make_world
+from cli.commands import make_world, training
 
 PROMPTS = [{"id": f"p{i}", "prompt": text} for i, text in enumerate(["What is it?", "A", "the sea is", "Red"])]
 
@@ -103,4 +103,29 @@ def test_prompts_that_cannot_be_used(
     write(world / "bad.jsonl", rows)
     assert invoke(generating(world, tmp_path / "out.jsonl", source="bad.jsonl")) == 2
     assert message in capsys.readouterr().err
-    assert not (tmp_path / "out.jsonl").exists() or not texts(tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_texts_of_other_runs_and_prompts_are_not_gone_on_with(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.jsonl"
+    assert invoke(generating(world, output)) == 0
+    assert invoke(training(world, tmp_path / "other", "--seed", "1", "--no-eval")) == 0
+    other = generating(world, output, "--resume")
+    other[1] = str(tmp_path / "other")
+    assert invoke(other) == 2
+    assert "pass the run and the options of the command that made it" in capsys.readouterr().err
+    write(world / "changed.jsonl", [{**PROMPTS[0], "prompt": "Where is it?"}])
+    assert invoke(generating(world, output, "--resume", source="changed.jsonl")) == 2
+    assert "found a text of another prompt with the id 'p0'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cut", [40, -1])
+def test_a_first_line_that_is_cut_is_written_again(world: Path, tmp_path: Path, cut: int) -> None:
+    output = tmp_path / "out.jsonl"
+    assert invoke(generating(world, output)) == 0
+    whole = texts(output)
+    output.write_bytes(output.read_bytes().splitlines(keepends=True)[0][:cut])
+    assert invoke(generating(world, output, "--resume")) == 0
+    assert texts(output) == whole

@@ -20,7 +20,7 @@ from bayestune.errors import ConfigError, DataError, DrawError, PosteriorError, 
 from bayestune.inference import clusters
 from bayestune.methods.ensemble import EnsemblePosterior
 from bayestune.storage.state import adapter_tensors
-from models import BERT, LLAMA, T5, scatter
+from models import BERT, GPT2, LLAMA, T5, scatter
 from toys import byte_tokenizer
 
 PROMPTS = ["What is it?", "A", "the sea is"]
@@ -216,7 +216,18 @@ def test_chats_are_put_by_the_template(model: PeftModel, tokenizer: PreTrainedTo
         (["A"], {"draws": -1}, (ConfigError, "draws: found -1")),
         (["A"], {"mode": "mean"}, (ConfigError, "mode: found 'mean'")),
         (["A"], {"mode": "per_draw", "draws": 0}, (ConfigError, "'per_draw' with draws=0")),
-        (["A"], {"num_beams": 2}, (ConfigError, "num_beams: found 2, expected 1")),
+        (["A"], {"num_beams": 2}, (ConfigError, "found settings of beam_search, expected greedy")),
+        (["A"], {"penalty_alpha": 0.6, "top_k": 4}, (ConfigError, "found settings of contrastive_search")),
+        (["A"], {"num_return_sequences": 2}, (ConfigError, "num_return_sequences")),
+        (["A"], {"max_length": 30}, (ConfigError, "max_length: found 30, expected none; use max_new_tokens")),
+        (["A"], {"max_new_token": 3}, (ConfigError, "max_new_token: found such a setting")),
+        (["A"], {"do_sample": True, "temperature": 0.0}, (ConfigError, "transformers refuses these settings")),
+        (["A"], {"stop_strings": [""]}, (ConfigError, "expected texts that are not empty")),
+        (["A"], {"generation_config": {"top_k": 3}}, (ConfigError, "found a dict, expected a GenerationConfig")),
+        (["A"], {"seed": -1}, (ConfigError, "seed: found -1")),
+        (["A"], {"keys": ["a", "b"]}, (ConfigError, "found 2 keys for 1 prompts")),
+        ([{"role": "user", "content": "A"}], {}, (TaskError, "no chat template")),
+        (["\ud83d"], {}, (DataError, "prompt 0: found a lone surrogate")),
         (["A"], {"same": "nearly"}, (ConfigError, "same: found 'nearly', expected one of exact, normalized")),
         (["A"], {"batch_size": 0}, (ConfigError, "batch_size: found 0")),
     ],
@@ -233,6 +244,9 @@ def test_what_cannot_be_generated_is_refused(
 
 
 def test_models_that_cannot_write_are_refused(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    gpt2 = get_peft_model(GPT2.build(vocab_size=len(tokenizer)), GPT2.config())
+    with pytest.raises(DataError, match="found 70 tokens .* at most 64"):
+        bt.generate(gpt2, tokenizer, ["A" * 60], draws=1, max_new_tokens=10)
     for architecture in (BERT, T5):
         other = get_peft_model(architecture.build(), architecture.config())
         with pytest.raises(TaskError, match="expected a causal language model"):
@@ -257,7 +271,25 @@ def test_an_ensemble_scores_but_does_not_write(tokenizer: PreTrainedTokenizerBas
         bt.generate(ensemble, tokenizer, ["A"], draws=2)
 
 
+def test_information_is_of_plain_sampling_alone(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    asked: dict[str, Any] = {"draws": 2, "mode": "per_draw", "max_new_tokens": 2, "do_sample": True}
+    for settings in ({}, {"top_k": 0, "min_p": 0.1}, {"top_k": 0, "repetition_penalty": 1.2}):
+        assert bt.generate(model, tokenizer, ["A"], **asked, **settings).information is None
+    assert bt.generate(model, tokenizer, ["A"], **asked, top_k=0).information is not None
+
+
+def test_the_limit_and_the_model_s_own_settings_hold(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    found = bt.generate(model, tokenizer, ["A"], draws=1, generation_config=GenerationConfig(max_new_tokens=3))
+    assert len(found.sequences[0]) == 3
+    model.get_base_model().generation_config.stop_strings = [found.texts[0][:1]]
+    with pytest.raises(ConfigError, match="in the model's own generation_config"):
+        bt.generate(model, tokenizer, ["A"], draws=1)
+
+
 def test_clusters() -> None:
+    apart = ["C", "C++", "1.5", "15", "-3", "3", "a < b", "a > b", "\U0001f44d", "\U0001f44e"]
+    assert clusters(apart) == [[i] for i in range(len(apart))]
+    assert clusters(["caf\u00e9", "Cafe\u0301.", "the \u201cCaf\u00e9\u201d"]) == [[0, 1, 2]]
     texts = ["Paris.", "the Paris", "Rome", " paris ", "rome!"]
     assert clusters(texts) == [[0, 1, 3], [2, 4]]
     assert clusters(texts, "exact") == [[0], [1], [2], [3], [4]]

@@ -20,15 +20,14 @@ from transformers import (
 )
 
 from bayestune.adapters import drawn_weights, row_major_sizes
-from bayestune.errors import ConfigError, DrawError, PosteriorError
+from bayestune.errors import BayestuneError, ConfigError, DrawError, PosteriorError, one_line
 from bayestune.functional import derive_seed
+from bayestune.inference.generation_settings import NEW_TOKENS, PASSED, merged_config
 from bayestune.inference.score import Scorer, writing_base
 from bayestune.sampling.base import Posterior
 from bayestune.sampling.stacked import StackedDraws
 from bayestune.tasks.tensors import pad
 
-NEW_TOKENS = 128
-"""Limit of new tokens if none is given."""
 Mode = Literal["averaged", "per_draw"]
 Figures = tuple[Tensor, Tensor, Tensor]
 """`draw_log_probs` [slices, tokens], `total` and `aleatoric` [tokens] of a text; see `Generation`."""
@@ -76,36 +75,23 @@ class Decoder:
         if not isinstance(scorer.sampler, StackedDraws):
             raise DrawError(
                 f"generate: found a posterior of kind {posterior.kind!r}, whose draws cannot write in one batch, "
-                "expected Gaussian or dropout adapters; use draws=0, or serve its draws (bayestune serve --proxy)."
+                "expected Gaussian or dropout adapters; serve its draws instead (bayestune serve --proxy)."
             )
         if mode == "per_draw" and not scorer.sampler.weights:
             raise ConfigError("mode: found 'per_draw' with draws=0, expected at least one draw.")
-        self.draws, self.model, self.tokenizer = scorer.sampler, posterior.model, tokenizer
+        self.scorer, self.draws, self.model, self.tokenizer = scorer, scorer.sampler, posterior.model, tokenizer
         self.seed, self.mode = seed, mode
         base = writing_base(posterior, "generate")
-        self.config = copy.deepcopy(settings.get("generation_config") or base.generation_config)
-        self.others = self.config.update(**{k: v for k, v in settings.items() if k != "generation_config"})
-        if self.config.max_new_tokens is None and not {"max_length", "generation_config"} & settings.keys():
-            self.config.max_new_tokens = NEW_TOKENS
-        for name in ("num_beams", "num_return_sequences"):
-            if (getattr(self.config, name) or 1) > 1:
-                raise ConfigError(f"{name}: found {getattr(self.config, name)}, expected 1.")
-        self.config.return_dict_in_generate = False
+        self.config = merged_config(base.generation_config, tokenizer, settings)
         self.stop_strings, self.config.stop_strings = self.config.stop_strings, None
-        if self.config.pad_token_id is None:
-            named = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-            self.config.pad_token_id = next((token for token in named if isinstance(token, int)), 0)
-
-    @property
-    def plain(self) -> bool:
-        """Whether tokens are sampled from the distributions of the draws as they are."""
-        kept = (self.config.temperature, self.config.top_p)
-        return bool(self.config.do_sample) and not self.config.top_k and set(kept) <= {None, 1.0}
+        self.others = {name: settings[name] for name in PASSED if settings.get(name) is not None}
+        self.plain = True
+        """Whether tokens are sampled from the distributions of the draws as they are; known once a text is written."""
 
     @property
     def new_tokens(self) -> int:
-        """The limit of new tokens, where it is one; 1 where the limit is one of the whole text."""
-        return self.config.max_new_tokens or 1
+        """The limit of new tokens."""
+        return self.config.max_new_tokens or NEW_TOKENS
 
     def write(self, contexts: Sequence[Sequence[int]], keys: Sequence[int | str]) -> list[list[Written]]:
         """Return what is written after each context: one text, or one for each draw.
@@ -123,7 +109,12 @@ class Decoder:
         loop = _Loop(self, keys)
         others = {**self.others, "stopping_criteria": self._stopping()}
         with drawn_weights(self.draws.weights, sizes=sizes):
-            out = self.model.generate(**inputs, generation_config=self.config, custom_generate=loop, **others)
+            try:
+                out = self.model.generate(**inputs, generation_config=self.config, custom_generate=loop, **others)
+            except BayestuneError:
+                raise
+            except (ValueError, TypeError) as error:
+                raise ConfigError(f"generate: transformers refuses these settings: {one_line(error)}") from error
         assert loop.ends is not None and loop.average is not None
         loop.average.choose(out)
         found = []
@@ -163,6 +154,7 @@ class _Loop:
         together = slices if self.decoder.mode == "averaged" else 1
         self.average = _Average(together, self.keys, input_ids.shape[1])
         last = []
+        self.decoder.plain = bool(generation_config.do_sample) and not logits_processor
         if generation_config.do_sample:
             last = [_Gumbel(self.decoder.seed, self.keys, slices // together, together, input_ids.shape[1])]
             generation_config = copy.deepcopy(generation_config)
@@ -202,6 +194,8 @@ class _Average(LogitsProcessor):
         averaged = self._latest.logsumexp(0) - math.log(self.slices)
         self.total.append(torch.special.entr(averaged.exp()).sum(-1).cpu())
         self.aleatoric.append(torch.special.entr(self._latest.exp()).sum(-1).mean(0).cpu())
+        if self.slices == 1:
+            return scores  # so that processors of logits do what they do in transformers
         return averaged.repeat(self.slices, 1)
 
     def choose(self, input_ids: Tensor) -> None:

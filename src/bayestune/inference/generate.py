@@ -8,7 +8,8 @@ with K draws in one batch, each with its own part of one cache. In mode "per_dra
 and the answer is the first text of the largest cluster of texts that say the same.
 
 Decoding is transformers': generation config, stopping, logits processors, chat template and cache. Processors and the
-settings of sampling act on the average. A token is sampled by the Gumbel-max trick with noise keyed by (seed, key of
+settings of sampling act on the log-probabilities of the average, so a repetition penalty, made for logits, is another
+one than with a single draw. A token is sampled by the Gumbel-max trick with noise keyed by (seed, key of
 the prompt, step; in mode "per_draw" also the draw), so that all draws of an average take the same token, the global
 random state is left alone, and a text does not depend on the other prompts. A posterior's temperature, which is fitted
 to choices, is not used.
@@ -28,7 +29,7 @@ from bayestune.errors import ConfigError
 from bayestune.inference.decoding import Decoder, Figures, Mode, Written
 from bayestune.inference.draws import evaluation_mode
 from bayestune.inference.generation import Generation, Same, clusters
-from bayestune.inference.score import Prompt, Scorer, encoded, pieces
+from bayestune.inference.score import Prompt, Scorer, encoded, pieces, writing_base
 from bayestune.sampling.base import Posterior
 from bayestune.storage.saving import as_posterior
 
@@ -50,7 +51,7 @@ def generate(
     """Return a text for each prompt, with the uncertainty of every token; ``draws=0`` decodes with the mean.
 
     Args:
-        model: a posterior with Gaussian or dropout adapters, or such a model; any other for ``draws=0``.
+        model: a posterior with Gaussian or dropout adapters, or such a model; plain LoRA for ``draws=0``.
         tokenizer: of the model.
         prompts: texts, or chats (lists of messages), which the tokenizer's chat template puts into words.
         draws, seed: number and seed of the draws; the seed also chooses sampled tokens.
@@ -72,16 +73,31 @@ def generate(
     if batch_size < 1:
         raise ConfigError(f"batch_size: found {batch_size}, expected at least 1.")
     clusters([], same)
-    posterior, names = as_posterior(model), keys or range(len(prompts))
-    scorer = Scorer(posterior, draws, seed)
-    decoder = Decoder(scorer, posterior, tokenizer, seed=seed, mode=mode, settings=generation_config)
-    contexts = encoded(posterior, tokenizer, prompts, names, "generate", decoder.new_tokens)
-    with evaluation_mode(posterior.model), torch.inference_mode():
+    names = range(len(prompts)) if keys is None else keys
+    decoder, contexts = prepared(model, tokenizer, prompts, names, draws, seed, mode, generation_config)
+    with evaluation_mode(decoder.model), torch.inference_mode():
         found = _written(decoder, contexts, names, batch_size, progress)
         if mode == "per_draw":
-            return _per_draw(scorer, tokenizer, contexts, found, same, decoder.plain, draws=draws, seed=seed)
+            return _per_draw(decoder, contexts, names, found, same, draws=draws, seed=seed)
     answers = [each[0] for each in found]
     return _generation(tokenizer, answers, [each.figures for each in answers], draws=draws, seed=seed)
+
+
+def prepared(
+    model: nn.Module | Posterior,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    names: Sequence[int | str],
+    draws: int,
+    seed: int,
+    mode: Mode,
+    settings: dict[str, Any],
+) -> tuple[Decoder, list[list[int]]]:
+    """Return what writes, and the token ids of all prompts, or the error of `generate` before anything is written."""
+    posterior = as_posterior(model)
+    writing_base(posterior, "generate")
+    decoder = Decoder(Scorer(posterior, draws, seed), posterior, tokenizer, seed=seed, mode=mode, settings=settings)
+    return decoder, encoded(posterior, tokenizer, prompts, names, "generate", decoder.new_tokens)
 
 
 def _written(
@@ -111,22 +127,25 @@ def _generation(tokenizer: Any, found: Sequence[Written], figures: Sequence[Figu
 
 
 def _per_draw(
-    scorer: Scorer,
-    tokenizer: Any,
+    decoder: Decoder,
     contexts: Sequence[list[int]],
+    names: Sequence[int | str],
     found: Sequence[Sequence[Written]],
     same: Same,
-    plain: bool,
     **asked: int,
 ) -> Generation:
+    tokenizer: Any = decoder.tokenizer
     texts = [[tokenizer.decode(each.ids, skip_special_tokens=True) for each in several] for several in found]
     largest = [clusters(several, same)[0] for several in texts]
     answers = [several[group[0]] for several, group in zip(found, largest, strict=True)]
-    figures = [scorer.figures(contexts[i], each.ids, i) for i, each in enumerate(answers)]
+    places = list(zip(contexts, names, strict=True))
+    figures = [
+        decoder.scorer.figures(context, each.ids, name) for (context, name), each in zip(places, answers, strict=True)
+    ]
     information = [
-        _information([scorer.figures(context, each.ids, i)[0].sum(-1) for each in several])
-        for i, (context, several) in enumerate(zip(contexts, found, strict=True))
-        if plain
+        _information([decoder.scorer.figures(context, each.ids, name)[0].sum(-1) for each in several])
+        for (context, name), several in zip(places, found, strict=True)
+        if decoder.plain
     ]
     return _generation(
         tokenizer,
@@ -134,7 +153,7 @@ def _per_draw(
         figures,
         draw_texts=tuple(map(tuple, texts)),
         agreement=tuple(len(group) / len(several) for group, several in zip(largest, found, strict=True)),
-        information=tuple(information) if plain else None,
+        information=tuple(information) if decoder.plain else None,
         **asked,
     )
 

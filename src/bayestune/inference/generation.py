@@ -1,6 +1,7 @@
 """`Generation`: texts under a posterior, with the uncertainty of every token."""
 
 import math
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,8 +36,8 @@ class Generation:
         draws: number of draws; 0 for the mean alone. seed: seed of the draws.
         draw_texts: in mode "per_draw" the text of each draw; otherwise None.
         agreement: in mode "per_draw" the share of draws that say what the text says; otherwise None.
-        information: in mode "per_draw", where tokens were sampled at temperature 1 from all tokens (``do_sample=True,
-            top_k=0``), a Monte Carlo estimate of the mutual information of text and weights,
+        information: in mode "per_draw", where tokens were sampled as they are (``do_sample=True, top_k=0``, no
+            processors), a Monte Carlo estimate of the mutual information of text and weights,
             ``I = 1/K sum_k (log p(y_k | theta_k) - log 1/K sum_j p(y_k | theta_j))``, with y_k the text of draw k;
             it is at most log K. Otherwise None.
     """
@@ -98,9 +99,21 @@ def _averaged(log_probs: Tensor) -> Tensor:
 
 
 def normalized(text: str) -> str:
-    """Return a text in lower case, without punctuation and articles, with single spaces (as SQuAD's evaluation)."""
-    kept = "".join(letter for letter in text.lower() if letter.isalnum() or letter.isspace())
+    """Return a text in lower case, without articles, brackets, quotes, dashes and the punctuation of sentences.
+
+    Points, commas and dashes before a digit stay, as in 1.5 and -3, and so do symbols, as in C++.
+    """
+    text = unicodedata.normalize("NFC", text).lower()
+    kept = "".join(
+        letter
+        for letter, after in zip(text, f"{text[1:]} ", strict=True)
+        if not _is_punctuation(letter) or (letter in ".,-" and after.isdigit())
+    )
     return " ".join(word for word in kept.split() if word not in ("a", "an", "the"))
+
+
+def _is_punctuation(letter: str) -> bool:
+    return letter in ".,;:!?'\"…¡¿。、" or unicodedata.category(letter) in ("Pi", "Pf", "Ps", "Pe", "Pd")
 
 
 RULES: dict[str, Callable[[str], str]] = {"exact": str.strip, "normalized": normalized}

@@ -1,7 +1,8 @@
 """`score`: what all draws say of texts that exist already, token by token."""
 
+import operator
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from bayestune.errors import ConfigError, DataError, DrawError, PosteriorError, TaskError
+from bayestune.errors import ConfigError, DataError, DrawError, PosteriorError, TaskError, one_line
 from bayestune.inference.draws import evaluation_mode
 from bayestune.inference.generation import Generation
 from bayestune.sampling.base import Posterior, Sampler
@@ -96,8 +97,9 @@ class Scorer:
     """
 
     def __init__(self, posterior: Posterior, draws: int, seed: int) -> None:
-        if draws < 0:
-            raise ConfigError(f"draws: found {draws}, expected 0 or more.")
+        for name, value in {"draws": draws, "seed": seed}.items():
+            if not isinstance(value, SupportsIndex) or isinstance(value, bool) or operator.index(value) < 0:
+                raise ConfigError(f"{name}: found {value!r}, expected a whole number, at least 0.")
         self.sampler: Sampler = posterior.sampler(draws=draws, seed=seed)
         if self.sampler.gradients:
             raise DrawError("draws: found draws of the answers alone, expected draws of the weights.")
@@ -161,6 +163,8 @@ def encoded(
     if isinstance(prompts, str) or not prompts:
         raise DataError(f"{call}: found {prompts!r}, expected a list of prompts, at least one.")
     found = []
+    if len(names) != len(prompts):
+        raise ConfigError(f"{call}: found {len(names)} keys for {len(prompts)} prompts, expected one each.")
     for name, prompt in zip(names, prompts, strict=True):
         ids = _ids(tokenizer, prompt, f"{call}: prompt {name!r}")
         if not ids:
@@ -184,17 +188,24 @@ def writing_base(posterior: Posterior, call: str) -> Any:
 
 def _ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: str) -> list[int]:
     if isinstance(prompt, str):
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise DataError(f"{where}: found a lone surrogate, expected Unicode.")
         return without_appended(tokenizer(prompt, return_special_tokens_mask=True)) if prompt else []
     if not tokenizer.chat_template:
         raise TaskError(f"{where}: found messages, expected a text: the tokenizer has no chat template.")
-    messages = [dict(message) for message in prompt]
-    encoding: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    messages: list[Any] = [*prompt]
+    if isinstance(prompt, Mapping) or not all(isinstance(message, Mapping) for message in messages):
+        raise DataError(f"{where}: found {prompt!r}"[:120] + ", expected a text or a list of messages.")
+    try:
+        encoding: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    except Exception as error:  # whatever the template raises
+        raise DataError(f"{where}: the chat template refuses it: {one_line(error)}; correct the messages.") from error
     return encoding["input_ids"]
 
 
 def check_length(posterior: Posterior, tokens: int, name: int | str, call: str) -> None:
     """Raise a DataError if a text has more tokens than the model has positions for."""
-    limit = posterior.model.config.get_text_config().to_dict().get("max_position_embeddings")
+    limit = getattr(posterior.model.config.get_text_config(), "max_position_embeddings", None)  # GPT-2's by an alias
     if limit is not None and tokens > limit:
         raise DataError(
             f"{call}: prompt {name!r}: found {tokens} tokens with those to come, expected at most {limit}, the "

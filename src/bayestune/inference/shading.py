@@ -4,6 +4,7 @@ import html
 from collections.abc import Sequence
 from typing import Literal
 
+from bayestune.errors import ConfigError
 from bayestune.inference.generation import Generation
 
 Shade = Literal["total", "aleatoric", "epistemic"]
@@ -37,10 +38,12 @@ def shaded_html(generation: Generation, *, prompts: Sequence[str] = (), by: Shad
         prompts: a heading for each text.
         by: which uncertainty shades.
     """
+    if prompts and len(prompts) != len(generation.texts):
+        raise ConfigError(f"prompts: found {len(prompts)}, expected {len(generation.texts)}, one for each text.")
     figures = zip(generation.log_probs, generation.total, generation.aleatoric, generation.epistemic, strict=True)
     levels, parts = _levels(generation, by), []
     for i, (pieces, several) in enumerate(zip(generation.pieces, figures, strict=True)):
-        heading = f"<h2>{html.escape(prompts[i])}</h2>" if prompts else ""
+        heading = f"<h2>{html.escape(str(prompts[i]))}</h2>" if prompts else ""
         spans = [
             f'<span style="background:rgba(214,96,77,{level:.2f})" title="log p {log_prob:.3f}, total {total:.3f}, '
             f'aleatoric {aleatoric:.3f}, epistemic {epistemic:.3f} nats">{html.escape(piece)}</span>'
