@@ -54,7 +54,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     write_rows(work / "data" / "colours" / "train.jsonl", named)
     write_rows(work / "data" / "wrong" / "train.jsonl", [{**named[0], "answer": 9}])
     write_rows(work / "data" / "bad.jsonl", [named[0], named[0]])
-    write_rows(work / "prompts.jsonl", [{"id": "a", "prompt": "A"}])
+    write_rows(work / "data" / "prompts.jsonl", [{"id": "a", "prompt": "A"}])
     environment = {
         "PATH": os.environ["PATH"],
         "PYTHONPATH": os.pathsep.join([str(Path(bayestune.__file__).parent.parent), str(TESTS)]),
