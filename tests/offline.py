@@ -44,7 +44,7 @@ def main(report: str, results: str) -> None:
             "generate",
             "run",
             "--input",
-            "prompts.jsonl",
+            "data/prompts.jsonl",
             "--output",
             "texts.jsonl",
             "--max-new-tokens",
