@@ -182,7 +182,7 @@ def writing_base(posterior: Posterior, call: str) -> Any:
     """
     base: Any = posterior.model.get_base_model()
     if not base.can_generate() or base.config.is_encoder_decoder:
-        raise TaskError(f"{call}: found {type(base).__name__}, expected a causal language model.")
+        raise TaskError(f"{call}: found {type(base).__name__}, expected a causal language model, such as smollm2.")
     return base
 
 
