@@ -87,8 +87,8 @@ def mixture_crps(
         \int (F(z) - 1[y \le z])^2 dz = \tfrac1K \sum_k A(y - \mu_k, \sigma_k^2)
             - \tfrac1{2K^2} \sum_{kl} A(\mu_k - \mu_l, \sigma_k^2 + \sigma_l^2)
 
-    with ``A(m, s^2) = 2 s phi(m/s) + m (2 Phi(m/s) - 1)``, the mean size of a N(m, s^2) number. For a prediction without a
-    spread it is the absolute error.
+    with ``A(m, s^2) = 2 s phi(m/s) + m (2 Phi(m/s) - 1)``, the mean size of a N(m, s^2) number. For a
+    prediction without a spread it is the absolute error.
 
     References:
         Grimit et al. 2006, doi 10.1256/qj.05.235, equation 5.
