@@ -66,8 +66,8 @@ def _cost(records: Sequence[dict[str, Any]]) -> list[str]:
     }
     left = "; ".join(f"{NAMES[variant]}, seeds {', '.join(seeds)}" for variant, seeds in missing.items() if seeds)
     not_run = (
-        f"Not run: {left}; and all of OpenBookQA (`--task openbookqa`). A record takes half an hour of one core, "
-        "an ensemble three times as long; TFB did not end within 28 minutes."
+        f"Not run: {left}; and all of OpenBookQA (`--task openbookqa`). Each record names its device, which may "
+        "differ for one seed."
     )
     return [f"{there} {'. '.join(lines)}.\n", f"{not_run}\n"]
 

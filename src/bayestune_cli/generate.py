@@ -35,7 +35,13 @@ MaxNewTokens = Annotated[int, typer.Option(min=1, help="Limit of new tokens.")]
 Temperature = Annotated[float, typer.Option(min=0, help="Of sampling; 0 takes the most probable token.")]
 TopP = Annotated[float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens of this mass.")]
 Stop = Annotated[list[str] | None, typer.Option(help="A text that ends the answer; may be given again.")]
-Chat = Annotated[bool, typer.Option("--chat", help="Put each prompt to the chat template as a user's message.")]
+Chat = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--no-chat",
+        help="Put each prompt to the chat template as a user's message; default: if the run was trained so.",
+    ),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Prompts at a time, before draws are stacked.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Append to --output the prompts without a text there.")]
 
@@ -51,7 +57,7 @@ def generate(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     stop: Stop = None,
-    chat: Chat = False,
+    chat: Chat = None,
     batch_size: BatchSize = 8,
     data: Data = None,
     resume: Resume = False,
@@ -77,6 +83,7 @@ def generate(
     settings: dict[str, Any] = {"draws": draw_count(loaded, draws), "seed": seed, "mode": mode}
     settings |= {"max_new_tokens": max_new_tokens, "stop_strings": stop, "do_sample": temperature > 0}
     settings |= {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+    chat = loaded.experiment.prompt == "chat" if chat is None else chat
     prompts = _checked(loaded, rows, chat, settings)
     record = {**settings, "chat": chat, "posterior": file_sha256(run / "posterior" / MANIFEST)}
     done = _written(output, record, prompts) if resume and output.exists() else set()

@@ -34,8 +34,8 @@ Answering = Union["Run", "ServedRun"]
 
 _COMPARED = 16
 """Rows that --resume answers again, to see that the run, the draws and the seed are the same."""
-_FIELDS = {"id", "total", "aleatoric", "epistemic"}
-"""Fields of every answer of every task, by which a file of answers is known from other files."""
+_SIGNS = ("total", "log_likelihood")
+"""Fields, one of which every answer of every task has: by them a file of answers is known from other files."""
 
 
 Input = Annotated[Path, typer.Option(help="Rows, .jsonl or .jsonl.gz; labels are not needed.")]
@@ -166,8 +166,8 @@ def _answered(output: Path) -> tuple[dict[str, dict[str, Any]], int]:
                 answer: Any = json.loads(line)
             except ValueError:
                 answer = None
-            known = isinstance(answer, dict) and answer.keys() >= _FIELDS
-            if not known or not isinstance(answer["id"], str):
+            known = isinstance(answer, dict) and not answer.keys().isdisjoint(_SIGNS)
+            if not known or not isinstance(answer.get("id"), str):
                 expected = "an answer of `bayestune predict`, to --resume from"
                 raise FlagError(f"--output {output}:{number}: found another line, expected {expected}.")
             found[answer["id"]] = answer

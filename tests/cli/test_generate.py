@@ -1,6 +1,7 @@
 """`bayestune generate`: texts as `bt.generate` writes them, prompts that cannot be used, and going on."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,21 @@ def test_the_file_holds_what_generate_gives(world: Path, tmp_path: Path, capsys:
     for row, made, wanted in zip(PROMPTS, texts(tmp_path / "out.jsonl"), expected, strict=True):
         assert made["id"] == row["id"]
         assert {name: made[name] for name in wanted} == wanted
+
+
+def test_prompts_are_put_as_the_run_was_asked(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "llama", tmp_path / "llama")
+    template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    (tmp_path / "llama" / "chat_template.jinja").write_text(template)
+    flags = ["--model", str(tmp_path / "llama"), "--no-eval"]
+    assert invoke([*training(world, tmp_path / "chat"), *flags]) == 0
+    found = {}
+    for flag in ([], ["--chat"], ["--no-chat"]):
+        command = generating(world, tmp_path / "out.jsonl", *flag, "--overwrite")
+        command[1] = str(tmp_path / "chat")
+        assert invoke(command) == 0
+        found[" ".join(flag)] = [row["log_probs"] for row in texts(tmp_path / "out.jsonl")]
+    assert found[""] == found["--chat"] != found["--no-chat"]
 
 
 def test_each_draw_alone_and_sampled(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

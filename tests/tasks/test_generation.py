@@ -19,6 +19,11 @@ from bayestune_cli.app import invoke
 from models import LLAMA, scatter
 from toys import byte_tokenizer, pretrained_llama, write_rows
 
+REFUSED = {
+    ("--temperature-split", "dev", "--eval-split", "train"): "whose answers have no temperature",
+    ("--method", "laplace"): "without a curvature of its likelihood",
+    ("--method", "tfb"): "without classes",
+}
 ROWS = [
     {"id": "a", "prompt": "Name a colour.", "answer": " Red"},
     {"id": "b", "prompt": "Sky?", "answer": " It is blue, I think."},
@@ -145,5 +150,14 @@ def test_the_command_line_trains_and_scores_answers(
     assert set(json.loads(output.read_text().splitlines()[0])) == {"id", "log_likelihood", "tokens"}
     texts = ["generate", run, "--input", rows, "--output", str(tmp_path / "texts.jsonl"), "--max-new-tokens", "3"]
     assert invoke(texts) == 0
-    assert invoke([*train, *more, "--temperature-split", "dev", "--eval-split", "train", "--output", f"{run}2"]) == 2
-    assert "no temperature" in capsys.readouterr().err
+    whole = output.read_bytes()
+    output.write_bytes(whole.splitlines(keepends=True)[0])
+    again = ["predict", run, "--input", rows, "--output", str(output), "--draws", "2", "--resume"]
+    assert invoke(again) == 0 and len(output.read_bytes().splitlines()) == len(ROWS)
+    assert invoke([*again[:-2], "1", "--resume"]) == 2
+    for flags, message in REFUSED.items():
+        assert invoke([*train, *more, *flags, "--output", f"{run}2"]) == 2
+        assert message in capsys.readouterr().err
+        assert not Path(f"{run}2").exists()
+    assert invoke(["evaluate", run, "--ood", "colours"]) == 2
+    assert "without an uncertainty of a row" in capsys.readouterr().err

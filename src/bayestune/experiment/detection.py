@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bayestune import metrics
+from bayestune.errors import TaskError
 from bayestune.experiment.fitting import autocast
 from bayestune.experiment.trained import Run
 from bayestune.inference import evaluate, novelty
@@ -56,6 +57,8 @@ def detection(
     prediction = trained.predict(rows, draws=known.draws, seed=known.seed, task=task, progress=True)
     positive = torch.tensor([False] * len(known_rows) + [True] * len(rows))
     here, there = known.uncertainties(), prediction.uncertainties()
+    if not there:
+        raise TaskError(f"--ood: found task {task.name} without an uncertainty of a row, expected classes or numbers.")
     joined = {name: torch.cat([here[name], values]) for name, values in there.items()}
     lengths = torch.tensor([len(row.texts[0][1]) for row in [*known_rows, *rows]])
     far = novelty_of(trained, task, rows)

@@ -52,6 +52,8 @@ class Training:
             raise ConfigError(f"report_to {tracker!r} needs the package {tracker}: install it.")
         check_arguments(TrainingArguments(**_arguments(self.experiment, self.checkpoints)))
         self.experiment.method.check_task(self.task)
+        if self.experiment.temperature_split is not None and not self.task.has_temperature:
+            raise ConfigError(f"temperature_split: found one for {self.task.name}, whose answers have no temperature.")
         self.experiment.method.check(model, self.updates)
         if is_main() and not self.resume and self.experiment.adapter is None:
             self.task.advise(model, self.rows)

@@ -140,6 +140,7 @@ class GenerationTask(TokenizedTask[TextPrediction]):
     row = PromptRow
     families = ("causal",)
     auto_model = AutoModelForCausalLM
+    has_temperature = False
 
     def __init__(
         self, spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, *, data: str | Path | None, max_tokens: int

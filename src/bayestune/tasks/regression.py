@@ -116,7 +116,8 @@ class Regression(TokenizedTask[RegressionPrediction]):
 
     def _moments(self, split: str) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each number over the rows of a split."""
-        targets = torch.tensor([row.numbers for row in self.rows(split)], dtype=torch.float64)  # type: ignore[attr-defined]
+        rows: list[Any] = self.rows(split)
+        targets = torch.tensor([row.numbers for row in rows], dtype=torch.float64)
         std = targets.std(0, correction=0)
         if not (std > 0).all():
             raise DataError(

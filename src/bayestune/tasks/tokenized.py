@@ -49,6 +49,8 @@ class TokenizedTask(Task[P]):
     """The ways of scoring that it offers, for tasks that put a `Prompt` to the model."""
     settings: ClassVar[tuple[str, ...]] = ()
     """The settings of a run that it takes, beside those of every task."""
+    has_temperature: ClassVar[bool] = True
+    """Whether its predictions have a temperature."""
     encoding: Mapping[str, Any] = MappingProxyType({})
     """Options of the tokenizer's call."""
 

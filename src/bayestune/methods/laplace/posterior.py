@@ -227,7 +227,11 @@ def _check_settings(
 
 
 def check_task(task: Task, precision: str | float, predictive: str) -> None:
-    """Raise a ConfigError for the probit predictive of a task without classes."""
+    """Raise a ConfigError for a task without a curvature, or for the probit predictive of one without classes."""
+    if type(task).loss_roots is Task.loss_roots:
+        raise ConfigError(
+            f"laplace: found task {task.name} without a curvature of its likelihood, expected one with it."
+        )
     if not task.has_classes and (predictive == "probit" or precision == "validation"):
         found = "predictive 'probit'" if predictive == "probit" else "precision 'validation' (a fit_split)"
         raise ConfigError(
