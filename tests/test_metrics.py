@@ -15,7 +15,7 @@ from hypothesis.extra.numpy import arrays
 
 from bayestune import metrics
 from bayestune.errors import ConfigError, DataError
-from bayestune.metrics import ranking, scores
+from bayestune.metrics import bootstrap, calibration, ranking
 
 BINS = 15
 SCORES = (metrics.accuracy, metrics.nll, metrics.ece, metrics.brier)
@@ -316,7 +316,7 @@ def test_no_rows_is_an_error():
 
 @pytest.mark.property("S19")
 def test_wrong_shapes_and_types_are_errors_without_a_type_checker():
-    unchecked = unchecked_module(scores)
+    unchecked = unchecked_module(calibration)
     log_probs, labels = simulated(4, 2)
     for bad_log_probs, bad_labels in (
         (log_probs, labels[:3]),
@@ -330,7 +330,7 @@ def test_wrong_shapes_and_types_are_errors_without_a_type_checker():
     with pytest.raises(DataError, match="expected both"):
         unchecked_module(ranking).auroc(log_probs[:, 0], labels[:3])
     with pytest.raises(DataError, match="expected \\[rows\\]"):
-        unchecked.bootstrap_interval(log_probs)
+        unchecked_module(bootstrap).bootstrap_interval(log_probs)
 
 
 @pytest.mark.property("S19")
@@ -397,7 +397,7 @@ def test_intervals_are_keyed_by_the_seed_and_move_no_global_state(monkeypatch):
     assert metrics.bootstrap_interval(metrics.row_nll(log_probs, labels), seed=1) == pytest.approx(found["nll"])
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert (np.random.get_state()[1] == numpy_state).all()
-    monkeypatch.setattr(scores, "_COUNTS_HELD", 50 * 7)
+    monkeypatch.setattr(bootstrap, "_COUNTS_HELD", 50 * 7)
     in_blocks = metrics.intervals(log_probs, labels, seed=1)
     for name, ends in found.items():
         assert in_blocks[name] == pytest.approx(ends, abs=1e-12)

@@ -20,6 +20,7 @@ NAMES = [
     "KLSettings",
     "Prediction",
     "Scores",
+    "answer_scores",
     "best_of_n",
     "diagnostics",
     "draw",

@@ -18,6 +18,7 @@ if find_spec("torch") is not None:
     from bayestune.inference import Generation as Generation
     from bayestune.inference import Prediction as Prediction
     from bayestune.inference import Scores as Scores
+    from bayestune.inference import answer_scores as answer_scores
     from bayestune.inference import best_of_n as best_of_n
     from bayestune.inference import diagnostics as diagnostics
     from bayestune.inference import draw as draw

@@ -63,7 +63,7 @@ def generate(
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a text for each prompt, with the log-probability and the uncertainty in nats of every token."""
+    """Write a text for each prompt, with the uncertainty of every token; where --input has answers, compare them."""
     check_run(run)
     check_output_file(output, overwrite=overwrite or resume)
     if overwrite and resume:
@@ -94,6 +94,9 @@ def generate(
                 own = {"prompt_sha256": _sha256(prompts[name]), _SETTINGS: record}
                 write(json.dumps({"id": name, **made, **own}, ensure_ascii=False) + "\n")
     print(f"{output}: {len(todo)} texts{f', {len(done)} written before' if resume else ''}")
+    answers = {row.id: row.answer for row in rows if row.answer is not None}
+    if len(answers) == len(rows):
+        _show_scores(output, answers, settings["draws"])
 
 
 def _checked(loaded: "Run", rows: Sequence["PromptRow"], chat: bool, settings: dict[str, Any]) -> dict[str, Any]:
@@ -153,6 +156,21 @@ def _show(ids: Sequence[str], found: "Generation", start: int, total: int) -> No
         line = f"[{start + i + 1}/{total}] {name}: {' '.join(text.split())}{agree}{ended}"
         encoding = sys.stdout.encoding or "utf-8"
         print(line.encode(encoding, "replace").decode(encoding), flush=True)
+
+
+def _show_scores(output: Path, answers: Mapping[str, str], draws: int) -> None:
+    """How many texts say the same as the answers of the input, and what tells which; also those written before."""
+    from bayestune.experiment import score_table
+    from bayestune.inference.answer_scores import scores_of_texts
+
+    with output.open("rb") as lines:
+        texts = [text for text in map(json.loads, lines) if text["id"] in answers]
+    scores = scores_of_texts(texts, [answers[text["id"]] for text in texts], draws=draws)
+    print(score_table({f"texts N={draws}": scores}))
+    known = {name: value for name, value in scores.auroc.items() if value is not None}
+    if known:
+        print("AUROC, how well a score tells right answers from wrong ones:")
+        print("\n".join(f"{'':4}{name:<24} {value:.3f}" for name, value in known.items()))
 
 
 def _written(output: Path, settings: dict[str, Any], prompts: Mapping[str, Any]) -> set[str]:

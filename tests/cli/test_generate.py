@@ -50,6 +50,29 @@ def test_the_file_holds_what_generate_gives(world: Path, tmp_path: Path, capsys:
         assert {name: made[name] for name in wanted} == wanted
 
 
+def test_answers_of_the_input_are_compared_also_with_texts_written_before(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A text with a line separator in it is one line of the file."""
+    output, first = tmp_path / "out.jsonl", write(tmp_path / "first.jsonl", PROMPTS[:2])
+    assert invoke(generating(world, output, source=str(first))) == 0
+    assert "exact match" not in capsys.readouterr().out
+    made = texts(output)
+    made[0]["text"] = "iron\u2028and coal"
+    output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made))
+    answered = [{**row, "answer": "iron\u2028and coal" if row["id"] == "p0" else "nothing"} for row in PROMPTS]
+    rows = write(tmp_path / "answered.jsonl", answered)
+    assert invoke(generating(world, output, "--resume", source=str(rows))) == 0
+    out = capsys.readouterr().out
+    assert (
+        "exact match" in out
+        and "texts N=2" in out
+        and " 0.250 [" in out
+        and "4 rows" in out
+        and "probability per token" in out
+    )
+
+
 def test_prompts_are_put_as_the_run_was_asked(world: Path, tmp_path: Path) -> None:
     shutil.copytree(world / "llama", tmp_path / "llama")
     template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"

@@ -292,6 +292,7 @@ def test_clusters() -> None:
     assert clusters(["caf\u00e9", "Cafe\u0301.", "the \u201cCaf\u00e9\u201d"]) == [[0, 1, 2]]
     texts = ["Paris.", "the Paris", "Rome", " paris ", "rome!"]
     assert clusters(texts) == [[0, 1, 3], [2, 4]]
+    assert clusters(["", "a", ""]) == [[0, 1, 2]]  # the article does not count
     assert clusters(texts, "exact") == [[0], [1], [2], [3], [4]]
     assert clusters(texts, lambda a, b: len(a) == len(b)) == [[0], [1], [2], [3], [4]]
     assert clusters(["ab", "b", "cd", "e", "fg"], lambda a, b: len(a) == len(b)) == [[0, 2, 4], [1, 3]]

@@ -9,6 +9,7 @@ from torch import Tensor
 from mutants.defect import defect, replace, wrap
 
 SCORES = "bayestune.metrics.scores"
+CALIBRATION = "bayestune.metrics.calibration"
 TESTS = "test_metrics.py"
 
 
@@ -29,17 +30,16 @@ def rows_that_are_not_probabilities_pass() -> None:
 
 @defect(TESTS, "S19")
 def bins_closed_on_the_right() -> None:
-    def wrong(log_probs: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-        confidence = log_probs.amax(1).exp()
+    def wrong(confidence: Tensor, bins: int) -> Tensor:
         edges = torch.arange(1, bins, dtype=torch.float64) / bins
-        return confidence, torch.bucketize(confidence * (1 - 1e-12), edges, right=False)
+        return torch.bucketize(confidence * (1 - 1e-12), edges, right=False)
 
-    replace(f"{SCORES}._confidence_bins", wrong)
+    replace(f"{CALIBRATION}._bins", wrong)
 
 
 @defect(TESTS, "S19")
 def calibration_error_whose_signs_cancel() -> None:
-    replace(f"{SCORES}.ece", lambda log_probs, labels, **settings: abs(_gap(log_probs, labels)))
+    replace(f"{CALIBRATION}.ece", lambda log_probs, labels, **settings: abs(_gap(log_probs, labels)))
 
 
 def _gap(log_probs: Tensor, labels: Tensor) -> float:
@@ -49,7 +49,9 @@ def _gap(log_probs: Tensor, labels: Tensor) -> float:
 
 @defect(TESTS, "S21")
 def intervals_of_half_the_level() -> None:
-    wrap(f"{SCORES}._percentiles", lambda right: lambda statistics, level: right(statistics, level / 2))
+    wrap(
+        "bayestune.metrics.bootstrap.percentiles", lambda right: lambda statistics, level: right(statistics, level / 2)
+    )
 
 
 @defect("metrics/test_paired.py", "all_seeds")

@@ -1,6 +1,8 @@
 """Draws, predictions and their scores."""
 
 from bayestune.inference.acquire import acquire as acquire
+from bayestune.inference.answer_scores import AnswerScores as AnswerScores
+from bayestune.inference.answer_scores import answer_scores as answer_scores
 from bayestune.inference.best_of_n import best_of_n as best_of_n
 from bayestune.inference.best_of_n import rewards as rewards
 from bayestune.inference.diagnostics import Diagnostics as Diagnostics

@@ -1,5 +1,6 @@
 """`Generation`: texts under a posterior, with the uncertainty of every token."""
 
+import itertools
 import math
 import unicodedata
 from collections import Counter
@@ -106,7 +107,7 @@ def normalized(text: str) -> str:
     text = unicodedata.normalize("NFC", text).lower()
     kept = "".join(
         letter
-        for letter, after in zip(text, f"{text[1:]} ", strict=True)
+        for letter, after in itertools.zip_longest(text, text[1:], fillvalue=" ")
         if not _is_punctuation(letter) or (letter in ".,-" and after.isdigit())
     )
     return " ".join(word for word in kept.split() if word not in ("a", "an", "the"))

@@ -1,9 +1,19 @@
-"""Scores of predictions: probabilities (`scores`), numbers (`numbers`), rankings (`ranking`), draws (`draws`), pairs
-of methods (`paired`), selection (`selective`), prediction sets (`conformal`) and intervals (`conformal_numbers`).
+"""Scores of predictions: probabilities (`scores`), their calibration (`calibration`), numbers (`numbers`), rankings
+(`ranking`), draws (`draws`), pairs of methods (`paired`), selection (`selective`), prediction sets (`conformal`) and
+intervals (`conformal_numbers`, `bootstrap`).
 
 Functions take tensors and return numbers. They raise DataError, a ValueError, if a row cannot be scored.
 """
 
+from bayestune.metrics.bootstrap import bootstrap_interval as bootstrap_interval
+from bayestune.metrics.calibration import EDGE_TOLERANCE as EDGE_TOLERANCE
+from bayestune.metrics.calibration import ReliabilityBins as ReliabilityBins
+from bayestune.metrics.calibration import confidence_ece as confidence_ece
+from bayestune.metrics.calibration import confidence_ece_corrected as confidence_ece_corrected
+from bayestune.metrics.calibration import ece as ece
+from bayestune.metrics.calibration import ece_corrected as ece_corrected
+from bayestune.metrics.calibration import intervals as intervals
+from bayestune.metrics.calibration import reliability_bins as reliability_bins
 from bayestune.metrics.conformal import SetScores as SetScores
 from bayestune.metrics.conformal import conformal_threshold as conformal_threshold
 from bayestune.metrics.conformal import prediction_sets as prediction_sets
@@ -23,18 +33,11 @@ from bayestune.metrics.paired import paired_interval as paired_interval
 from bayestune.metrics.ranking import aupr as aupr
 from bayestune.metrics.ranking import auroc as auroc
 from bayestune.metrics.ranking import matched_auroc as matched_auroc
-from bayestune.metrics.scores import EDGE_TOLERANCE as EDGE_TOLERANCE
 from bayestune.metrics.scores import SUM_TOLERANCE as SUM_TOLERANCE
-from bayestune.metrics.scores import ReliabilityBins as ReliabilityBins
 from bayestune.metrics.scores import accuracy as accuracy
-from bayestune.metrics.scores import bootstrap_interval as bootstrap_interval
 from bayestune.metrics.scores import brier as brier
-from bayestune.metrics.scores import ece as ece
-from bayestune.metrics.scores import ece_corrected as ece_corrected
 from bayestune.metrics.scores import impossible_labels as impossible_labels
-from bayestune.metrics.scores import intervals as intervals
 from bayestune.metrics.scores import nll as nll
-from bayestune.metrics.scores import reliability_bins as reliability_bins
 from bayestune.metrics.scores import row_accuracy as row_accuracy
 from bayestune.metrics.scores import row_brier as row_brier
 from bayestune.metrics.scores import row_nll as row_nll

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bayestune.errors import DataError
-from bayestune.metrics.scores import bootstrap_interval
+from bayestune.metrics.bootstrap import bootstrap_interval
 
 
 @dataclass(frozen=True, kw_only=True)
