@@ -2,7 +2,6 @@
 
     python benchmarks/answers.py --data DIR --runs RUNS                      # every missing record in results/answers
     python benchmarks/answers.py --data DIR --runs RUNS --tasks openbookqa --methods blob --seeds 1
-    python benchmarks/answers.py --page                                      # docs/answers.md from the records
 
 The prompt has the question and its choices, and the answer is the text of the right one. 400 rows of the train split
 are trained on, in 300 updates of 4 rows; for BLoB 60 further rows choose the scale of the standard deviation. The
@@ -21,23 +20,24 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from answers_page import METHODS, RESULTS, SEEDS, TASKS, page
 from decoder import HELD_OUT, TRAINED, write_rows
-from decoder_page import ROOT
 from options import parser
+from task_results import RESULTS as ALL
 
 import bayestune as bt
 from bayestune.experiment import Experiment, load_run, run
 from bayestune.experiment.backbone import find_backbone
 from bayestune.experiment.record import hardware, rows_sha256, versions
 from bayestune.experiment.trained import Run
-from bayestune.files import write_json, write_text
+from bayestune.files import write_json
 from bayestune.functional import derive_seed
 from bayestune.tables.cells import portable
 from bayestune.tasks import AnyRow, DatasetSpec, Row, load_rows
 from bayestune.tasks.generation import GenerationTask
 from bayestune.tasks.prompted import PromptRow
 
+RESULTS = ALL / "answers"
+TASKS, METHODS, SEEDS = ("arc_easy", "openbookqa"), ("mle", "blob"), (1, 2, 3)
 SCORED, DRAWS, NEW_TOKENS = 150, 5, 16
 SETTINGS: dict[str, Any] = {
     "model": "smollm2",
@@ -135,18 +135,12 @@ def written(trained: Run, rows: list[AnyRow], draws: int) -> dict[str, Any]:
 
 def main() -> None:
     made = parser(__doc__)
-    made.add_argument("--data", help="folder of the data sets")
-    made.add_argument("--runs", type=Path, help="folder for the trained runs")
-    made.add_argument("--page", action="store_true", help="write docs/answers.md from the records")
+    made.add_argument("--data", required=True, help="folder of the data sets")
+    made.add_argument("--runs", type=Path, required=True, help="folder for the trained runs")
     made.add_argument("--tasks", default=",".join(TASKS))
     made.add_argument("--methods", default=",".join(METHODS))
     made.add_argument("--seeds", default=",".join(map(str, SEEDS)))
     options = made.parse_args()
-    if options.page:
-        write_text(ROOT / "docs" / "answers.md", page())
-        return
-    if options.data is None or options.runs is None:
-        made.error("expected --data DIR and --runs DIR, or --page")
     transformers.logging.set_verbosity_error()
     RESULTS.mkdir(parents=True, exist_ok=True)
     for name in options.tasks.split(","):

@@ -93,10 +93,7 @@ def generate(
             for name, made in zip(names, found.records(), strict=True):
                 own = {"prompt_sha256": _sha256(prompts[name]), _SETTINGS: record}
                 write(json.dumps({"id": name, **made, **own}, ensure_ascii=False) + "\n")
-    print(f"{output}: {len(todo)} texts{f', {len(done)} written before' if resume else ''}")
-    answers = {row.id: row.answer for row in rows if row.answer is not None}
-    if len(answers) == len(rows):
-        _show_scores(output, answers, settings["draws"])
+    _conclude(output, rows, f"{len(todo)} texts{f', {len(done)} written before' if resume else ''}", settings["draws"])
 
 
 def _checked(loaded: "Run", rows: Sequence["PromptRow"], chat: bool, settings: dict[str, Any]) -> dict[str, Any]:
@@ -158,8 +155,13 @@ def _show(ids: Sequence[str], found: "Generation", start: int, total: int) -> No
         print(line.encode(encoding, "replace").decode(encoding), flush=True)
 
 
-def _show_scores(output: Path, answers: Mapping[str, str], draws: int) -> None:
-    """How many texts say the same as the answers of the input, and what tells which; also those written before."""
+def _conclude(output: Path, rows: Sequence["PromptRow"], made: str, draws: int) -> None:
+    """Say what was made and, if each row has an answer, how many texts say the same, and what tells which."""
+    print(f"{output}: {made}")
+    answers = {row.id: row.answer for row in rows if row.answer is not None}
+    if len(answers) < len(rows):
+        return
+
     from bayestune.experiment import score_table
     from bayestune.inference.answer_scores import scores_of_texts
 

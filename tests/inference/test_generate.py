@@ -11,13 +11,17 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from scipy.stats import chi2
+from tokenizers import Tokenizer
+from tokenizers.decoders import Metaspace
+from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import bayestune as bt
 from bayestune.adapters import gaussian_layers
 from bayestune.errors import ConfigError, DataError, DrawError, PosteriorError, TaskError
 from bayestune.inference import clusters
+from bayestune.inference.score import pieces
 from bayestune.methods.ensemble import EnsemblePosterior
 from bayestune.storage.state import adapter_tensors
 from models import BERT, GPT2, LLAMA, T5, scatter
@@ -298,7 +302,25 @@ def test_clusters() -> None:
     assert clusters(["ab", "b", "cd", "e", "fg"], lambda a, b: len(a) == len(b)) == [[0, 2, 4], [1, 3]]
 
 
+@pytest.mark.parametrize("text", ["plain", "caf\u00e9 \u2603, \U0001f44d!", "\u2603"])
+def test_pieces_join_to_the_text_and_characters_stay_whole(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    ids = torch.tensor(tokenizer(text)["input_ids"])
+    found = pieces(tokenizer, ids)
+    assert "".join(found) == text and len(found) == len(ids) == len(text.encode())
+    assert [piece for piece in found if piece] == list(text)
+    cut = pieces(tokenizer, ids[:-1])
+    assert "".join(cut) == tokenizer.decode(ids[:-1])
+
+
+def test_a_piece_keeps_the_blank_that_a_first_token_loses() -> None:
+    tokens = Tokenizer(WordLevel({"\u2581red": 0, "\u2581hat": 1, "s": 2}, unk_token="s"))
+    tokens.decoder = Metaspace()
+    assert pieces(PreTrainedTokenizerFast(tokenizer_object=tokens), torch.tensor([0, 1, 2])) == ("red", " hat", "s")
+
+
 def test_texts_and_prompts_must_match(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(ConfigError, match="found 2 prompts and the text 'xy', expected a list"):
+        bt.score(model, tokenizer, ["A", "B"], "xy", draws=2)
     with pytest.raises(ConfigError, match="found 1 prompts and 2 texts"):
         bt.score(model, tokenizer, ["A"], ["b", "c"], draws=1)
     with pytest.raises(DataError, match="text 0: found no token in ''"):

@@ -94,3 +94,21 @@ def sampled_texts_follow_their_place() -> None:
 @defect(TESTS, "is_refused")
 def a_prompt_may_fill_the_context() -> None:
     replace("bayestune.inference.score.check_length", lambda *given: None)
+
+
+ANSWERS = "inference/test_answer_scores.py"
+
+
+@defect(ANSWERS, "right_answers")
+def short_answers_count_as_unsure() -> None:
+    from bayestune.inference.answer_scores import SIGNALS
+
+    SIGNALS["length"] = lambda text: float(len(text["tokens"]))
+
+
+@defect(ANSWERS, "own_text")
+def the_agreement_of_draws_is_ignored() -> None:
+    def wrong(right: Any) -> Any:
+        return lambda confidence, correct, **own: right(0 * confidence, correct, **own)
+
+    wrap("bayestune.metrics.calibration.confidence_ece", wrong)

@@ -1,5 +1,6 @@
 """`score`: what all draws say of texts that exist already, token by token."""
 
+import functools
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, SupportsIndex
@@ -51,8 +52,9 @@ def score(
         DrawError: the posterior has no such draws.
         PosteriorError: the model's answers are not finite; names the prompt.
     """
-    if len(prompts) != len(texts):
-        raise ConfigError(f"score: found {len(prompts)} prompts and {len(texts)} texts, expected one text each.")
+    if isinstance(texts, str) or len(prompts) != len(texts):
+        found = f"the text {texts!r}" if isinstance(texts, str) else f"{len(texts)} texts"
+        raise ConfigError(f"score: found {len(prompts)} prompts and {found}, expected a list with one text for each.")
     posterior = as_posterior(model)
     contexts = encoded(posterior, tokenizer, prompts, range(len(prompts)), "score")
     sequences = [_text_ids(posterior, tokenizer, *pair) for pair in enumerate(zip(contexts, texts, strict=True))]
@@ -215,10 +217,11 @@ def check_length(posterior: Posterior, tokens: int, name: int | str, call: str) 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: Int[Tensor, " tokens"]) -> tuple[str, ...]:
     """Return the text that each token adds; parts of a character are shown with the token that completes it."""
-    found, before = [], ""
+    decode: Any = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    found, start, done = [], 0, 0  # the piece before is decoded again, since a first token may lose its blank
     for end in range(1, len(ids) + 1):
-        text: Any = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
+        text = decode(ids[start:end])
         complete = not text.endswith("�") or end == len(ids)
-        found.append(text[len(before) :] if complete else "")
-        before = text if complete else before
+        found.append(text[len(decode(ids[start:done])) :] if complete else "")
+        start, done = (done, end) if complete else (start, done)
     return tuple(found)

@@ -1,0 +1,180 @@
+"""docs/task_results.md from the records of answers.py, regression.py and preference.py; trains nothing.
+
+python benchmarks/task_results.py
+"""
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bayestune.files import read_json, write_text
+from bayestune.inference.answer_scores import SIGNALS
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "results"
+Record = dict[str, Any]
+Values = dict[int, float]
+"""One number per seed."""
+
+ANSWERED = {
+    "plain LoRA": ("mle", "averaged"),
+    "BLoB, 5 draws averaged": ("blob", "averaged"),
+    "BLoB, each draw alone": ("blob", "per_draw"),
+}
+NUMBERS = {
+    "mle": "plain LoRA",
+    "mle_temperature": "plain LoRA, temperature",
+    "ensemble": "ensemble of three",
+    "blob_mean": "BLoB, the mean alone",
+    "blob": "BLoB, N = 10",
+    "blob_temperature": "BLoB, N = 10, temperature",
+}
+CONFORMAL = {"mle_conformal": "plain LoRA", "blob_conformal": "BLoB, N = 10"}
+PREFERENCES = {"mle": "plain LoRA", "blob": "BLoB, N = 10"}
+
+
+def read(name: str) -> list[Record]:
+    return [read_json(path, "a record") for path in sorted((RESULTS / name).glob("*.json"))]
+
+
+def seeds_of(records: Sequence[Record], of: Callable[[Record], float | None]) -> Values:
+    """The number of each seed, of the records that have it."""
+    found = {made["seed"]: of(made) for made in records}
+    return {seed: value for seed, value in found.items() if value is not None}
+
+
+def shown(values: Values) -> str:
+    """Mean and standard deviation over seeds."""
+    if not values:
+        return "none"
+    several = f" ± {statistics.stdev(values.values()):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values.values()):.3f}{several}"
+
+
+def table(headings: Sequence[str], lines: dict[str, Sequence[str]]) -> str:
+    head = f"| | {' | '.join(headings)} |\n{'|---' * (len(headings) + 1)}|\n"
+    return head + "".join(f"| {label} | {' | '.join(cells)} |\n" for label, cells in lines.items())
+
+
+def difference(first: Values, second: Values) -> str:
+    """The mean of first less second over shared seeds, its standard error, and each."""
+    less = {seed: first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())}
+    if not less:
+        return "no shared seeds"
+    error = f" ± {statistics.stdev(less.values()) / len(less) ** 0.5:.3f}" if len(less) > 1 else ""
+    each = ", ".join(f"{seed}: {value:+.3f}" for seed, value in less.items())
+    return f"{statistics.mean(less.values()):+.3f}{error} (by seed {each})"
+
+
+def words() -> str:
+    records, parts = read("answers"), [WORDS]
+    for task in dict.fromkeys(made["task"] for made in records):
+        mine = {
+            label: ([m for m in records if (m["task"], m["method"]) == (task, method)], mode)
+            for label, (method, mode) in ANSWERED.items()
+        }
+        mine = {label: pair for label, pair in mine.items() if pair[0]}
+        seeds = {label: [made["seed"] for made in several] for label, (several, _) in mine.items()}
+        parts.append(f"### {task} (seeds {'; '.join(f'{k}: {v}' for k, v in seeds.items())})\n")
+        parts.append(table(["exact match", "ECE, corrected", "NLL per token"], _scores(mine)))
+        parts.append("AUROC of right against wrong answers:\n")
+        parts.append(table(list(mine), _signals(mine)))
+        plain, blob = (_auroc(*mine[label], "probability") for label in list(ANSWERED)[:2] if label in mine)
+        parts.append(f"AUROC of the probability, BLoB averaged less plain LoRA: {difference(blob, plain)}.\n")
+    return "\n".join(parts)
+
+
+def _scores(mine: dict[str, tuple[list[Record], str]]) -> dict[str, list[str]]:
+    return {
+        label: [
+            shown(seeds_of(several, lambda m, mode=mode: m["answers"][mode]["exact_match"])),
+            shown(seeds_of(several, lambda m, mode=mode: m["answers"][mode]["ece_corrected"])),
+            shown(seeds_of(several, lambda m: m["likelihood"]["nll_per_token"])),
+        ]
+        for label, (several, mode) in mine.items()
+    }
+
+
+def _signals(mine: dict[str, tuple[list[Record], str]]) -> dict[str, list[str]]:
+    return {signal: [shown(_auroc(several, mode, signal)) for several, mode in mine.values()] for signal in SIGNALS}
+
+
+def _auroc(records: list[Record], mode: str, signal: str) -> Values:
+    return seeds_of(records, lambda made: made["answers"][mode]["auroc"].get(signal))
+
+
+def numbers() -> str:
+    records = read("regression")
+    if not records:
+        return ""
+
+    def cells(key: str, names: Sequence[str]) -> list[str]:
+        return [shown(seeds_of(records, lambda m, n=n: m["scores"].get(key, {}).get(n))) for n in names]
+
+    spread = shown(seeds_of(records, lambda made: made["target_std"]))
+    factors = ", ".join(f"{made['scale']:.3g}" for made in records)
+    seeds = ", ".join(str(made["seed"]) for made in records)
+    given = f"Seeds {seeds}; std of the target {spread}; chosen factors of BLoB's std {factors}.\n"
+    names = ("rmse", "nll", "crps", "coverage")
+    parts = [
+        NUMBERS_TEXT,
+        given,
+        table(["RMSE", "NLL", "CRPS", "coverage of 90 % intervals"], {v: cells(k, names) for k, v in NUMBERS.items()}),
+    ]
+    parts.append("Split-conformal 90 % intervals, scaled by the predicted standard deviation:\n")
+    parts.append(table(["coverage", "width"], {v: cells(k, ("coverage", "width")) for k, v in CONFORMAL.items()}))
+    nll = {key: seeds_of(records, lambda m, k=key: m["scores"].get(k, {}).get("nll")) for key in NUMBERS}
+    less = {NUMBERS[key]: difference(nll[key], nll["mle"]) for key in ("blob", "ensemble")}
+    parts.append(f"NLL less that of plain LoRA: {'; '.join(f'{label} {text}' for label, text in less.items())}.\n")
+    return "\n".join(parts)
+
+
+def preferences() -> str:
+    records = read("preference")
+    lines = {}
+    for method, label in PREFERENCES.items():
+        mine = [made for made in records if made["method"] == method]
+        scores = [shown(seeds_of(mine, lambda m, n=n: m["scores"][n])) for n in ("accuracy", "nll", "ece_corrected")]
+        best = [shown(seeds_of(mine, lambda m, n=n: m["best_of_4"].get(n))) for n in ("mean", "lower_bound")]
+        lines[f"{label} (seeds {', '.join(str(m['seed']) for m in mine)})"] = [*scores, *best]
+    headings = ["accuracy", "NLL", "ECE, corrected", "best of four by the mean", "by the lower bound"]
+    nll = [seeds_of([m for m in records if m["method"] == k], lambda m: m["scores"]["nll"]) for k in ("blob", "mle")]
+    return "\n".join([PREFERENCES_TEXT, table(headings, lines), f"NLL, BLoB less plain LoRA: {difference(*nll)}.\n"])
+
+
+INTRODUCTION = """# Words, numbers and preferences: results
+
+`python benchmarks/task_results.py` makes this page from the records in `results/answers`, `results/regression` and
+`results/preference`; each record names its command. Numbers are means and standard deviations over seeds, differences
+are of the same rows and seed with their standard error. NLL in nats.
+"""
+
+WORDS = """## Answers in words
+
+SmolLM2-135M-Instruct answers a question with its choices in words. 400 rows are trained on (300 updates of 4, rank-8
+LoRA on q_proj and v_proj), 60 choose the scale of BLoB's standard deviation, 150 rows of dev are answered. An answer
+is right if it says the same as the right choice, up to case, articles and punctuation. The ECE is that of the
+probability of the whole text, and for each draw alone that of the share of draws that agree
+(`benchmarks/answers.py`).
+"""
+
+NUMBERS_TEXT = """## Numbers
+
+The target is the Flesch-Kincaid grade of the text of an ARC-Easy question, `0.39 words / sentences + 11.8 syllables /
+words - 15.59`, the US school year that is meant to be able to read it, computed by the library textstat. It is a
+formula of the text and nobody's judgment: a model that counts well could give it without error. MiniLM is trained on
+300 rows in 120 updates of 16, 100 rows choose the scale and the temperatures, 500 are scored
+(`benchmarks/regression.py`).
+"""
+
+PREFERENCES_TEXT = """## Preferences
+
+The right choice of an ARC-Easy question against a wrong one, by MiniLM with a scalar head: 300 pairs are trained on,
+100 choose the scale, 300 are scored. Of the questions with four choices the best is taken by the mean reward, and by
+the mean less one standard deviation over the draws (`benchmarks/preference.py`).
+"""
+
+
+if __name__ == "__main__":
+    write_text(ROOT / "docs" / "task_results.md", "\n".join([INTRODUCTION, words(), numbers(), preferences()]))
