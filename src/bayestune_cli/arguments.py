@@ -20,7 +20,19 @@ OptionalRunFolder = Annotated[
 ApiKey = Annotated[
     str | None, typer.Option(envvar="BAYESTUNE_API_KEY", help="Key that every request to the server carries.")
 ]
-Data = Annotated[str | None, typer.Option(help="Folder of data sets; default: the one used in training.")]
+
+
+def check_data(data: str | None) -> str | None:
+    """Raise an error unless there is such a folder."""
+    if data is not None and not Path(data).is_dir():
+        raise FlagError(f"--data {data}: no such folder, expected the one with the data sets.")
+    return data
+
+
+Data = Annotated[
+    str | None,
+    typer.Option(callback=check_data, help="Folder of data sets; default: the one used in training."),
+]
 
 
 def _check_draws(draws: int | None) -> int | None:

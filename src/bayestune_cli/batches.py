@@ -33,7 +33,7 @@ def check_files(input: Path, output: Path | None, *, flag: str, whole: bool) -> 
     if whole:
         check_rows(input)
     elif not input.is_file():
-        raise FlagError(f"{input}: found no such file, expected the rows to answer; check the path")
+        raise FlagError(f"{input}: found no such file, expected a file of rows; check the path")
 
 
 def check_all(path: Path, task: "TokenizedTask") -> None:

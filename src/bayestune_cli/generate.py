@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from bayestune_cli.arguments import Data, Draws, Overwrite, RunFolder, Seed, check_output_file, check_run, draw_count
+from bayestune_cli.batches import check_files
 from bayestune_cli.errors import FlagError
 from bayestune_cli.signals import Stopped
 
@@ -70,8 +71,7 @@ def generate(
         raise FlagError("generate: found --overwrite with --resume, expected one of the two.")
     if not temperature and top_p < 1:
         raise FlagError("--top-p: found it without --temperature, expected both: without one nothing is sampled.")
-    if output.resolve() == input.resolve():
-        raise FlagError(f"--output {output}: found the file of --input, expected another file.")
+    check_files(input, output, flag="--input", whole=False)
 
     from bayestune.experiment import load_run
     from bayestune.files import MANIFEST, appending, file_sha256, replacing

@@ -4,6 +4,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -65,6 +66,8 @@ def serve(
     check_run(run)
     if output.exists() and not overwrite:
         raise FlagError(f"--output {output}: it exists; choose another, or pass --overwrite.")
+    if backend == "llamacpp" and base is not None and not base.is_file():
+        raise FlagError(f"--base {base}: found no such file, expected the base model as a GGUF file; check the path.")
 
     from bayestune.files import check_writable
     from bayestune.serving.engines import check_engine, check_port
@@ -84,9 +87,23 @@ def serve(
         try:
             if proxy:
                 _speak(output, host=host, port=port, api_key=api_key)
-            signal.pause()
+            _wait(served.url)
         except Stopped:
             print("stopped")
+
+
+def _wait(url: str) -> None:
+    """Wait for the signal that stops the server, or for the end of one that has a process of its own."""
+    from bayestune.errors import ServingError
+
+    def ended(number: int, frame: FrameType | None) -> None:
+        raise ServingError(f"{url}: the server ended by itself; its words are above; start it again with --overwrite.")
+
+    signal.signal(signal.SIGCHLD, ended)
+    try:
+        signal.pause()
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _speak(folder: Path, *, host: str, port: int, api_key: str | None) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bayestune_cli.arguments import check_data
 from bayestune_cli.config import read_config
 from bayestune_cli.errors import FlagError
 from bayestune_cli.signals import Stopped
@@ -28,7 +29,9 @@ def _check_table(name: str) -> str:
 
 def table(
     table: Annotated[str, typer.Argument(metavar="TABLE", callback=_check_table, help="table1, table2 or roberta.")],
-    data: Annotated[str | None, typer.Option(help="Folder of data sets; default: the Hugging Face Hub.")] = None,
+    data: Annotated[
+        str | None, typer.Option(callback=check_data, help="Folder of data sets; default: the Hugging Face Hub.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Folder, .gguf file, Hugging Face id, minilm or smollm2 (packages).")
     ] = None,

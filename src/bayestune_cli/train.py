@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bayestune_cli.arguments import check_data
 from bayestune_cli.config import read_run_file
 from bayestune_cli.errors import FlagError
 from bayestune_cli.options import check_of_method, check_values, options, with_settings
@@ -37,10 +38,12 @@ _LISTS = {"names": _names, "numbers": _numbers}
 """How the text of a flag becomes a list, by the type of its option."""
 
 
-def _check_folders(data: Any, output: Path, *, new: bool) -> None:
-    """Raise an error if there is no folder `data`, or `output` cannot be one, or a `new` run finds files in it."""
-    if isinstance(data, str) and not Path(data).is_dir():
-        raise FlagError(f"--data {data}: no such folder, expected the one with the data sets.")
+def _check_folders(settings: Mapping[str, Any], output: Path, *, new: bool) -> None:
+    """Raise an error if a path is wrong: of the data, of the model, or the output, where a `new` run finds files."""
+    data, model = (settings.get(name) for name in ("data", "model"))
+    check_data(data if isinstance(data, str) else None)
+    if isinstance(model, str) and model.startswith((".", "/")) and not Path(model).exists():
+        raise FlagError(f"--model {model}: no such folder or file, expected a model; check the path.")
     if output.is_file():
         raise FlagError(f"output {output}: found a file, expected a folder or nothing.")
     names = {path.name for path in output.iterdir()} if output.is_dir() else set[str]()
@@ -80,7 +83,7 @@ def train(
     check_values(settings, where)
     default = next(option["default"] for option in options() if option["name"] == "method")
     check_of_method(given, settings.get("method", default))
-    _check_folders(settings.get("data"), output, new=not (resume or overwrite))
+    _check_folders(settings, output, new=not (resume or overwrite))
 
     from bayestune.experiment import Experiment, run
     from bayestune.experiment.processes import is_main

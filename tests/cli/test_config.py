@@ -109,9 +109,18 @@ def test_wrong_settings_and_folders_are_refused_before_torch_is_imported(tmp_pat
         (*complete, "--output", str(tmp_path / "begun")): "the folder is not empty; choose another, or pass "
         "--overwrite. A run was begun there: --resume goes on with it.",
         ("--resume", "--output", str(tmp_path / "new")): "experiment.json: cannot be read",
+        (*complete, "--model", "./nowhere"): "--model ./nowhere: no such folder or file, expected a model",
+    }
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "result.json").touch()
+    cases = {("train", *given): words for given, words in cases.items()} | {
+        ("evaluate", "run", "--data", "nowhere"): "--data nowhere: no such folder",
+        ("generate", "run", "--input", "none", "--output", "new"): "none: found no such file, expected a file of rows",
+        ("serve", "run", "--output", "new", "--base", "none"): "--base none: found no such file, expected the base",
+        ("table", "table1", "--data", "nowhere"): "--data nowhere: no such folder",
     }
     code = "import json, sys; from bayestune_cli.app import invoke\n"
-    code += "codes = [invoke(['train', *given]) for given in json.loads(sys.argv[1])]\n"
+    code += "codes = [invoke(given) for given in json.loads(sys.argv[1])]\n"
     code += "print(json.dumps([codes, [m for m in ('torch', 'transformers', 'bayestune') if m in sys.modules]]))"
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(list(cases))], capture_output=True, text=True, cwd=tmp_path

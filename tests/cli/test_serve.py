@@ -1,8 +1,10 @@
 """`bayestune serve` runs llama.cpp until a signal, and `predict --served` gives the answers of `predict`."""
 
 import json
+import signal
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +15,8 @@ import gguf
 import pytest
 from transformers import LlamaForCausalLM
 
+from bayestune.errors import ServingError
+from bayestune_cli import serve
 from bayestune_cli.app import invoke
 from cli.commands import make_world, predicting
 from gguf_files import write_gguf
@@ -128,3 +132,21 @@ def test_the_proxy_answers_at_the_port_that_was_asked_for(world: Path, tmp_path:
         request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", body)
         (choice,) = json.load(urllib.request.urlopen(request))["choices"]
         assert choice["uncertainty"][0]["total"] > 0
+
+
+def test_a_server_that_ends_by_itself_is_an_error() -> None:
+    """A program that ends with its input stands for vLLM, and ends once the command waits."""
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+
+        def end() -> None:
+            while signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL:
+                pass
+            process.communicate()
+
+        thread = threading.Thread(target=end)
+        thread.start()
+        with pytest.raises(ServingError, match="http://here: the server ended by itself"):
+            serve._wait("http://here")
+        thread.join()
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
