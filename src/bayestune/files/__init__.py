@@ -10,6 +10,7 @@ from bayestune.files.disk import write_text as write_text
 from bayestune.files.disk import writing as writing
 from bayestune.files.folders import MANIFEST as MANIFEST
 from bayestune.files.folders import alone as alone
+from bayestune.files.folders import claimed as claimed
 from bayestune.files.folders import existing_folder as existing_folder
 from bayestune.files.folders import new_folder as new_folder
 from bayestune.files.folders import publish as publish

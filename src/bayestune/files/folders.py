@@ -69,24 +69,18 @@ def publish(work: Path, target: Path, aside: Path) -> None:
 
 
 @contextlib.contextmanager
-def alone(
-    target: Path, *, purpose: str = "", advice: str = "wait for that one, or choose another path."
-) -> Iterator[None]:
+def alone(target: Path) -> Iterator[None]:
     """Hold the lock of `target`, whose parent folder must exist. A process that ends in any way releases its lock.
-
-    Args:
-        target: the file or folder that is being written.
-        purpose: part of the lock file's name; distinguishes several locks of one target.
-        advice: the last part of the error message.
 
     Raises:
         ConfigError: another process or thread holds this lock.
     """
-    path = target.with_name(f".{target.name}{purpose}.lock")
+    path = target.with_name(f".{target.name}.lock")
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
+        advice = "wait for that one, or choose another path."
         raise ConfigError(f"{target}: another process is saving to it: {advice}") from None
     try:
         yield
@@ -95,6 +89,30 @@ def alone(
             path.unlink(missing_ok=True)  # while it is held, so that whoever has it open sees that it is gone
         finally:
             lock.release()
+
+
+@contextlib.contextmanager
+def claimed(target: Path, *, purpose: str) -> Iterator[bool]:
+    """Yield True and hold a lock of `target`, or yield False if another process or thread holds it.
+
+    A process that ends in any way releases its lock. The lock file stays: on a network file system its removal could
+    give the lock to two processes.
+
+    Args:
+        target: the file or folder that is being made. Its parent folder is created if it is missing.
+        purpose: part of the lock file's name, to distinguish this lock from that of `alone`.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(target.with_name(f".{target.name}.{purpose}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 def existing_folder(path: str | os.PathLike[str]) -> Path:

@@ -12,8 +12,9 @@ from bayestune.errors import ConfigError, MissingSplitError
 from bayestune.experiment.backbone import Backbone, build_task, find_backbone
 from bayestune.experiment.rows import HELD_OUT
 from bayestune.experiment.settings import REPORTING, Experiment
+from bayestune.files import read_json
 from bayestune.settings import LARGEST_WHOLE
-from bayestune.tables.cells import Cell, portable, read_cells
+from bayestune.tables.cells import Cell, cell_path, portable, read_cells
 from bayestune.tables.layouts import layout, lines
 from bayestune.tasks import TokenizedTask
 
@@ -181,10 +182,30 @@ def scored_split(grid: Grid, task: TokenizedTask) -> str:
     return "test"
 
 
+def still_missing(grid: Grid, planned: Planned) -> tuple[str, ...]:
+    """Return the data sets of a planned run whose cells do not exist yet; other processes may have made some.
+
+    Raises:
+        ConfigError: existing cells have different settings.
+    """
+
+    def found(eval_task: str) -> list[Cell]:
+        name = {"table": grid.table, **_name(planned, eval_task)}
+        paths = [cell_path(grid.results, {**name, "draws": draws}) for draws in counts(planned.experiment)]
+        return [read_json(path, "a cell of a table") for path in paths if path.is_file()]
+
+    return tuple(name for name in planned.eval_tasks if not _is_there(found(name), planned, name))
+
+
+def _name(planned: Planned, eval_task: str) -> dict[str, Any]:
+    """Return what names the cells of a run on `eval_task`, except for the table and the draws."""
+    experiment = planned.experiment
+    return {"method": planned.line, "task": experiment.task, "seed": experiment.seed, "eval_task": eval_task}
+
+
 def _is_there(cells: Sequence[Cell], planned: Planned, eval_task: str) -> bool:
     """Return whether the cells of a run on `eval_task` exist; raise a ConfigError if their settings differ."""
-    experiment = planned.experiment
-    name = {"method": planned.line, "task": experiment.task, "seed": experiment.seed, "eval_task": eval_task}
+    experiment, name = planned.experiment, _name(planned, eval_task)
     found = [cell for cell in cells if all(cell[key] == value for key, value in name.items())]
     wanted = {key: portable(value) for key, value in experiment.as_dict().items()}
     where = f"{planned.line} on {experiment.task}, seed {experiment.seed}: the cells in results have"
