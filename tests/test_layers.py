@@ -47,6 +47,7 @@ HOME = {  # optional packages, and the only place that may import each
     "starlette": "serving/proxy.py",
     "uvicorn": "serving/proxy.py",
     "lm_eval": "experiment/lm_eval.py",
+    "ray": "tables/cluster.py",
     "trl": None,
     "sklearn": None,
     "torchmetrics": None,

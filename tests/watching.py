@@ -1,23 +1,21 @@
-"""What processes do to a folder that they share: each rename is reported, and a signal can end a process at one."""
+"""What a process does to a folder that it shares with others: each of its renames is reported."""
 
 import os
-import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable
 
 
-def watch(file: int, *, signals: Mapping[str, signal.Signals] | None = None) -> None:
-    """Write the new path of every rename of this process to the descriptor `file`, a line each, from now on.
+def watch(file: int, *, before: Callable[[str], None]) -> None:
+    """Write the new path of each rename of this process, a line each, to the descriptor `file`, from now on.
 
-    Before a rename to a path that ends as a key of `signals`, the process sends itself that signal.
+    Args:
+        file: of a pipe, or of a file that several processes append to.
+        before: called with that path before it is written and the rename made.
     """
 
     def hook(event: str, args: tuple[object, ...]) -> None:
         if event == "os.rename":
-            path = str(args[1])
-            for end, number in (signals or {}).items():
-                if path.endswith(end):
-                    os.kill(os.getpid(), number)
-            os.write(file, f"{path}\n".encode())
+            before(str(args[1]))
+            os.write(file, f"{args[1]}\n".encode())
 
     sys.addaudithook(hook)

@@ -51,17 +51,29 @@ def table(
     results: Annotated[Path, typer.Option(help="Folder of the records, one JSON file per cell.")] = Path("results"),
     output: Annotated[Path, typer.Option(help="Folder for TABLE.md and TABLE.html.")] = Path("docs/tables"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what is missing.")] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Make the runs on a Ray cluster: local (start Ray here), auto (this machine's), ray://host:10001.",
+        ),
+    ] = None,
+    gpus_per_cell: Annotated[
+        float | None, typer.Option(min=0, help="GPUs that Ray reserves per run; default 0.")
+    ] = None,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Train nothing; build the table from --results.")] = False,
 ) -> None:
     """Reproduce a table of the paper as Markdown and HTML. Resumes automatically."""
     given = {"data": data, "model": model, "seeds": seeds, "methods": methods, "steps": steps, "tasks": tasks}
-    given |= {"config": config, "dry-run": dry_run}
+    given |= {"config": config, "dry-run": dry_run, "ray": ray, "gpus-per-cell": gpus_per_cell}
+    if gpus_per_cell is not None and ray is None:
+        raise FlagError("table: found --gpus-per-cell without --ray, expected both, or neither.")
     if rebuild:
         unused = next((name for name, value in given.items() if value), None)
         if unused:
             raise FlagError(f"table: found --{unused} with --rebuild, expected one of the two: it is for training.")
     else:
-        _train(_grid(table, given, results=results, runs=runs), dry_run=dry_run)
+        _train(_grid(table, given, results=results, runs=runs), dry_run=dry_run, ray=ray, gpus=gpus_per_cell or 0.0)
     if not dry_run:
         _build(table, results, output)
 
@@ -93,8 +105,8 @@ def _grid(table: str, given: Mapping[str, Any], *, results: Path, runs: Path) ->
     )
 
 
-def _train(grid: "Grid", *, dry_run: bool) -> None:
-    """Print what is missing, and train it unless `dry_run`."""
+def _train(grid: "Grid", *, dry_run: bool, ray: str | None, gpus: float) -> None:
+    """Print what is missing, and train it unless `dry_run`: here, or on the Ray cluster at an address."""
     from bayestune.tables.fill import run_table
     from bayestune.tables.grid import plan
 
@@ -106,7 +118,12 @@ def _train(grid: "Grid", *, dry_run: bool) -> None:
     if dry_run:
         return
     try:
-        run_table(grid, progress=True)
+        if ray is None:
+            run_table(grid, progress=True)
+        else:
+            from bayestune.tables.cluster import run_on_ray
+
+            run_on_ray(grid, address=ray, gpus=gpus, progress=True)
     except Stopped:
         print("stopped: finished runs are kept; the same command resumes", file=sys.stderr)
         raise

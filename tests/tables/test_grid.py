@@ -162,6 +162,7 @@ def test_data_sets_that_are_not_there_are_left_out_by_name(world: Path, tmp_path
         (["table2", "--seeds", "1,x"], "--seeds: found '1,x'"),
         (["table2", "--methods", "mle,magic"], "--methods: found 'magic'"),
         (["table2", "--tasks", "arc_easy"], "--tasks: found 'arc_easy'"),
+        (["table2", "--gpus-per-cell", "1"], "found --gpus-per-cell without --ray"),
     ],
 )
 def test_wrong_arguments_are_named(

@@ -53,13 +53,17 @@ def cells(grid: Grid) -> list[dict[str, Any]]:
     return [{**cell, "seconds": None} for cell in read_cells(grid.results / grid.table)]
 
 
-def filling(grid: Grid, signals: dict[str, signal.Signals] | None = None) -> tuple[int, Iterator[Path]]:
-    """A process that fills the table, and the paths of its renames."""
+def filling(grid: Grid, *, until: str | None = None) -> tuple[int, Iterator[Path]]:
+    """A process that fills the table, and the paths of its renames; it stops before one to a path with a given end."""
     told, tell = os.pipe()
+
+    def stop(path: str) -> None:
+        if until is not None and path.endswith(until):
+            os.kill(os.getpid(), signal.SIGSTOP)
 
     def fill() -> None:
         signal.alarm(LIMIT)
-        watch(tell, signals=signals)
+        watch(tell, before=stop)
         run_table(grid)
 
     child = forked(fill)
@@ -89,7 +93,7 @@ def checkpoints(renames: list[Path], run: str) -> list[str]:
 
 def test_a_process_killed_in_the_middle_of_a_run_loses_nothing(grid: Grid, serial: Grid) -> None:
     """While it is held up, another makes what it can, and then waits for the run and for what starts from it."""
-    first, before = filling(grid, {"mle-seed1/checkpoints/checkpoint-2": signal.SIGSTOP})
+    first, before = filling(grid, until="mle-seed1/checkpoints/checkpoint-2")
     os.waitpid(first, os.WUNTRACED)
     second, renames = filling(grid)
     seen: list[Path] = []
