@@ -5,7 +5,6 @@ runs, so `bayestune --help` is instant.
 """
 
 import contextlib
-import os
 import signal
 import sys
 import traceback
@@ -21,6 +20,7 @@ from bayestune_cli.errors import INTERNAL, INTERRUPTED, OK, STOPPED, TERMINATED,
 from bayestune_cli.evaluate import evaluate
 from bayestune_cli.export import export
 from bayestune_cli.generate import generate
+from bayestune_cli.launched import process_count, run_launched
 from bayestune_cli.lm_eval import lm_eval
 from bayestune_cli.predict import predict
 from bayestune_cli.report import report
@@ -58,13 +58,13 @@ for command in (train, evaluate, predict, generate, lm_eval, acquire, distil, ex
 
 def main() -> NoReturn:
     """Run the program."""
-    code = invoke(sys.argv[1:])
+    if process_count() == 1:
+        sys.exit(invoke(sys.argv[1:]))
+    code = run_launched(invoke, sys.argv[1:])
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from bayestune.experiment.processes import leave
+    from bayestune.experiment.processes import leave
 
-        leave(code)
-    sys.exit(code)
+    leave(code)
 
 
 def invoke(arguments: Sequence[str]) -> int:

@@ -1,6 +1,9 @@
 """Arguments that several commands share."""
 
+import contextlib
 import dataclasses
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -79,11 +82,11 @@ def check_run(folder: Path) -> None:
 
 
 def load(folder: Path, data: str | None, predictive: str | None) -> "Run":
-    """Return the run in `folder`, with the posterior that averages draws as asked."""
+    """Return the run in `folder`, with the posterior that averages draws as asked; launched processes share rows."""
     from bayestune.errors import ConfigError
     from bayestune.experiment import load_run
 
-    run = load_run(folder, data=data)
+    run = dataclasses.replace(load_run(folder, data=data), shared=True)
     if predictive is None:
         return run
     try:
@@ -107,3 +110,23 @@ def check_output_file(output: Path, *, overwrite: bool) -> None:
         raise FlagError(f"--output {output}: the file exists; choose another, or pass --overwrite.")
     if not output.parent.is_dir():
         raise FlagError(f"--output {output}: found no folder {output.parent}, expected one.")
+
+
+@contextlib.contextmanager
+def writing_lines(output: Path, *, keeps: bool, length: int | None = None) -> Iterator[Callable[[str], None]]:
+    """Yield a function that writes to `output`, in the main process only.
+
+    Args:
+        keeps: append, rather than replace the file at the end.
+        length: first cut the file to so many bytes, before an unfinished last line.
+    """
+    from bayestune.experiment.processes import is_main
+    from bayestune.files import appending, replacing
+
+    if not is_main():
+        yield lambda text: None
+        return
+    if length is not None:
+        os.truncate(output, length)
+    with appending(output) if keeps else replacing(output) as write:
+        yield write

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from bayestune_cli.arguments import Data, Draws, Overwrite, RunFolder, Seed, check_output_file, check_run, draw_count
+from bayestune_cli.arguments import (
+    Data,
+    Draws,
+    Overwrite,
+    RunFolder,
+    Seed,
+    check_output_file,
+    check_run,
+    draw_count,
+    writing_lines,
+)
 from bayestune_cli.batches import check_files
 from bayestune_cli.errors import FlagError
 from bayestune_cli.signals import Stopped
@@ -74,7 +83,8 @@ def generate(
     check_files(input, output, flag="--input", whole=False)
 
     from bayestune.experiment import load_run
-    from bayestune.files import MANIFEST, appending, file_sha256, replacing
+    from bayestune.experiment.processes import together
+    from bayestune.files import MANIFEST, file_sha256
     from bayestune.tasks import read_rows
     from bayestune.tasks.prompted import PromptRow
 
@@ -86,9 +96,10 @@ def generate(
     chat = loaded.experiment.prompt == "chat" if chat is None else chat
     prompts = _checked(loaded, rows, chat, settings)
     record = {**settings, "chat": chat, "posterior": file_sha256(run / "posterior" / MANIFEST)}
-    done = _written(output, record, prompts) if resume and output.exists() else set()
+    done, length = _written(output, record, prompts) if resume and output.exists() else (set[str](), None)
+    done, length = together((done, length))[0]  # from here on the main process may write
     todo, keeps = [row.id for row in rows if row.id not in done], not (overwrite and output.exists())
-    with appending(output) if keeps else replacing(output) as write:
+    with writing_lines(output, keeps=keeps, length=length) as write:
         for names, found in _texts(loaded, todo, prompts, batch_size, output if keeps else None, settings):
             for name, made in zip(names, found.records(), strict=True):
                 own = {"prompt_sha256": _sha256(prompts[name]), _SETTINGS: record}
@@ -122,24 +133,37 @@ def _texts(
     kept: Path | None,
     settings: dict[str, Any],
 ) -> Iterator[tuple[Sequence[str], "Generation"]]:
-    """Yield the texts of some prompts at a time, and print them; sampled tokens are keyed by the prompts' ids."""
+    """Yield the texts of some prompts at a time, and print them; sampled tokens are keyed by the prompts' ids.
+
+    Each process of a launcher writes `batch_size` of them at a time.
+    """
+    from bayestune.experiment.processes import process_count, rank, together
+
+    starts = range(0, len(names), batch_size)
+    for first in range(0, len(starts), process_count()):
+        parts = [names[start : start + batch_size] for start in starts[first : first + process_count()]]
+        try:
+            mine = _written_by(loaded, parts[rank()], prompts, batch_size, settings) if rank() < len(parts) else None
+            found = together(mine)
+        except Stopped as stopped:
+            if first and kept is not None:
+                stopped.args = (f"{starts[first]} more prompts have a text in {kept}; continue with --resume",)
+            raise
+        for start, part, texts in zip(starts[first:], parts, found, strict=False):
+            assert texts is not None
+            yield part, texts
+            _show(part, texts, start, len(names))
+
+
+def _written_by(
+    loaded: "Run", part: Sequence[str], prompts: Mapping[str, Any], batch_size: int, settings: dict[str, Any]
+) -> "Generation":
     from bayestune.experiment.fitting import autocast
     from bayestune.inference import generate as written
 
-    for start in range(0, len(names), batch_size):
-        part = names[start : start + batch_size]
-        asked = [prompts[name] for name in part]
-        try:
-            with autocast(loaded.experiment):
-                found = written(
-                    loaded.posterior, loaded.task.tokenizer, asked, keys=part, batch_size=batch_size, **settings
-                )
-        except Stopped as stopped:
-            if start and kept is not None:
-                stopped.args = (f"{start} more prompts have a text in {kept}; continue with --resume",)
-            raise
-        yield part, found
-        _show(part, found, start, len(names))
+    asked = [prompts[name] for name in part]
+    with autocast(loaded.experiment):
+        return written(loaded.posterior, loaded.task.tokenizer, asked, keys=part, batch_size=batch_size, **settings)
 
 
 def _show(ids: Sequence[str], found: "Generation", start: int, total: int) -> None:
@@ -157,14 +181,14 @@ def _show(ids: Sequence[str], found: "Generation", start: int, total: int) -> No
 
 def _conclude(output: Path, rows: Sequence["PromptRow"], made: str, draws: int) -> None:
     """Say what was made and, if each row has an answer, how many texts say the same, and what tells which."""
-    print(f"{output}: {made}")
-    answers = {row.id: row.answer for row in rows if row.answer is not None}
-    if len(answers) < len(rows):
-        return
-
     from bayestune.experiment import score_table
+    from bayestune.experiment.processes import is_main
     from bayestune.inference.answer_scores import scores_of_texts
 
+    print(f"{output}: {made}")
+    answers = {row.id: row.answer for row in rows if row.answer is not None}
+    if len(answers) < len(rows) or not is_main():
+        return
     with output.open("rb") as lines:
         texts = [text for text in map(json.loads, lines) if text["id"] in answers]
     scores = scores_of_texts(texts, [answers[text["id"]] for text in texts], draws=draws)
@@ -175,8 +199,8 @@ def _conclude(output: Path, rows: Sequence["PromptRow"], made: str, draws: int) 
         print("\n".join(f"{'':4}{name:<24} {value:.3f}" for name, value in known.items()))
 
 
-def _written(output: Path, settings: dict[str, Any], prompts: Mapping[str, Any]) -> set[str]:
-    """The ids that have a text in `output`, whose last line is taken away if it is cut.
+def _written(output: Path, settings: dict[str, Any], prompts: Mapping[str, Any]) -> tuple[set[str], int]:
+    """The ids that have a text in `output`, and the bytes of its whole lines; only the last may be cut.
 
     Raises:
         FlagError: a line is no text of this command, or was made with other settings, another run or another prompt.
@@ -199,8 +223,7 @@ def _written(output: Path, settings: dict[str, Any], prompts: Mapping[str, Any])
                 raise FlagError(f"{where}: found a text of another prompt with the id {text['id']!r}; rename one.")
             found.add(text["id"])
             whole += len(line)
-    os.truncate(output, whole)
-    return found
+    return found, whole
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

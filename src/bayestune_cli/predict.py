@@ -1,7 +1,6 @@
 """`bayestune predict`: rows in, answers out, some at a time."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Union
@@ -20,9 +19,11 @@ from bayestune_cli.arguments import (
     check_run,
     draw_count,
     load,
+    writing_lines,
 )
 from bayestune_cli.batches import OnBadRow, batches, check_all, check_files
 from bayestune_cli.errors import FlagError
+from bayestune_cli.launched import process_count
 from bayestune_cli.signals import Stopped
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ def predict(
         raise FlagError("predict: found --overwrite with --resume, expected one of the two.")
     done, length = _answered(output) if resume and output.exists() else ({}, None)
 
-    from bayestune.files import appending, check_writable, replacing
+    from bayestune.experiment.processes import together
+    from bayestune.files import check_writable
 
     check_writable(output.parent, f"--output {output}")
     loaded = _answering(run, served, data=data, predictive=predictive, api_key=api_key, draws=draws, seed=seed)
@@ -78,11 +80,10 @@ def predict(
         check_all(input, loaded.task)
     count, keeps = draw_count(loaded, draws, predictive), not (overwrite and output.exists())
     at_once = None if served is None else 16  # a server answers more slowly
+    done, length = together((done, length))[0]  # from here on the main process may write
     _check_same(loaded, input, done, output, draws=count, seed=seed)
     written, skipped, first = 0, 0, ""
-    if length is not None:
-        os.truncate(output, length)  # an unfinished last line, now that all else has been checked
-    with appending(output) if keeps else replacing(output) as write:
+    with writing_lines(output, keeps=keeps, length=length) as write:
         try:
             for rows, bad in batches(input, loaded.task, at_once=at_once):
                 skipped, first = skipped + len(bad), first or "".join(map(str, bad[:1]))
@@ -104,6 +105,8 @@ def _check_answering(run: Path | None, served: Path | None) -> None:
         raise FlagError(f"predict: found {found} of RUN and --served, expected one of them.")
     if run is not None:
         check_run(run)
+    elif process_count() > 1:
+        raise FlagError("--served: found several processes, expected one: the server answers; start it alone.")
 
 
 def _answering(

@@ -58,7 +58,9 @@ def adapter(run: Path) -> bytes:
 def processes() -> Any:
     """Where processes are started that have the packages imported already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bayestune_cli.app"])
+    context.set_forkserver_preload(
+        ["bayestune_cli.app", "bayestune.experiment", "transformers.models.llama.modeling_llama"]
+    )
     return context
 
 

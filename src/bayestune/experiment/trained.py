@@ -15,12 +15,14 @@ from bayestune.errors import BayestuneWarning, ConfigError
 from bayestune.experiment.backbone import Backbone, build_task, default_targets, find_backbone, load_base
 from bayestune.experiment.fitting import autocast
 from bayestune.experiment.folder import EXPERIMENT, POSTERIOR, RESULT, SHOTS, TRAINED, earlier_run
+from bayestune.experiment.processes import process_count, rank, together
 from bayestune.experiment.record import rows_sha256
 from bayestune.experiment.rows import HELD_OUT, own_splits
 from bayestune.experiment.settings import OF_TASKS, PROMPT, Experiment
 from bayestune.files import MANIFEST, file_sha256, read_json
 from bayestune.functional import derive_seed
 from bayestune.inference import predict
+from bayestune.inference.predict import draw_outputs
 from bayestune.methods import Posterior, load
 from bayestune.storage.manifest import TENSOR_FILE
 from bayestune.tasks import AnyRow, Row, Task, TokenizedTask, read_rows
@@ -29,11 +31,16 @@ from bayestune.tasks.causal import CausalChoice
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A trained run, loaded: its settings, its task and its posterior."""
+    """A trained run, loaded: its settings, its task and its posterior.
+
+    Attributes:
+        shared: whether the processes of a launcher share the rows of `predict`, which all of them must then call.
+    """
 
     experiment: Experiment
     task: TokenizedTask
     posterior: Posterior
+    shared: bool = False
 
     @property
     def model(self) -> PeftModel:
@@ -55,8 +62,24 @@ class Run:
         self, rows: Sequence[AnyRow], *, draws: int, seed: int = 0, task: Task | None = None, progress: bool = False
     ) -> Any:
         """`bayestune.predict` in the run's own precision; `task` asks another task of the same model."""
+        predicting = _predict_share if self.shared and rows else predict
         with autocast(self.experiment):
-            return predict(self.posterior, task or self.task, rows, draws=draws, seed=seed, progress=progress)
+            return predicting(self.posterior, task or self.task, rows, draws=draws, seed=seed, progress=progress)
+
+
+def _predict_share(
+    posterior: Posterior, task: Task, rows: Sequence[AnyRow], *, draws: int, seed: int, progress: bool
+) -> Any:
+    """`predict`, where each process asks the model for some of the rows and gets the outputs of all."""
+    asked, count = {"draws": draws, "seed": seed}, process_count()
+    mine = rows[rank() :: count]
+    found = draw_outputs(posterior, task, mine, **asked, batch_size=8, progress=progress)[0] if mine else None
+    parts = [part for part in together(found) if part is not None]  # the last processes may have no row
+    slices, _, columns = parts[0].shape
+    outputs = parts[0].new_empty(slices, len(rows), columns)
+    for first, part in enumerate(parts):
+        outputs[:, first::count] = part
+    return task.prediction(outputs, rows, **asked, temperature=posterior.temperature)
 
 
 def load_run(folder: str | Path, *, data: str | Path | None = None) -> Run:
