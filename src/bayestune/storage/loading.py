@@ -131,6 +131,12 @@ class _Saved:
 
     def onto(self, base: nn.Module, *, trainable: bool) -> PeftModel:
         """`base` with the adapter, or an error before it is changed."""
+        offloaded = next((name for name, parameter in base.named_parameters() if parameter.is_meta), None)
+        if offloaded is not None:
+            raise ConfigError(
+                f"the base model: found {offloaded} without memory, as offloading leaves it (device_map), expected "
+                "every layer on a device, since an adapter stays with its layer: load it without 'disk' in its map."
+            )
         config = self.config()
         config.inference_mode = not trainable
         tensors = self.tensors(TENSOR_FILE, "tensors")
