@@ -29,7 +29,7 @@ KINDS = ("lora", "blob", "kl", "ivon")
 
 
 def model_of(kind: str) -> PeftModel:
-    model = lora() if kind in ("lora", "ivon") else double_blob()
+    model = lora() if kind in ("lora", "map", "ivon") else double_blob()
     if kind == "kl":
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -39,13 +39,14 @@ def model_of(kind: str) -> PeftModel:
 
 
 class AsTwo(BayesTrainer):
-    """One process, whose two micro-batches an update see the noise that two processes would see."""
+    """One process, whose micro-batches see the noise that those of two processes in turn would see."""
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         if self._noise is not None:
-            self._noise.rank, self._noise.micro = self._noise.micro, 0
+            micro = self._noise.micro
+            self._noise.rank, self._noise.micro = micro % 2, micro // 2
             loss = super().training_step(model, inputs, num_items_in_batch)
-            self._noise.micro = self._noise.rank + 1
+            self._noise.micro = micro + 1
             return loss
         return super().training_step(model, inputs, num_items_in_batch)
 
@@ -53,9 +54,13 @@ class AsTwo(BayesTrainer):
 def trainer_of(kind: str, folder: Path, *, alone: bool, **settings: Any) -> BayesTrainer:
     """20 updates of 4 rows: in two processes of a micro-batch of 2 each, or `alone` in two micro-batches.
 
+    "accumulated" is BLoB with clipping and twice as many micro-batches, in two processes with gradient checkpointing.
     It is evaluated on 7 rows, two or four at once, so that the last batch is short of rows for both.
     """
-    model, callbacks, optimizer = model_of(kind), [], None
+    model, callbacks, optimizer, times = model_of(kind), [], None, 1
+    if kind == "accumulated":
+        times, more = 2, {"max_grad_norm": 0.5, "activation_checkpointing": not alone}
+        settings = {**settings, **more}
     if kind == "ivon":
         weights = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         optimizer = IvonOptimizer(weights, lr=1e-3, sample_size=20, prior_std=0.1, h0=0.1)
@@ -66,7 +71,7 @@ def trainer_of(kind: str, folder: Path, *, alone: bool, **settings: Any) -> Baye
         args=arguments(
             folder,
             per_device_train_batch_size=2,
-            gradient_accumulation_steps=2 if alone else 1,
+            gradient_accumulation_steps=times * (2 if alone else 1),
             per_device_eval_batch_size=4 if alone else 2,
             max_steps=20,
             ddp_backend=None if alone else "gloo",
@@ -74,7 +79,8 @@ def trainer_of(kind: str, folder: Path, *, alone: bool, **settings: Any) -> Baye
         ),
         train_rows=rows(20),
         eval_rows=rows(7),
-        kl=KLSettings(cycle=4) if kind in ("blob", "kl") else None,
+        kl=KLSettings(cycle=4) if kind in ("blob", "kl", "accumulated") else None,
+        prior_std=0.05 if kind == "map" else None,
         optimizer=optimizer,
         callbacks=callbacks,
     )

@@ -113,6 +113,8 @@ class Training:
             trainer.remove_callback(PrinterCallback)
             last = _last_checkpoint(folder) if (self.resume if resume is None else resume) else None
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
+            if trainer.is_fsdp_enabled:  # its shards were on the device; the model stayed where it was loaded
+                model.to(given.device)
         if not saves and is_main():
             with contextlib.suppress(OSError):  # something else put a file there
                 folder.rmdir()  # the Trainer makes it all the same

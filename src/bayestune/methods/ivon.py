@@ -29,6 +29,7 @@ from bayestune.functional import derive_seed
 from bayestune.methods.base import Family, Fitting, Method, plain_adapter
 from bayestune.sampling import Variational
 from bayestune.storage.state import adapter_tensors, as_bayesian, parameter_names
+from bayestune.training.sharding import sharded_like
 
 _RATES: dict[Family, float] = {"causal": 0.03, "encoder": 0.1}
 _LEAST_SAMPLE_SIZE = 10_000
@@ -95,24 +96,22 @@ class IvonOptimizer(Optimizer):
         settings = {"lr": lr, "sample_size": sample_size, "delta": 1 / (sample_size * prior_std**2), "beta1": beta1}
         settings |= {"beta2": beta2, "clip_radius": clip_radius, "seed": seed}
         super().__init__(list(parameters), settings)
+        self._h0 = h0
         self._held: dict[nn.Parameter, tuple[Tensor, Tensor]] = {}  # m and eps of the draw that is held
         for _, name, weight in self._weights():
             if weight.dtype not in (torch.float32, torch.float64):
                 raise ConfigError(f"IvonOptimizer: {name} is {weight.dtype}, expected float32: cast it with float().")
-            self.state[weight] = {
-                "momentum": torch.zeros_like(weight),
-                "curvature": torch.full_like(weight, h0),
-                "step": 0,
-            }
+            self._state(weight)
 
     @torch.no_grad()
     def draw(self) -> None:
         """Put a draw ``theta = m + sigma eps`` in the place of m, until `step` or `restore`."""
         self.restore()
         for group, name, weight in self._weights():
-            key = derive_seed("ivon", group["seed"], self.state[weight]["step"], name)
+            key = derive_seed("ivon", group["seed"], self._state(weight)["step"], name)
             generator = torch.Generator(weight.device).manual_seed(key)
-            epsilon = torch.randn(weight.shape, generator=generator, device=weight.device, dtype=weight.dtype)
+            noise = torch.randn(weight.shape, generator=generator, device=weight.device, dtype=weight.dtype)
+            epsilon = sharded_like(noise, weight)
             self._held[weight] = weight.clone(), epsilon
             weight.addcmul_(self._std(group, weight), epsilon)
 
@@ -152,7 +151,7 @@ class IvonOptimizer(Optimizer):
         return {name: self._std(group, weight) for group, name, weight in self._weights()}
 
     def _update(self, group: dict[str, Any], weight: nn.Parameter, gradient: Tensor, epsilon: Tensor) -> None:
-        state, delta = self.state[weight], group["delta"]
+        state, delta = self._state(weight), group["delta"]
         state["step"] += 1
         estimate = gradient * epsilon / self._std(group, weight)  # theta - m = sigma eps
         state["momentum"].lerp_(gradient, 1 - group["beta1"])
@@ -164,7 +163,14 @@ class IvonOptimizer(Optimizer):
         weight.sub_(change, alpha=group["lr"])
 
     def _std(self, group: Mapping[str, Any], weight: nn.Parameter) -> Tensor:
-        return (group["sample_size"] * (self.state[weight]["curvature"] + group["delta"])).rsqrt()
+        return (group["sample_size"] * (self._state(weight)["curvature"] + group["delta"])).rsqrt()
+
+    def _state(self, weight: nn.Parameter) -> dict[str, Any]:
+        """The state of a parameter; made anew for one that took the place of another, as sharding does."""
+        if weight not in self.state:
+            momentum, curvature = torch.zeros_like(weight), torch.full_like(weight, self._h0)
+            self.state[weight] = {"momentum": momentum, "curvature": curvature, "step": 0}
+        return self.state[weight]
 
     def _weights(self) -> Iterator[tuple[dict[str, Any], str, nn.Parameter]]:
         for group in self.param_groups:

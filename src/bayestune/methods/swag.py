@@ -20,6 +20,7 @@ import torch
 from peft import PeftModel
 from pydantic import Field
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerState
 
 from bayestune.adapters import is_merged
@@ -219,6 +220,8 @@ class SwagCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
+        if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+            raise ConfigError("SwagCallback: found a sharded model (FSDP), expected whole weights: use DDP.")
         trained_weights(model)
         own = set(parameter_names(*active_adapter(model)[:2]).values())
         for name, parameter in model.named_parameters():

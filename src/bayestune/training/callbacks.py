@@ -76,7 +76,7 @@ class KLCallback(NoiseCallback):
         if args.fp16:
             raise ConfigError("fp16=True scales the loss, and the KL step is taken outside the scaler: use bf16=True.")
         if args.deepspeed:
-            raise ConfigError("DeepSpeed owns the optimizer step, so the KL step cannot follow it: train without it.")
+            raise ConfigError("DeepSpeed owns the optimizer step, so the KL step cannot follow it: use FSDP2.")
         _restore_float32(model)
         self._layers = list(gaussian_layers(model).values())
         if not self._layers:
@@ -95,7 +95,7 @@ class KLCallback(NoiseCallback):
             _warn_of_unscaled_loss(trainer, args.gradient_accumulation_steps)
             handler = trainer.callback_handler  # first, so that every logger reads what `on_log` adds
             handler.callbacks = [self, *(callback for callback in handler.callbacks if callback is not self)]
-        if state.is_world_process_zero and state.global_step == 0:
+        if state.global_step == 0:
             self._check_width(args, state)
         super().on_train_begin(args, state, control, **kwargs)
 
@@ -111,7 +111,8 @@ class KLCallback(NoiseCallback):
             schedule=self.settings.schedule,
             warmup=args.get_warmup_steps(state.max_steps) / state.max_steps,
         )
-        warn_of_width(reached, start=start, prior_std=prior_std, updates=state.max_steps)
+        if state.is_world_process_zero:  # the others only help to sum a sharded std
+            warn_of_width(reached, start=start, prior_std=prior_std, updates=state.max_steps)
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         group = kwargs["optimizer"].param_groups[0]

@@ -27,6 +27,7 @@ from bayestune.errors import TrainingError
 from bayestune.functional import derive_seed
 from bayestune.training import checkpoint_files, checkpoint_state
 from bayestune.training.checkpoint_files import ADAPTER, STATE, UNFINISHED
+from bayestune.training.sharding import gather, gather_optimizer, scatter, to_shard
 
 
 class SafeTrainer(Trainer):
@@ -41,13 +42,20 @@ class SafeTrainer(Trainer):
     """
 
     _saves_to: Path | None = None
+    # If the Trainer's model is sharded, the model to gather its adapters into, and an optimizer that was given.
+    _ordinary: PeftModel | None = None
+    _given: Optimizer | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Like `Trainer.train`, but each process has dropout masks of its own."""
         rank = self.args.process_index
         if rank:
             torch.manual_seed(derive_seed("masks", self.args.seed, rank))
-        return super().train(*args, **kwargs)
+        output = super().train(*args, **kwargs)
+        self._gather()
+        if self._ordinary is not None and self._given is not None:
+            gather_optimizer(self._given, self._trained(), self._ordinary)
+        return output
 
     def resume_settings(self) -> dict[str, Any]:
         """Return the settings that a resumed run must share with the interrupted one, as JSON values."""
@@ -106,13 +114,16 @@ class SafeTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Like `Trainer.save_model`, but only the adapter, and without the pickled arguments."""
+        self._gather()
         if self.args.should_save:
             # PEFT would ask the network whether the base has other embeddings; they are never adapted here.
             self._adapters().save_pretrained(output_dir or str(self.args.output_dir), save_embedding_layers=False)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        optimizer, scheduler, settings = self._optimization()
+        state = checkpoint_state.whole_state(optimizer)
         if self.args.should_save:
-            checkpoint_state.save_optimizer(Path(output_dir), *self._optimization())
+            checkpoint_state.save_optimizer(Path(output_dir), state, scheduler, settings)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -143,11 +154,33 @@ class SafeTrainer(Trainer):
             if (folder / ADAPTER).relative_to(checkpoint).as_posix() not in names:
                 raise TrainingError(f"{checkpoint} cannot be resumed: it holds no adapter {adapter!r}.")
             checkpoint_state.load_adapter(adapters, adapter, folder)
+        if self._ordinary is not None:
+            scatter(self._ordinary, self._trained())
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
+    def _to_shard(self, model: PeftModel, optimizer: Optimizer | None) -> PeftModel:
+        """Return the copy of `model` to shard; while it is trained, an optimizer given for `model` is one of it."""
+        self._ordinary, self._given = model, optimizer
+        if optimizer is not None:
+            optimizer.state.clear()  # accelerate puts sharded parameters in the place of its own
+        return to_shard(model)
+
+    def _start(self) -> dict[str, float]:
+        """Return what processes must share to shard: the weights, which nothing brings from one to the others."""
+        weights = () if self._ordinary is None else self._ordinary.parameters()
+        return {"sum of the trained weights": sum(p.double().sum().item() for p in weights if p.requires_grad)}
+
+    def _gather(self) -> None:
+        """Bring the adapters of the ordinary model up to date; every process must call this."""
+        if self._ordinary is not None:
+            gather(self._trained(), self._ordinary)
+
     def _adapters(self) -> PeftModel:
+        return self._trained() if self._ordinary is None else self._ordinary
+
+    def _trained(self) -> PeftModel:
         assert isinstance(self.model, PeftModel)
         return self.model

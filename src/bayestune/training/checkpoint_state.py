@@ -18,15 +18,25 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from bayestune.errors import ConfigError, PosteriorError, TrainingError
 from bayestune.training.checkpoint_files import ADAPTER, FORMAT, OPTIMIZER, TRAINING
+from bayestune.training.sharding import sharded_like, whole
 
 
-def save_optimizer(folder: Path, optimizer: Optimizer, scheduler: LRScheduler, settings: dict[str, Any]) -> None:
-    """Write the states of `optimizer` and `scheduler`, and the `settings` that the run depends on.
+def whole_state(optimizer: Optimizer) -> dict[str, Any]:
+    """Return the state dict of `optimizer`; if its tensors are sharded, every process must call this."""
+    state = optimizer.state_dict()
+    gathered = {
+        number: {name: whole(value) if isinstance(value, Tensor) else value for name, value in values.items()}
+        for number, values in state["state"].items()
+    }
+    return {**state, "state": gathered}
+
+
+def save_optimizer(folder: Path, state: dict[str, Any], scheduler: LRScheduler, settings: dict[str, Any]) -> None:
+    """Write the `whole_state` of an optimizer, the state of `scheduler`, and the `settings` that the run depends on.
 
     Raises:
         ConfigError: a state holds something other than tensors and plain JSON values.
     """
-    state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     others: dict[str, dict[str, Any]] = {}
     for number, values in state["state"].items():
@@ -66,9 +76,12 @@ def load_optimizer(folder: Path, optimizer: Optimizer, scheduler: LRScheduler, s
                 "it could not continue the same run. Use the same setting, or start anew from its adapter."
             )
     state: dict[int, dict[str, Any]] = {int(key): value for key, value in saved["optimizer"]["state"].items()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, tensor in load_file(_existing(folder / OPTIMIZER)).items():
         number, name = key.split(".", 1)
-        state.setdefault(int(number), {})[name] = tensor
+        parameter = parameters[int(number)]
+        each = tensor.shape == parameter.shape  # one value for each weight
+        state.setdefault(int(number), {})[name] = sharded_like(tensor, parameter) if each else tensor
     optimizer.load_state_dict({"state": state, "param_groups": saved["optimizer"]["param_groups"]})
     scheduler.load_state_dict(saved["scheduler"])
 

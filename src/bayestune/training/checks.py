@@ -12,13 +12,13 @@ from bayestune.errors import ConfigError, DataError
 from bayestune.storage.fingerprint import base_parameters
 from bayestune.storage.state import check_name
 from bayestune.training.kl import KLSettings
+from bayestune.training.sharding import asked
 
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 _ORDERS = ("random", "sequential", "group_by_length")
 _UNSUPPORTED = {
     "fp16": "the KL step is taken outside the loss scaler; use bf16=True",
-    "deepspeed": "it owns the optimizer step; use DDP",
-    "fsdp": "its checkpoints are pickled; use DDP, or KLCallback on a plain Trainer",
+    "deepspeed": "it owns the optimizer step; shard with FSDP2 (fsdp=True) instead",
     "push_to_hub": "it uploads a pickle of the arguments; use model.push_to_hub() afterwards",
     "bf16_full_eval": "it would leave the base model cast; use bf16=True",
     "fp16_full_eval": "it would leave the base model cast; use bf16=True",
@@ -45,6 +45,7 @@ def check_arguments(args: TrainingArguments) -> None:
             f"BayesTrainer train_sampling_strategy: found {args.train_sampling_strategy!r}, "
             f"expected one of {_ORDERS}: other orders cannot be resumed."
         )
+    asked(args)
     if args.n_gpu > 1:
         raise ConfigError(
             f"found {args.n_gpu} GPUs in one process: launch with torchrun, or show the process one GPU."
@@ -124,6 +125,17 @@ def check_rows(args: TrainingArguments, rows: int) -> None:
         raise ConfigError(
             f"dataloader_drop_last=True drops all training rows: found {rows}, expected at least one batch of "
             f"{batch}; leave it False, or take smaller batches."
+        )
+
+
+def check_plugins(deepspeed: bool, fsdp: bool, *, asked: bool) -> None:
+    """Raise a `ConfigError` if accelerate enabled DeepSpeed, or did not enable FSDP, which was `asked` for."""
+    if deepspeed:
+        raise ConfigError("accelerate's configuration asks for DeepSpeed, which owns the optimizer step: use FSDP2.")
+    if asked and not fsdp:
+        raise ConfigError(
+            "FSDP: found processes on a CPU, expected GPUs, as accelerate shards on nothing else (and would train by "
+            "DDP without saying so): start it on GPUs, or leave FSDP out."
         )
 
 

@@ -28,6 +28,7 @@ from torch.nn.utils import parameters_to_vector
 from bayestune.adapters import GaussianLinear, mean_std
 from bayestune.errors import ConfigError
 from bayestune.functional import clamp_rho, gaussian_kl_gradient, paper_kl_weight
+from bayestune.training.sharding import local
 
 JOINED = {"cpu": 2**16, "other": 2**21}
 """Most entries that move in one computation: few kernels for many small layers, within a CPU's cache."""
@@ -87,7 +88,7 @@ def kl_step(layers: Iterable[GaussianLinear], *, rate: float, weight: float, alo
 
     The KL part of the step stops at the minimum of the KL, ``|G| = sqrt(s_p)``: a G near 0, whose gradient is
     ``-2 / G``, would jump far past it. ``|G|`` stays at or above `RHO_FLOOR`. Layers with the same prior move in one
-    computation with up to `JOINED` entries.
+    computation with up to `JOINED` entries. Every entry moves by itself, so each process moves those of its shards.
 
     Args:
         layers: Gaussian layers.
@@ -96,15 +97,17 @@ def kl_step(layers: Iterable[GaussianLinear], *, rate: float, weight: float, alo
         along_nll: whether G also moves along its NLL gradient, `layer.rho.grad`; M never does.
     """
     for prior_std, group in layer_groups(layers):
-        means, rhos = [layer.weight for layer in group], [layer.rho for layer in group]
+        means, rhos = [local(layer.weight) for layer in group], [local(layer.rho) for layer in group]
         mean, rho = parameters_to_vector(means), parameters_to_vector(rhos)
         d_mean, d_rho = gaussian_kl_gradient(mean, rho, prior_std)
         mean.sub_(d_mean, alpha=rate * weight)
         to_best = torch.full_like(rho, math.sqrt(prior_std)).copysign(rho) - rho
         step = (-rate * weight * d_rho).clamp(min=to_best.clamp(max=0), max=to_best.clamp(min=0))
         if along_nll:
-            gradients = [torch.zeros_like(rho) if rho.grad is None else rho.grad for rho in rhos]
-            step.sub_(parameters_to_vector(gradients), alpha=rate)
+            gradients = [layer.rho.grad for layer in group]
+            found = zip(gradients, rhos, strict=True)
+            along = [torch.zeros_like(rho) if gradient is None else local(gradient) for gradient, rho in found]
+            step.sub_(parameters_to_vector(along), alpha=rate)
         _put_back(mean, means)
         _put_back(clamp_rho(rho + step), rhos)
 

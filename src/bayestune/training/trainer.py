@@ -7,20 +7,22 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from bayestune.adapters import gaussian_layers, random_layers, training_noise
-from bayestune.errors import ConfigError, TrainingError
+from bayestune.errors import TrainingError
 from bayestune.functional import gaussian_penalty
 from bayestune.tasks import AnyRow, Task
-from bayestune.training import checks
+from bayestune.training import checks, sharding
 from bayestune.training.batches import ROW, Examples, LengthGrouped
 from bayestune.training.callbacks import KLCallback, NoiseCallback
 from bayestune.training.checkpoint import SafeTrainer
 from bayestune.training.finite import Quantity, first_nonfinite, listed, nonfinite_rows, stopped
+from bayestune.training.groups import parameter_groups
 from bayestune.training.kl import KLSettings, posterior_summary
 from bayestune.training.memory import BackOff, outputs_in_parts
 from bayestune.training.posterior_std import default_kl
@@ -37,6 +39,8 @@ class BayesTrainer(SafeTrainer):
 
     If a GPU runs out of memory, the update restarts with half the rows per forward (see `training.memory`), and later
     updates keep that size; a `BayestuneWarning` says so. If the CPU or the optimizer step runs out, the run ends.
+
+    With FSDP2 the processes train shards, and `model` gets the trained adapter at the end (see `training.sharding`).
 
     Args:
         model: PEFT model with a Bayesian or plain LoRA adapter.
@@ -76,16 +80,17 @@ class BayesTrainer(SafeTrainer):
         callbacks: Sequence[TrainerCallback] | None = None,
     ) -> None:
         args = checks.checked_arguments(args)
-        self.task, self.train_draws, self.prior_std = task, train_draws, prior_std
         self._optimizer_settings = optimizer and f"{type(optimizer).__name__} {optimizer.defaults}"
+        if sharding.asked(args):
+            model, optimizer = self._to_shard(model, optimizer), None
+        self.task, self.train_draws, self.prior_std = task, train_draws, prior_std
         self._gaussian, random = gaussian_layers(model), random_layers(model)
         self._noise = training_noise(model) if random else None
         checks.check_model(model, bool(random), bool(self._gaussian), kl, prior_std, train_draws)
-        train = Examples(task, task.rows("train") if train_rows is None else train_rows, model)
+        self._train = train = Examples(task, task.rows("train") if train_rows is None else train_rows, model)
         checks.check_rows(args, len(train))
         if args.eval_strategy != "no":
             checks.check_eval_rows(eval_rows)
-        self._train = train
         self._noise_callback = NoiseCallback() if random else None
         if self._gaussian:
             kl = kl or default_kl(self._gaussian.values(), len(train), args)
@@ -102,10 +107,9 @@ class BayesTrainer(SafeTrainer):
             optimizers=(optimizer, None),
         )
         self._memory = BackOff(self.args, self._train.ids, self._train.batch)
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ConfigError("the accelerate configuration asks for DeepSpeed or FSDP: not supported, use DDP.")
+        checks.check_plugins(self.is_deepspeed_enabled, self.is_fsdp_enabled, asked=self._ordinary is not None)
         if args.world_size > 1:
-            checks.check_same_settings(gather_object([self.resume_settings()]))
+            checks.check_same_settings(gather_object([{**self.resume_settings(), **self._start()}]))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Like `Trainer.get_eval_dataloader`, of `eval_rows` by default."""
@@ -114,22 +118,15 @@ class BayesTrainer(SafeTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create AdamW (or plain SGD) over M, which is not decayed, B and the trained heads, but not G."""
+        self.optimizer = self.optimizer or self._given
         if self.optimizer is None:
             module = self.model if model is None else model
             assert isinstance(module, nn.Module)
             decayed = set(self.get_decay_parameter_names(module))
-            means = {id(layer.weight) for layer in self._gaussian.values()}
-            rhos = {id(layer.rho) for layer in self._gaussian.values()}
-            groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-            for name, parameter in module.named_parameters():
-                if parameter.requires_grad and id(parameter) not in rhos:
-                    groups[name in decayed and id(parameter) not in means].append(parameter)
-            rates = {True: self.args.weight_decay, False: 0.0}
+            layers, decay = self._gaussian.values(), self.args.weight_decay
+            groups = parameter_groups(module, layers, decayed=decayed, weight_decay=decay)
             optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(self.args)
-            self.optimizer = optimizer_class(
-                [{"params": group, "weight_decay": rates[decays]} for decays, group in groups.items() if group],
-                **settings,
-            )
+            self.optimizer = optimizer_class(groups, **settings)
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
@@ -184,7 +181,7 @@ class BayesTrainer(SafeTrainer):
         processes = 1 if num_items_in_batch is None else self.args.world_size
         loss = nll.sum() * (processes / (draws * total))
         if self.prior_std is not None:
-            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            trained = [sharding.whole(parameter) for parameter in model.parameters() if parameter.requires_grad]
             share = processes * rows / (total * len(self._train.ids))
             loss = loss + gaussian_penalty(trained, self.prior_std) * share
         return (loss, nll) if return_outputs else loss
@@ -199,7 +196,7 @@ class BayesTrainer(SafeTrainer):
             lambda rows: run(model, rows, num_items_in_batch),
             lambda: self._undo_update(model),
             step=self.state.global_step,
-            shared=isinstance(model, DistributedDataParallel),
+            shared=isinstance(model, (DistributedDataParallel, FSDPModule)),
         )
         if self.accelerator.sync_gradients:
             self._check_gradient(num_items_in_batch)
@@ -230,6 +227,7 @@ class BayesTrainer(SafeTrainer):
         finally:
             for module, training in modes:
                 module.training = training
+            sharding.reshard(self.model)
         assert output.metrics is not None
         # Trainer's own loss is a mean of batch means, in which the rows of a short last batch count more.
         output.metrics.update(
@@ -282,7 +280,8 @@ class BayesTrainer(SafeTrainer):
         if bad is None:
             return
         rows = self._memory.rows
-        guilty = [row for row in rows if self._spoils_gradient(row, num_items_in_batch)]
+        apart = self._ordinary is None  # sharded processes can only run rows together
+        guilty = [row for row in rows if apart and self._spoils_gradient(row, num_items_in_batch)]
         source = f"{'from' if guilty else 'from one of'} {listed([self._train.ids[row] for row in guilty or rows])}"
         problem = f"the NLL gradient of {bad[0]} ({bad[1]} parameters in all) is not finite, {source}"
         raise self._stopped("gradient", problem, advice="look at that row, lower the learning rate, or use float32")

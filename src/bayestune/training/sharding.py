@@ -1,0 +1,125 @@
+"""Training on shards (FSDP2): each process holds a part of every weight, gradient and state of the optimizer.
+
+accelerate shards a model in place, and nothing makes it ordinary again. `BayesTrainer` therefore trains a copy of the
+modules whose weights are the model's own until they are sharded. After training, and for every checkpoint, the
+trained weights are gathered into the model, which stays where it was loaded.
+"""
+
+import copy
+import os
+from typing import Any
+
+import torch
+from accelerate.utils import parse_flag_from_env
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+from transformers import TrainingArguments
+from transformers.training_args import ParallelMode
+
+from bayestune.errors import ConfigError
+from bayestune.storage.state import adapter_tensors
+
+
+def asked(args: TrainingArguments) -> bool:
+    """Return whether `args`, or the environment that `accelerate launch` sets, asks for FSDP.
+
+    Raises:
+        ConfigError: it is FSDP1, there is one process, or a setting of it would train something else.
+    """
+    given = args.fsdp_plugin_args
+    if given is None and not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return False
+    version = os.environ.get("FSDP_VERSION", "1") if given is None else given["fsdp_version"]
+    if int(version) != 2:
+        raise ConfigError(
+            f"FSDP: found version {version}, expected 2: set fsdp_version 2 (accelerate launch --fsdp_version 2, or "
+            'fsdp_config={"version": 2}).'
+        )
+    if args.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise ConfigError("FSDP: found one process, expected several: start them with accelerate launch or torchrun.")
+    if (given or {}).get("activation_checkpointing", parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING")):
+        raise ConfigError(
+            "FSDP's activation_checkpointing does not repeat dropout masks, so gradients would be wrong: leave it "
+            "out, and give TrainingArguments(activation_checkpointing=True)."
+        )
+    return True
+
+
+def to_shard(model: PeftModel) -> PeftModel:
+    """Return a copy of the modules of `model` that can be sharded; its parameters share the memory of the model's.
+
+    Raises:
+        ConfigError: the base is quantized.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or type(parameter) is not nn.Parameter:
+            raise ConfigError(
+                f"FSDP: found {name} quantized ({type(parameter).__name__}, {parameter.dtype}), expected weights in "
+                "bfloat16 or float32, which can be sharded: load the base without quantization, or use DDP."
+            )
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.data, p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, memo)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the part of `tensor` that this process holds, sharing its memory; all of it unless it is sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of `tensor`; if it is sharded, every process must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """Return `tensor`, which all processes have, sharded as `other` is; without communication."""
+    if not isinstance(other, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the weights that the last forward gathered; those of the root stay until a backward otherwise."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@torch.no_grad()
+def gather(sharded: PeftModel, model: PeftModel) -> None:
+    """Copy the adapters of `sharded` into `model`; every process must call this."""
+    for part, tensor in _pairs(sharded, model):
+        tensor.copy_(whole(part))
+
+
+@torch.no_grad()
+def scatter(model: PeftModel, sharded: PeftModel) -> None:
+    """Copy the adapters of `model` into `sharded`."""
+    for part, tensor in _pairs(sharded, model):
+        local(part).copy_(local(sharded_like(tensor, part)))
+
+
+def gather_optimizer(optimizer: Optimizer, sharded: PeftModel, model: PeftModel) -> None:
+    """Make `optimizer`, which trained `sharded`, one of the parameters of `model`; every process must call this."""
+    names = {id(parameter): name for name, parameter in sharded.named_parameters()}
+    own = dict(model.named_parameters())
+    for group in optimizer.param_groups:
+        for index, parameter in enumerate(group["params"]):
+            group["params"][index] = to = own[names[id(parameter)]]
+            state = optimizer.state.pop(parameter, {})
+            optimizer.state[to] = {
+                key: whole(value).to(to.device) if isinstance(value, DTensor) else value
+                for key, value in state.items()
+            }
+
+
+def _pairs(sharded: PeftModel, model: PeftModel) -> list[tuple[Tensor, Tensor]]:
+    """Return the tensors of each adapter in use: of `sharded`, and of `model`."""
+    pairs = []
+    for adapter in model.active_adapters:
+        parts = adapter_tensors(sharded, adapter)
+        pairs += [(parts[key], tensor) for key, tensor in adapter_tensors(model, adapter).items()]
+    return pairs

@@ -1,0 +1,103 @@
+"""One of several processes that train on shards, by FSDP2. Started by test_sharded.py.
+
+    sharded.py train FOLDER KIND ...     trains every KIND of process.py
+    sharded.py run FOLDER NAME [UPDATE]  goes on from the last checkpoint; process 1 is killed at UPDATE
+    sharded.py bayestune ...             a command
+
+The last two shard if the environment says so.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bayestune.experiment.processes import leave
+from bayestune.training import BayesTrainer, KLSettings, last_complete
+from bayestune.training.sharding import local
+from bayestune_cli.app import invoke
+from training.process import scores, trainer_of
+from training.toys import TASK, arguments, double_blob, rows, trained
+
+
+def on_a_cpu() -> None:
+    """Shard on a CPU, which PyTorch can do but accelerate does not offer: it is told what it decides for GPUs."""
+    create = BayesTrainer.create_accelerator_and_postprocess
+
+    def create_accelerator_and_postprocess(self: BayesTrainer) -> None:
+        create(self)
+        if self._ordinary is None:
+            return
+        plugin = FullyShardedDataParallelPlugin(**(self.args.fsdp_plugin_args or {}))
+        state = self.accelerator.state
+        state.distributed_type, state.fsdp_plugin, self.is_fsdp_enabled = DistributedType.FSDP, plugin, True
+
+    BayesTrainer.create_accelerator_and_postprocess = create_accelerator_and_postprocess
+
+
+def held(trainer: BayesTrainer) -> dict[str, list[int]]:
+    """Entries of each weight, and of its states in the optimizer: those of this process, and all."""
+    found: dict[str, Tensor] = dict(trainer.model.named_parameters())
+    names = {id(parameter): name for name, parameter in found.items()}
+    for parameter, state in trainer.optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.dim():
+                found[f"{names[id(parameter)]} {key}"] = value
+    return {name: [local(tensor).numel(), tensor.numel()] for name, tensor in found.items()}
+
+
+def train(folder: Path, *kinds: str) -> None:
+    """Also write what each process holds at the end of BLoB."""
+    rank = int(os.environ["RANK"])
+    for kind in kinds:
+        trainer = trainer_of(kind, folder, alone=False, fsdp=True)
+        model = trainer._adapters()
+        trainer.train()
+        save_file(trained(model), folder / f"{kind}-{rank}.safetensors")
+        (folder / f"{kind}-{rank}.json").write_text(json.dumps(scores(trainer)))
+        if kind == "blob":
+            (folder / f"held-{rank}.json").write_text(json.dumps(held(trainer)))
+
+
+class Killed(BayesTrainer):
+    """Process 1 is killed at update `at`."""
+
+    at = -1
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.args.process_index == 1 and self.state.global_step == self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().training_step(*args, **kwargs)
+
+
+def run(folder: Path, name: str, at: str = "-1") -> None:
+    """BLoB with dropout and an evaluation before each checkpoint."""
+    torch.manual_seed(len(os.listdir(folder)))  # whatever the process did before
+    Killed.at = int(at)
+    every = {"max_steps": 6, "save_steps": 2, "eval_steps": 2, "save_strategy": "steps", "eval_strategy": "steps"}
+    trainer = Killed(
+        double_blob(lora_dropout=0.5),
+        task=TASK,
+        args=arguments(folder / name, ddp_backend="gloo", **every),
+        train_rows=rows(20),
+        eval_rows=rows(7),
+        kl=KLSettings(cycle=4),
+    )
+    last = last_complete(folder / name)
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    save_file(trained(trainer._adapters()), folder / f"{name}-{trainer.args.process_index}.safetensors")
+
+
+if __name__ == "__main__":
+    on_a_cpu()
+    if sys.argv[1] == "bayestune":
+        leave(invoke(sys.argv[2:]))
+    {"train": train, "run": run}[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])
+    leave(0)
