@@ -29,7 +29,7 @@ KINDS = ("lora", "blob", "kl", "ivon")
 
 
 def model_of(kind: str) -> PeftModel:
-    model = lora() if kind in ("lora", "map", "ivon") else double_blob()
+    model = lora() if kind in ("lora", "map", "ivon") else double_blob(r=1 if kind == "narrow" else 4)
     if kind == "kl":
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -54,6 +54,7 @@ class AsTwo(BayesTrainer):
 def trainer_of(kind: str, folder: Path, *, alone: bool, **settings: Any) -> BayesTrainer:
     """20 updates of 4 rows: in two processes of a micro-batch of 2 each, or `alone` in two micro-batches.
 
+    "narrow" is BLoB with one row in M and G, so that one of two shards is empty.
     "accumulated" is BLoB with clipping and twice as many micro-batches, in two processes with gradient checkpointing.
     It is evaluated on 7 rows, two or four at once, so that the last batch is short of rows for both.
     """
@@ -79,7 +80,7 @@ def trainer_of(kind: str, folder: Path, *, alone: bool, **settings: Any) -> Baye
         ),
         train_rows=rows(20),
         eval_rows=rows(7),
-        kl=KLSettings(cycle=4) if kind in ("blob", "kl", "accumulated") else None,
+        kl=KLSettings(cycle=4) if kind in ("blob", "narrow", "kl", "accumulated") else None,
         prior_std=0.05 if kind == "map" else None,
         optimizer=optimizer,
         callbacks=callbacks,

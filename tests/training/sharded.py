@@ -8,6 +8,7 @@ The last two shard if the environment says so.
 """
 
 import json
+import math
 import os
 import signal
 import sys
@@ -18,9 +19,13 @@ import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
+from bayestune.errors import ConfigError
 from bayestune.experiment.processes import leave
 from bayestune.training import BayesTrainer, KLSettings, last_complete
+from bayestune.training.finite import first_nonfinite
 from bayestune.training.sharding import local
 from bayestune_cli.app import invoke
 from training.process import scores, trainer_of
@@ -53,17 +58,41 @@ def held(trainer: BayesTrainer) -> dict[str, list[int]]:
     return {name: [local(tensor).numel(), tensor.numel()] for name, tensor in found.items()}
 
 
+def logged(trainer: BayesTrainer) -> dict[str, float]:
+    """What was logged at the last update."""
+    last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+    return {name: last[name] for name in ("loss", "grad_norm", "kl", "std") if name in last}
+
+
+def faults() -> dict[str, Any]:
+    """What is said of gradients with a NaN or an infinity in one shard only, and of weights that are not the same."""
+    rank, mesh = int(os.environ["RANK"]), init_device_mesh("cpu", (2,))
+    said = {}
+    for bad in (math.nan, math.inf):
+        for where in (0, 1):
+            part = torch.full((3,), bad if rank == where else 1.0)
+            tensors = {"good": torch.ones(2), "bad": DTensor.from_local(part, mesh, [Shard(0)])}
+            said[f"{bad} in {where}"] = first_nonfinite(tensors)
+    try:
+        args = arguments(Path("none"), fsdp=True)
+        BayesTrainer(double_blob(seed=rank), task=TASK, args=args, train_rows=rows(4), kl=KLSettings(cycle=4))
+    except ConfigError as error:
+        said["weights"] = str(error)
+    return said
+
+
 def train(folder: Path, *kinds: str) -> None:
-    """Also write what each process holds at the end of BLoB."""
+    """With BLoB, also write what each process holds at its end, and the `faults`."""
     rank = int(os.environ["RANK"])
     for kind in kinds:
         trainer = trainer_of(kind, folder, alone=False, fsdp=True)
         model = trainer._adapters()
         trainer.train()
         save_file(trained(model), folder / f"{kind}-{rank}.safetensors")
-        (folder / f"{kind}-{rank}.json").write_text(json.dumps(scores(trainer)))
+        (folder / f"{kind}-{rank}.json").write_text(json.dumps({**scores(trainer), "log": logged(trainer)}))
         if kind == "blob":
             (folder / f"held-{rank}.json").write_text(json.dumps(held(trainer)))
+            (folder / f"faults-{rank}.json").write_text(json.dumps(faults()))
 
 
 class Killed(BayesTrainer):

@@ -22,6 +22,7 @@ from bayestune.training.sharding import to_shard
 from test_launch import EXAMPLES, pairs, pretrained_roberta
 from toys import write_rows
 from training.process import scores, trainer_of
+from training.sharded import logged
 from training.toys import arguments, lora, trained
 
 SCRIPT = Path(__file__).parent / "sharded.py"
@@ -33,6 +34,7 @@ BY_LAYERS = {
     "FSDP_TRANSFORMER_CLS_TO_WRAP": "RobertaLayer",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
 }
+SHORT = ("blob", "narrow")
 LONGER = ("lora", "kl", "ivon", "map", "accumulated")
 
 
@@ -49,7 +51,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     made: dict[str, Path] = {}
 
     def get(kind: str) -> Path:
-        kinds = LONGER if kind in LONGER else (kind,)
+        kinds = LONGER if kind in LONGER else SHORT
         if kind not in made:
             folder = tmp_path_factory.mktemp("sharded")
             done = launch("train", folder, *kinds)
@@ -61,7 +63,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.mark.property("R06")
-@pytest.mark.parametrize("kind", ["blob", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in LONGER)])
+@pytest.mark.parametrize("kind", [*SHORT, *(pytest.param(kind, marks=pytest.mark.nightly) for kind in LONGER)])
 def test_two_processes_train_on_shards_what_one_trains(
     two: Callable[[str], Path], tmp_path: Path, figure: Callable[..., None], kind: str
 ) -> None:
@@ -82,6 +84,7 @@ def test_two_processes_train_on_shards_what_one_trains(
         assert found["labels"] == here["labels"]
         worst = max(abs(found[name] - here[name]) for name in ("loss", "nll"))
         figure(f"NLL of {kind} on 7 rows, nats, from two shards", worst, at_most=1e-12)
+        assert found["log"] == pytest.approx(logged(alone), rel=1e-6)  # the Trainer adds losses in float32
 
 
 @pytest.mark.property("R06")
@@ -92,6 +95,14 @@ def test_each_process_holds_half_of_every_weight_and_state(two: Callable[[str], 
     assert kinds == {"weight", "bias", "rho", "weight exp_avg", "weight exp_avg_sq"}
     for name, (here, every) in first.items():
         assert here == second[name][0] == every // 2, name
+
+
+@pytest.mark.property("R07")
+def test_a_fault_in_one_shard_is_seen_by_every_process(two: Callable[[str], Path]) -> None:
+    for rank in (0, 1):
+        said = json.loads((two("blob") / f"faults-{rank}.json").read_text())
+        assert said.pop("weights").startswith("process 1 has first_weights=")
+        assert said == dict.fromkeys(("nan in 0", "nan in 1", "inf in 0", "inf in 1"), ["bad", 1])
 
 
 @pytest.mark.property("P05")

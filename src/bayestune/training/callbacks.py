@@ -18,6 +18,7 @@ from bayestune.functional import gaussian_kl_gradient
 from bayestune.training.finite import all_finite, first_nonfinite, stopped
 from bayestune.training.kl import KLSettings, kl_step, layer_groups, posterior_summary
 from bayestune.training.posterior_std import kl_only_std, warn_of_width
+from bayestune.training.sharding import local, total
 
 
 class NoiseCallback(TrainerCallback):
@@ -149,14 +150,16 @@ class KLCallback(NoiseCallback):
         """Return the first M or G whose gradient is not finite, and how many there are."""
         largest: list[Tensor] = []  # gradients grow with |M| and |G|, so those of the largest entries are enough
         for prior_std, group in layer_groups(self._layers):
-            mean = get_total_norm([layer.weight for layer in group], math.inf)
-            rho = get_total_norm([layer.rho for layer in group], math.inf)
-            largest += gaussian_kl_gradient(mean, rho, prior_std)
+            means, rhos = [local(layer.weight) for layer in group], [local(layer.rho) for layer in group]
+            if any(rho.numel() for rho in rhos):
+                mean, rho = (get_total_norm([part for part in p if part.numel()], math.inf) for p in (means, rhos))
+                largest += gaussian_kl_gradient(mean, rho, prior_std)
         along: dict[str, Tensor] = {}
         for layer in self._layers:
             if self._along_nll and layer.rho.grad is not None:
                 along[f"G of {layer.name} (with its NLL)"] = layer.rho.grad
-        if all_finite(largest) and all_finite(along.values()):
+        bad = total(not all_finite(largest), (layer.rho for layer in self._layers))
+        if not bad and all_finite(along.values()):
             return None
         gradients: dict[str, Tensor] = {}
         for layer in self._layers:

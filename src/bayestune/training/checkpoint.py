@@ -12,6 +12,7 @@ checkpoint.json           size and sha256 of each of these files
 """
 
 import contextlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -169,9 +170,11 @@ class SafeTrainer(Trainer):
         return to_shard(model)
 
     def _start(self) -> dict[str, float]:
-        """Return what processes must share to shard: the weights, which nothing brings from one to the others."""
-        weights = () if self._ordinary is None else self._ordinary.parameters()
-        return {"sum of the trained weights": sum(p.double().sum().item() for p in weights if p.requires_grad)}
+        """Return the first weights, by their sum: DDP copies those of process 0, FSDP takes a part of each."""
+        if self._ordinary is None:
+            return {}
+        trained = (p for p in self._ordinary.parameters() if p.requires_grad)
+        return {"first_weights": math.fsum(parameter.double().sum().item() for parameter in trained)}
 
     def _gather(self) -> None:
         """Bring the adapters of the ordinary model up to date; every process must call this."""

@@ -12,6 +12,7 @@ from torch.nn.utils import get_total_norm
 
 from bayestune.errors import TrainingError
 from bayestune.training.checkpoint_files import last_complete
+from bayestune.training.sharding import local, total
 
 Quantity = Literal["nll", "gradient", "kl", "weights"]
 
@@ -30,12 +31,13 @@ def stopped(
 @torch.no_grad()
 def all_finite(tensors: Iterable[Tensor], *, squared: bool = False) -> bool:
     """Return whether every entry (with `squared`, its square in its dtype) is finite, in few kernels."""
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        if tensor.numel():
-            by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    tensors, by_dtype = list(tensors), {}
+    for part in map(local, tensors):  # a maximum over processes could lose a NaN
+        if part.numel():
+            by_dtype.setdefault(part.dtype, []).append(part)
     largest = [get_total_norm(group, math.inf) for group in by_dtype.values()]
-    return all(bool((value.square() if squared else value).isfinite()) for value in largest)
+    bad = sum(not (value.square() if squared else value).isfinite() for value in largest)
+    return not total(bad, tensors)
 
 
 def first_nonfinite(tensors: Mapping[str, Tensor], *, squared: bool = False) -> tuple[str, int] | None:

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
-from bayestune.adapters import GaussianLinear, mean_std
+from bayestune.adapters import GaussianLinear
 from bayestune.errors import ConfigError
-from bayestune.functional import clamp_rho, gaussian_kl_gradient, paper_kl_weight
-from bayestune.training.sharding import local
+from bayestune.functional import clamp_rho, gaussian_kl, gaussian_kl_gradient, paper_kl_weight, std
+from bayestune.training.sharding import local, total
 
 JOINED = {"cpu": 2**16, "other": 2**21}
 """Most entries that move in one computation: few kernels for many small layers, within a CPU's cache."""
@@ -76,10 +76,16 @@ class KLSettings:
 
 @torch.no_grad()
 def posterior_summary(layers: Collection[GaussianLinear]) -> dict[str, float]:
-    """Return "kl", the KL of `layers` in nats, and "std", their mean standard deviation; nothing without layers."""
+    """Return "kl", the KL of `layers` in nats, and "std", their mean standard deviation; nothing without layers.
+
+    If `layers` are sharded, every process must call this.
+    """
     if not layers:
         return {}
-    return {"kl": math.fsum(layer.kl().item() for layer in layers), "std": mean_std(layers)}
+    parts = [(local(layer.weight), local(layer.rho), layer.prior_std) for layer in layers]
+    kl = math.fsum(gaussian_kl(*part).item() for part in parts)
+    stds, rhos = math.fsum(std(rho.double()).sum().item() for _, rho, _ in parts), [layer.rho for layer in layers]
+    return {"kl": total(kl, rhos), "std": total(stds, rhos) / sum(rho.numel() for rho in rhos)}
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ trained weights are gathered into the model, which stays where it was loaded.
 
 import copy
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from accelerate.utils import parse_flag_from_env
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from torch.optim import Optimizer
 from transformers import TrainingArguments
 from transformers.training_args import ParallelMode
@@ -79,6 +80,16 @@ def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
     if not isinstance(other, DTensor):
         return tensor
     return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
+
+
+def total(value: float, tensors: Iterable[Tensor]) -> float:
+    """Return the sum over all parts of `tensors` of `value`, that of the parts here; every process must call this."""
+    sharded = next((tensor for tensor in tensors if isinstance(tensor, DTensor)), None)
+    if sharded is None:
+        return value
+    parts = [Partial() if placement.is_shard() else placement for placement in sharded.placements]
+    own = torch.tensor(value, dtype=torch.float64, device=sharded.device)
+    return DTensor.from_local(own, sharded.device_mesh, parts).full_tensor().item()
 
 
 def reshard(model: nn.Module) -> None:
