@@ -97,7 +97,7 @@ def test_each_process_holds_half_of_every_weight_and_state(two: Callable[[str], 
         assert here == second[name][0] == every // 2, name
 
 
-@pytest.mark.property("R07")
+@pytest.mark.property("R05")
 def test_a_fault_in_one_shard_is_seen_by_every_process(two: Callable[[str], Path]) -> None:
     for rank in (0, 1):
         said = json.loads((two("blob") / f"faults-{rank}.json").read_text())

@@ -134,8 +134,8 @@ def check_plugins(deepspeed: bool, fsdp: bool, *, asked: bool) -> None:
         raise ConfigError("accelerate's configuration asks for DeepSpeed, which owns the optimizer step: use FSDP2.")
     if asked and not fsdp:
         raise ConfigError(
-            "FSDP: found processes on a CPU, expected GPUs, as accelerate shards on nothing else (and would train by "
-            "DDP without saying so): start it on GPUs, or leave FSDP out."
+            "FSDP: found processes on a CPU, expected GPUs: accelerate does not shard on a CPU, and would train by "
+            "DDP without saying so. Start on GPUs, or leave FSDP out."
         )
 
 
