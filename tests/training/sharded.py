@@ -32,6 +32,10 @@ from training.process import scores, trainer_of
 from training.toys import TASK, arguments, double_blob, rows, trained
 
 
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 7, "fsdp_config": {"auto_wrap_policy": "NO_WRAP"}}
+"""The last evaluation gathers all weights, which the next draw changes."""
+
+
 def on_a_cpu() -> None:
     """Shard on a CPU, which PyTorch can do but accelerate does not offer: it is told what it decides for GPUs."""
     create = BayesTrainer.create_accelerator_and_postprocess
@@ -85,7 +89,7 @@ def train(folder: Path, *kinds: str) -> None:
     """With BLoB, also write what each process holds at its end, and the `faults`."""
     rank = int(os.environ["RANK"])
     for kind in kinds:
-        trainer = trainer_of(kind, folder, alone=False, fsdp=True)
+        trainer = trainer_of(kind, folder, alone=False, fsdp=True, **(EVALUATED if kind == "ivon" else {}))
         model = trainer._adapters()
         trainer.train()
         save_file(trained(model), folder / f"{kind}-{rank}.safetensors")
