@@ -31,7 +31,6 @@ from bayestune_cli.app import invoke
 from training.process import scores, trainer_of
 from training.toys import TASK, arguments, double_blob, rows, trained
 
-
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 7, "fsdp_config": {"auto_wrap_policy": "NO_WRAP"}}
 """The last evaluation gathers all weights, which the next draw changes."""
 
