@@ -75,10 +75,10 @@ def words() -> str:
             for label, (method, mode) in ANSWERED.items()
         }
         mine = {label: pair for label, pair in mine.items() if pair[0]}
-        seeds = {label: [made["seed"] for made in several] for label, (several, _) in mine.items()}
-        parts.append(f"### {task} (seeds {'; '.join(f'{k}: {v}' for k, v in seeds.items())})\n")
+        seeds = {label: ", ".join(str(made["seed"]) for made in several) for label, (several, _) in mine.items()}
+        parts.append(f"### {task}\n\nSeeds: {'; '.join(f'{label} {each}' for label, each in seeds.items())}.\n")
         parts.append(table(["exact match", "ECE, corrected", "NLL per token"], _scores(mine)))
-        parts.append("AUROC of right against wrong answers:\n")
+        parts.append("AUROC of right against wrong answers; 0.5 is chance, and that of a constant:\n")
         parts.append(table(list(mine), _signals(mine)))
         plain, blob = (_auroc(*mine[label], "probability") for label in list(ANSWERED)[:2] if label in mine)
         parts.append(f"AUROC of the probability, BLoB averaged less plain LoRA: {difference(blob, plain)}.\n")
