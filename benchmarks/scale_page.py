@@ -1,0 +1,2 @@
+DEGREES = (1, 2, 4, 8, 16, 64)
+def page(r): return ""
