@@ -1,6 +1,6 @@
 """Memory and time of BLoB on Llama 7B, 70B and 405B by number of GPUs: a model, fitted to simulated training steps.
 
-    python benchmarks/scale_model.py --json results/scale_model.json     # about 10 minutes on one core
+    python benchmarks/scale_model.py --json results/scale_model.json     # about 10 minutes on one busy core
     python benchmarks/scale_model.py --page                              # docs/scale.md from that record
 
 The bytes of weights, moments and noise are exact; those of the activations are a sum of products of sizes, whose
@@ -242,7 +242,8 @@ def main() -> None:
     made.add_argument("--bandwidth", type=float, default=50.0, help="of FSDP's traffic, in GB/s per GPU")
     options = made.parse_args()
     if options.page:
-        write_text(ROOT / "docs" / "scale.md", page(read_json(RECORD, "a record")))
+        text = page(read_json(RECORD, "a record"), read_json(H100, "a record")["ratio"])
+        write_text(ROOT / "docs" / "scale.md", text)
         return
     if not 0 < options.bandwidth < math.inf:
         made.error(f"--bandwidth: found {options.bandwidth}, expected GB/s above 0")

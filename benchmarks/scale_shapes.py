@@ -238,4 +238,3 @@ def _make_fake(model: nn.Module) -> None:
         for name, tensor in module._buffers.items():
             if tensor is not None:
                 module._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-
