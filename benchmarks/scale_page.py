@@ -150,10 +150,10 @@ alone at most {activations:.1f} %. In these cases AdamW and the KL step reach at
 Against the H100, with the head adapted too, as in that record:
 """
 COEFFICIENTS = """Fitted bytes per feature. Features are products of the number of tokens with the sizes of a layer:
-"adapted" sums the inputs of the adapted layers, "rank" is the rank times their number, and "noise" counts the entries
-of A times rows + 1. They are summed over all layers, or are those of one with checkpointing, which also keeps
-2 bytes per token, layer and hidden entry (not fitted). "once" features do not grow with the layers. Features are
-correlated, so a coefficient by itself means little.
+"adapted" sums the inputs of the adapted layers, and "rank" is the rank times their number. Only "noise" is without
+tokens: the entries of A times rows + 1. They are summed over all layers, or are those of one with checkpointing, which
+also keeps 2 bytes per token, layer and hidden entry (not fitted). "once" features do not grow with the layers.
+Features are correlated, so a coefficient by itself means little.
 """
 ASSUMPTIONS = """- Every GPU has its own rows. Activations are not sharded: no tensor, sequence or context parallelism.
 - FSDP2 wraps each decoder layer, gathers one layer ahead, and keeps the embedding and head gathered.
