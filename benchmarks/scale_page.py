@@ -121,7 +121,8 @@ the loss of one answer per row. The batch is that of one GPU. GB are 10^9 bytes.
 - **Simulated**: the peaks of small models, of two layers of each real width, of all of 7B, and of all of 70B with
   checkpointing. The step runs on tensors without storage, and every byte that would be alive is counted.
 - **Extrapolated**: everything in the tables by number of GPUs. **No step was run on more than one GPU.**
-  `BayesTrainer` trains with FSDP2 ([more than one machine](more_than_one_machine.md)), which two processes on a CPU test.
+  `BayesTrainer` trains with FSDP2 ([more than one machine](more_than_one_machine.md)), tested with
+  two processes on a CPU.
 """
 MEMORY = """Peak in GB per GPU, for BLoB, by number of GPUs (FSDP2 degree). **Bold** exceeds a card of 80 GB. The last
 columns are what BLoB takes more than plain LoRA, on 1 and on 64 GPUs.
