@@ -513,7 +513,7 @@ def test_the_flags_are_these() -> None:
         "demo": {"output", "model", "seed", "overwrite"},
         "table": {
             *("table", "data", "model", "seeds", "methods", "steps"),
-            *("tasks", "config", "runs", "results", "output", "dry_run", "rebuild"),
+            *("tasks", "config", "runs", "results", "output", "dry_run", "rebuild", "ray", "gpus_per_cell"),
         },
         "report": {"results", "output", "overwrite"},
     }

@@ -1,10 +1,11 @@
 """`bayestune serve`: a real server of the draws of a run; and what asks one."""
 
+import os
 import signal
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -25,6 +26,7 @@ from bayestune_cli.signals import Stopped
 
 if TYPE_CHECKING:
     from bayestune.serving import Client
+    from bayestune.serving.record import Served
     from bayestune.tasks import AnyRow, Prediction
     from bayestune.tasks.causal import CausalChoice
 
@@ -87,23 +89,20 @@ def serve(
         try:
             if proxy:
                 _speak(output, host=host, port=port, api_key=api_key)
-            _wait(served.url)
+            _wait(served)
         except Stopped:
             print("stopped")
 
 
-def _wait(url: str) -> None:
+def _wait(served: "Served") -> None:
     """Wait for the signal that stops the server, or for the end of one that has a process of its own."""
     from bayestune.errors import ServingError
 
-    def ended(number: int, frame: FrameType | None) -> None:
-        raise ServingError(f"{url}: the server ended by itself; its words are above; start it again with --overwrite.")
-
-    signal.signal(signal.SIGCHLD, ended)
-    try:
+    if served.backend == "llamacpp":
         signal.pause()
-    finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    while os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        time.sleep(1)
+    raise ServingError(f"{served.url}: the server ended by itself; its words are above; start it again, --overwrite.")
 
 
 def _speak(folder: Path, *, host: str, port: int, api_key: str | None) -> None:

@@ -86,12 +86,9 @@ def _grid(table: str, given: Mapping[str, Any], *, results: Path, runs: Path) ->
         raise FlagError("table: found no --model, expected one (or --rebuild, which trains nothing).")
     seeds = _seeds(given["seeds"] or "1,2,3")
 
-    from bayestune.experiment.processes import process_count
     from bayestune.tables.grid import Grid
     from bayestune.tables.layouts import lines
 
-    if process_count() > 1:
-        raise FlagError("table: found several processes, expected one: launch `bayestune train` for those.")
     by_default = [name for name, (_, line) in lines().items() if line.by_default]
     return Grid(
         table=table,

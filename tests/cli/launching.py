@@ -49,7 +49,8 @@ def launch(folder: Path, *command_lines: Sequence[str], dies: int = 0) -> list[t
                 if child.exitcode != 0:
                     for other in running.values():
                         other.terminate()
-        texts = [[(folder / f"{i}.{name}").read_text() for name in ("out", "err")] for i in range(len(children))]
+        files = [[folder / f"{i}.{name}" for name in ("out", "err")] for i in range(len(children))]
+        texts = [[file.read_text() if file.exists() else "" for file in each] for each in files]  # or ended before
         return [(child.exitcode, out, err) for child, (out, err) in zip(children, texts, strict=True)]
 
 

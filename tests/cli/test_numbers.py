@@ -77,6 +77,7 @@ def test_a_run_keeps_its_units_and_answers_without_its_data(
     for scores in record["methods"].values():
         assert {"rmse", "nll", "crps", "coverage", "coverage_error", "intervals"} <= scores.keys()
     run = shutil.copytree(world / "run", tmp_path / "run")
+    (tmp_path / "none").mkdir()
     assert invoke(predicting(run, world / "new.jsonl", tmp_path / "a", "--data", str(tmp_path / "none"))) == 0
     found = answers(tmp_path / "a")
     assert [answer["id"] for answer in found] == [f"r{i}" for i in range(400, 406)]

@@ -100,10 +100,8 @@ ANSWERS = "inference/test_answer_scores.py"
 
 
 @defect(ANSWERS, "right_answers")
-def short_answers_count_as_unsure() -> None:
-    from bayestune.inference.answer_scores import SIGNALS
-
-    SIGNALS["length"] = lambda text: float(len(text["tokens"]))
+def wrong_answers_count_as_surer() -> None:
+    wrap("bayestune.inference.answer_scores._auroc", lambda right: lambda values, correct: right(-values, correct))
 
 
 @defect(ANSWERS, "own_text")

@@ -62,7 +62,7 @@ class Run:
         self, rows: Sequence[AnyRow], *, draws: int, seed: int = 0, task: Task | None = None, progress: bool = False
     ) -> Any:
         """`bayestune.predict` in the run's own precision; `task` asks another task of the same model."""
-        predicting = _predict_share if self.shared and rows else predict
+        predicting = _predict_share if self.shared and rows and process_count() > 1 else predict
         with autocast(self.experiment):
             return predicting(self.posterior, task or self.task, rows, draws=draws, seed=seed, progress=progress)
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bayestune import metrics
-from bayestune.errors import ConfigError
+from bayestune.errors import ConfigError, DataError
 from bayestune.inference.generation import Generation, Same, clusters
 from bayestune.tasks.base import AnyScores
 
@@ -64,6 +64,7 @@ def answer_scores(generation: Generation, answers: Sequence[str], *, same: Same 
 
     Raises:
         ConfigError: there is not one answer for each text, or no such rule.
+        DataError: there are no texts.
     """
     return scores_of_texts(generation.records(), answers, draws=generation.draws, same=same)
 
@@ -76,6 +77,8 @@ def scores_of_texts(
         raise ConfigError(f"answer_scores: found {answers!r}, expected a list of answers.")
     if len(texts) != len(answers):
         raise ConfigError(f"answer_scores: found {len(answers)} answers to {len(texts)} texts, expected one each.")
+    if not texts:
+        raise DataError("answer_scores: found no texts, expected at least one.")
     correct = torch.tensor([len(clusters([t["text"], a], same)) == 1 for t, a in zip(texts, answers, strict=True)])
     signals = {
         name: torch.tensor([surer(text) for text in texts], dtype=torch.float64)

@@ -73,7 +73,7 @@ def confidence_ece(
         bins: number of bins, as in `reliability_bins`.
 
     Raises:
-        DataError: there are no rows, or a confidence is not from 0 to 1.
+        DataError: there are no rows, a confidence is not from 0 to 1, or `correct` is not 0 or 1.
     """
     return _column_distance(_calibration_terms(confidence, correct, bins).mean(0)).item()
 
@@ -188,12 +188,16 @@ def _bins(confidence: Tensor, bins: int) -> Tensor:
 
 def _calibration_terms(confidence: Tensor, correct: Tensor, bins: int) -> Tensor:
     """Return correct - confidence in the column of the row's bin, 0 elsewhere [rows, bins]; ECE = sum_b |mean|."""
-    strange = ~((confidence >= 0) & (confidence <= 1 + SUM_TOLERANCE))
-    if confidence.ndim != 1 or confidence.shape != correct.shape or len(confidence) == 0 or strange.any():
-        row = f"; row {int(strange.nonzero()[0, 0])} is {confidence[strange][0]:.6g}" if strange.any() else ""
-        found = f"confidence {tuple(confidence.shape)} and correct {tuple(correct.shape)}{row}"
-        raise DataError(f"calibration: found {found}, expected both [rows], at least one, confidence from 0 to 1")
-    gap, where = correct.double() - confidence, _bins(confidence, bins)
+    confidence, correct = (values.detach().to("cpu", torch.float64) for values in (confidence, correct))
+    if confidence.ndim != 1 or confidence.shape != correct.shape or len(confidence) == 0:
+        found = f"confidence {tuple(confidence.shape)} and correct {tuple(correct.shape)}"
+        raise DataError(f"calibration: found {found}, expected both [rows], at least one")
+    usual = (confidence >= 0) & (confidence <= 1 + SUM_TOLERANCE) & ((correct == 0) | (correct == 1))
+    if not usual.all():
+        row = int((~usual).nonzero()[0, 0])
+        found = f"confidence {confidence[row]:.6g} and correct {correct[row]:.6g}"
+        raise DataError(f"calibration: row {row} has {found}, expected a number from 0 to 1, and 0 or 1")
+    gap, where = correct - confidence, _bins(confidence, bins)
     return torch.zeros(len(gap), bins, dtype=torch.float64).scatter_(1, where[:, None], gap[:, None])
 
 

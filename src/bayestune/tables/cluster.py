@@ -58,7 +58,7 @@ def run_on_ray(grid: Grid, *, address: str, gpus: float = 0.0, progress: bool = 
             except RayTaskError as error:
                 failed.append(error.cause)
             except RayError as error:
-                failed.append(TrainingError(f"{names[ended]}: died {RETRIES + 1} times: {one_line(error)}"))
+                failed.append(TrainingError(f"{names[ended]}: it, or its start, died too often: {one_line(error)}"))
             bar.set_postfix_str(names[ended])
             bar.update()
     if failed:
@@ -66,7 +66,7 @@ def run_on_ray(grid: Grid, *, address: str, gpus: float = 0.0, progress: bool = 
 
 
 def _start(grid: Grid, runs: tuple[Planned, ...], gpus: float) -> dict[Any, str]:
-    """Start a task for each run and return their names; a start without a task is left to the first run from it."""
+    """Start a task for each run, after that of its start if it has one, and return their names."""
     task = ray.remote(num_gpus=gpus, max_retries=RETRIES)(_make)
     names, by_run = {}, {}
     for planned in runs:
@@ -74,8 +74,6 @@ def _start(grid: Grid, runs: tuple[Planned, ...], gpus: float) -> dict[Any, str]
         start = planned.start and by_run.get(planned.start.output)
         made = task.options(name=name).remote(grid, planned, os.getcwd(), start)
         names[made], by_run[planned.output] = name, made
-        if planned.start is not None:
-            by_run.setdefault(planned.start.output, made)
     return names
 
 
