@@ -147,7 +147,7 @@ INTRODUCTION = """# Words, numbers and preferences: results
 
 `python benchmarks/task_results.py` makes this page from the records in `results/answers`, `results/regression` and
 `results/preference`; each record names its command. Numbers are means and standard deviations over seeds, differences
-are of the same rows and seed with their standard error. NLL in nats.
+are of the same rows and seed with their standard error. Means over other seeds do not compare. NLL in nats.
 """
 
 WORDS = """## Answers in words
