@@ -21,6 +21,7 @@ from typing import Any
 
 import transformers
 from decoder import HELD_OUT, TRAINED, write_rows
+from decoder import SETTINGS as CHOICES
 from options import parser
 from task_results import RESULTS as ALL
 
@@ -39,17 +40,7 @@ from bayestune.tasks.prompted import PromptRow
 RESULTS = ALL / "answers"
 TASKS, METHODS, SEEDS = ("arc_easy", "openbookqa"), ("mle", "blob"), (1, 2, 3)
 SCORED, DRAWS, NEW_TOKENS = 150, 5, 16
-SETTINGS: dict[str, Any] = {
-    "model": "smollm2",
-    "steps": 300,
-    "batch_size": 4,
-    "learning_rate": 1e-3,
-    "lora_alpha": 16,
-    "max_tokens": 160,
-    "target_modules": ["q_proj", "v_proj"],
-    "eval_split": "scored",
-    "draws": DRAWS,
-}
+SETTINGS = {name: value for name, value in CHOICES.items() if name not in ("scoring", "prompt")} | {"draws": DRAWS}
 OWN: dict[str, dict[str, Any]] = {"mle": {}, "blob": {"fit_split": "held"}}
 
 

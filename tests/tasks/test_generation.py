@@ -21,7 +21,7 @@ from toys import byte_tokenizer, pretrained_llama, write_rows
 
 REFUSED = {
     ("--temperature-split", "dev", "--eval-split", "train"): "whose answers have no temperature",
-    ("--method", "laplace"): "without a curvature of its likelihood",
+    ("--method", "laplace"): "whose likelihood has no curvature here",
     ("--method", "tfb"): "without classes",
 }
 ROWS = [

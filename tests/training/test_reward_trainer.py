@@ -13,9 +13,10 @@ from transformers import GPT2Config, GPT2ForSequenceClassification
 import bayestune as bt
 from bayestune.adapters import training_noise
 from bayestune.tasks import DatasetSpec, Preference, PreferenceRow
-from bayestune.training import BayesTrainer, KLCallback, KLSettings
+from bayestune.training import BayesTrainer, KLSettings
 from models import scatter
 from toys import byte_tokenizer
+from training.by_trl import train_by_trl
 from training.toys import arguments, trained
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
@@ -56,7 +57,6 @@ def fields() -> Iterator[dict[str, str]]:
 @pytest.mark.filterwarnings("ignore")  # those of TRL and datasets
 def test_both_trainers_make_the_same_updates(tmp_path: Path) -> None:
     """Eight updates of two micro-batches of one pair, whose two texts share one draw of the weights, in float64."""
-    from datasets import IterableDataset
     from trl import RewardConfig, RewardTrainer
 
     tokenizer = byte_tokenizer()
@@ -68,18 +68,7 @@ def test_both_trainers_make_the_same_updates(tmp_path: Path) -> None:
     BayesTrainer(ours, task=task, args=arguments(tmp_path, **SETTINGS), train_rows=ROWS, kl=KL).train()
 
     training_noise(theirs).rows = 1
-    not_rho = [p for name, p in theirs.named_parameters() if p.requires_grad and not name.endswith(".rho")]
-    quiet = {"use_cpu": True, "dataloader_pin_memory": False, "report_to": "none", "save_strategy": "no"}
-    RewardTrainer(
-        theirs,
-        args=RewardConfig(
-            str(tmp_path), **SETTINGS, **quiet, seed=5, max_grad_norm=0.0, bf16=False, gradient_checkpointing=False
-        ),
-        train_dataset=IterableDataset.from_generator(fields),
-        processing_class=tokenizer,
-        optimizers=(torch.optim.AdamW(not_rho, lr=1e-3, weight_decay=0.0), None),
-        callbacks=[KLCallback(KL)],
-    ).train()
+    train_by_trl(RewardTrainer, RewardConfig, theirs, tmp_path, fields, SETTINGS, KL, processing_class=tokenizer)
 
     expected = trained(theirs)
     for name, value in trained(ours).items():

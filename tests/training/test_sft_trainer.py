@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -14,9 +13,10 @@ from torch.nn.functional import cross_entropy
 from bayestune.tasks import DatasetSpec
 from bayestune.tasks.generation import GenerationTask
 from bayestune.tasks.prompted import PromptRow
-from bayestune.training import BayesTrainer, KLCallback, KLSettings
+from bayestune.training import BayesTrainer, KLSettings
 from models import LLAMA, scatter
 from toys import byte_tokenizer
+from training.by_trl import train_by_trl
 from training.toys import arguments, trained
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
@@ -49,7 +49,6 @@ def summed(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tens
 @pytest.mark.filterwarnings("ignore")  # those of TRL and datasets
 def test_with_tokens_added_up_both_trainers_make_the_same_updates(tmp_path: Path) -> None:
     """Eight updates of one row, whose answers have 5 to 12 tokens, in float64."""
-    from datasets import IterableDataset
     from trl import SFTConfig, SFTTrainer
 
     tokenizer = byte_tokenizer()
@@ -60,19 +59,8 @@ def test_with_tokens_added_up_both_trainers_make_the_same_updates(tmp_path: Path
     task = GenerationTask(spec, tokenizer, data=None, max_tokens=60)
     BayesTrainer(ours, task=task, args=arguments(tmp_path, **SETTINGS), train_rows=ROWS, kl=KL).train()
 
-    not_rho = [p for name, p in theirs.named_parameters() if p.requires_grad and not name.endswith(".rho")]
-    quiet = {"use_cpu": True, "dataloader_pin_memory": False, "report_to": "none", "save_strategy": "no"}
-    SFTTrainer(
-        theirs,
-        args=SFTConfig(
-            str(tmp_path), **SETTINGS, **quiet, seed=5, max_grad_norm=0.0, bf16=False, gradient_checkpointing=False
-        ),
-        train_dataset=IterableDataset.from_generator(fields),
-        processing_class=tokenizer,
-        compute_loss_func=summed,
-        optimizers=(torch.optim.AdamW(not_rho, lr=1e-3, weight_decay=0.0), None),
-        callbacks=[KLCallback(KL)],
-    ).train()
+    own = {"processing_class": tokenizer, "compute_loss_func": summed}
+    train_by_trl(SFTTrainer, SFTConfig, theirs, tmp_path, fields, SETTINGS, KL, **own)
 
     expected = trained(theirs)
     for name, value in trained(ours).items():

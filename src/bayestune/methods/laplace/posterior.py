@@ -230,7 +230,8 @@ def check_task(task: Task, precision: str | float, predictive: str) -> None:
     """Raise a ConfigError for a task without a curvature, or for the probit predictive of one without classes."""
     if type(task).loss_roots is Task.loss_roots:
         raise ConfigError(
-            f"laplace: found task {task.name} without a curvature of its likelihood, expected one with it."
+            f"laplace: found task {task.name}, whose likelihood has no curvature here, expected classes or numbers: "
+            "choose another method, such as blob."
         )
     if not task.has_classes and (predictive == "probit" or precision == "validation"):
         found = "predictive 'probit'" if predictive == "probit" else "precision 'validation' (a fit_split)"
