@@ -2,15 +2,17 @@
 
     process.py FOLDER [FAULT]
 
-Without a fault it trains every kind of `KINDS`, one after the other. With "dropout" it trains plain LoRA with dropout,
-and again from the second of its checkpoints. Any other FAULT is what befalls process 1 when plain LoRA
-is trained: "killed" at update 5, "memory" runs out in its second micro-batch, or it has fewer "rows" than the others.
+Without a fault it trains every kind of `KINDS`, one after the other, and with "nf4" that kind. With "dropout" it
+trains plain LoRA with dropout, and again from the second of its checkpoints. Any other FAULT is what befalls process 1
+when plain LoRA is trained: "killed" at update 5, "memory" runs out in its second micro-batch, or it has fewer "rows"
+than the others.
 """
 
 import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,15 @@ from torch import Tensor
 from bayestune.experiment.processes import leave
 from bayestune.methods import IvonCallback, IvonOptimizer
 from bayestune.training import BayesTrainer, KLSettings
-from training.toys import TASK, arguments, double_blob, lora, rows, trained
+from training.toys import TASK, arguments, blob_on_4_bits, double_blob, lora, rows, trained
 
 KINDS = ("lora", "blob", "kl", "ivon")
 """Plain LoRA; BLoB; BLoB with B frozen at 0, so that only the KL moves M and G; IVON."""
 
 
 def model_of(kind: str) -> PeftModel:
+    if kind == "nf4":
+        return blob_on_4_bits()
     model = lora() if kind in ("lora", "map", "ivon") else double_blob(r=1 if kind == "narrow" else 4)
     if kind == "kl":
         with torch.no_grad():
@@ -55,6 +59,7 @@ def trainer_of(kind: str, folder: Path, *, alone: bool, **settings: Any) -> Baye
     """20 updates of 4 rows: in two processes of a micro-batch of 2 each, or `alone` in two micro-batches.
 
     "narrow" is BLoB with one row in M and G, so that one of two shards is empty.
+    "nf4" is BLoB on a base of 4 bits, in float32, by SGD: AdamW makes whole steps of rounding errors.
     "accumulated" is BLoB with clipping and twice as many micro-batches, in two processes with gradient checkpointing.
     It is evaluated on 7 rows, two or four at once, so that the last batch is short of rows for both.
     """
@@ -62,6 +67,8 @@ def trainer_of(kind: str, folder: Path, *, alone: bool, **settings: Any) -> Baye
     if kind == "accumulated":
         times, more = 2, {"max_grad_norm": 0.5, "activation_checkpointing": not alone}
         settings = {**settings, **more}
+    if kind == "nf4":
+        settings = {"optim": "sgd", "learning_rate": 0.1, **settings}
     if kind == "ivon":
         weights = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         optimizer = IvonOptimizer(weights, lr=1e-3, sample_size=20, prior_std=0.1, h0=0.1)
@@ -80,7 +87,7 @@ def trainer_of(kind: str, folder: Path, *, alone: bool, **settings: Any) -> Baye
         ),
         train_rows=rows(20),
         eval_rows=rows(7),
-        kl=KLSettings(cycle=4) if kind in ("blob", "narrow", "kl", "accumulated") else None,
+        kl=KLSettings(cycle=4) if kind in ("blob", "narrow", "kl", "nf4", "accumulated") else None,
         prior_std=0.05 if kind == "map" else None,
         optimizer=optimizer,
         callbacks=callbacks,
@@ -94,9 +101,9 @@ def scores(trainer: BayesTrainer) -> dict[str, Any]:
     return {**metrics, "labels": found.label_ids.tolist(), "logits": found.predictions.tolist()}
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, kinds: Sequence[str]) -> None:
     rank = int(os.environ["RANK"])
-    for kind in KINDS:
+    for kind in kinds:
         trainer = trainer_of(kind, folder, alone=False)
         trainer.train()
         save_file(trained(trainer.model), folder / f"{kind}-{rank}.safetensors")
@@ -164,7 +171,9 @@ def no_memory(model: Any, batch: dict[str, Tensor]) -> Tensor:
 if __name__ == "__main__":
     given = Path(sys.argv[1])
     if len(sys.argv) == 2:
-        main(given)
+        main(given, KINDS)
+    elif sys.argv[2] == "nf4":
+        main(given, ["nf4"])
     elif sys.argv[2] == "dropout":
         dropout(given)
     else:

@@ -2,39 +2,26 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
-import bayestune
 from bayestune.errors import ConfigError
 from bayestune.training import last_complete
 from bayestune.training.checks import check_same_settings
-from training.process import KINDS, scores, trainer_of
-from training.toys import rows, trained
-
-SCRIPT = Path(__file__).parent / "process.py"
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-
-
-def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    paths = [str(Path(bayestune.__file__).parent.parent), str(SCRIPT.parent.parent)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [*LAUNCHER, str(SCRIPT), str(folder), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+from training.launching import beside_one, launch
+from training.process import KINDS
+from training.toys import rows
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes wrote after 20 updates of each kind."""
     folder = tmp_path_factory.mktemp("two")
-    done = launch(folder)
+    done = launch("process.py", folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -45,28 +32,23 @@ def test_two_processes_train_what_one_trains(
     two: Path, tmp_path: Path, figure: Callable[..., None], kind: str
 ) -> None:
     """To rounding of float64; BLoB too, beside one process whose micro-batches see the noise of two processes."""
-    first, second = (load_file(two / f"{kind}-{rank}.safetensors") for rank in (0, 1))
-    alone = trainer_of(kind, tmp_path, alone=True)
-    start = trained(alone.model)
-    alone.train()
-    expected = trained(alone.model)
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
-        assert (tensor - start[name]).abs().max() > 1e-3, name
-    difference = max((first[name] - expected[name]).abs().max().item() for name in expected)
-    figure(f"weights of {kind} after 20 updates", difference, at_most=1e-12)
+    _, written = beside_one(two, kind, tmp_path, figure, at_most=1e-12)
+    assert [found["labels"] for found in written] == [[row.answer for row in rows(7)]] * 2
 
-    here = scores(alone)
-    for found in (json.loads((two / f"{kind}-{rank}.json").read_text()) for rank in (0, 1)):
-        assert found["labels"] == here["labels"] == [row.answer for row in rows(7)]
-        assert found["accuracy"] == here["accuracy"]
-        worst = max(abs(found[name] - here[name]) for name in ("loss", "nll"))
-        figure(f"NLL of {kind} on 7 rows in batches of 2 and 2, nats", worst, at_most=1e-12)
+
+@pytest.mark.property("R06")
+@pytest.mark.nightly
+def test_two_processes_train_on_a_base_of_4_bits(tmp_path: Path, figure: Callable[..., None]) -> None:
+    """To rounding of float32, in which bitsandbytes computes."""
+    pytest.importorskip("bitsandbytes", reason="nf4 bases need bitsandbytes: pip install 'bayestune[quant]'")
+    done = launch("process.py", tmp_path, "nf4")
+    assert done.returncode == 0, done.stderr[-3000:]
+    beside_one(tmp_path, "nf4", tmp_path, figure, at_most=1e-6)
 
 
 @pytest.mark.property("P05")
 def test_each_process_has_dropout_masks_of_its_own_and_resumes_with_them(tmp_path: Path) -> None:
-    done = launch(tmp_path, "dropout")
+    done = launch("process.py", tmp_path, "dropout")
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"dropout-{rank}.json").read_text()) for rank in (0, 1))
     assert first["same"] and second["same"]
@@ -78,7 +60,7 @@ def test_each_process_has_dropout_masks_of_its_own_and_resumes_with_them(tmp_pat
 @pytest.mark.nightly
 def test_a_killed_process_ends_the_run_and_leaves_a_checkpoint(tmp_path: Path, figure: Callable[..., None]) -> None:
     """Killed at update 5: the launcher names the rank and ends, nobody stays, checkpoint 4 is whole."""
-    done = launch(tmp_path, "killed")
+    done = launch("process.py", tmp_path, "killed")
     ended = time.time()
     assert done.returncode != 0
     assert "SIGKILL" in done.stderr and "rank      : 1 (local_rank: 1)" in done.stderr, done.stderr[-3000:]
@@ -114,7 +96,7 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def get(fault: str) -> Path:
         if fault not in made:
             made[fault] = tmp_path_factory.mktemp(fault)
-            assert launch(made[fault], fault).returncode != 0
+            assert launch("process.py", made[fault], fault).returncode != 0
             assert_gone(made[fault])
         return made[fault]
 

@@ -1,10 +1,7 @@
 """Processes that hold shards (FSDP2, here by gloo on a CPU) train what one process trains, and go on after a kill."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-import bayestune
 from bayestune.errors import ConfigError
 from bayestune.experiment import load_run
 from bayestune.training import last_complete
@@ -21,12 +17,10 @@ from bayestune.training.checks import check_arguments, check_plugins
 from bayestune.training.sharding import to_shard
 from test_launch import EXAMPLES, pairs, pretrained_roberta
 from toys import write_rows
-from training.process import scores, trainer_of
+from training.launching import beside_one, launch
 from training.sharded import logged
-from training.toys import arguments, lora, trained
+from training.toys import arguments, lora
 
-SCRIPT = Path(__file__).parent / "sharded.py"
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 """What `accelerate launch --use_fsdp --fsdp_version 2` sets; the whole model is one group of weights."""
 BY_LAYERS = {
@@ -38,13 +32,6 @@ SHORT = ("blob", "narrow")
 LONGER = ("lora", "kl", "ivon", "map", "accumulated")
 
 
-def launch(*what: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
-    paths = [str(Path(bayestune.__file__).parent.parent), str(SCRIPT.parent.parent)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **more}
-    command = [*LAUNCHER, str(SCRIPT), *map(str, what)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder with what two processes wrote after 20 updates of a kind; the longer ones are trained together."""
@@ -54,7 +41,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         kinds = LONGER if kind in LONGER else SHORT
         if kind not in made:
             folder = tmp_path_factory.mktemp("sharded")
-            done = launch("train", folder, *kinds)
+            done = launch("sharded.py", "train", folder, *kinds)
             assert done.returncode == 0, done.stderr[-3000:]
             made.update(dict.fromkeys(kinds, folder))
         return made[kind]
@@ -68,22 +55,8 @@ def test_two_processes_train_on_shards_what_one_trains(
     two: Callable[[str], Path], tmp_path: Path, figure: Callable[..., None], kind: str
 ) -> None:
     """To rounding of float64, into the model that each was given; the noise is that of two processes by DDP."""
-    first, second = (load_file(two(kind) / f"{kind}-{rank}.safetensors") for rank in (0, 1))
-    alone = trainer_of(kind, tmp_path, alone=True)
-    start = trained(alone.model)
-    alone.train()
-    expected = trained(alone.model)
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
-        assert (tensor - start[name]).abs().max() > 1e-3, name
-    difference = max((first[name] - expected[name]).abs().max().item() for name in expected)
-    figure(f"weights of {kind} after 20 updates on two shards", difference, at_most=1e-12)
-
-    here = scores(alone)
-    for found in (json.loads((two(kind) / f"{kind}-{rank}.json").read_text()) for rank in (0, 1)):
-        assert found["labels"] == here["labels"]
-        worst = max(abs(found[name] - here[name]) for name in ("loss", "nll"))
-        figure(f"NLL of {kind} on 7 rows, nats, from two shards", worst, at_most=1e-12)
+    alone, written = beside_one(two(kind), kind, tmp_path, figure, at_most=1e-12)
+    for found in written:
         assert found["log"] == pytest.approx(logged(alone), rel=1e-6)  # the Trainer adds losses in float32
 
 
@@ -109,12 +82,12 @@ def test_a_fault_in_one_shard_is_seen_by_every_process(two: Callable[[str], Path
 @pytest.mark.nightly
 def test_a_killed_run_on_shards_goes_on_bit_for_bit(tmp_path: Path, figure: Callable[..., None]) -> None:
     """Killed at update 3, after the checkpoint of update 2, with dropout; DDP too can go on from that checkpoint."""
-    assert launch("run", tmp_path, "whole", **FSDP).returncode == 0
-    assert launch("run", tmp_path, "killed", "3", **FSDP).returncode != 0
+    assert launch("sharded.py", "run", tmp_path, "whole", **FSDP).returncode == 0
+    assert launch("sharded.py", "run", tmp_path, "killed", "3", **FSDP).returncode != 0
     assert last_complete(tmp_path / "killed") == tmp_path / "killed" / "checkpoint-2"
     shutil.copytree(tmp_path / "killed", tmp_path / "ddp")
-    assert launch("run", tmp_path, "killed", **FSDP).returncode == 0
-    assert launch("run", tmp_path, "ddp").returncode == 0
+    assert launch("sharded.py", "run", tmp_path, "killed", **FSDP).returncode == 0
+    assert launch("sharded.py", "run", tmp_path, "ddp").returncode == 0
     for rank in (0, 1):
         whole, resumed, ddp = (
             load_file(tmp_path / f"{name}-{rank}.safetensors") for name in ("whole", "killed", "ddp")
@@ -135,7 +108,7 @@ def test_the_command_trains_on_shards_what_it_trains_by_ddp(tmp_path: Path, figu
     command += ["--steps", "3", "--draws", "2", "--output"]
     found = {}
     for name, environment in {"shards": {**FSDP, **BY_LAYERS}, "ddp": {}}.items():
-        done = launch("bayestune", *command, tmp_path / name, **environment)
+        done = launch("sharded.py", "bayestune", *command, tmp_path / name, **environment)
         assert done.returncode == 0, done.stderr[-3000:]
         record = json.loads((tmp_path / name / "result.json").read_text())
         assert record["methods"]["blob_n2"]["rows"] == 12 and record["processes"] == 2

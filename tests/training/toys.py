@@ -1,5 +1,6 @@
 """A tiny task for tiny models, and trainers that record what they do."""
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,12 +9,12 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import TrainingArguments
+from transformers import BitsAndBytesConfig, LlamaForCausalLM, TrainingArguments
 
 from bayestune.tasks import AnyRow, ClassTask, Row
 from bayestune.tasks.tensors import labels_of, pad, widen
 from bayestune.training import BayesTrainer
-from models import GPT2, scatter
+from models import GPT2, LLAMA, scatter
 
 
 class ToyTask(ClassTask):
@@ -99,6 +100,15 @@ def lora(seed: int = 0, **settings: Any) -> PeftModel:
         r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", fan_in_fan_out=True, **settings
     )
     return _adapted(config, seed, 2)
+
+
+def blob_on_4_bits() -> PeftModel:
+    """A posterior in float32 over a tiny Llama whose linear layers are nf4 blocks of bitsandbytes."""
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        LLAMA.build(hidden_size=64, intermediate_size=128).save_pretrained(folder)  # a block holds 64 weights
+        base = LlamaForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu")
+    return scatter(get_peft_model(base, LLAMA.config())).train()
 
 
 def _adapted(config: LoraConfig, seed: int, layers: int) -> PeftModel:
