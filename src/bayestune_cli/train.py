@@ -97,6 +97,7 @@ def train(
 
 def _show(result: "Result") -> None:
     from bayestune.experiment import score_table
+    from bayestune.experiment.processes import process_count
 
     if result.scores:
         print(score_table(result.scores))
@@ -105,7 +106,9 @@ def _show(result: "Result") -> None:
     experiment = result.experiment
     if experiment.temperature_split is not None:
         print(f"temperature {result.temperature:.4g}, fitted on {experiment.temperature_split}")
-    print(f"{result.output}: posterior/, experiment.json, result.json ({result.seconds:.0f} s)")
+    count = process_count()
+    by = f", {count} processes" if count > 1 else ""
+    print(f"{result.output}: posterior/, experiment.json, result.json ({result.seconds:.0f} s{by})")
 
 
 def _scale(fitted: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from bayestune.errors import ConfigError
 from bayestune.experiment.processes import leave
-from bayestune.training import BayesTrainer, KLSettings, last_complete
+from bayestune.training import BayesTrainer, KLSettings, last_complete, sharding
 from bayestune.training.finite import first_nonfinite
 from bayestune.training.sharding import local
 from bayestune_cli.app import invoke
@@ -37,6 +37,7 @@ EVALUATED = {"eval_strategy": "steps", "eval_steps": 7, "fsdp_config": {"auto_wr
 
 def on_a_cpu() -> None:
     """Shard on a CPU, which PyTorch can do but accelerate does not offer: it is told what it decides for GPUs."""
+    sharding.UNSHARDED = ()
     create = BayesTrainer.create_accelerator_and_postprocess
 
     def create_accelerator_and_postprocess(self: BayesTrainer) -> None:

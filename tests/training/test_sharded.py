@@ -1,20 +1,25 @@
 """Processes that hold shards (FSDP2, here by gloo on a CPU) train what one process trains, and go on after a kill."""
 
+import importlib
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch import nn
+from transformers.training_args import ParallelMode
 
-from bayestune.errors import ConfigError
-from bayestune.experiment import load_run
+from bayestune.errors import BayestuneWarning, ConfigError
+from bayestune.experiment import Experiment, load_run, run
 from bayestune.training import last_complete
 from bayestune.training.checks import check_arguments, check_plugins
-from bayestune.training.sharding import to_shard
+from bayestune.training.sharding import asked, to_device, to_shard
 from test_launch import EXAMPLES, pairs, pretrained_roberta
 from toys import write_rows
 from training.launching import beside_one, launch
@@ -140,10 +145,37 @@ def test_a_setting_that_cannot_shard_is_refused(
 
 def test_a_plugin_that_would_not_shard_is_refused() -> None:
     """accelerate ignores FSDP on a CPU, and would train by DDP."""
+    on_a_cpu = Mock(fsdp_plugin_args={"fsdp_version": 2}, parallel_mode=ParallelMode.DISTRIBUTED)
+    on_a_cpu.distributed_state.distributed_type = DistributedType.MULTI_CPU
     with pytest.raises(ConfigError, match="FSDP: found processes on a CPU, expected GPUs"):
-        check_plugins(False, False, asked=True)
+        asked(on_a_cpu)
     with pytest.raises(ConfigError, match="DeepSpeed, which owns the optimizer step: use FSDP2"):
-        check_plugins(True, False, asked=False)
+        check_plugins(deepspeed=True)
+
+
+@pytest.mark.parametrize("free", [True, False])
+def test_the_whole_model_goes_to_a_gpu_if_it_has_room(monkeypatch: pytest.MonkeyPatch, free: bool) -> None:
+    model = nn.Linear(100, 10, bias=False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4000 if free else 3999, 8000))
+    monkeypatch.setattr(model, "to", lambda device: model.register_buffer("moved_to", torch.empty(0)))
+    with nullcontext() if free else pytest.warns(BayestuneWarning, match="cuda:0 has 0.0 GB free: it stays on the"):
+        to_device(model, torch.device("cuda:0"))
+    assert hasattr(model, "moved_to") == free
+
+
+def test_the_command_loads_a_base_to_shard_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be too large for one GPU."""
+    write_rows(tmp_path / "data" / "rte" / "train.jsonl", pairs(0, 8))
+    write_rows(tmp_path / "data" / "rte" / "dev.jsonl", pairs(8, 4))
+    settings = {"model": str(pretrained_roberta(tmp_path / "model")), "task": "rte", "data": str(tmp_path / "data")}
+    experiment = Experiment.from_dict({**settings, "max_tokens": 64, "method": "mle", "steps": 1}, where="test")
+    load_base = Mock(side_effect=KeyboardInterrupt)
+    monkeypatch.setattr(importlib.import_module("bayestune.experiment.run"), "load_base", load_base)
+    for value, device in {"false": None, "true": "cpu"}.items():
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", value)
+        with pytest.raises(KeyboardInterrupt):
+            run(experiment, tmp_path / "run")
+        assert load_base.call_args.kwargs == {"device": device}
 
 
 def test_a_quantized_base_is_not_sharded() -> None:

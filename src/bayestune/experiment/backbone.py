@@ -165,15 +165,20 @@ def default_targets(backbone: Backbone, task: TokenizedTask) -> tuple[str, ...]:
     return (*known, *(["lm_head"] if head else []))
 
 
-def load_base(backbone: Backbone, task: TokenizedTask, experiment: Experiment) -> tuple[PreTrainedModel, list[str]]:
-    """Return the pretrained model on the training device, and the names of its new layers (a head drawn from `seed`).
+def load_base(
+    backbone: Backbone, task: TokenizedTask, experiment: Experiment, *, device: str | None = None
+) -> tuple[PreTrainedModel, list[str]]:
+    """Return the pretrained model, and the names of its new layers (a head drawn from `seed`).
+
+    It is on `device`, by default the GPU of this process, or the CPU if there is none.
 
     Raises:
         ConfigError: the checkpoint lacks weights of a causal model.
     """
     # A new head is trained in full and its updates need float32; the weights of a language model are frozen.
     dtype = torch.bfloat16 if task.generates and experiment.precision == "bf16" else torch.float32
-    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    if device is None:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     kwargs = task.head
     if experiment.quantization != "none":
         kwargs |= {"quantization_config": _quantized(experiment), "device_map": {"": device}}

@@ -42,6 +42,7 @@ from bayestune.methods import Posterior, load, save_posterior, temperature_of
 from bayestune.storage.manifest import TENSOR_FILE
 from bayestune.storage.state import adapter_tensors
 from bayestune.tasks import AnyRow
+from bayestune.training.sharding import asked_by_launcher
 
 KNOWN_ROWS = 1000
 """Training rows whose features a run keeps at most."""
@@ -147,7 +148,8 @@ def _prepared(
     if is_main():
         check_output(output, experiment, overwrite=overwrite, resume=resume)
     repeated = rows.repeated(experiment) if is_main() else {}
-    base, new = load_base(backbone, task, experiment)
+    # A base that is to be sharded may not fit on one GPU.
+    base, new = load_base(backbone, task, experiment, device="cpu" if asked_by_launcher() else None)
     start = Start(base=base, new=new, task_type="CAUSAL_LM" if task.generates else None)
     model, experiment = start.model(experiment)
     training = Training(
@@ -165,7 +167,8 @@ def _prepared(
 
 
 def _fit(ready: _Prepared, found: dict[str, Any]) -> Posterior:
-    job = fitting(ready.training, ready.start, ready.rows.more, found)
+    more = ready.rows.more if is_main() else {}  # the others only help to train
+    job = fitting(ready.training, ready.start, more, found)
     return ready.training.experiment.method.fit(ready.model, job)
 
 
@@ -190,6 +193,8 @@ def _known(ready: _Prepared) -> Tensor | None:
     """The features, of the training rows or a sample of them, to which `novelty` compares; None if there are none."""
     training, rows = ready.training, ready.rows.train
     experiment = training.experiment
+    if asked_by_launcher():  # the base is on the CPU, where it takes hours if it is as large as those that need FSDP
+        return None
     if len(rows) > KNOWN_ROWS:
         rows = random.Random(derive_seed("known", experiment.seed)).sample(rows, KNOWN_ROWS)
     try:

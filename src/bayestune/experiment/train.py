@@ -21,6 +21,7 @@ from bayestune.methods import Updates
 from bayestune.tasks import AnyRow, Task, TokenizedTask
 from bayestune.training import BayesTrainer, last_complete
 from bayestune.training.checks import check_arguments
+from bayestune.training.sharding import asked_by_launcher, to_device
 
 _WARM_UP = 0.06
 
@@ -55,7 +56,7 @@ class Training:
         if self.experiment.temperature_split is not None and not self.task.has_temperature:
             raise ConfigError(f"temperature_split: found one for {self.task.name}, whose answers have no temperature.")
         self.experiment.method.check(model, self.updates)
-        if is_main() and not self.resume and self.experiment.adapter is None:
+        if is_main() and not self.resume and self.experiment.adapter is None and not asked_by_launcher():
             self.task.advise(model, self.rows)
 
     @property
@@ -113,8 +114,8 @@ class Training:
             trainer.remove_callback(PrinterCallback)
             last = _last_checkpoint(folder) if (self.resume if resume is None else resume) else None
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
-            if trainer.is_fsdp_enabled:  # its shards were on the device; the model stayed where it was loaded
-                model.to(given.device)
+            if trainer.is_fsdp_enabled and is_main():  # the main process goes on alone, with the whole model
+                to_device(model, given.device)
         if not saves and is_main():
             with contextlib.suppress(OSError):  # something else put a file there
                 folder.rmdir()  # the Trainer makes it all the same

@@ -71,9 +71,10 @@ def load_optimizer(folder: Path, optimizer: Optimizer, scheduler: LRScheduler, s
     saved = json.loads(_existing(folder / TRAINING).read_bytes())
     for name, value in settings.items():
         if saved["settings"].get(name) != value:
+            again = "Start as many processes as before" if name == "processes" else "Use the same setting"
             raise TrainingError(
                 f"{folder} was written with {name}={saved['settings'].get(name)!r}, this run has {value!r}: "
-                "it could not continue the same run. Use the same setting, or start anew from its adapter."
+                f"it could not continue the same run. {again}, or start anew from its adapter."
             )
     state: dict[int, dict[str, Any]] = {int(key): value for key, value in saved["optimizer"]["state"].items()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -128,15 +128,10 @@ def check_rows(args: TrainingArguments, rows: int) -> None:
         )
 
 
-def check_plugins(deepspeed: bool, fsdp: bool, *, asked: bool) -> None:
-    """Raise a `ConfigError` if accelerate enabled DeepSpeed, or did not enable FSDP, which was `asked` for."""
+def check_plugins(*, deepspeed: bool) -> None:
+    """Raise a `ConfigError` if accelerate enabled DeepSpeed."""
     if deepspeed:
         raise ConfigError("accelerate's configuration asks for DeepSpeed, which owns the optimizer step: use FSDP2.")
-    if asked and not fsdp:
-        raise ConfigError(
-            "FSDP: found processes on a CPU, expected GPUs: accelerate does not shard on a CPU, and would train by "
-            "DDP without saying so. Start on GPUs, or leave FSDP out."
-        )
 
 
 def check_eval_rows(rows: object) -> None:

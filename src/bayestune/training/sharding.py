@@ -7,11 +7,12 @@ trained weights are gathered into the model, which stays where it was loaded.
 
 import copy
 import os
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import DistributedType, parse_flag_from_env
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -20,18 +21,21 @@ from torch.optim import Optimizer
 from transformers import TrainingArguments
 from transformers.training_args import ParallelMode
 
-from bayestune.errors import ConfigError
+from bayestune.errors import BayestuneWarning, ConfigError
 from bayestune.storage.state import adapter_tensors
+
+UNSHARDED = (DistributedType.MULTI_CPU,)
+"""Kinds of processes for which accelerate ignores FSDP and trains by DDP."""
 
 
 def asked(args: TrainingArguments) -> bool:
     """Return whether `args`, or the environment that `accelerate launch` sets, asks for FSDP.
 
     Raises:
-        ConfigError: it is FSDP1, there is one process, or a setting of it would train something else.
+        ConfigError: it is FSDP1, there is one process, there are no GPUs, or a setting would train something else.
     """
     given = args.fsdp_plugin_args
-    if given is None and not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+    if given is None and not asked_by_launcher():
         return False
     version = os.environ.get("FSDP_VERSION", "1") if given is None else given["fsdp_version"]
     if int(version) != 2:
@@ -41,12 +45,22 @@ def asked(args: TrainingArguments) -> bool:
         )
     if args.parallel_mode != ParallelMode.DISTRIBUTED:
         raise ConfigError("FSDP: found one process, expected several: start them with accelerate launch or torchrun.")
+    if args.distributed_state is not None and args.distributed_state.distributed_type in UNSHARDED:
+        raise ConfigError(
+            "FSDP: found processes on a CPU, expected GPUs: accelerate does not shard on a CPU, and would train by "
+            "DDP without saying so. Start on GPUs, or leave FSDP out."
+        )
     if (given or {}).get("activation_checkpointing", parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING")):
         raise ConfigError(
             "FSDP's activation_checkpointing does not repeat dropout masks, so gradients would be wrong: leave it "
             "out, and give TrainingArguments(activation_checkpointing=True)."
         )
     return True
+
+
+def asked_by_launcher() -> bool:
+    """Return whether `accelerate launch` was told to use FSDP."""
+    return bool(parse_flag_from_env("ACCELERATE_USE_FSDP"))
 
 
 def to_shard(model: PeftModel) -> PeftModel:
@@ -90,6 +104,22 @@ def total(value: float, tensors: Iterable[Tensor]) -> float:
     parts = [Partial() if placement.is_shard() else placement for placement in sharded.placements]
     own = torch.tensor(value, dtype=torch.float64, device=sharded.device)
     return DTensor.from_local(own, sharded.device_mesh, parts).full_tensor().item()
+
+
+def to_device(model: nn.Module, device: torch.device) -> None:
+    """Move a whole model to a device; if there is not enough memory, leave it where it is, with a warning."""
+    needed = sum(parameter.nbytes for parameter in model.parameters())
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else needed
+    if free < needed:
+        warnings.warn(
+            f"the trained model needs {needed / 1e9:.1f} GB, {device} has {free / 1e9:.1f} GB free: it stays on the "
+            "CPU, where the steps after training (choosing the scale, scoring) are slow. To leave them out, train "
+            "with --no-eval and --posterior-scale 1.",
+            BayestuneWarning,
+            stacklevel=2,
+        )
+        return
+    model.to(device)
 
 
 def reshard(model: nn.Module) -> None:

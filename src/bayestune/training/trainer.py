@@ -107,7 +107,8 @@ class BayesTrainer(SafeTrainer):
             optimizers=(optimizer, None),
         )
         self._memory = BackOff(self.args, self._train.ids, self._train.batch)
-        checks.check_plugins(self.is_deepspeed_enabled, self.is_fsdp_enabled, asked=self._ordinary is not None)
+        checks.check_plugins(deepspeed=self.is_deepspeed_enabled)
+        assert self.is_fsdp_enabled == (self._ordinary is not None)
         if args.world_size > 1:
             checks.check_same_settings(gather_object([{**self.resume_settings(), **self._start()}]))
 
