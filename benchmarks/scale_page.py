@@ -5,6 +5,9 @@ from typing import Any
 
 DEGREES = (1, 2, 4, 8, 16, 64)
 CARD = 80e9
+CARDS = (24, 40, 48, 80, 141)
+FREE = 0.1
+"""Share of a card that is left for what the prediction does not count."""
 NAMES = {"qv": "q, v", "all": "all linear"}
 PARTS = ("base", "gathered", "M and B", "G", "moments", "noise", "activations")
 
@@ -13,7 +16,7 @@ def page(record: dict[str, Any], ratio: float) -> str:
     """Return the record as Markdown; `ratio` is the median over rounds of BLoB's time by LoRA's on the H100."""
     made = record["predictions"]
     h100 = record["h100"]
-    text = [INTRODUCTION, "## Memory per GPU\n", MEMORY, *_memory(made)]
+    text = [INTRODUCTION, "## How many GPUs\n", GPUS.format(**_whole(made)), *_gpus(made), "\n## Memory per GPU\n", MEMORY, *_memory(made)]
     text += ["\n## Where the memory goes\n", PARTITION.format(logit=record["bytes_per_logit"]), *_partition(made)]
     text += [
         "\n## Seconds per update\n",
@@ -55,6 +58,24 @@ def _memory(made: list[dict[str, Any]]) -> list[str]:
         rows.append([*_label(key), *shown, *map(_gigabytes, more)])
     head = ["base", "batch", "adapted", "checkpointing", *map(str, DEGREES), "more than LoRA, 1", "more than LoRA, 64"]
     return _table(head, rows)
+
+
+def _whole(made: list[dict[str, Any]]) -> dict[str, float]:
+    """GB of each whole base."""
+    return {one["size"]: one["bytes"]["base"] / 1e9 for one in made if one["degree"] == 1}
+
+
+def _gpus(made: list[dict[str, Any]]) -> list[str]:
+    rows = []
+    for (size, batch, targets, checkpointing), by in _lines(made).items():
+        if batch == "4x300" and targets == "all":
+            peaks = {degree: by["blob", degree]["peak"] for degree in DEGREES}
+            fewest = [
+                next((str(degree) for degree, peak in peaks.items() if peak <= (1 - FREE) * card * 1e9), "-")
+                for card in CARDS
+            ]
+            rows.append([size, "yes" if checkpointing else "no", *fewest])
+    return _table(["base", "checkpointing", *(f"{card} GB" for card in CARDS)], rows)
 
 
 def _partition(made: list[dict[str, Any]]) -> list[str]:
@@ -115,7 +136,9 @@ INTRODUCTION = """# Memory and time on large models
 
 `python benchmarks/scale_model.py --page` makes this page from `results/scale_model.json`. It predicts the memory and
 the time of a BLoB update on Llama 2 7B and Llama 3.1 70B and 405B: rank 8, a base in bfloat16, adapters in float32,
-the loss of one answer per row. The batch is that of one GPU. GB are 10^9 bytes.
+the loss of one answer per row. The batch is that of one GPU. GB are 10^9 bytes. M is the mean of LoRA's A, G the square
+root of its standard deviation, and B the other LoRA matrix. Checkpointing computes activations again in the backward
+pass.
 
 - **Measured**: memory and milliseconds of a 7B model on one H100 (`results/bench/train_llama7b-4x300.json`).
 - **Simulated**: the peaks of small models, of two layers of each real width, of all of 7B, and of all of 70B with
@@ -123,6 +146,13 @@ the loss of one answer per row. The batch is that of one GPU. GB are 10^9 bytes.
 - **Extrapolated**: everything in the tables by number of GPUs. **No step was run on more than one GPU.**
   `BayesTrainer` trains with FSDP2 ([more than one machine](more_than_one_machine.md)), tested with
   two processes on a CPU.
+"""
+GPUS = f"""The smallest number of GPUs, of {', '.join(map(str, DEGREES[:-1]))} and {DEGREES[-1]}, on which training fits with
+{100 * FREE:.0f} % of each card left free: FSDP2, 4 rows of 300 tokens per GPU, all linear layers adapted. "-" is more than
+{DEGREES[-1]}. Checkpointing is `--activation-checkpointing`.
+
+This is training alone. `evaluate`, `predict` and `generate` need the whole base on each GPU ({{7B:.0f}} GB for 7B and
+{{70B:.0f}} GB for 70B), and each process of FSDP2 keeps the whole base in CPU memory.
 """
 MEMORY = """Peak in GB per GPU, for BLoB, by number of GPUs (FSDP2 degree). **Bold** exceeds a card of 80 GB. The last
 columns are what BLoB takes more than plain LoRA, on 1 and on 64 GPUs.
@@ -139,8 +169,8 @@ H100 record, {lora_rate:.0f} TFLOP/s for LoRA and {blob_rate:.0f} TFLOP/s for BL
 are reduced once. **Traffic does not overlap with compute here, which is pessimistic**: FSDP2 overlaps most of it where
 compute takes longer. An update on n GPUs trains n batches.
 
-The two rates come from median milliseconds, which are about equal in that record. The median over rounds of BLoB's
-time divided by LoRA's is {ratio:.2f} there, so the difference between the two is uncertain by about that factor. With
+The two rates come from median milliseconds, which are about equal in that record. But the median over rounds of the
+ratio of BLoB's time to LoRA's is {ratio:.2f} there, so BLoB's times may be too low by up to that factor. With
 1 x 4096 tokens the rate is assumed to be the same. 70B and 405B do not fit one GPU: for them, column "1" is compute
 alone.
 """

@@ -10,9 +10,12 @@ import socket
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer
 
 from bayestune import demo
@@ -244,6 +247,22 @@ def test_sentences_are_classified(world: Path, tmp_path: Path) -> None:
         trained = load_run(tmp_path / model)
         again = trained.predict(trained.task.rows("dev"), draws=3)
         assert torch.equal(again.draw_log_probs, result.predictions["blob_n3"].draw_log_probs)
+
+
+@pytest.mark.parametrize("settings", [{"method": "blob"}, {"method": "dropout", "lora_dropout": 0.5}])
+def test_activation_checkpointing_changes_no_weight(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    """With BLoB's noise and with dropout masks, though each layer computes its activations twice."""
+    used = Mock(wraps=checkpoint)
+    monkeypatch.setattr("transformers.modeling_utils.checkpoint", used)
+    settings = {**settings, "model": str(world / "llama"), "prompt": "paper", "eval": False}
+    weights = []
+    for on in (False, True):
+        run(experiment(world, **settings, activation_checkpointing=on), tmp_path / str(on))
+        assert used.called == on
+        weights.append(load_file(tmp_path / str(on) / "posterior" / "adapter_model.safetensors"))
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 
 def test_bf16_keeps_the_posterior_in_float32(world: Path, tmp_path: Path) -> None:

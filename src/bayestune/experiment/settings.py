@@ -101,6 +101,9 @@ class Experiment(Settings):
     quantization: Literal["none", "int8", "nf4"] = Field(
         "none", description="Quantization of the base model by bitsandbytes: none, int8 or nf4."
     )
+    activation_checkpointing: bool = Field(
+        False, description="Compute activations again in the backward pass: less memory, and more time."
+    )
     train_split: str = Field("train", pattern=_TEXT, description="Rows to train on.")
     eval_split: str | None = Field(
         None, pattern=_TEXT, description="Rows to score, such as test or dev+test; default: the usual one."

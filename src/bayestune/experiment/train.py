@@ -144,6 +144,7 @@ def _arguments(experiment: Experiment, checkpoints: Path) -> dict[str, Any]:
         "max_grad_norm": 0.0,
         "use_cpu": not torch.cuda.is_available(),
         "bf16": experiment.precision == "bf16",
+        "activation_checkpointing": experiment.activation_checkpointing,
         "save_strategy": "steps" if experiment.checkpoint_steps else "no",
         "save_steps": max(1, experiment.checkpoint_steps),
         "save_total_limit": 2,
