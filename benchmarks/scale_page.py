@@ -16,7 +16,8 @@ def page(record: dict[str, Any], ratio: float) -> str:
     """Return the record as Markdown; `ratio` is the median over rounds of BLoB's time by LoRA's on the H100."""
     made = record["predictions"]
     h100 = record["h100"]
-    text = [INTRODUCTION, "## How many GPUs\n", GPUS.format(**_whole(made)), *_gpus(made), "\n## Memory per GPU\n", MEMORY, *_memory(made)]
+    text = [INTRODUCTION, "## How many GPUs\n", GPUS.format(**_whole(made)), *_gpus(made)]
+    text += ["\n## Memory per GPU\n", MEMORY, *_memory(made)]
     text += ["\n## Where the memory goes\n", PARTITION.format(logit=record["bytes_per_logit"]), *_partition(made)]
     text += [
         "\n## Seconds per update\n",
@@ -136,9 +137,9 @@ INTRODUCTION = """# Memory and time on large models
 
 `python benchmarks/scale_model.py --page` makes this page from `results/scale_model.json`. It predicts the memory and
 the time of a BLoB update on Llama 2 7B and Llama 3.1 70B and 405B: rank 8, a base in bfloat16, adapters in float32,
-the loss of one answer per row. The batch is that of one GPU. GB are 10^9 bytes. M is the mean of LoRA's A, G the square
-root of its standard deviation, and B the other LoRA matrix. Checkpointing computes activations again in the backward
-pass.
+the loss of one answer per row. The batch is that of one GPU. GB are 10^9 bytes. M is the mean of LoRA's A, G the
+square root of its standard deviation, and B the other LoRA matrix. Checkpointing computes activations again in the
+backward pass.
 
 - **Measured**: memory and milliseconds of a 7B model on one H100 (`results/bench/train_llama7b-4x300.json`).
 - **Simulated**: the peaks of small models, of two layers of each real width, of all of 7B, and of all of 70B with
@@ -147,9 +148,9 @@ pass.
   `BayesTrainer` trains with FSDP2 ([more than one machine](more_than_one_machine.md)), tested with
   two processes on a CPU.
 """
-GPUS = f"""The smallest number of GPUs, of {', '.join(map(str, DEGREES[:-1]))} and {DEGREES[-1]}, on which training fits with
-{100 * FREE:.0f} % of each card left free: FSDP2, 4 rows of 300 tokens per GPU, all linear layers adapted. "-" is more than
-{DEGREES[-1]}. Checkpointing is `--activation-checkpointing`.
+GPUS = f"""The smallest number of GPUs, of {", ".join(map(str, DEGREES[:-1]))} and {DEGREES[-1]}, on which training
+fits with {100 * FREE:.0f} % of each card left free: FSDP2, 4 rows of 300 tokens per GPU, all linear layers adapted.
+"-" is more than {DEGREES[-1]}. Checkpointing is `--activation-checkpointing`.
 
 This is training alone. `evaluate`, `predict` and `generate` need the whole base on each GPU ({{7B:.0f}} GB for 7B and
 {{70B:.0f}} GB for 70B), and each process of FSDP2 keeps the whole base in CPU memory.
