@@ -33,7 +33,7 @@ def table(
         str | None, typer.Option(callback=check_data, help="Folder of data sets; default: the Hugging Face Hub.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Folder, .gguf file, Hugging Face id, minilm or smollm2 (packages).")
+        str | None, typer.Option(help="Folder, .gguf file, Hugging Face id, or package: minilm, smollm2.")
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds, comma-separated; default 1,2,3.")] = None,
     methods: Annotated[

@@ -50,7 +50,7 @@ def _check_folders(settings: Mapping[str, Any], output: Path, *, new: bool) -> N
     # A launched process beside the main one may find the folder that the main one has just made.
     if new and os.environ.get("RANK", "0") == "0" and not all(name.startswith(".") for name in names):
         begun = "experiment.json" in names and "result.json" not in names
-        hint = " A run was begun there: --resume goes on with it." if begun else ""
+        hint = " It holds an unfinished run: --resume continues it." if begun else ""
         raise FlagError(f"output {output}: the folder is not empty; choose another, or pass --overwrite.{hint}")
 
 

@@ -107,7 +107,7 @@ def test_wrong_settings_and_folders_are_refused_before_torch_is_imported(tmp_pat
         ("--config", str(tmp_path / "rank.yaml"), "--output", "new"): "rank: found 65537, expected at most 65536.",
         (*complete, "--output", str(tmp_path / "file")): "file: found a file, expected a folder or nothing.",
         (*complete, "--output", str(tmp_path / "begun")): "the folder is not empty; choose another, or pass "
-        "--overwrite. A run was begun there: --resume goes on with it.",
+        "--overwrite. It holds an unfinished run: --resume continues it.",
         ("--resume", "--output", str(tmp_path / "new")): "experiment.json: cannot be read",
         (*complete, "--model", "./nowhere"): "--model ./nowhere: no such folder or file, expected a model",
     }

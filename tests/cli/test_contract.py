@@ -251,7 +251,7 @@ def test_a_run_made_again_from_its_record_has_the_same_numbers(
         for part in ("methods", "sha256", "kl", "temperature", "experiment", "rows", "versions", "hardware"):
             assert again[part] == first[part]
         assert adapter(tmp_path / name) == adapter(world / "whole")
-    assert "the record was made with other" not in capsys.readouterr().err
+    assert "the record was made with different" not in capsys.readouterr().err
 
 
 @pytest.mark.property("R10")
@@ -283,7 +283,7 @@ def test_what_is_not_as_in_the_record_is_named_before_training(
     monkeypatch.setattr("bayestune.training.BayesTrainer.train", train)
     command = ["train", "--config", str(tmp_path / "result.json"), "--data", str(tmp_path / "data")]
     assert invoke([*command, "--output", str(tmp_path / "run")]) == 2
-    warning = "the record was made with other sha256.base, sha256.train_rows, versions.torch: "
+    warning = "the record was made with different sha256.base, sha256.train_rows, versions.torch: "
     assert f"warning: {warning}" in capsys.readouterr().err
 
 
@@ -319,9 +319,9 @@ def test_rows_of_other_uses_and_settings_of_the_base_are_in_the_record_too(
     others = ("base_settings", "fit_rows", "temperature_rows")
     assert invoke(["train", "--config", str(tmp_path / "run" / "result.json"), "--output", str(tmp_path / "a")]) == 2
     named = ", ".join(f"sha256.{name}" for name in others)
-    assert f"warning: the record was made with other {named}: " in capsys.readouterr().err
+    assert f"warning: the record was made with different {named}: " in capsys.readouterr().err
     before = {**found, "sha256": {name: value for name, value in found["sha256"].items() if name not in others}}
     (tmp_path / "before.json").write_text(json.dumps(before))
     assert invoke(["train", "--config", str(tmp_path / "before.json"), "--output", str(tmp_path / "b")]) == 2
     err = capsys.readouterr().err
-    assert "stop here" in err and "the record was made with other" not in err
+    assert "stop here" in err and "the record was made with different" not in err

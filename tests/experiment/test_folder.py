@@ -136,7 +136,7 @@ def test_a_run_that_waits_is_named(tmp_path: Path) -> None:
     from bayestune.experiment import load_run
 
     write_run(earlier_run(tmp_path / "run"), "old")
-    with pytest.raises(ConfigError, match=r"waits in .*\.run\.before"):
+    with pytest.raises(ConfigError, match=r"kept in .*\.run\.before"):
         load_run(tmp_path / "run")
 
 

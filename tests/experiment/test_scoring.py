@@ -98,7 +98,7 @@ def test_an_interrupted_run_is_not_scored_with_other_training_rows(
     settings, output = given(world, method="mle", data=str(data)), tmp_path / "cut"
     interrupted(settings, output, monkeypatch, at="evaluate")
     write_rows(data / "colours" / "train.jsonl", questions(0, 15))
-    with pytest.raises(ConfigError, match="trained with other train_rows"):
+    with pytest.raises(ConfigError, match="trained with different train_rows"):
         run(settings, output, resume=True)
 
 

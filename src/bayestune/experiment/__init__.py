@@ -1,4 +1,4 @@
-"""One experiment: settings in, a run folder with a posterior and its scores out; and cells, the records of tables."""
+"""Run one experiment: from its settings to a run folder with a posterior and its scores."""
 
 from bayestune.experiment.detection import detection as detection
 from bayestune.experiment.detection import novelty_of as novelty_of

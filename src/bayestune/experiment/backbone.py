@@ -66,7 +66,7 @@ def find_backbone(model: str) -> Backbone:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         positions = config.get_text_config().to_dict().get("max_position_embeddings")
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # whatever a configuration that does not fit makes transformers raise
+    except Exception as error:  # transformers raises many types for an invalid configuration
         if "trust_remote_code" in str(error):
             raise ConfigError(
                 f"model {model!r}: it needs code of its own, expected none; such code is not run."
@@ -79,7 +79,7 @@ def find_backbone(model: str) -> Backbone:
 
 
 def _family(model: str, config: PreTrainedConfig) -> Family:
-    """Whether the checkpoint is a causal language model; all others are encoders."""
+    """Return "causal" for a checkpoint of a causal language model, otherwise "encoder"."""
     if not config.architectures:
         raise ConfigError(f"model {model!r}: its config.json names no architectures, expected e.g. LlamaForCausalLM.")
     causal = set(config.architectures) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
@@ -95,15 +95,15 @@ def build_task(
     prompt: Prompt | None = None,
     own: Mapping[str, Any] = MappingProxyType({}),
 ) -> TokenizedTask:
-    """Return the first of `TASKS` that reads the data set `name` and fits the model; `labels` as in `dataset`.
+    """Build the first task of `TASKS` that can read the data set `name` and fits the model.
 
-    Tasks without prompts ignore `prompt`. `own` holds the settings of a run that some tasks take.
+    `labels` are the class names, as in `dataset`. Tasks without prompts ignore `prompt`. `own` holds the settings of
+    a run that only some tasks take.
 
     Raises:
         DataError, TaskError: as the functions of `bayestune.tasks`.
-        ConfigError: `max_tokens` is more than the model has positions for; the tokenizer pads with
-            a token that has no embedding, or with another than an encoder does; or a setting in `own` is another
-            task's.
+        ConfigError: `max_tokens` exceeds the positions of the model; the tokenizer's pad token has no embedding, or
+            differs from that of an encoder; or a setting in `own` belongs to another task.
     """
     limit = backbone.positions
     if limit is not None and max_tokens > limit:
@@ -149,7 +149,7 @@ def _fit_tokenizer(backbone: Backbone, task: TokenizedTask) -> None:
 
 
 def default_targets(backbone: Backbone, task: TokenizedTask) -> tuple[str, ...]:
-    """PEFT's default query and value projections, and the language-model head if it answers `task` and is not tied.
+    """Return PEFT's default layers (query and value projections), and an untied lm_head if it answers `task`.
 
     Raises:
         ConfigError: PEFT has no default for the architecture.
@@ -168,12 +168,12 @@ def default_targets(backbone: Backbone, task: TokenizedTask) -> tuple[str, ...]:
 def load_base(
     backbone: Backbone, task: TokenizedTask, experiment: Experiment, *, device: str | None = None
 ) -> tuple[PreTrainedModel, list[str]]:
-    """Return the pretrained model, and the names of its new layers (a head drawn from `seed`).
+    """Load the pretrained model; return it and the names of its new layers (a head), drawn from `seed`.
 
     It is on `device`, by default the GPU of this process, or the CPU if there is none.
 
     Raises:
-        ConfigError: the checkpoint lacks weights of a causal model.
+        ConfigError: the model cannot be loaded, a causal model's checkpoint lacks weights, or bitsandbytes is missing.
     """
     # A new head is trained in full and its updates need float32; the weights of a language model are frozen.
     dtype = torch.bfloat16 if task.generates and experiment.precision == "bf16" else torch.float32
@@ -191,7 +191,7 @@ def load_base(
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ConfigError(f"model {experiment.model!r}: cannot be loaded: {one_line(error)}") from error
     model, loading = loaded
-    # PEFT records this as the base: the name that was given, not the path of an installed package.
+    # PEFT records this name of the base: the one that was given, not the path of an installed package.
     model.name_or_path = model.config._name_or_path = experiment.model
     new = sorted({key.rpartition(".")[0] for key in loading["missing_keys"]})
     if new and task.generates:
@@ -210,7 +210,7 @@ def _quantized(experiment: Experiment) -> BitsAndBytesConfig:
 
 
 def new_head(base: PreTrainedModel, new: list[str], seed: int) -> None:
-    """Initialize the layers `new` of `base` again from `seed`, as the model's own class does."""
+    """Initialize the layers `new` of `base` again from `seed`, with the initialization of the model's class."""
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         for name in new:
@@ -245,7 +245,7 @@ def add_adapter(base: PreTrainedModel, experiment: Experiment, *, new: list[str]
 
 
 def _check_targets(base: PreTrainedModel, targets: tuple[str, ...]) -> None:
-    """Raise an error for any name without a layer: PEFT raises one only if no name has a layer."""
+    """Raise an error if any target matches no layer; PEFT raises one only if none of them does."""
     names = [name for name, _ in base.named_modules()]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):

@@ -1,4 +1,4 @@
-"""What is made from the declarations of settings: the options of `bayestune train`, and the docs' page of methods.
+"""Make the options of `bayestune train` and the methods page of the docs from the declarations of the settings.
 
 ``python -m bayestune.experiment.declared`` (``make declared``) writes both files; a test compares them.
 """
@@ -23,7 +23,7 @@ _TYPES = {bool: "bool", int: "int", float: "float", str: "str"}
 
 
 def options() -> list[dict[str, Any]]:
-    """The options of `bayestune train` that are settings: name, type, help, values, and the methods that use it."""
+    """Return the settings as options of `bayestune train`: name, type, help, values, and the methods with it."""
     made = [_option(name, field, None) for name, field in Experiment.model_fields.items()]
     seen: set[str] = set()
     for method in METHODS.values():
@@ -51,7 +51,7 @@ def _option(name: str, field: FieldInfo, methods: list[str] | None) -> dict[str,
 
 
 def _takes(field: FieldInfo) -> dict[str, Any]:
-    """The type and the values of a field, which the command line checks before it imports torch."""
+    """Return the type and the allowed values of a field; the command line checks them before it imports torch."""
     kind = base_type(field)
     bounds = [dataclasses.asdict(part) for part in field.metadata if isinstance(part, Ge | Gt | Le | Lt)]
     return {
@@ -70,12 +70,12 @@ def _type(field: FieldInfo) -> str:
 
 
 def methods_page() -> str:
-    """The page of methods, in Markdown."""
+    """Return the methods page in Markdown."""
     lines = [
         "# Methods",
         "",
-        "Each method is one file of `src/bayestune/methods`, from whose declaration this page, the options of",
-        "`bayestune train` and the lines of tables are made (`make declared`).",
+        "Each method is declared in one file of `src/bayestune/methods`. `make declared` makes this page and the",
+        "options of `bayestune train` from these declarations; tables take the names of the methods from them.",
         "",
         "| method | what it is | starts from | draws | source |",
         "|---|---|---|---|---|",
@@ -96,7 +96,7 @@ def methods_page() -> str:
 
 
 def written() -> dict[Path, str]:
-    """The content of each file."""
+    """Return the content of each file by its path."""
     return {OPTIONS: json.dumps(options(), indent=1) + "\n", PAGE: methods_page()}
 
 

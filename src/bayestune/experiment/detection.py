@@ -1,4 +1,4 @@
-"""`detection`: how well scores tell the rows of another data set from those that a run knows."""
+"""Out-of-distribution detection: how well a run's uncertainties separate its own rows from another data set's."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +24,7 @@ DETECTORS = {
 
 
 def novelty_of(trained: Run, task: TokenizedTask, rows: Sequence[AnyRow]) -> Tensor | None:
-    """Return the `novelty` of rows in the run's precision, [rows]; None for runs of versions that kept no features."""
+    """Return the `novelty` of each row, [rows], in the run's precision; None if the run kept no features."""
     if trained.posterior.known is None:
         return None
     with autocast(trained.experiment):
@@ -40,19 +40,23 @@ def detection(
     *,
     known_novelty: Tensor | None,
 ) -> dict[str, Any]:
-    """Return the scores of a run on rows of another data set, and the AUROC of telling these from `known_rows`.
+    """Score a run on rows of another data set, and compute the AUROC of telling these from `known_rows`.
 
     Args:
         trained: the run.
-        known: its prediction for `known_rows`, rows of its own data set; the others are predicted with its draws.
-        task: the other data set, as `other_task` returns it.
-        rows: its rows, labeled.
+        known: its prediction for `known_rows`; `rows` are predicted with the same number of draws and seed.
+        known_rows: rows of its own data set.
+        task: the task of the other data set, as `other_task` returns it.
+        rows: labeled rows of the other data set.
         known_novelty: `novelty_of` the `known_rows`.
 
     Returns:
-        The task's scores, the mean "epistemic" uncertainty, and those of `DETECTORS` that the task has: above one
-        half if the score is higher on `rows`. It is None where there are no pairs of equal length, or the run keeps no
-        features of training rows.
+        The task's scores, the mean "epistemic" uncertainty, and the AUROC of each of the `DETECTORS` that the task
+        has. An AUROC is above one half if the detector is higher on `rows`. It is None if there are no pairs of equal
+        length, or if the run kept no features of its training rows.
+
+    Raises:
+        TaskError: the task has no uncertainty per row.
     """
     prediction = trained.predict(rows, draws=known.draws, seed=known.seed, task=task, progress=True)
     positive = torch.tensor([False] * len(known_rows) + [True] * len(rows))

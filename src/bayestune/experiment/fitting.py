@@ -1,4 +1,4 @@
-"""What a method sees of the run that it is fitted in."""
+"""Describe a run to the method that is fitted in it."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from bayestune.tasks import AnyRow
 
 
 def autocast(experiment: Experiment) -> contextlib.AbstractContextManager[Any]:
-    """The precision of the experiment."""
+    """Return a context in which the model computes in the experiment's precision."""
     if experiment.precision == "float32":
         return contextlib.nullcontext()
     return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", dtype=torch.bfloat16)
@@ -27,7 +27,7 @@ def autocast(experiment: Experiment) -> contextlib.AbstractContextManager[Any]:
 def fitting(
     training: Training, start: Start, more_rows: Mapping[str, Sequence[AnyRow]], found: dict[str, Any]
 ) -> Fitting:
-    """The run of `training` as its method sees it."""
+    """Return what the method may use of the run of `training`."""
     experiment = training.experiment
     assert experiment.learning_rate is not None
     return Fitting(

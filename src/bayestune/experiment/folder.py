@@ -1,8 +1,8 @@
 """The folder of a run: check that it may be written, lock it, and replace a run that is already there.
 
-`--overwrite` moves the old run beside its folder, to `.NAME.before`, until the new one is finished. Each move is one
+`--overwrite` moves the old run to `.NAME.before`, beside its folder, until the new run is finished. Each move is one
 rename, so a crash leaves the old run complete in one of the two places. The lock of a running experiment is
-`.NAME.lock` beside the folder, or a file in it if the parent is not writable.
+`.NAME.lock` beside the folder, or a file inside the folder if its parent is not writable.
 """
 
 import os
@@ -16,7 +16,7 @@ from bayestune.files import MANIFEST, alone, check_writable, read_json, remove, 
 
 POSTERIOR, CHECKPOINTS, RESULT, EXPERIMENT = "posterior", "checkpoints", "result.json", "experiment.json"
 TRAINED = "trained.json"
-"""What result.json will say about the training, until that is written."""
+"""The part of result.json about the training, kept in this file until result.json is written."""
 ADAPTER = "adapter"
 """The plain LoRA adapter that a run trained as the start of "laplace", "tfb" or "swag"."""
 
@@ -25,33 +25,33 @@ SHOTS = "shots.jsonl"
 
 _OWN = (POSTERIOR, CHECKPOINTS, ADAPTER, RESULT, EXPERIMENT, TRAINED, SHOTS)
 _INSIDE = "run"
-"""Base of the lock's name when the lock is in the folder itself."""
+"""The lock is called `.run.lock` when it is inside the folder."""
 
 
 def earlier_run(output: Path) -> Path:
-    """Where the old run of `output` is kept while it is being replaced."""
+    """Return the folder in which the old run of `output` is kept while it is being replaced."""
     output = output.resolve()
     return output.with_name(f".{output.name}.before")
 
 
 def is_trained(output: Path) -> bool:
-    """Whether the run has a complete posterior, and at most its temperature and scores are missing."""
+    """Return whether the run has a complete posterior but is not finished: temperature or scores may be missing."""
     return (output / POSTERIOR / MANIFEST).is_file() and (output / TRAINED).is_file()
 
 
 def check_output(output: Path, experiment: Experiment, *, overwrite: bool, resume: bool) -> None:
-    """Check that a run may use `output`; finish or undo a replacement that was killed.
+    """Check that a run may use `output`; finish or undo an interrupted replacement.
 
     Raises:
         ConfigError: the folder holds something else, or another process is writing a run there.
     """
     if overwrite and resume:
-        raise ConfigError("found overwrite and resume, expected one of them: replace the run, or go on with it.")
+        raise ConfigError("found overwrite and resume, expected one of them: replace the run, or continue it.")
     try:
         str(output.absolute()).encode()
     except UnicodeEncodeError:
         found = f"output {str(output.absolute())!r}: found a path that is not UTF-8"
-        raise ConfigError(f"{found}, in which safetensors reads no file; choose another folder.") from None
+        raise ConfigError(f"{found}, which safetensors cannot read; choose another folder.") from None
     adapter = None if experiment.adapter is None else Path(experiment.adapter).resolve()
     if adapter is not None and output.resolve() in (adapter, *adapter.parents):
         raise ConfigError(f"output {output}: found the adapter to start from in it; choose another folder.")
@@ -64,7 +64,7 @@ def check_output(output: Path, experiment: Experiment, *, overwrite: bool, resum
 
 
 def _alone(output: Path) -> AbstractContextManager[None]:
-    """The lock of the run in `output`, inside it if its parent is not writable (a mounted folder)."""
+    """Lock the run in `output`. The lock is inside the folder if its parent is not writable (a mounted folder)."""
     return alone(output if os.access(output.parent, os.W_OK | os.X_OK) else output / _INSIDE)
 
 
@@ -76,7 +76,7 @@ def _check_content(output: Path, experiment: Experiment, *, overwrite: bool, res
         _check_resumed(output, experiment)
     elif found and not overwrite:
         begun = EXPERIMENT in found and RESULT not in found
-        hint = " A run was begun there: --resume goes on with it." if begun else ""
+        hint = " It holds an unfinished run: --resume continues it." if begun else ""
         raise ConfigError(f"output {output}: the folder is not empty; choose another, or pass --overwrite.{hint}")
     elif found and not _is_run(output):
         raise ConfigError(f"output {output}: found files but no {EXPERIMENT} of a run; nothing is overwritten.")
@@ -98,19 +98,19 @@ def _check_resumed(output: Path, experiment: Experiment) -> None:
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether the folder holds settings with the fields that every run has."""
+    """Return whether the folder holds an experiment.json with the fields that every run has."""
     if not (folder / EXPERIMENT).is_file():
         return False
     return {"model", "task", "method"} <= read_json(folder / EXPERIMENT, "the settings of a run").keys()
 
 
 def _recover(output: Path, *, overwrite: bool) -> None:
-    """Finish or undo a replacement that was killed."""
+    """Finish or undo an interrupted replacement."""
     before = earlier_run(output)
     if not before.is_dir():
         return
     if not _is_run(before):
-        raise ConfigError(f"{before} is in the way (an earlier run would wait there) and is no run: move it away.")
+        raise ConfigError(f"{before}: found files that are not a run, expected nothing or an old run; move it away.")
     if not output.exists():
         os.rename(before, output)
     elif (output / RESULT).is_file():
@@ -121,10 +121,10 @@ def _recover(output: Path, *, overwrite: bool) -> None:
 
 @contextmanager
 def run_folder(output: Path, experiment: Experiment, *, overwrite: bool, resume: bool) -> Iterator[None]:
-    """A context that holds the lock of `output`, with the settings of this run written to it.
+    """Lock `output` and write the settings of this run to it.
 
     The old run is moved aside. It is removed when the new run is finished, and restored if the new run fails before
-    it has a checkpoint or an adapter. Files that are not part of a run are kept.
+    it has a checkpoint, an adapter or a posterior. Files that are not part of a run are kept.
 
     Raises:
         ConfigError: another process is writing a run there, or has written one since `check_output`.
@@ -139,7 +139,7 @@ def run_folder(output: Path, experiment: Experiment, *, overwrite: bool, resume:
 
 @contextmanager
 def _in_place(output: Path, experiment: Experiment, *, resume: bool) -> Iterator[None]:
-    """`run_folder` once the folder has been checked."""
+    """Do what `run_folder` does after its checks."""
     before = earlier_run(output)
     if not resume and _names(output):
         os.rename(output, before)
@@ -156,13 +156,13 @@ def _in_place(output: Path, experiment: Experiment, *, resume: bool) -> Iterator
 
 
 def _names(output: Path) -> set[str]:
-    """The names in the folder, without the lock."""
+    """Return the names of the files in the folder, without the lock."""
     found = {path.name for path in output.iterdir()} if output.is_dir() else set()
     return found - {f".{_INSIDE}.lock"}
 
 
 def _has_something(output: Path) -> bool:
-    """Whether an unfinished run left a posterior, an adapter or a file of a checkpoint."""
+    """Return whether an unfinished run left a posterior, an adapter or a checkpoint file."""
     if any((output / name).is_dir() for name in (POSTERIOR, ADAPTER)):
         return True
     checkpoints = output / CHECKPOINTS
@@ -171,7 +171,7 @@ def _has_something(output: Path) -> bool:
 
 
 def _put_back(before: Path, output: Path) -> None:
-    """Replace the new run, which has nothing worth keeping, by the earlier one."""
+    """Replace the new run, which has nothing worth keeping, with the earlier one."""
     if output.exists():
         remove(output)
     os.rename(before, output)

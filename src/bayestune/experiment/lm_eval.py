@@ -1,4 +1,4 @@
-"""The tasks of lm-evaluation-harness, asked of a run. The only file that imports lm_eval."""
+"""Evaluate a run on the tasks of lm-evaluation-harness. This is the only file that imports lm_eval."""
 
 import importlib.metadata
 import json
@@ -33,31 +33,32 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(message, name=error.name) from error
 
 _KEPT = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
-"""What is kept of lm-eval's results: the rest describes the machine, or is found by the versions of the tasks."""
+"""The parts of lm-eval's results that are kept. The rest describes the machine, or follows from the task versions."""
 
 
 class PosteriorLM(HFLM):
-    """A posterior as a model of lm-evaluation-harness: the probabilities of whole sequences, averaged over draws.
+    """Wrap a posterior as a model of lm-evaluation-harness that averages sequence probabilities over draws.
 
     ``log p(y | x) = logsumexp_k log p(y | x, theta_k) - log K`` for a context x and a continuation y, with the same K
     draws for every request. With ``draws=0`` it answers as lm-eval's `hf` does with the exported mean (``peft=``).
 
-    - `is_greedy` asks whether every token of y is the most probable one of this mixture after the tokens before.
+    - `is_greedy` is whether every token of y is the most probable one under this mixture, given the tokens before it.
     - A document (`loglikelihood_rolling`) is one sequence: each draw's log-probabilities of its windows are added up
       before the draws are averaged, so the average does not depend on where the windows are cut.
     - Nothing is generated: tasks of the type `generate_until` are refused.
 
-    The temperature of the posterior, which belongs to the choices of its own task, is not applied.
+    The temperature of the posterior is not applied, because it was fitted to the choices of its own task.
 
     Args:
-        posterior: of a causal language model, whose draws are weights.
-        tokenizer: of the model.
-        draws, seed: number of draws, 0 for the mean, and their seed.
-        batch_size: texts per forward.
+        posterior: a posterior of a causal language model, whose draws are weights.
+        tokenizer: the model's tokenizer.
+        draws: number of draws; 0 for the mean.
+        seed: seed of the draws.
+        batch_size: texts per forward pass.
 
     Raises:
         ConfigError: `batch_size` is less than 1, or the model has no language-model head.
-        DrawError: the posterior has no such draws, or draws only answers, as linearized posteriors do.
+        DrawError: the posterior cannot give that many draws, or draws only answers, as linearized posteriors do.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class PosteriorLM(HFLM):
     def _by_draw(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], *, greedy: bool, progress: bool
     ) -> tuple[Tensor, Tensor]:
-        """As `continuation_log_probs`; contexts are cut from the left where lm-eval cuts them."""
+        """Call `continuation_log_probs` with contexts cut from the left, as lm-eval cuts them."""
         continuations, cut = [], 0
         for _, context, targets in requests:
             if len(targets) > self.max_length:
@@ -124,12 +125,12 @@ class PosteriorLM(HFLM):
         return _averaged(sums).tolist()
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Raise an error: draws are averaged only over given continuations."""
+        """Raise an error: the average over draws is defined only for given continuations."""
         raise _no_generation([str(request.task_name) for request in requests])
 
     def set_cache_hook(self, cache_hook: Any) -> None:
-        """Raise an error: lm-eval finds the answers in its cache by their texts alone, whatever the run and draws."""
-        raise ConfigError("use_cache: found a cache of answers, which does not know the draws; leave it out.")
+        """Raise an error: lm-eval's cache is keyed by the texts alone, so it would mix runs and draws."""
+        raise ConfigError("use_cache: found a cache of answers, which ignores the run and its draws; leave it out.")
 
 
 def _averaged(by_draw: Float[Tensor, "draws texts"]) -> Float[Tensor, " texts"]:
@@ -143,7 +144,7 @@ def _no_generation(tasks: Sequence[str]) -> ConfigError:
 
 
 class Tasks(TaskManager):
-    """The tasks that lm-eval knows, and those in the YAML files of a folder of yours."""
+    """The tasks that lm-eval knows, and those that YAML files in your own folder define."""
 
     def named(self, names: str) -> list[str]:
         """Return the tasks, groups and tags in a comma-separated list, in which ``*`` stands for anything.
@@ -167,11 +168,12 @@ class Tasks(TaskManager):
         """Load the rows of tasks.
 
         Raises:
-            DataError: the rows cannot be loaded. ConfigError: a task generates text.
+            DataError: the rows cannot be loaded.
+            ConfigError: a task generates text.
         """
         try:
             found = super().load(task_list)
-        except Exception as error:  # whatever a data set that cannot be loaded makes datasets raise
+        except Exception as error:  # datasets raises many types for a data set that it cannot load
             names = ", ".join(map(str, task_list))
             raise DataError(f"tasks {names}: lm-eval cannot load them: {one_line(error)}") from error
         generating = [name for name, task in found["tasks"].items() if task.OUTPUT_TYPE == "generate_until"]
@@ -183,21 +185,20 @@ class Tasks(TaskManager):
 def ask(
     run: Run, tasks: Tasks, names: Sequence[str], *, draws: int, seed: int = 0, batch_size: int = 8, **options: Any
 ) -> dict[str, Any]:
-    """Return lm-eval's results for a run, in the run's own precision.
+    """Evaluate a run on tasks of lm-eval, in the run's own precision, and return lm-eval's results.
 
-    lm-eval seeds the global random state, from which some tasks shuffle their rows, so its prompts are the same as for
-    any other model. The draws do not depend on it.
+    lm-eval seeds the global random state, which some tasks use to shuffle their rows, so its prompts are the same as
+    for any other model. The draws do not depend on that state.
 
     Args:
-        run: of a causal language model.
-        tasks: where the tasks are found.
-        names: the tasks.
-        draws, seed: as in `PosteriorLM`.
-        batch_size: texts per forward.
-        options: of `lm_eval.simple_evaluate`, such as `num_fewshot`, `limit` and `apply_chat_template`.
+        run: a run of a causal language model.
+        tasks: the known tasks.
+        names: the names of the tasks to evaluate.
+        draws, seed, batch_size: as in `PosteriorLM`.
+        options: arguments of `lm_eval.simple_evaluate`, such as `num_fewshot`, `limit` and `apply_chat_template`.
 
     Raises:
-        TaskError: the run has a head of its own in the place of a language model's.
+        TaskError: the run's model answers with a head of its own instead of a language-model head.
         ConfigError, DataError, DrawError: as `PosteriorLM` and `Tasks`.
     """
     if not run.task.generates:
@@ -211,17 +212,18 @@ def ask(
 
 
 def tables(results: dict[str, Any]) -> str:
-    """Return lm-eval's own tables of its results: by task, and by group if there are groups."""
+    """Return lm-eval's results as its own text tables: by task, and by group if there are groups."""
     return "\n".join(make_table(results, column) for column in ("results", "groups") if results.get(column))
 
 
 def record(results: dict[str, Any], run: Run, folder: Path, **asked: Any) -> dict[str, Any]:
-    """Return what a file says about the results: plain JSON values, with None in the place of a number not finite.
+    """Return the results as plain JSON values for a file; numbers that are not finite become None.
 
     Args:
-        results: of `ask`.
-        run, folder: the run, and where it is.
-        asked: what the results depend on besides, such as draws and seed.
+        results: what `ask` returned.
+        run: the run.
+        folder: the run's folder.
+        asked: further values that the results depend on, such as draws and seed.
     """
     kept = {name: results[name] for name in _KEPT if name in results}
     posterior = folder / POSTERIOR

@@ -22,9 +22,9 @@ def count_repeated(
         used: the rows that the run learns from, by split.
 
     Returns:
-        For each split in `used` the number of `exact` repetitions (letter for letter) and of `rows`, which
-        also counts those that differ only in letter case, spaces, Unicode compatibility forms (NFKC) and the order of
-        their choices.
+        For each split in `used`: "exact", the number of rows repeated letter for letter, and "rows", which also
+        counts rows that differ only in letter case, spaces, Unicode compatibility forms (NFKC) or the order of their
+        choices.
     """
     counts = {}
     for name, others in used.items():
@@ -47,9 +47,9 @@ def _message(repeated: Sequence[tuple[AnyRow, AnyRow]], exact: int, scored: int,
 
 
 def folded(row: AnyRow) -> tuple[tuple[str, str], ...]:
-    """Return the texts of a row without what `count_repeated` ignores; equal rows are the same question.
+    """Return a row's texts without the differences that `count_repeated` ignores.
 
-    They are sorted by field. Those of the choices have one field, so their order does not count.
+    The texts are sorted by field. All choices share one field, so their order does not matter.
     """
     return tuple(
         sorted((name, " ".join(unicodedata.normalize("NFKC", text).casefold().split())) for name, text in row.texts)

@@ -1,4 +1,4 @@
-"""The processes of torchrun or `accelerate launch`: their ranks, and the values that they exchange."""
+"""Processes started by torchrun or `accelerate launch`: their ranks, and the exchange of values between them."""
 
 import contextlib
 import functools
@@ -14,24 +14,27 @@ T = TypeVar("T")
 
 
 def process_count() -> int:
-    """Processes that work together; 1 without a launcher."""
+    """Return the number of processes that the launcher started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """Return the number of this process, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def is_main() -> bool:
-    """Whether this process writes files and prints. A launcher ends the others if it fails."""
+    """Return whether this is the main process, which alone writes files and prints.
+
+    If it fails, the launcher ends the other processes.
+    """
     return rank() == 0
 
 
 def together(mine: T) -> list[T]:
-    """Return the value that each process passes here, by rank; it waits for all of them.
+    """Wait for a value from each process, and return the values in order of rank.
 
-    Every process must call it equally often. Values travel through pickle, between processes of one launcher.
+    Every process must call it the same number of times. Values are pickled, and come only from this launcher.
 
     Raises:
         BayestuneError: another process reported an error, ended, or was silent for 30 minutes.
@@ -53,23 +56,23 @@ def together(mine: T) -> list[T]:
 
 
 def report(message: str) -> None:
-    """Raise an error in the main process, at its next `together`; return when that process has ended."""
+    """Make the main process raise an error at its next `together`; return when that process has ended."""
     failure = BayestuneError(f"process {rank()} of {process_count()}: {message}")
-    for _ in range(2):  # the second time the main process is not there any more
+    for _ in range(2):  # the second call fails once the main process has ended
         with contextlib.suppress(BayestuneError):
             together(failure)
 
 
 @functools.cache
 def _group() -> Any:
-    """A group on the CPU, beside the one that a Trainer may have on GPUs."""
+    """Return a group on the CPU, separate from the group that a Trainer may have on GPUs."""
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     return dist.new_group(backend="gloo")
 
 
 def leave(code: int) -> NoReturn:
-    """Exit at once: in a normal exit of the interpreter, gloo's threads can abort or deadlock."""
+    """Exit immediately: in a normal exit of the interpreter, gloo's threads can abort or deadlock."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -7,7 +7,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class ProgressBar(TrainerCallback):
-    """One bar for all updates, with the latest NLL (nats per row) and, for Gaussian posteriors, KL (nats) and std."""
+    """Show one bar with the latest NLL (nats per row) and, for Gaussian posteriors, the KL (nats) and std."""
 
     def __init__(self, description: str, *, disable: bool) -> None:
         self._description = description

@@ -1,4 +1,4 @@
-"""What the numbers of a run depend on besides its settings, and how that differs from an earlier record."""
+"""Record what a run's numbers depend on besides its settings, and compare it with an earlier record."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,10 +21,12 @@ _SETTINGS = ("config.json", "tokenizer*.json", "*.model", "vocab.*", "merges.txt
 
 
 def provenance(backbone: Backbone, rows: Mapping[str, Sequence[AnyRow]], adapter: str | None) -> dict[str, Any]:
-    """Hashes of the base's files, the rows and the adapter to start from; processes, versions and hardware.
+    """Return hashes of the base's files, the rows and the starting adapter, and the processes, versions and hardware.
 
     Args:
-        rows: by use, such as "train" and "eval"; an empty list is left out.
+        backbone: the base model.
+        rows: the rows by use, such as "train" and "eval"; empty lists are left out.
+        adapter: the folder of the adapter to start from; None for a new adapter.
     """
     start = {} if adapter is None else {"start": file_sha256(adapter_file(Path(adapter)))}
     hashes = {
@@ -37,7 +39,7 @@ def provenance(backbone: Backbone, rows: Mapping[str, Sequence[AnyRow]], adapter
 
 
 def _hashes(backbone: Backbone, *patterns: str) -> dict[str, str]:
-    """Hashes by file name, from the model's folder or the cache of the Hugging Face Hub."""
+    """Return the SHA-256 of each file by its name, from the model's folder or the cache of the Hugging Face Hub."""
     folder: Path | None = Path(backbone.source)
     if not folder.is_dir():
         config = try_to_load_from_cache(backbone.source, "config.json")
@@ -53,14 +55,14 @@ def warn_if_other(record: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     names = differences(record, found)
     if names:
         warnings.warn(
-            f"the record was made with other {', '.join(names)}: the numbers need not be the same.",
+            f"the record was made with different {', '.join(names)}: the numbers may differ.",
             BayestuneWarning,
             stacklevel=3,
         )
 
 
 def differences(record: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """Keys that both have with different values: "processes", "sha256.train_rows", "versions.torch" and so on."""
+    """Return the keys in both whose values differ, such as "processes", "sha256.train_rows" or "versions.torch"."""
     names = []
     for name in record.keys() & found.keys():
         one, other = record[name], found[name]

@@ -1,4 +1,4 @@
-"""Versions, hardware and hashes of rows, recorded with every result."""
+"""The versions, hardware and hashes of rows that are recorded with every result."""
 
 import hashlib
 import importlib.metadata
@@ -16,7 +16,7 @@ _PACKAGES = ("bayestune", "torch", "transformers", "peft", "accelerate", "safete
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages behind the numbers; "unknown" for one that is not installed."""
+    """Return the versions of Python and of the packages that compute; "unknown" for one that is not installed."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -27,7 +27,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """Machine, processor cores, threads used by torch, and the device that trains."""
+    """Return the system, the machine type, the processor cores, torch's threads and the training device."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "system": platform.system(),
@@ -39,7 +39,7 @@ def hardware() -> dict[str, Any]:
 
 
 def rows_sha256(rows: Sequence[AnyRow]) -> str:
-    """SHA-256 of the rows' content, in order, wherever they were read from."""
+    """Return the SHA-256 of the rows' content, in order; it does not depend on where they were read from."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(row_json(row).encode() + b"\n")
@@ -47,6 +47,6 @@ def rows_sha256(rows: Sequence[AnyRow]) -> str:
 
 
 def row_json(row: AnyRow) -> str:
-    """The row as one line of a file of rows."""
+    """Return the row as one line of a file of rows."""
     fields = {name: value for name, value in vars(row).items() if name != "where" and value is not None}
     return json.dumps(fields, sort_keys=True, ensure_ascii=True)

@@ -1,4 +1,4 @@
-"""The rows of a run: those it trains on, is scored on, and fits something on."""
+"""The rows of a run: to train on, to fit settings of the method or a temperature on, and to score."""
 
 import random
 from dataclasses import dataclass
@@ -11,19 +11,21 @@ from bayestune.tasks import AnyRow, Task
 
 
 def own_splits(experiment: Experiment) -> dict[str, str]:
-    """The splits that settings of the method name, by setting."""
+    """Return the splits that the method's own settings name, by setting."""
     settings = dict(experiment.method)
     return {name: settings[name] for name in experiment.method.splits if settings[name] is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRows:
-    """The rows of a run, each of them usable.
+    """The rows of a run, checked.
 
     Attributes:
-        train: rows to train on. evaluation: rows to score. more: rows of the splits that settings of the method name,
-            by setting, and those cut from `train` for it. temperature: rows to fit a temperature on; empty where no
-            split is named. worked: rows that the prompt shows with their answers, none of the others.
+        train: rows to train on.
+        evaluation: rows to score.
+        more: rows of the splits that the method's own settings name, by setting; also those held out from `train`.
+        temperature: rows to fit a temperature on; empty if no split is named.
+        worked: rows that the prompt shows with their answers; none of them is trained on.
     """
 
     train: list[AnyRow]
@@ -53,12 +55,12 @@ class RunRows:
         )
 
     def by_use(self) -> dict[str, list[AnyRow]]:
-        """Rows by the name of their split setting, such as "train", "eval" and "temperature"."""
+        """Return the rows by their split setting without "_split", such as "train", "eval" and "temperature"."""
         used = {"train_split": self.train, "eval_split": self.evaluation, **self.more}
         return {name.removesuffix("_split"): rows for name, rows in {**used, HELD_OUT: self.temperature}.items()}
 
     def repeated(self, experiment: Experiment) -> dict[str, dict[str, int]]:
-        """How many of the scored rows are also in each split that the run learns from; warns where any are."""
+        """Count the scored rows that are also in each split that the run learns from, and warn if there are any."""
         assert experiment.eval_split is not None
         cut = [] if FIT_SPLIT in own_splits(experiment) else self.more.get(FIT_SPLIT, [])
         used = {experiment.train_split: [*self.train, *cut, *self.worked]}
@@ -72,7 +74,7 @@ HELD_OUT = "temperature_split"
 
 
 def _cut(rows: list[AnyRow], count: int, seed: int) -> tuple[list[AnyRow], list[AnyRow]]:
-    """The rows without `count` that the seed chooses, and those; both in order."""
+    """Take out `count` rows chosen by `seed`; return the remaining rows and the chosen ones, both in order."""
     chosen = set(random.Random(derive_seed("held out", seed)).sample(range(len(rows)), count))
     kept = [row for i, row in enumerate(rows) if i not in chosen]
     return kept, [row for i, row in enumerate(rows) if i in chosen]

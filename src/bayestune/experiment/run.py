@@ -1,4 +1,4 @@
-"""`run`: check, train, save, evaluate, record."""
+"""`run` checks, trains, saves, evaluates and records an experiment."""
 
 import contextlib
 import random
@@ -45,16 +45,16 @@ from bayestune.tasks import AnyRow
 from bayestune.training.sharding import asked_by_launcher
 
 KNOWN_ROWS = 1000
-"""Training rows whose features a run keeps at most."""
+"""The largest number of training rows whose features a run keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a run gave.
+    """The result of a run.
 
     `scores` and `predictions` are keyed by the method's name, followed by "_n0" (the mean) or "_n10" (10 draws) if
     the method can be evaluated at several numbers of draws. `posterior_std` is the mean over all Gaussian weights.
-    `fitted` is what the method found after training, such as the scale of that std.
+    `fitted` holds what the method fitted after training, such as the scale of that std. `seconds` is wall-clock time.
     """
 
     experiment: Experiment
@@ -77,26 +77,26 @@ def run(
     record: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> Result:
-    """Train and evaluate `experiment`; leave posterior/, experiment.json and, last of all, result.json in `output`.
+    """Train and evaluate `experiment`; write posterior/, experiment.json and, last of all, result.json to `output`.
 
     Rows are checked before weights are loaded or files touched. Under `accelerate launch` the processes train
-    together; the main one alone writes, evaluates and returns scores.
+    together; only the main process writes, evaluates and returns scores.
 
     Args:
         experiment: the settings.
         output: the folder of the run.
         overwrite: replace the run in `output`. If the new run fails before its first checkpoint, the old one is
             restored.
-        resume: continue from the last checkpoint, or with the scores if the posterior is complete.
-        command: recorded in result.json.
+        resume: continue from the last checkpoint, or only compute the scores if the posterior is complete.
+        command: the command line to record in result.json.
         record: the result.json of an earlier run that this one repeats; a warning names what differs.
-        progress: show bars on stderr.
+        progress: show progress bars on stderr.
 
     Raises:
-        ConfigError, DataError, TaskError: a setting or a row that cannot be used, or another process makes a run in
+        ConfigError, DataError, TaskError: a setting or a row cannot be used, or another process is writing a run to
             `output`; nothing was trained or written.
         TrainingError: training was stopped because the loss or a gradient was no longer finite.
-        DiskError: a file cannot be written; the last checkpoint is whole.
+        DiskError: a file cannot be written; the last checkpoint is complete.
     """
     started, output = time.monotonic(), Path(output)
     trained = resume and is_trained(output)
@@ -121,7 +121,7 @@ def run(
 
 @dataclass(frozen=True, kw_only=True)
 class _Prepared:
-    """A run whose settings and rows are checked, with its model; nothing is trained or written yet."""
+    """A run with its model loaded and its settings and rows checked; nothing is trained or written yet."""
 
     training: Training
     start: Start
@@ -173,11 +173,11 @@ def _fit(ready: _Prepared, found: dict[str, Any]) -> Posterior:
 
 
 def _trained(ready: _Prepared, output: Path, started: float) -> tuple[Posterior, dict[str, Any]]:
-    """Train and save the posterior; return it, and what result.json says about the training."""
+    """Train and save the posterior; return it and the part of result.json about the training."""
     fitted: dict[str, Any] = {}
     if ready.training.task.worked:
         write_text(output / SHOTS, "".join(f"{row_json(row)}\n" for row in ready.training.task.worked))
-    known = _known(ready)  # of the frozen base: a fault shows before the training, not after it
+    known = _known(ready)  # features of the frozen base, computed first so that an error shows before training
     posterior = _fit(ready, fitted)
     posterior.known = known
     layers = gaussian_layers(posterior.model).values()
@@ -190,7 +190,7 @@ def _trained(ready: _Prepared, output: Path, started: float) -> tuple[Posterior,
 
 
 def _known(ready: _Prepared) -> Tensor | None:
-    """The features, of the training rows or a sample of them, to which `novelty` compares; None if there are none."""
+    """Return the features of the training rows, or of a sample, for `novelty`; None if the model has none."""
     training, rows = ready.training, ready.rows.train
     experiment = training.experiment
     if asked_by_launcher():  # the base is on the CPU, where it takes hours if it is as large as those that need FSDP
@@ -206,18 +206,18 @@ def _known(ready: _Prepared) -> Tensor | None:
 
 
 def _restored(ready: _Prepared, output: Path) -> tuple[Posterior, dict[str, Any]]:
-    """What `_trained` returned before the run was interrupted.
+    """Load what `_trained` returned before the run was interrupted.
 
     Raises:
-        ConfigError: the rows or files that it was trained with are different now.
+        ConfigError: the rows or files that it was trained with have changed.
     """
     made = read_json(output / TRAINED, "the record of a training")
     now = ready.origin["sha256"]
     changed = set(differences(made["sha256"], now)) - {"eval_rows"}
     if changed:
         raise ConfigError(
-            f"output {output}: its posterior was trained with other {', '.join(sorted(changed))} than are there now; "
-            "bring them back, or train again with --overwrite."
+            f"output {output}: its posterior was trained with different {', '.join(sorted(changed))}; restore them, "
+            "or train again with --overwrite."
         )
     made["sha256"] = now
     return load(ready.model.unload(), output / POSTERIOR), made
@@ -260,7 +260,7 @@ def _save(posterior: Posterior, training: Training, folder: Path) -> None:
 
 
 def _temperature(posterior: Posterior, training: Training, rows: Sequence[AnyRow]) -> float:
-    """The temperature on held-out rows, at as many draws as are scored, but others."""
+    """Fit the temperature on held-out rows, with as many draws as are scored, but from another seed."""
     experiment = training.experiment
     draws, seed = experiment.method.draw_counts(experiment.draws)[-1], derive_seed("temperature", experiment.seed)
     with autocast(experiment):
@@ -269,7 +269,7 @@ def _temperature(posterior: Posterior, training: Training, rows: Sequence[AnyRow
 
 
 def _record(result: Result, rows: RunRows, command: Sequence[str]) -> dict[str, Any]:
-    """What result.json holds, beside its `provenance` and the KL."""
+    """Return the part of result.json about the settings and scores; `_trained` made the rest."""
     experiment = result.experiment
     return {
         "seed": experiment.seed,
@@ -288,6 +288,6 @@ def _record(result: Result, rows: RunRows, command: Sequence[str]) -> dict[str, 
 
 
 def _kl(training: Training, std: float | None) -> dict[str, Any] | None:
-    """The KL's cycle (updates), its rate and the standard deviation at the end of training; None without a KL."""
+    """Return the KL's cycle (updates), its learning rate and the std after training; None without a KL."""
     kl = training.experiment.method.kl(training.updates)
     return kl and {"cycle": kl.cycle, "learning_rate": kl.learning_rate, "std": std}

@@ -6,7 +6,7 @@ from bayestune.tasks import AnyScores
 
 
 def score_table(scores: Mapping[str, AnyScores]) -> str:
-    """Return a table with one line per method: each of its task's scores with its 95 % bootstrap interval."""
+    """Return a table with one line per method, in which each score has its 95 % bootstrap interval."""
     headings = next(iter(scores.values())).headings
     lines = [["", *headings.values()]]
     for name, found in scores.items():

@@ -1,4 +1,4 @@
-"""`Experiment`: the settings of one run, those of its method included."""
+"""`Experiment`: the settings of one run, including those of its method."""
 
 import difflib
 from collections.abc import Mapping
@@ -21,37 +21,37 @@ _FAMILY_DEFAULTS: Mapping[Family, Mapping[str, Any]] = MappingProxyType(
         "encoder": {"batch_size": 32, "learning_rate": 5e-4, "lora_alpha": 8, "max_tokens": 256},
     }
 )
-"""The paper's settings: Llama-2 for causal models, RoBERTa for encoders."""
+"""The paper's settings: those of Llama-2 for causal models, those of RoBERTa for encoders."""
 PROMPT = ("scoring", "prompt", "system", "shots", "label_words")
-"""Settings of how a language model is asked."""
+"""Settings of the prompt for a language model."""
 OF_TASKS = ("noise", "target_mean", "target_std")
-"""Settings of single tasks, which name them in their own `settings`."""
+"""Settings that only some tasks have; a task lists its own in `settings`."""
 BEFORE_PROMPTS = {"scoring": "letters", "prompt": PAPER}
-"""What language models were asked by before there were such settings: records without them mean these."""
+"""How language models were asked before these settings existed; older records without them mean these values."""
 REPORTING = ("eval", "eval_rows", "report_to")
-"""Settings without an effect on what is trained."""
+"""Settings that do not affect what is trained."""
 _TEXT = r"\S"
 _PAPER = "default: the paper's for this kind of model"
 
 
 class Experiment(Settings):
-    """Everything that fixes a run. Fields that are None take the paper's value for the kind of model; a run records
-    what they became.
+    """All settings of a run. Fields that are None take the paper's value for the kind of model; the run records the
+    values that it used.
 
-    ``Experiment(model="minilm", task="everyday", method=Blob(prior_std=0.1))``, or flat, as files have it:
+    ``Experiment(model="minilm", task="everyday", method=Blob(prior_std=0.1))``, or flat, as in files:
     ``Experiment(model="minilm", task="everyday", method="blob", prior_std=0.1)``.
 
     Raises:
-        ConfigError: a value out of range, or settings that do not go together, naming the field.
+        ConfigError: a value is out of range, or settings contradict each other; the message names the field.
     """
 
-    model: str = Field(pattern=_TEXT, description="Folder, .gguf file, Hugging Face id, minilm or smollm2 (packages).")
-    task: str = Field(pattern=_TEXT, description="Data set, known or a folder of --data; everyday is built in.")
+    model: str = Field(pattern=_TEXT, description="Folder, .gguf file, Hugging Face id, or package: minilm, smollm2.")
+    task: str = Field(pattern=_TEXT, description="Known data set, or folder in --data; everyday is built in.")
     data: str | None = Field(None, pattern=_TEXT, description="Folder of data sets; default: the Hugging Face Hub.")
     labels: tuple[str, ...] | None = Field(
         None,
         min_length=2,
-        description="Classes of text labels, with commas; default: those of the train split, sorted.",
+        description="Names of the classes, with commas; default: those in the train split, sorted.",
     )
     scoring: Scoring | None = Field(
         None, description="What a language model scores of each choice: letters (default), text, or text_per_byte."
@@ -63,13 +63,13 @@ class Experiment(Settings):
         "has a chat template, unless recipe is paper.",
     )
     system: str | None = Field(None, pattern=_TEXT, description="System message of a chat prompt.")
-    shots: int = Field(0, ge=0, le=64, description="Training rows, by seed, shown with their answers in every prompt.")
+    shots: int = Field(0, ge=0, le=64, description="Training rows that every prompt shows with answers, by seed.")
     label_words: tuple[str, ...] | None = Field(
-        None, min_length=2, description="Labels of the choices in the place of letters, with commas."
+        None, min_length=2, description="Labels of the choices instead of letters, with commas."
     )
     noise: Literal["predicted", "constant"] | None = Field(
         None,
-        description="Noise of numbers: predicted for each row (default), or constant, fitted after training on "
+        description="Noise of numbers: predicted per row (default), or constant: fitted after training on "
         "temperature_split (default: the training rows).",
     )
     target_mean: tuple[float, ...] | None = Field(
@@ -80,7 +80,7 @@ class Experiment(Settings):
     )
     method: Method = Field(default_factory=DEFAULT, description="How the posterior is obtained.")
     seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of weights, row order and noise.")
-    steps: int = Field(1000, ge=1, le=LARGEST_WHOLE, description="Updates.")
+    steps: int = Field(1000, ge=1, le=LARGEST_WHOLE, description="Number of training updates.")
     batch_size: int | None = Field(None, ge=1, le=LARGEST_WHOLE, description=f"Rows per update and process; {_PAPER}.")
     learning_rate: float | None = Field(
         None, gt=0, description=f"Learning rate (6 % warm-up, then linear to 0); {_PAPER}, or the method's own."
@@ -93,7 +93,7 @@ class Experiment(Settings):
         None, min_length=1, description="Layers to adapt, with commas; default: query, value, and an untied lm_head."
     )
     max_tokens: int | None = Field(
-        None, ge=1, le=LARGEST_WHOLE, description="Longest row, in tokens; longer rows are refused; " + _PAPER + "."
+        None, ge=1, le=LARGEST_WHOLE, description="Tokens per row at most; longer rows are refused; " + _PAPER + "."
     )
     precision: Literal["float32", "bf16"] = Field(
         "float32", description="float32, or bf16 autocast (M, G and B stay float32)."
@@ -104,23 +104,23 @@ class Experiment(Settings):
     activation_checkpointing: bool = Field(
         False, description="Compute activations again in the backward pass: less memory, and more time."
     )
-    train_split: str = Field("train", pattern=_TEXT, description="Rows to train on.")
+    train_split: str = Field("train", pattern=_TEXT, description="Split to train on.")
     eval_split: str | None = Field(
-        None, pattern=_TEXT, description="Rows to score, such as test or dev+test; default: the usual one."
+        None, pattern=_TEXT, description="Split to score, such as test or dev+test; default: the data set's usual one."
     )
     eval: bool = Field(True, description="Score the posterior once it is trained.")
     eval_rows: int | None = Field(
-        None, ge=1, le=LARGEST_WHOLE, description="Score only the first rows of the split, this many; default: all."
+        None, ge=1, le=LARGEST_WHOLE, description="Score only this many rows, the first of the split; default: all."
     )
     draws: int = Field(
-        10, ge=0, le=LARGEST_WHOLE, description="Draws in the evaluation, beside the mean; 0 for the mean alone."
+        10, ge=0, le=LARGEST_WHOLE, description="Draws to evaluate, in addition to the mean; 0: the mean only."
     )
     checkpoint_steps: int = Field(0, ge=0, le=LARGEST_WHOLE, description="Updates between checkpoints; 0 for none.")
     adapter: str | None = Field(
         None, pattern=_TEXT, description="Run or LoRA folder to start from; default: an adapter is trained first."
     )
     temperature_split: str | None = Field(
-        None, pattern=_TEXT, description="Rows to fit a temperature on, such as dev, with any method; default: none."
+        None, pattern=_TEXT, description="Split to fit a temperature on, such as dev; any method; default: none."
     )
     report_to: Literal["none", "tensorboard", "wandb", "trackio", "mlflow"] = Field(
         "none", description="Tracker that training logs to: tensorboard, wandb, trackio or mlflow."
@@ -129,7 +129,7 @@ class Experiment(Settings):
     @model_validator(mode="before")
     @classmethod
     def _with_method(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Flat settings, with the name of a method, as the method's own object."""
+        """Turn flat settings with the name of a method into settings with a method object."""
         method = values.get("method", DEFAULT.name)
         if isinstance(method, Method):
             return values
@@ -154,9 +154,10 @@ class Experiment(Settings):
         return self
 
     def resolved(self, family: Family, *, chat: bool = False) -> "Experiment":
-        """The same with what depends on the kind of model filled in; target_modules, eval_split and data stay.
+        """Return a copy with the kind of model's defaults; target_modules, eval_split and data are not filled in.
 
         Args:
+            family: the kind of model.
             chat: whether the tokenizer has a chat template.
         """
         defaults = {**_FAMILY_DEFAULTS[family], **self.method.run_defaults(family)}
@@ -167,25 +168,25 @@ class Experiment(Settings):
         return self.replace(**missing, method=self.method.resolved(family))
 
     def asked_prompt(self) -> Prompt | None:
-        """How a language model is asked; None where the settings name nothing of it."""
+        """Return the prompt for a language model; None if no setting of the prompt is given."""
         if (self.scoring, self.prompt, self.system, self.label_words, self.shots) == (None, None, None, None, 0):
             return None
         style, scoring = self.prompt or PAPER, self.scoring or "letters"
         return Prompt(scoring=scoring, style=style, system=self.system, words=self.label_words)
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as plain, flat JSON values: those of every run, and those of the method."""
+        """Return all settings, including those of the method, as flat JSON values."""
         fields = {**dict(self), "method": self.method.name, **dict(self.method)}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], *, where: str) -> "Experiment":
-        """An experiment from the flat settings of a file; `where` names the file in errors.
+        """Build an experiment from the flat settings of a file; `where` names the file in errors.
 
         Settings of other methods are allowed, since one file may serve several methods; they have no effect.
 
         Raises:
-            ConfigError: an unknown setting, with the nearest known one; a missing one; a value out of range.
+            ConfigError: a setting is unknown (the message suggests the nearest one), missing, or out of range.
         """
         known = all_fields()
         try:
@@ -198,7 +199,7 @@ class Experiment(Settings):
 
 
 def all_fields() -> dict[str, FieldInfo]:
-    """Every setting, of a run and of all methods, by name."""
+    """Return every setting, of a run and of all methods, by name."""
     fields = dict(Experiment.model_fields)
     for method in METHODS.values():
         fields |= method.model_fields
@@ -206,7 +207,7 @@ def all_fields() -> dict[str, FieldInfo]:
 
 
 def methods_with(name: str) -> list[str]:
-    """The methods that have a setting of their own of this name."""
+    """Return the names of the methods that have their own setting called `name`."""
     return [method.name for method in METHODS.values() if name in method.model_fields]
 
 

@@ -28,9 +28,9 @@ class Start:
     task_type: str | None
 
     def model(self, experiment: Experiment) -> tuple[PeftModel, Experiment]:
-        """The model that training or fitting starts from, before anything is trained or written.
+        """Return the model that training or fitting starts from, and the experiment.
 
-        With `experiment.adapter` its rank, alpha and target modules become those of that adapter.
+        If `experiment.adapter` is given, the experiment's rank, alpha and target modules become the adapter's.
 
         Raises:
             ConfigError, PosteriorError: the adapter cannot be used, or does not fit the base.
@@ -41,14 +41,14 @@ class Start:
         return model, _with_sizes_of(experiment, model)
 
     def renew(self, model: PeftModel, experiment: Experiment, seed: int) -> PeftModel:
-        """The same base with a new adapter, and new weights in its new layers, from `seed`."""
+        """Return the same base with a new adapter; the adapter and the new layers are initialized from `seed`."""
         base = model.unload()
         new_head(base, self.new, seed)
         return add_adapter(base, experiment.replace(seed=seed), new=self.new, task_type=self.task_type)
 
 
 def adapter_file(folder: Path) -> Path:
-    """The tensors of the adapter in `folder`: that of a run, of a posterior, or of another program."""
+    """Return the tensor file of the adapter in `folder`, which is a run, a posterior, or made by another program."""
     inner = folder / POSTERIOR
     return (inner if inner.is_dir() else folder) / TENSOR_FILE
 
@@ -57,17 +57,18 @@ def _with_sizes_of(experiment: Experiment, model: PeftModel) -> Experiment:
     config = model.peft_config["default"]
     assert isinstance(config, LoraConfig)
     targets = experiment.target_modules
-    # A regular expression of layer names is no list of them: that of the experiment then stays.
+    # If the adapter names its layers by a regular expression, the experiment keeps its own list.
     if isinstance(config.target_modules, set | list) and set(config.target_modules) != set(targets or ()):
         targets = tuple(sorted(config.target_modules))
     return experiment.replace(rank=config.r, lora_alpha=config.lora_alpha, target_modules=targets)
 
 
 def _finished(start: Start, folder: Path) -> PeftModel:
-    """The plain LoRA adapter of a run, a saved posterior, or a folder that any other program wrote, on the base.
+    """Load the plain LoRA adapter in `folder` (a run, a saved posterior, or made by another program) on the base.
 
     Raises:
-        ConfigError: there is none, or it is not plain LoRA. PosteriorError: it does not fit the base.
+        ConfigError: there is no adapter, or it is not plain LoRA.
+        PosteriorError: the adapter does not fit the base.
     """
     folder = adapter_file(folder).parent
     if not (folder / CONFIG_FILE).is_file() or not (folder / TENSOR_FILE).is_file():
@@ -84,7 +85,7 @@ def _finished(start: Start, folder: Path) -> PeftModel:
 
 
 def _of_another_program(start: Start, folder: Path) -> PeftModel:
-    """A plain LoRA adapter that PEFT can load, checked against the base."""
+    """Load a plain LoRA adapter with PEFT, and check it against the base."""
     try:
         values = strict_json((folder / CONFIG_FILE).read_bytes(), limit=_CONFIG_LIMIT)
     except ValueError as error:
@@ -96,8 +97,8 @@ def _of_another_program(start: Start, folder: Path) -> PeftModel:
         found = load_file(folder / TENSOR_FILE)
         model = PeftModel.from_pretrained(start.base, folder)
         config = model.peft_config["default"]
-        config.auto_mapping = config.revision = None  # the base is the one given, and so it is saved
-    except Exception as error:  # whatever a damaged file makes safetensors, PEFT or re raise
+        config.auto_mapping = config.revision = None  # they may describe another base than the one that is saved
+    except Exception as error:  # safetensors, PEFT and re raise many types for a damaged file
         raise ConfigError(f"adapter {folder}: does not fit the base: {one_line(error)}") from error
     shapes = {key: list(tensor.shape) for key, tensor in adapter_tensors(model, "default").items()}
     given = {key: list(tensor.shape) for key, tensor in found.items()}

@@ -1,4 +1,4 @@
-"""Delay SIGINT and SIGTERM during training until the update is done and its checkpoint is saved."""
+"""Delay SIGINT and SIGTERM during training until the current update is done and its checkpoint is saved."""
 
 import signal
 import threading
@@ -11,10 +11,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopAtStep(TrainerCallback):
-    """As a context, holds back the exception of SIGINT or SIGTERM until the current update has a checkpoint.
+    """Context manager that delays the exception of SIGINT or SIGTERM until the current update has a checkpoint.
 
     It calls the handlers that were installed before, and restores them on exit. The exception of a second signal is
-    raised at once. Without `active`, or outside the main thread, it does nothing.
+    raised immediately. Unless `active`, or outside the main thread, it does nothing.
     """
 
     def __init__(self, *, active: bool) -> None:

@@ -1,4 +1,4 @@
-"""One training run of an experiment: transformers' arguments, the KL, a progress bar, checkpoints."""
+"""Train an adapter for an experiment, with its training arguments, KL, progress bar and checkpoints."""
 
 import contextlib
 import dataclasses
@@ -28,11 +28,15 @@ _WARM_UP = 0.06
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
-    """What an experiment trains with, whatever its method.
+    """What an experiment trains with, the same for every method.
 
     Attributes:
-        task, rows: what is trained on. checkpoints: folder, removed unless `checkpoint_steps` is set.
-        resume: go on from the last checkpoint. progress: show a bar on stderr.
+        experiment: the settings.
+        task: the task to train on.
+        rows: its training rows.
+        checkpoints: the folder of checkpoints; removed unless `checkpoint_steps` is set.
+        resume: continue from the last checkpoint.
+        progress: show a bar on stderr.
     """
 
     experiment: Experiment
@@ -43,10 +47,11 @@ class Training:
     progress: bool
 
     def check(self, model: PeftModel) -> None:
-        """Refuse what cannot be trained on this machine, and warn of a poor fit, before anything is written.
+        """Check that the run can be trained here, and warn if model and task fit badly, before anything is written.
 
         Raises:
-            ConfigError: as `BayesTrainer`, or as the method's own check.
+            ConfigError: the tracker is not installed, the task has no temperature to fit, or as `BayesTrainer` and
+                the method's own checks.
         """
         tracker = self.experiment.report_to
         if tracker not in ("none", *get_available_reporting_integrations()):
@@ -61,7 +66,7 @@ class Training:
 
     @property
     def updates(self) -> Updates:
-        """What the training consists of."""
+        """The number, size and schedule of the training updates."""
         assert self.experiment.batch_size is not None
         return Updates(
             steps=self.experiment.steps,
@@ -85,10 +90,10 @@ class Training:
         callbacks: Sequence[TrainerCallback] = (),
         **arguments: Any,
     ) -> None:
-        """Train the adapter of `model` in place.
+        """Train the adapter of `model` in place; the progress bar shows `label`.
 
         `task`, `rows`, `seed`, `folder`, `resume` and `**arguments` (of `TrainingArguments`) replace those of the
-        experiment, and `optimizer` replaces AdamW; `label` is shown beside the progress bar.
+        experiment, and `optimizer` replaces AdamW.
         """
         method, folder = self.experiment.method, folder or self.checkpoints
         seeded = {} if seed is None else {"seed": seed}
@@ -97,7 +102,7 @@ class Training:
         size = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
         with (
             contextlib.closing(ProgressBar(f"train {label}", disable=not (self.progress and is_main()))) as bar,
-            # Several processes would stop at different updates, and wait for each other.
+            # Several processes would stop at different updates and then wait for each other.
             StopAtStep(active=saves and process_count() == 1) as stop,
             writing(folder, needed=3 * size),  # the weights, and two states of the optimizer
         ):
@@ -117,12 +122,12 @@ class Training:
             if trainer.is_fsdp_enabled and is_main():  # the main process goes on alone, with the whole model
                 to_device(model, given.device)
         if not saves and is_main():
-            with contextlib.suppress(OSError):  # something else put a file there
-                folder.rmdir()  # the Trainer makes it all the same
+            with contextlib.suppress(OSError):  # the folder is not empty
+                folder.rmdir()  # the Trainer creates it even if it saves nothing
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint to continue from; None if the run ended before its first."""
+    """Return the checkpoint to continue from; None if the run ended before its first one."""
     last = last_complete(folder)
     if last is None and any(folder.glob("checkpoint-*")):
         raise ConfigError(f"{folder}: found no complete checkpoint; pass --overwrite to train from the start.")

@@ -1,4 +1,4 @@
-"""`Run`: a trained run, and its way back from disk."""
+"""`Run`, a trained run, and `load_run`, which loads one from disk."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ class Run:
     """A trained run, loaded: its settings, its task and its posterior.
 
     Attributes:
-        shared: whether the processes of a launcher share the rows of `predict`, which all of them must then call.
+        shared: whether the processes of a launcher divide the rows of `predict` among them; each must then call it.
     """
 
     experiment: Experiment
@@ -49,11 +49,11 @@ class Run:
 
     @property
     def default_draws(self) -> int:
-        """The draws that the run was evaluated with: 0 for a point, K for an ensemble."""
+        """The number of draws that the run was evaluated with: 0 for a point estimate, K for an ensemble."""
         return self.experiment.method.draw_counts(self.experiment.draws)[-1]
 
     def evaluations(self) -> dict[str, int]:
-        """Draws of each evaluation, by its key: the method's name, with the draws if several are possible."""
+        """Return the number of draws of each evaluation, keyed as in `Result.scores`."""
         method, draws = self.experiment.method, self.experiment.draws
         counts, several = method.draw_counts(draws), len(method.draw_counts(draws or 1)) > 1
         return {f"{method.name}_n{count}" if several else method.name: count for count in counts}
@@ -61,7 +61,7 @@ class Run:
     def predict(
         self, rows: Sequence[AnyRow], *, draws: int, seed: int = 0, task: Task | None = None, progress: bool = False
     ) -> Any:
-        """`bayestune.predict` in the run's own precision; `task` asks another task of the same model."""
+        """Call `bayestune.predict` in the run's own precision; `task` asks another task of the same model."""
         predicting = _predict_share if self.shared and rows and process_count() > 1 else predict
         with autocast(self.experiment):
             return predicting(self.posterior, task or self.task, rows, draws=draws, seed=seed, progress=progress)
@@ -70,11 +70,11 @@ class Run:
 def _predict_share(
     posterior: Posterior, task: Task, rows: Sequence[AnyRow], *, draws: int, seed: int, progress: bool
 ) -> Any:
-    """`predict`, where each process asks the model for some of the rows and gets the outputs of all."""
+    """Like `predict`, but each process runs the model on some of the rows and receives the outputs for all."""
     asked, count = {"draws": draws, "seed": seed}, process_count()
     mine = rows[rank() :: count]
     found = draw_outputs(posterior, task, mine, **asked, batch_size=8, progress=progress)[0] if mine else None
-    parts = [part for part in together(found) if part is not None]  # the last processes may have no row
+    parts = [part for part in together(found) if part is not None]  # the last processes may have no rows
     slices, _, columns = parts[0].shape
     outputs = parts[0].new_empty(slices, len(rows), columns)
     for first, part in enumerate(parts):
@@ -83,20 +83,20 @@ def _predict_share(
 
 
 def load_run(folder: str | Path, *, data: str | Path | None = None) -> Run:
-    """The trained run in `folder`, in evaluation mode; `data` replaces the data folder it was trained with.
+    """Load the trained run in `folder`, in evaluation mode; `data` replaces the data folder that it was trained with.
 
-    The run may have been interrupted while it was scored.
+    A run that was interrupted while it was scored can be loaded too.
 
     Raises:
-        ConfigError: not the folder of a trained run, or its shots were changed. PosteriorError: its posterior is
-            incomplete or altered.
+        ConfigError: `folder` is not a trained run, its shots were changed, or its temperature is not fitted yet.
+        PosteriorError: its posterior is incomplete or altered.
     """
     folder = Path(folder)
     what = "the folder of a finished run, as `bayestune train --output` makes it"
     scored = (folder / RESULT).is_file()
     if not scored and not (folder / POSTERIOR / MANIFEST).is_file():
         waiting = earlier_run(folder)
-        hint = f" The run that was to be replaced there waits in {waiting}." if waiting.is_dir() else ""
+        hint = f" The run that was being replaced is kept in {waiting}." if waiting.is_dir() else ""
         hint = hint or (" Continue it: train --resume." if (folder / EXPERIMENT).is_file() else "")
         raise ConfigError(f"{folder}: found no {RESULT}, expected {what}.{hint}")
     recorded = read_json(folder / EXPERIMENT, what)
@@ -105,7 +105,7 @@ def load_run(folder: str | Path, *, data: str | Path | None = None) -> Run:
         experiment = experiment.replace(data=str(data))
     backbone = find_backbone(experiment.model)
     shots = _kept_shots(folder) if experiment.shots else None
-    adapter = experiment.adapter  # it may be another one by now
+    adapter = experiment.adapter  # that folder may have changed by now
     experiment, task = resolve(experiment.replace(adapter=None), backbone, shots=shots, older=older)
     experiment = experiment.replace(adapter=adapter)
     base, _ = load_base(backbone, task, experiment)
@@ -114,16 +114,16 @@ def load_run(folder: str | Path, *, data: str | Path | None = None) -> Run:
         raise ConfigError(f"{folder}: the temperature of this run is not fitted yet; continue it: train --resume.")
     adapter = read_json(folder / RESULT, what).get("sha256", {}).get("adapter") if scored else None
     if scored and adapter != file_sha256(folder / POSTERIOR / TENSOR_FILE):
-        message = f"{folder}: the posterior is not the one that {RESULT} was made with; its scores are of another."
+        message = f"{folder}: the posterior is not the one that {RESULT} was made with; its scores are not there."
         warnings.warn(message, BayestuneWarning, stacklevel=2)
     return Run(experiment=experiment, task=task, posterior=posterior)
 
 
 def other_task(trained: Run, name: str) -> TokenizedTask:
-    """Another data set, asked of a trained run in the same way and from the same data folder.
+    """Return the task of another data set, with the prompt and data folder of a trained run.
 
     Raises:
-        ConfigError: it is scored in another way than the run's own task.
+        ConfigError: its rows are not of the same kind, or its classes differ from those of the run's own task.
     """
     experiment, own = trained.experiment, trained.task
     assert experiment.max_tokens is not None
@@ -142,11 +142,11 @@ def other_task(trained: Run, name: str) -> TokenizedTask:
 def resolve(
     experiment: Experiment, backbone: Backbone, *, shots: tuple[Row, ...] | None = None, older: bool = False
 ) -> tuple[Experiment, TokenizedTask]:
-    """The experiment with its defaults filled in, and its task.
+    """Fill in the defaults of an experiment; return it and its task.
 
     Args:
-        shots: those of a finished run; otherwise they are those of the adapter's run, or drawn.
-        older: whether the settings are of a record from before there were prompts.
+        shots: the shots of a finished run; by default they come from the adapter's run, or are drawn.
+        older: whether the settings come from a record made before there were prompts.
     """
     record = _of_adapter(experiment)
     if "prompt" in record:
@@ -189,17 +189,17 @@ def resolve(
 
 
 def _of_adapter(experiment: Experiment) -> dict[str, Any]:
-    """The settings of the run whose adapter the experiment starts from; nothing for another folder."""
+    """Return the settings of the run whose adapter the experiment starts from; empty if that is not a run's."""
     file = Path(experiment.adapter or "") / EXPERIMENT
     found = experiment.adapter is not None and file.is_file()
     return read_json(file, "the settings of the adapter's run") if found else {}
 
 
 def _asked_as(experiment: Experiment, record: Mapping[str, Any]) -> tuple[Experiment, tuple[Row, ...] | None]:
-    """The experiment with the prompt, the shots, and the units of numbers, that its adapter was trained with.
+    """Return the experiment with the prompt and number settings of its adapter's run, and the shots of that run.
 
     Raises:
-        ConfigError: such a setting is given, and is another one there.
+        ConfigError: the experiment sets one of them to a different value.
     """
     folder, asked = Path(experiment.adapter or ""), (*PROMPT, *OF_TASKS)
     kept = {name: record[name] for name in ("model", "task", *asked) if name in record}
@@ -213,7 +213,7 @@ def _asked_as(experiment: Experiment, record: Mapping[str, Any]) -> tuple[Experi
 
 
 def _kept_shots(folder: Path) -> tuple[Row, ...]:
-    """The shots of the run in `folder`, which must be those of its record."""
+    """Return the shots of the run in `folder`, checked against its record."""
     shots = tuple(read_rows(folder / SHOTS, formats=(Row,)))
     record = folder / (RESULT if (folder / RESULT).is_file() else TRAINED)
     found, recorded = rows_sha256(shots), read_json(record, "the record of a run").get("sha256", {}).get("shots_rows")
@@ -226,7 +226,7 @@ def _kept_shots(folder: Path) -> tuple[Row, ...]:
 
 
 def _drawn(task: TokenizedTask, experiment: Experiment) -> tuple[Row, ...]:
-    """The rows that the prompt shows with their answers."""
+    """Draw the training rows that the prompt shows with their answers."""
     rows: list[Any] = task.rows(experiment.train_split)
     if len(rows) <= experiment.shots:
         raise ConfigError(f"shots: found {experiment.shots}, expected fewer than the {len(rows)} training rows.")
