@@ -110,7 +110,7 @@ def test_a_student_without_a_teacher_or_of_other_sizes_is_refused(world: Path, t
     asked = Experiment.from_dict({**kept, "method": "distilled", "steps": 1}, where="test")
     with pytest.raises(ConfigError, match="teacher: found none, expected the folder of a run"):
         run(asked, tmp_path / "out", command=[])
-    with pytest.raises(ConfigError, match=r"teacher: found an adapter with other layers or another rank \(.*lora_A"):
+    with pytest.raises(ConfigError, match=r"found an adapter with different layers or another rank \(.*lora_A"):
         run(asked.replace(method=Distilled(**{"teacher": str(world / "teacher")})), tmp_path / "out", command=[])
 
 

@@ -267,7 +267,7 @@ def test_draws_of_another_adapter_are_refused() -> None:
     model.add_adapter("other", model.peft_config["default"])
     model.set_adapter("other")
     scatter(model, adapter="other")
-    with pytest.raises(DrawError, match="another adapter is active"):
+    with pytest.raises(DrawError, match="the active adapter is not the one"):
         predict(posterior, Letters(), rows(2), draws=2)
     model.set_adapter("default")
     assert predict(posterior, Letters(), rows(2), draws=2).probs.isfinite().all()

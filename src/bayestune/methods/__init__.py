@@ -1,4 +1,4 @@
-"""Methods: how posteriors over adapter weights are obtained. `METHODS` is the one list of them."""
+"""The methods that obtain posteriors over adapter weights. `METHODS` lists all of them."""
 
 import os
 
@@ -50,13 +50,13 @@ METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (Mle, Map, Dropout, Ensemble, Bbb, Laplace, Swag, Tfb, Temperature, Ivon, Distilled, Blob)
 }
-"""Every method by its name, in the order of a table's lines. Add one of your own with `register`."""
+"""Every method by its name, in the order of a table's lines. Add your own with `register`."""
 
 DEFAULT: type[Method] = Blob
 
 
 def register(method: type[Method]) -> type[Method]:
-    """Add a method of your own to `METHODS`, in place of one of the same name; usable as a decorator."""
+    """Add your own method to `METHODS`, replacing one of the same name; usable as a decorator."""
     METHODS[method.name] = method
     return method
 
@@ -64,7 +64,7 @@ def register(method: type[Method]) -> type[Method]:
 def load(base_model: nn.Module, path: str | os.PathLike[str]) -> Posterior:
     """Load a posterior of any method that `save_posterior` wrote; frozen, in evaluation mode, ready for `predict`.
 
-    Every file of the folder is checked as by `load_posterior`.
+    Every file of the folder is checked, as in `load_posterior`.
 
     Args:
         base_model: the pretrained model, without adapters; it is modified in place.

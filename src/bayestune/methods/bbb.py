@@ -6,7 +6,7 @@ from bayestune.methods.blob import Blob
 
 
 class Bbb(Blob):
-    """As BLoB, with a Gaussian over B as well: the posterior is over both matrices of every layer."""
+    """Like BLoB, but with a Gaussian over B too: the posterior is over both matrices of every layer."""
 
     name = "bbb"
     label = "BBB"

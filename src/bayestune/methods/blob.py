@@ -54,9 +54,9 @@ class Blob(Method):
 
     recipe: Literal["default", "paper"] = Field(
         "default",
-        description="What settings that are not given become. default: std 0.3 x the prior's unless it starts wider, "
-        "uniform KL weights, no cycle longer than the run, and a scale chosen on held-out rows. paper: its KL "
-        "weights, KL rate and flipout, and no scale.",
+        description="Values of settings that are not given. default: std 0.3 x the prior's unless it starts wider, "
+        "uniform KL weights, no cycle longer than the run, and a scale chosen on held-out rows. paper: the paper's "
+        "KL weights, KL rate and flipout, and no scale.",
     )
     prior_std: float = Field(0.2, gt=0, description="Standard deviation of the prior.")
     rho_init: float = Field(0.05, gt=0, description="Initial G; the standard deviation is G^2.")
@@ -67,7 +67,7 @@ class Blob(Method):
         None, description="Weights of the KL: paper, uniform (default), linear, or elbo (1/rows in every update)."
     )
     kl_learning_rate: float | None = Field(
-        None, gt=0, description="Learning rate of the SGD step on G and the KL; default: it follows from the std."
+        None, gt=0, description="Learning rate of the SGD step on G and the KL; default: derived from the target std."
     )
     posterior_std: float | None = Field(
         None,
@@ -78,7 +78,7 @@ class Blob(Method):
         None,
         ge=0,
         le=1000,
-        description="Factor of the std after training, 1 for none; default: chosen on held-out rows.",
+        description="Factor that multiplies the std after training; 1: none; default: chosen on held-out rows.",
     )
     fit_split: str | None = Field(None, min_length=1, description=FIT_SPLIT_HELP)
 
@@ -108,7 +108,7 @@ class Blob(Method):
         }
         if self.kl_learning_rate is None and self.posterior_std is None:
             std = DEFAULT_SHARE * self.prior_std
-            if paper or std <= initial_std(self.rho_init):  # a start that wide needs no target
+            if paper or std <= initial_std(self.rho_init):  # it starts wider than the target
                 filled["kl_learning_rate"] = _PAPER_RATES[family]
             else:
                 filled["posterior_std"] = std
@@ -129,7 +129,7 @@ class Blob(Method):
         return KLSettings(cycle=growth["cycle"], schedule=growth["schedule"], learning_rate=rate)
 
     def _growth(self, updates: Updates) -> dict[str, Any]:
-        """The arguments of `kl_only_std` and `kl_rate_for_std` beside the rate and the std."""
+        """Return the arguments that `kl_only_std` and `kl_rate_for_std` share."""
         assert self.kl_schedule is not None, "only resolved settings have one"
         cycle = cycle_steps(updates.rows, updates.batch_size, processes=updates.processes)
         return {
@@ -142,12 +142,12 @@ class Blob(Method):
         }
 
     def held_out(self, rows: int) -> int:
-        """A fifth, at most 200; none of fewer than 100 rows, which the posterior needs more."""
+        """Hold out a fifth, at most 200 rows; nothing if there are fewer than 100 rows, which training needs more."""
         chosen = self.posterior_scale is None and self.fit_split is None
         return min(200, rows // 5) if chosen and rows >= 100 else 0
 
     def fit(self, model: PeftModel, run: Fitting) -> Posterior:
-        """Train, then scale every standard deviation by `posterior_scale`, or by the factor that `fit_scale` finds."""
+        """Train, then multiply every standard deviation by `posterior_scale`, or by the factor of `fit_scale`."""
         posterior, rows = super().fit(model, run), run.more_rows.get(FIT_SPLIT, ())
         run.found["trained_std"] = posterior_summary(list(gaussian_layers(posterior.model).values()))["std"]
         if self.posterior_scale is not None:

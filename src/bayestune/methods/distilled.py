@@ -1,6 +1,6 @@
-r"""Distillation: one plain LoRA adapter that answers as the average over a posterior's draws.
+r"""Distillation: one plain LoRA adapter that answers like the average over a posterior's draws.
 
-The student q minimizes, over training rows and rows without labels, the mean of
+The student q minimizes, over training rows and unlabeled rows, the mean of
 
     KL( 1/K sum_k p(y | x, theta_k)  ||  q(y | x) ),
 
@@ -29,10 +29,10 @@ from bayestune.tasks import AnyRow, Task, read_rows
 
 
 class Distillation(Task[Prediction]):
-    """A task of classes whose rows are answered by a teacher: the loss is ``KL(teacher || model)`` of each row.
+    """A task with classes that is trained on a teacher's answers: the loss is ``KL(teacher || model)`` of each row.
 
     Args:
-        task: what the rows ask.
+        task: the task that the teacher answered.
         rows: the rows to train on; their labels are not used.
         probs: the teacher's probabilities.
     """
@@ -80,10 +80,10 @@ class Distillation(Task[Prediction]):
 
 
 class Distilled(PointMethod):
-    """Plain LoRA, trained to give in one forward what the draws of another run give on average.
+    """Plain LoRA trained to answer in one forward pass like the average over the draws of another run.
 
-    The student starts at the teacher's mean (its mode, or its first member). A temperature of the teacher is part of
-    the answers that the student learns.
+    The student starts at the teacher's mean (its mode, or its first member). If the teacher has a temperature, the
+    student learns the tempered answers.
     """
 
     name = "distilled"
@@ -132,15 +132,15 @@ class Distilled(PointMethod):
 
 @torch.no_grad()
 def _start_at(student: PeftModel, mean: dict[str, Tensor]) -> None:
-    """Give a new adapter the teacher's weights.
+    """Copy the teacher's weights to a new adapter.
 
     Raises:
-        ConfigError: they have other sizes.
+        ConfigError: their sizes differ.
     """
     for key, tensor in adapter_tensors(student, "default").items():
         if key not in mean or mean[key].shape != tensor.shape:
             raise ConfigError(
-                f"teacher: found an adapter with other layers or another rank ({key}), expected those of this run: "
-                "leave rank and target_modules as the teacher has them."
+                f"teacher: found an adapter with different layers or another rank ({key}), expected those of this "
+                "run: set rank and target_modules as in the teacher's run."
             )
         tensor.copy_(mean[key])

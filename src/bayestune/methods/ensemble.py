@@ -17,15 +17,16 @@ from bayestune.storage.state import active_adapter, adapter_tensors, describe, p
 class EnsemblePosterior(Posterior):
     """``p(y|x) = 1/K sum_k softmax(logits(x; theta_k))`` over K members (Lakshminarayanan et al., arXiv 1612.01474).
 
-    Draw k is member k whatever the seed; a prediction takes the first `draws` of them. There is no mean: the average
-    of the members' weights is none of them.
+    Draw k is member k whatever the seed; a prediction takes the first `draws` members. There is no mean, because the
+    average of the members' weights was never trained.
 
     Args:
         model: the base with one plain LoRA adapter, whose weights are those of member 0.
-        members: for each member the tensors of its adapter, heads of its own included, by their key in a LoRA file.
+        members: for each member, the tensors of its adapter (with its own heads) by their key in a LoRA file.
+        temperature: the temperature of the averaged prediction.
 
     Raises:
-        PosteriorError: no member, or one whose tensors are not those of the adapter.
+        PosteriorError: there is no member, or a member's tensors do not match those of the adapter.
     """
 
     kind = "ensemble"
@@ -64,11 +65,11 @@ class EnsemblePosterior(Posterior):
 
 
 class Ensemble(Method):
-    """Trains `members` adapters one after another on the one base; they share nothing else.
+    """Trains `members` independent adapters, one after another, on the same base.
 
-    Member 0 has the seed of the run, so it is the adapter that plain LoRA trains; the others have seeds, and with
-    them initial weights and row orders, of their own. A finished member is kept beside the checkpoints, for a run
-    that is resumed.
+    Member 0 has the seed of the run, so it is the adapter that plain LoRA trains. Each further member has its own
+    seed, and with it its own initial weights and row order. In a run with checkpoints, finished members are saved
+    beside them, so that a resumed run does not train them again.
     """
 
     name = "ensemble"

@@ -10,7 +10,7 @@ where h estimates the diagonal of the Hessian of the mean NLL, lambda is the eff
     m <- m - alpha (g / (1 - beta_1^t) + delta m) / (h + delta).
 
 With lambda equal to the number of training rows, its fixed point is that of the negative ELBO, ``sum of the NLLs +
-KL(q || p)``. A larger lambda gives the posterior of that many rows: narrower, with less weight on the prior.
+KL(q || p)``. A larger lambda gives the posterior of that many rows: it is narrower, and the prior has less weight.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -39,7 +39,7 @@ _LEAST_SAMPLE_SIZE = 10_000
 def next_curvature(
     h: Float[Tensor, "*shape"], estimate: Float[Tensor, "*shape"], *, beta2: float, delta: float
 ) -> Float[Tensor, "*shape"]:
-    """Return the curvature h after an update, which keeps ``h + delta`` positive for any estimate.
+    """Return the curvature h after an update; ``h + delta`` stays positive for any estimate.
 
     ``h <- beta_2 h + (1 - beta_2) h_hat + (1 - beta_2)^2 (h - h_hat)^2 / (2 (h + delta))``; with
     ``x = (1 - beta_2) (h_hat - h) / (h + delta)`` this multiplies ``h + delta`` by ``1 + x + x^2 / 2 >= 1/2``.
@@ -58,12 +58,12 @@ def next_curvature(
 
 
 class IvonOptimizer(Optimizer):
-    """The optimizer of the module docstring: `draw` before the gradients of an update, `step` after them.
+    """The optimizer of the module docstring: call `draw` before the gradients of an update, and `step` after them.
 
-    Between the two the parameters hold theta, so that all micro-batches of an update share one draw; outside they
-    hold m. The noise is a pure function of (`seed`, update, name of the parameter): processes that train together
-    share it, and a resumed run repeats it. The state of a parameter is "momentum" (g), "curvature" (h) and "step"
-    (t). Clipped gradients enter both g and h.
+    Between the two calls the parameters hold theta, so that all micro-batches of an update share one draw; otherwise
+    they hold m. The noise is a pure function of (`seed`, update, name of the parameter): processes that train
+    together share it, and a resumed run repeats it. The state of a parameter is "momentum" (g), "curvature" (h) and
+    "step" (t). If gradients are clipped, the clipped gradients enter both g and h.
 
     Args:
         parameters: named parameters, in float32 or float64.
@@ -73,7 +73,7 @@ class IvonOptimizer(Optimizer):
         h0: the first h, in nats per squared weight.
         beta1: decay of g.
         beta2: decay of h.
-        clip_radius: bound of each entry of ``(g / (1 - beta_1^t) + delta m) / (h + delta)``; None for no bound.
+        clip_radius: bound on each entry of ``(g / (1 - beta_1^t) + delta m) / (h + delta)``; None for no bound.
         seed: seed of the noise.
 
     Raises:
@@ -105,7 +105,7 @@ class IvonOptimizer(Optimizer):
 
     @torch.no_grad()
     def draw(self) -> None:
-        """Put a draw ``theta = m + sigma eps`` in the place of m, until `step` or `restore`."""
+        """Replace m with a draw ``theta = m + sigma eps`` in the parameters, until `step` or `restore`."""
         self.restore()
         for group, name, weight in self._weights():
             key = derive_seed("ivon", group["seed"], self._state(weight)["step"], name)
@@ -117,7 +117,7 @@ class IvonOptimizer(Optimizer):
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put m back in the place of a draw, if there is one."""
+        """Put m back into the parameters if they hold a draw."""
         for weight, (mean, _) in self._held.items():
             weight.copy_(mean)
         self._held = {}
@@ -166,7 +166,7 @@ class IvonOptimizer(Optimizer):
         return (group["sample_size"] * (self._state(weight)["curvature"] + group["delta"])).rsqrt()
 
     def _state(self, weight: nn.Parameter) -> dict[str, Any]:
-        """The state of a parameter; made anew for one that took the place of another, as sharding does."""
+        """Return the state of a parameter; create it for one that is new, as when sharding replaces parameters."""
         if weight not in self.state:
             momentum, curvature = torch.zeros_like(weight), torch.full_like(weight, self._h0)
             self.state[weight] = {"momentum": momentum, "curvature": curvature, "step": 0}
@@ -179,7 +179,7 @@ class IvonOptimizer(Optimizer):
 
 
 class IvonCallback(TrainerCallback):
-    """Draws the weights of each update when it begins, in `BayesTrainer` or any transformers Trainer.
+    """Draws the weights at the beginning of each update, in `BayesTrainer` or any transformers Trainer.
 
     Args:
         optimizer: the optimizer of the run.
@@ -196,7 +196,7 @@ class IvonCallback(TrainerCallback):
 def ivon_posterior(model: PeftModel, optimizer: IvonOptimizer, *, prior_std: float) -> Variational:
     """Return the posterior that `optimizer` trained: ``A, B ~ N(m, sigma^2)``, heads at their m.
 
-    The base of `model` is used as it stands: `model` is taken apart, and that of the posterior takes its place.
+    The base model is not copied: `model` is taken apart, and the posterior's model takes its place.
 
     Args:
         model: the trained model, with one plain LoRA adapter.
@@ -204,7 +204,7 @@ def ivon_posterior(model: PeftModel, optimizer: IvonOptimizer, *, prior_std: flo
         prior_std: s_p, the standard deviation of the prior.
 
     Raises:
-        ConfigError: no plain LoRA adapter, or the optimizer did not train all of it.
+        ConfigError: there is no plain LoRA adapter, or the optimizer did not train all of it.
     """
     model, adapter = plain_adapter(model, by="ivon")
     optimizer.restore()
@@ -221,11 +221,11 @@ def ivon_posterior(model: PeftModel, optimizer: IvonOptimizer, *, prior_std: flo
 
 
 class Ivon(Method):
-    """A Gaussian over A and B whose mean and variance follow from one Newton-like optimizer.
+    """A Gaussian over A and B whose mean and variance come from one Newton-like optimizer.
 
-    Its learning rate is relative to the curvature, so it is larger than AdamW's. One draw of the weights serves all
-    rows of an update. Layers that are trained in full have the same noise and steps, but the posterior keeps only
-    their means. A held draw costs two copies of the trained weights.
+    The learning rate is relative to the curvature, so it is larger than AdamW's. All rows of an update share one draw
+    of the weights. Layers that are trained in full get the same noise and steps, but the posterior keeps only their
+    means. Holding a draw takes two extra copies of the trained weights.
     """
 
     name = "ivon"
@@ -242,7 +242,7 @@ class Ivon(Method):
     ivon_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the averaged gradient.")
     ivon_beta2: float = Field(0.999, gt=0, lt=1, description="Decay of the averaged curvature.")
     ivon_clip_radius: float | None = Field(
-        None, gt=0, description="Bound of each entry of the Newton step, before the learning rate; default: none."
+        None, gt=0, description="Bound on each entry of the Newton step, before the learning rate; default: none."
     )
 
     def run_defaults(self, family: Family) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Plain LoRA: the adapter of maximum likelihood, a posterior of one point."""
+"""Plain LoRA: the maximum-likelihood adapter, a posterior with one point."""
 
 from bayestune.methods.base import PointMethod
 

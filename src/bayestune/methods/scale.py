@@ -1,8 +1,8 @@
 r"""The scale of a posterior's standard deviation, chosen on held-out rows after training.
 
-Training fixes the width of the posterior by the KL and the number of updates, not by the data (docs/recipe.md). The
-factor c of all standard deviations, ``Omega <- c Omega``, is then the one whose draws give held-out rows the smallest
-mean negative log-likelihood of the averaged prediction; c = 0 is the mean alone.
+In training, the KL and the number of updates determine the width of the posterior, not the data (docs/recipe.md).
+Afterwards one factor c multiplies all standard deviations, ``Omega <- c Omega``: the factor for which the averaged
+prediction of the draws has the smallest mean negative log-likelihood on held-out rows. c = 0 is the mean alone.
 """
 
 import math
@@ -27,9 +27,9 @@ from bayestune.tasks import AnyRow, Task
 FACTORS = tuple(2 ** (k / 2) for k in range(-4, 13))
 """1/4 to 64, in steps of the square root of 2."""
 ALWAYS = FACTORS[:7]
-"""Those up to 2, which every search tries, besides 0."""
+"""The factors up to 2; every search tries these, and 0."""
 TOLERANCE = 1e-3
-"""NLLs that differ by less, in nats, count as equal; of equal factors, the one nearest to 1 is taken."""
+"""NLLs that differ by less than this, in nats, count as equal; of equal factors, the one nearest to 1 is taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,16 +58,15 @@ def fit_scale(
 ) -> ScaleSearch:
     """Multiply every standard deviation of a posterior, in place, by the factor with the smallest held-out NLL.
 
-    Of factors whose NLLs differ by less than 0.001 nats, the one nearest to 1 is taken.
-
-    The factors are 0 and 2^(k/2) from 1/4 to 2, then further ones until the NLL was above its minimum twice in a row,
-    each time by more than that. All share the same noise, in antithetic pairs. It is not the noise of `predict` with
-    the same seed.
+    The search tries 0 and 2^(k/2) from 1/4 to 2, then larger factors, up to 64, until the NLL exceeds its minimum by
+    more than 0.001 nats twice in a row. Of the factors within 0.001 nats of the minimum, the one nearest to 1 is
+    taken. All factors share the same noise, in antithetic pairs, which is not that of `predict` with the same seed.
 
     Args:
-        model, task, rows: as in `predict`; labeled rows that the posterior was not trained on.
+        model, task: as in `predict`.
+        rows: labeled rows that the posterior was not trained on.
         draws: draws per factor, an even number.
-        seed: of the noise.
+        seed: seed of the noise.
         tempered: judge each factor at its own best temperature, for a posterior whose temperature is fitted next.
         batch_size, progress: as in `predict`.
 
@@ -85,20 +84,20 @@ def fit_scale(
 
     def nll(factor: float) -> float:
         _set_scale(layers, start, factor)
-        found = predict(pairs, task, rows, draws=draws if factor else 0, seed=noise, batch_size=batch_size)
-        return (found.tempered(best_temperature(found)) if tempered else found).row_nll().mean().item()
+        given = predict(pairs, task, rows, draws=draws if factor else 0, seed=noise, batch_size=batch_size)
+        return (given.tempered(best_temperature(given)) if tempered else given).row_nll().mean().item()
 
     scale = 1.0  # if the search fails
     try:
-        found = _search(nll, progress)
-        scale = chosen(found)
+        nlls = _search(nll, progress)
+        scale = chosen(nlls)
     finally:
         _set_scale(layers, start, scale)
-    return ScaleSearch(scale=scale, nll=found)
+    return ScaleSearch(scale=scale, nll=nlls)
 
 
 def chosen(nll: Mapping[float, float]) -> float:
-    """Return the factor with the smallest NLL; of equal ones, that nearest to 1."""
+    """Return the factor with the smallest NLL; of equal ones, the one nearest to 1."""
     best = min(nll.values()) + TOLERANCE
     return min((factor for factor in nll if nll[factor] <= best), key=lambda f: abs(math.log(f)) if f else math.inf)
 
@@ -123,7 +122,7 @@ def _check(rows: Sequence[AnyRow], draws: int) -> None:
 
 
 def _search(nll: Callable[[float], float], progress: bool) -> dict[float, float]:
-    """The NLL by factor, in rising order."""
+    """Return the NLL by factor, in rising order of factors, and warn if the best factor is at an end."""
     found, above = {0.0: nll(0.0)}, 0
     with tqdm(FACTORS, desc="scale", unit="factor", disable=not progress) as factors:
         for factor in factors:

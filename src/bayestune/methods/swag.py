@@ -42,7 +42,7 @@ from bayestune.settings import LARGEST_WHOLE, Settings
 from bayestune.storage.state import active_adapter, adapter_tensors, describe, parameter_names, tensor_fault
 
 _SNAPSHOTS = 20
-_COLUMNS = "swag columns"  # the name of z_2, which no weight has
+_COLUMNS = "swag columns"  # names the noise z_2; no weight has this name
 
 
 class Moments:
@@ -51,13 +51,13 @@ class Moments:
     Welford's recursion in float64 stays accurate if the spread is small relative to the mean.
 
     Attributes:
-        rank: K, the most columns kept.
-        snapshots: T, the number added.
+        rank: K, the largest number of columns to keep.
+        snapshots: T, the number of snapshots added.
         mean: m_T, float64.
-        deviations: the last min(T, K) snapshots, oldest first, less the running mean that includes them; float32.
+        deviations: the last min(T, K) columns ``theta_i - m_i``, oldest first; float32.
 
     Raises:
-        ConfigError: `rank` below 2.
+        ConfigError: `rank` is below 2.
     """
 
     def __init__(self, *, rank: int = 20) -> None:
@@ -80,7 +80,8 @@ class Moments:
             if not torch.isfinite(weight).all():
                 raise PosteriorError(f"SWAG: snapshot {self.snapshots + 1} of {name!r} holds NaN or infinite values.")
         if self.snapshots and weights.keys() != self.mean.keys():
-            raise ConfigError(f"SWAG: found other weights, {sorted(weights.keys() ^ self.mean.keys())[0]!r} for one.")
+            wrong = sorted(weights.keys() ^ self.mean.keys())[0]
+            raise ConfigError(f"SWAG: the names of weights differ from the earlier snapshots', such as {wrong!r}.")
         self.snapshots += 1
         for name, weight in weights.items():
             new = weight.detach().cpu().double()
@@ -93,7 +94,7 @@ class Moments:
             self.deviations[name].append((new - self.mean[name]).float())
 
     def variance(self, name: str) -> Tensor:
-        """The diagonal of Sigma_diag, ``1/T sum_i (theta_i - mean)^2``, float64."""
+        """Return the diagonal of Sigma_diag, ``1/T sum_i (theta_i - mean)^2``, float64."""
         return self._squares[name] / self.snapshots
 
 
@@ -106,7 +107,7 @@ class SwagPosterior(Posterior):
     """The Gaussian of the SWAG equation, made by `from_moments`; each draw replaces all weights of the adapter.
 
     The adapter of `model` holds the mean. `variance` (the diagonal of Sigma_diag) and `deviations` (D, [columns,
-    *shape]) are float32, by the key of each weight in a saved adapter. With one snapshot it is a point.
+    *shape]) are float32, keyed as the weights in a saved adapter. With one snapshot, every draw is the mean.
     """
 
     kind = "swag"
@@ -122,10 +123,10 @@ class SwagPosterior(Posterior):
     @classmethod
     @torch.no_grad()
     def from_moments(cls, model: PeftModel, moments: Moments) -> "SwagPosterior":
-        """The posterior of the snapshots in `moments`; the active adapter of `model` is set to their mean, in place.
+        """Return the posterior of the snapshots in `moments`; the active adapter of `model` is set to their mean.
 
         Raises:
-            ConfigError: no snapshots, or snapshots of another adapter than the plain LoRA adapter of `model`.
+            ConfigError: there are no snapshots, or they are not of the plain LoRA adapter of `model`.
         """
         weights = trained_weights(model)
         expected = describe({name: weight.double() for name, weight in weights.items()})
@@ -167,7 +168,7 @@ class SwagPosterior(Posterior):
         return variance | {f"deviations.{name}": tensor for name, tensor in self._deviations.items()}
 
     def sampler(self, *, draws: int, seed: int) -> Sampler:
-        """Draws of all adapter weights; ``draws=0`` is the mean, that of stochastic weight averaging (SWA)."""
+        """Return draws of all adapter weights; ``draws=0`` is the mean, as in stochastic weight averaging (SWA)."""
         if draws < 0:
             raise refuse_draws(draws, "expected 0 (the mean) or more.")
         if draws and is_merged(self.model):
@@ -179,7 +180,7 @@ class SwagPosterior(Posterior):
         return SubstitutedDraws(self.model, weights)
 
     def _drawn(self, key: str, mean: Tensor, index: int, seed: int) -> Tensor:
-        """One weight of draw (`seed`, `index`), computed in float64 on the CPU: the same on every machine."""
+        """Compute one weight of draw (`seed`, `index`), in float64 on the CPU, so it is the same on every machine."""
         noise = prediction_noise(seed, index, key, tuple(mean.shape)).double()
         change = (self._variance[key].double() / 2).sqrt() * noise
         if self._columns > 1:
@@ -190,10 +191,10 @@ class SwagPosterior(Posterior):
 
 
 def trained_weights(model: PeftModel) -> dict[str, Tensor]:
-    """Every parameter of the active adapter of `model`, plain LoRA, by its key in a saved file.
+    """Return every parameter of the active plain LoRA adapter of `model`, by its key in a saved file.
 
     Raises:
-        ConfigError: no such adapter.
+        ConfigError: there is no such adapter.
     """
     model, adapter = plain_adapter(model, by="swag")
     tensors = adapter_tensors(model, adapter)
@@ -203,9 +204,9 @@ def trained_weights(model: PeftModel) -> dict[str, Tensor]:
 class SwagCallback(TrainerCallback):
     """Adds the weights of a plain LoRA adapter to `moments` after updates `start`, ``start + every``, ... of a run.
 
-    It works with `BayesTrainer` and with transformers' Trainer, and changes nothing. Use a learning rate that is
-    constant and not small over the tail, so that the snapshots spread as the posterior does (section 3.1).
-    Checkpoints do not hold snapshots.
+    It works with `BayesTrainer` and with transformers' Trainer, and does not change the training. Use a learning rate
+    that is constant and not small over the tail, so that the snapshots spread as the posterior does (section 3.1).
+    Checkpoints do not contain snapshots.
 
     Raises:
         ConfigError: a setting is out of range; or, when training begins, there is no plain LoRA adapter, something
@@ -247,7 +248,8 @@ class SwagCallback(TrainerCallback):
 
 
 class Swag(PostHocMethod):
-    """Trains a finished plain LoRA adapter `swag_steps` updates more, at a constant rate, and fits their weights."""
+    """Trains a finished plain LoRA adapter for `swag_steps` more updates at a constant learning rate, and fits a
+    Gaussian to the weights that it visits."""
 
     name = "swag"
     label = "SWAG"

@@ -1,4 +1,4 @@
-r"""Temperature scaling (Guo et al. 2017, arXiv 1706.04599, section 4.2), of the average over draws."""
+r"""Temperature scaling (Guo et al. 2017, arXiv 1706.04599, section 4.2) of the average over draws."""
 
 import math
 import warnings
@@ -18,22 +18,22 @@ from bayestune.metrics import row_nll
 from bayestune.sampling import Posterior
 from bayestune.tasks import AnyPrediction, Prediction
 
-_GRID = 65  # points in log T, T = 1 the middle one; neighbours are a factor 1.15 apart, for numbers 1.54
-_PRECISION = 1e-9  # of log T, where the search ends: rounding of the NLL hides a finer minimum
+_GRID = 65  # points in log T, with T = 1 in the middle; neighbors are a factor of 1.15 apart (1.54 for numbers)
+_PRECISION = 1e-9  # of log T, where the search ends; rounding of the NLL hides a finer minimum
 
 
 def fit_temperature(log_probs: Float[Tensor, "draws rows classes"], labels: Int[Tensor, " rows"] | None) -> float:
     r"""Fit the temperature T > 0 that minimizes the mean NLL of ``1/K sum_k softmax(logits_k / T)``, in nats.
 
-    With one draw, T is that of Guo et al. (2017, section 4.2) and every answer stays as it is. With several draws, the
-    NLL is that of the average, so an answer may change; the NLL may then have several minima in log T, so the best
-    point of a grid over [0.01, 100] is refined by Brent's bounded search. Warns if the minimum is at a bound, which
-    happens if every answer is correct.
+    With one draw, T is that of Guo et al. (2017, section 4.2) and no answer changes. With several draws, the NLL is
+    that of the average, so an answer may change. The NLL may then have several minima in log T, so the best point of a
+    grid over [0.01, 100] is refined by Brent's bounded search. Warns if the minimum is at a bound, which happens if
+    every answer is correct.
 
     Args:
-        log_probs: log-probabilities of a prediction on validation rows at temperature 1
-            (`Prediction.draw_log_probs`), of another seed than the predictions that are scored. They stand for the
-            logits, from which they differ by a constant per row. They may be -inf.
+        log_probs: log-probabilities of a prediction for validation rows at temperature 1
+            (`Prediction.draw_log_probs`), made with another seed than the predictions that are scored. They serve as
+            the logits, from which they differ by a constant per row. They may be -inf.
         labels: classes of the rows.
 
     Returns:
@@ -52,26 +52,26 @@ def fit_temperature(log_probs: Float[Tensor, "draws rows classes"], labels: Int[
     if log_probs.ndim != 3 or len(log_probs) == 0:
         raise DataError(f"fit_temperature: log_probs {tuple(log_probs.shape)}, expected [draws, rows, classes].")
     for draw in log_probs:
-        row_nll(draw, labels)  # refuses what are no log-probabilities, or no classes
+        row_nll(draw, labels)  # raises an error for invalid log-probabilities or labels
     log_probs, ids = log_probs.detach().cpu().double(), tuple(map(str, range(len(labels))))
     given = Prediction(ids=ids, draw_log_probs=log_probs, labels=labels, draws=len(log_probs), seed=0, task="given")
     return temperature_of(given)
 
 
 def temperature_of(prediction: AnyPrediction) -> float:
-    r"""Fit the temperature T > 0 that minimizes the mean NLL of ``prediction.tempered(T)``, as `fit_temperature`.
+    r"""Fit the temperature T > 0 that minimizes the mean NLL of ``prediction.tempered(T)``, like `fit_temperature`.
 
-    For numbers, T is from 1e-6 to 1e6 and multiplies every variance of the noise. With one draw of constant noise
+    For numbers, T is from 1e-6 to 1e6 and multiplies every variance of the noise. With one draw and constant noise
     s^2, ``T = mean (y - mu)^2 / s^2``.
 
     Args:
-        prediction: of validation rows at temperature 1, of another seed than the predictions that are scored.
+        prediction: for validation rows, at temperature 1, with another seed than the predictions that are scored.
 
     Returns:
         The temperature; 1 if no other is better beyond rounding.
 
     Raises:
-        DataError: a row has no label, or one of probability 0 in every draw, and so at every T.
+        DataError: a row has no label, or its label has probability 0 in every draw, and so at every T.
         TaskError: the task has no temperature.
     """
     impossible = prediction.row_nll().isposinf()
@@ -86,13 +86,13 @@ def temperature_of(prediction: AnyPrediction) -> float:
 
 
 def best_temperature(prediction: AnyPrediction) -> float:
-    """Return the temperature of `temperature_of`, without checks and warnings."""
+    """Return what `temperature_of` returns, without its checks and warnings."""
     bounds = prediction.temperatures
     return _minimizer(lambda log_t: prediction.tempered(math.exp(log_t)).row_nll().mean().item(), *bounds)
 
 
 def _minimizer(nll: Callable[[float], float], lowest: float, highest: float) -> float:
-    """T = exp(x) for the minimizer x of `nll`, a function of log T; `highest` is 1 / `lowest`."""
+    """Return T = exp(x) for the minimizer x of `nll`, a function of log T; `highest` is 1 / `lowest`."""
     low, high = math.log(lowest), math.log(highest)
     step = (high - low) / (_GRID - 1)
     center = min((low + step * i for i in range(_GRID)), key=nll)
@@ -108,7 +108,7 @@ def _minimizer(nll: Callable[[float], float], lowest: float, highest: float) -> 
 
 
 class Temperature(PointMethod):
-    """Plain LoRA whose logits are divided by the temperature that is fitted on the rows of `temperature_split`."""
+    """Plain LoRA whose logits are divided by a temperature fitted on the rows of `temperature_split`."""
 
     name = "temperature"
     label = "Temperature"

@@ -1,4 +1,4 @@
-r"""TFB: any finished LoRA adapter as a posterior, without a gradient (Shi et al. 2024, arXiv 2412.05723).
+r"""TFB turns any finished LoRA adapter into a posterior, without gradients (Shi et al. 2024, arXiv 2412.05723).
 
 With the singular value decomposition ``B = U diag(d) V^T`` of a layer's B, the same product is
 ``B' A' = (U diag(d)) (V^T A)``, and noise of standard deviation
@@ -6,9 +6,9 @@ With the singular value decomposition ``B = U diag(d) V^T`` of a layer's B, the 
     Omega_ij = sigma_q / d_i
 
 on A'_ij gives every column of B'A' the covariance ``sigma_q^2 U U^T``: the same width in each direction that B can
-move in, and one number sigma_q for the whole model. It is that of BA before the scaling alpha / r. sigma_q is the
-largest whose loss on some anchor rows stays within a tolerance of the loss at the mean. What comes out is an ordinary
-BAYES_LORA adapter with ``M = A'`` and ``G = sqrt(Omega)``.
+move in, with one number sigma_q for the whole model. This is the covariance of BA before the scaling alpha / r.
+sigma_q is the largest value whose loss on some anchor rows stays within a tolerance of the loss at the mean. The
+result is an ordinary BAYES_LORA adapter with ``M = A'`` and ``G = sqrt(Omega)``.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ from bayestune.storage.state import (
 from bayestune.tasks import AnyRow, Task
 
 NOTHING = 1e-18
-"""A singular value below this is 0, so that no standard deviation overflows float32."""
+"""A singular value below this counts as 0, so that no standard deviation overflows float32."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SigmaSearch:
-    """What `search_sigma` found."""
+    """The result of `search_sigma`."""
 
     sigma: float  # the largest sigma_q that was evaluated and accepted
     loss: float  # the loss there
@@ -71,15 +71,15 @@ class SigmaSearch:
 def search_sigma(
     loss: Callable[[float], float], *, tolerance: float, low: float, high: float, iterations: int
 ) -> SigmaSearch:
-    """The largest sigma with ``|loss(sigma) - loss(0)| <= tolerance |loss(0)|``, by bisection in log sigma.
+    """Search for the largest sigma with ``|loss(sigma) - loss(0)| <= tolerance |loss(0)|``, by bisection in log sigma.
 
-    `low` and `high` are tried first; then `iterations` times the geometric middle of the largest sigma accepted and
-    the smallest one rejected, which ends a factor ``(high / low)^(2^-iterations)`` apart. The result is one that was
-    tried and accepted, also where the loss is not monotone; then a larger one that was never tried may be good too.
+    `low` and `high` are tried first. Then the geometric mean of an accepted and a rejected sigma is tried
+    `iterations` times; the two end a factor ``(high / low)^(2^-iterations)`` apart. The result was always tried and
+    accepted. If the loss is not monotone, a larger sigma that was never tried may be within the tolerance too.
 
     Raises:
-        ConfigError: a setting out of range, or `low` is rejected.
-        PosteriorError: a loss is NaN, or the one at 0 is infinite.
+        ConfigError: a setting is out of range, or `low` is rejected.
+        PosteriorError: a loss is NaN, or the loss at 0 is infinite.
     """
     if not 0 < low < high < math.inf:
         raise ConfigError(f"search_sigma: found low={low}, high={high}, expected 0 < low < high, both finite.")
@@ -100,7 +100,7 @@ def search_sigma(
 
     reference = loss_at(0.0)
     if math.isinf(reference):
-        raise PosteriorError("search_sigma: the loss at the mean is infinite: no change of it can be measured.")
+        raise PosteriorError("search_sigma: the loss at the mean is infinite, so no change from it can be measured.")
     if not accepted(low):
         raise ConfigError(
             f"search_sigma: the loss is {trace[0].loss:.6g} at low={low} and {reference:.6g} at the mean, a change "
@@ -123,26 +123,27 @@ def fit_tfb(
     high: float = 1.0,
     iterations: int = 8,
 ) -> tuple[PeftModel, SigmaSearch]:
-    """The posterior of a finished LoRA adapter (module docstring), and how its width was found.
+    """Turn a finished LoRA adapter into a posterior (module docstring); return it and the search for its width.
 
-    The base model is used as it stands: `model` is taken apart and the model returned, with the same base weights bit
-    for bit, takes its place. If anything fails, `model` is put together again. Scaling, ranks and `modules_to_save`
-    are those of the adapter. A direction that B cannot move in (rank below r, B = 0) gets no noise: a singular value
-    within the rounding of B's entries counts as 0, and so does its column of B'; the width of its row of A', that of
-    the layer's largest singular value (sigma_q if B = 0), has no effect.
+    The base model is not copied: `model` is taken apart, and the returned model, with the same base weights bit for
+    bit, takes its place. If anything fails, `model` is restored. Scaling, ranks and `modules_to_save` are those of
+    the adapter. A direction that B cannot move in (rank below r, or B = 0) gets no noise: a singular value within the
+    rounding of B's entries counts as 0, and so does its column of B'. Its row of A' gets the width of the layer's
+    largest singular value (sigma_q if B = 0), which then has no effect.
 
     Args:
-        model: a PeftModel with one plain LoRA adapter, not merged.
-        loss: of a BAYES_LORA model, such as `anchor_loss(task, rows)`; called with the same model at
-            different widths, at width 0 first.
+        model: a PeftModel with one plain LoRA adapter that is not merged.
+        loss: returns the loss of a BAYES_LORA model, such as `anchor_loss(task, rows)`; it is called with the same
+            model at different widths, first at width 0.
         tolerance, low, high, iterations: as in `search_sigma`; the paper's tolerance on the mean NLL is 0.3 %.
 
     Returns:
         The model with a BAYES_LORA adapter named "default", frozen and in evaluation mode, and the search.
 
     Raises:
-        ConfigError: not one plain LoRA adapter, a setting that a posterior cannot have, or as `search_sigma`.
-        PosteriorError: the adapter holds NaN or infinities, or as `search_sigma`.
+        ConfigError: `model` does not have exactly one plain LoRA adapter, a setting of the adapter cannot be used
+            with a posterior, or as `search_sigma`.
+        PosteriorError: the adapter contains NaN or infinities, or as `search_sigma`.
     """
     adapter = _convertible(model)
     with _put_back_on_failure(model):
@@ -160,21 +161,21 @@ def fit_tfb(
 def anchor_loss(
     task: Task, rows: Sequence[AnyRow], *, draws: int = 10, seed: int = 0, batch_size: int = 8
 ) -> Callable[[PeftModel], float]:
-    """A function of a model: the mean NLL (nats per row) of its predictive over `rows`, for `fit_tfb`.
+    """Return a function that computes a model's mean NLL (nats per row) of its predictive over `rows`, for `fit_tfb`.
 
-    Every call uses the same `draws` draws, so that two widths differ by their widths alone. They depend on `seed`, but
-    are not the draws that `predict` takes with it.
+    Every call uses the same `draws` draws, so that losses at two widths differ only because of the widths. The draws
+    depend on `seed`, but are not those of `predict` with the same seed.
 
     Raises:
-        ConfigError: `draws` below 1, or the task has no classes.
-        DataError: a row without a label.
+        ConfigError: `draws` is below 1, or the task has no classes.
+        DataError: a row has no label.
     """
     _check_task(task)
     if draws < 1:
         raise ConfigError(f"anchor_loss: found draws={draws}, expected at least 1.")
     for row in rows:
         if row.target is None:
-            raise DataError(f"anchor_loss: row {row.id!r} has no label, expected labelled anchor rows.")
+            raise DataError(f"anchor_loss: row {row.id!r} has no label, expected labeled anchor rows.")
 
     noise = derive_seed("anchor", seed)
 
@@ -185,7 +186,7 @@ def anchor_loss(
 
 
 def _check_task(task: Task) -> None:
-    """Raise a ConfigError for a density: a share of its NLL depends on the unit of the target."""
+    """Raise a ConfigError for a density, because a relative change of its NLL depends on the unit of the target."""
     if not task.has_classes:
         raise ConfigError(
             f"tfb: found task {task.name} without classes, expected classes: the tolerance is a share of their NLL."
@@ -195,9 +196,9 @@ def _check_task(task: Task) -> None:
 def rotated(
     a: Float[Tensor, "r n"], b: Float[Tensor, "m r"]
 ) -> tuple[Float[Tensor, "r n"], Float[Tensor, "m r"], Float[Tensor, " r"]]:
-    """``A' = V^T A``, ``B' = U diag(d)`` and d, all float64 on the CPU, of ``B = U diag(d) V^T``; ``B'A' = BA``.
+    """Return ``A' = V^T A``, ``B' = U diag(d)`` and d for ``B = U diag(d) V^T``, in float64 on the CPU; ``B'A' = BA``.
 
-    A singular value within the rounding of B's entries, ``eps ||B||_F`` with the eps of B's dtype (and within that of
+    A singular value within the rounding of B's entries, ``eps ||B||_F`` with the eps of B's dtype (or within that of
     the decomposition itself, r eps of float64), is returned as 0.
     """
     m, r = b.shape
@@ -209,7 +210,7 @@ def rotated(
 
 
 def _convertible(model: PeftModel) -> str:
-    """The name of the one adapter of `model`, if it can be made a posterior."""
+    """Return the name of the only adapter of `model`; raise an error if it cannot be made a posterior."""
     model, adapter = plain_adapter(model, by="tfb")
     if len(model.peft_config) > 1:
         raise ConfigError(f"tfb: found adapters {sorted(model.peft_config)}, expected one: delete_adapter the others.")
@@ -222,7 +223,7 @@ def _convertible(model: PeftModel) -> str:
 
 @contextmanager
 def _put_back_on_failure(model: PeftModel) -> Iterator[None]:
-    """If an exception leaves this context, the adapted layers of `model` are in their places as before."""
+    """Put the adapted layers of `model` back in their places if an exception leaves this context."""
     base: Any = model.get_base_model()
     modes = [(module, module.training) for module in model.modules()]
     replaced = {
@@ -241,7 +242,7 @@ def _put_back_on_failure(model: PeftModel) -> Iterator[None]:
 
 @torch.no_grad()
 def _converted(model: PeftModel, adapter: str) -> tuple[PeftModel, dict[str, Tensor]]:
-    """`model` taken apart, its base with the same adapter as a BAYES_LORA one, and the singular values d by layer."""
+    """Take `model` apart; return its base with the adapter as a BAYES_LORA one, and the singular values d by layer."""
     layers, plain = lora_layers(model, adapter), adapter_tensors(model, adapter)
     blob = as_bayesian(model, adapter)
     tensors, singular = adapter_tensors(blob, "default"), {}
@@ -255,7 +256,7 @@ def _converted(model: PeftModel, adapter: str) -> tuple[PeftModel, dict[str, Ten
 
 @torch.no_grad()
 def _set_width(blob: PeftModel, singular: dict[str, Tensor], sigma: float) -> None:
-    """``Omega_ij = sigma / d_i`` in every layer."""
+    """Set ``Omega_ij = sigma / d_i`` in every layer."""
     for name, layer in gaussian_layers(blob).items():
         d = singular[name]
         largest = d.max() if d.max() > 0 else torch.ones((), dtype=d.dtype)
@@ -263,7 +264,7 @@ def _set_width(blob: PeftModel, singular: dict[str, Tensor], sigma: float) -> No
 
 
 class Tfb(PostHocMethod):
-    """The widest posterior whose NLL on a sample of `anchor_rows` training rows stays within the tolerance."""
+    """The widest posterior whose NLL on `anchor_rows` sampled training rows stays within the tolerance."""
 
     name = "tfb"
     label = "TFB"
@@ -272,9 +273,9 @@ class Tfb(PostHocMethod):
     posterior = Variational
     start = Mle
 
-    tolerance: float = Field(0.003, gt=0, description="How much the NLL may change, as a share.")
+    tolerance: float = Field(0.003, gt=0, description="Largest relative change of the NLL.")
     anchor_rows: int = Field(
-        200, ge=1, le=LARGEST_WHOLE, description="Training rows that it is measured on, about ten times."
+        200, ge=1, le=LARGEST_WHOLE, description="Training rows to measure that change on, about ten times."
     )
 
     def check_task(self, task: Task) -> None:

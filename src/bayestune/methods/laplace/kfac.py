@@ -1,7 +1,7 @@
-"""K-FAC: the curvature of the log-likelihood by the weight of a linear layer, as a Kronecker product.
+"""K-FAC: the curvature of the log-likelihood in the weight of a linear layer, as a Kronecker product.
 
-Written by hand: curvlinops, which has the same factors, needs torchvision and weights that require gradients, and
-counts padding as data.
+curvlinops, which computes the same factors, is not used here: it needs torchvision and weights that require
+gradients, and it counts padding as data.
 """
 
 from collections.abc import Mapping
@@ -17,21 +17,22 @@ from bayestune.sampling.jacobian import Traced, full_precision
 from bayestune.tasks import Task
 
 ROUNDINGS = 1000
-"""Relative to the largest gradient in its row, in units of the last place: what is smaller counts as rounding."""
+"""A gradient below this many machine epsilons, relative to the largest one of its row, counts as rounding error."""
 
 
 class FactorSums:
-    """What K-FAC adds up over a data set for one layer with weights [m, n].
+    """The sums of K-FAC over a data set, for one layer with weights [m, n].
 
-    Its block of the generalised Gauss-Newton matrix (the Fisher of "type 2", exact over the classes) becomes
-    ``G (x) A`` with ``G = sum_rows sum_t J_t^T Lambda J_t`` [m, m], where J_t is the Jacobian of a row's logits by the
-    output at position t and ``Lambda = diag(p) - p p^T``, and ``A = mean over positions of a a^T`` [n, n], a the
-    layer's inputs (Martens and Grosse, arXiv 1503.05671; "expand" of Eschenhagen et al., arXiv 2311.00636, the default
-    of laplace-torch). Sums are over the whole data set, not means. For one row with one position the product is exact.
+    Its block of the generalized Gauss-Newton matrix (the Fisher of "type 2", exact over the classes) becomes
+    ``G (x) A``. Here ``G = sum_rows sum_t J_t^T Lambda J_t`` [m, m], where J_t is the Jacobian of a row's logits with
+    respect to the output at position t and ``Lambda = diag(p) - p p^T``, and ``A = mean over positions of a a^T``
+    [n, n], where a is the layer's input (Martens and Grosse, arXiv 1503.05671; "expand" of Eschenhagen et al., arXiv
+    2311.00636, the default of laplace-torch). G is a sum over the data set, not a mean. For one row with one position
+    the product is exact.
 
-    A position from which nothing reaches a logit (padding, the filler of an absent choice, tokens that the head does
-    not read, the query of a token that sees only itself) is no data and has no part in A: the factors do not depend on
-    how rows are batched. laplace-torch counts such positions; where there are none, the factors are the same.
+    A position that affects no logit (padding, the filler of an absent choice, tokens that the head does not read, the
+    query of a token that sees only itself) is not data and is left out of A, so the factors do not depend on how rows
+    are batched. laplace-torch counts such positions; without any, the factors are the same.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -48,7 +49,7 @@ class FactorSums:
         self.positions += len(inputs)
 
     def decomposed(self) -> "KroneckerFactor":
-        """The eigenvectors and eigenvalues of both factors, in place of the factors, one matrix at a time."""
+        """Replace both factors with their eigenvectors and eigenvalues, one matrix at a time to save memory."""
         output_values, output_vectors = _eigen(self.outputs)
         del self.outputs
         input_values, input_vectors = _eigen(self.inputs.div_(max(self.positions, 1)))
@@ -58,10 +59,10 @@ class FactorSums:
 
 @dataclass(frozen=True)
 class KroneckerFactor:
-    """The curvature of one layer, ``G (x) A``, by eigenvectors U of G and V of A and their eigenvalues.
+    """The curvature of one layer, ``G (x) A``, as the eigenvectors U of G and V of A and their eigenvalues.
 
     With a prior N(0, 1 / precision) on every weight, the posterior of W [m, n] has the covariance
-    ``(U (x) V) diag(1 / (curvature + precision)) (U (x) V)^T``, curvature = outer(values of G, values of A).
+    ``(U (x) V) diag(1 / (curvature + precision)) (U (x) V)^T``, with curvature = outer(values of G, values of A).
     """
 
     output_vectors: Float[Tensor, "m m"]
@@ -70,7 +71,7 @@ class KroneckerFactor:
     input_values: Float[Tensor, " n"]
 
     def to(self, device: torch.device) -> "KroneckerFactor":
-        """The same on `device`."""
+        """Return a copy on `device`."""
         return KroneckerFactor(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     @property
@@ -79,21 +80,21 @@ class KroneckerFactor:
         return torch.outer(self.output_values, self.input_values)
 
     def in_eigenbasis(self, weights: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch m n"]:
-        """``U^T W V``."""
+        """Return ``U^T W V``."""
         return self.output_vectors.T @ weights @ self.input_vectors
 
     def covariance_root(self, noise: Float[Tensor, "*batch m n"], precision: float) -> Float[Tensor, "*batch m n"]:
-        """The symmetric root of the covariance, times `noise`; the same whichever eigenvectors were chosen."""
+        """Multiply `noise` by the symmetric root of the covariance; the choice of eigenvectors does not matter."""
         with full_precision(noise):
             scaled = self.in_eigenbasis(noise) * (self.curvature + precision).rsqrt()
             return self.output_vectors @ scaled @ self.input_vectors.T
 
 
 def add_batch(sums: Mapping[str, FactorSums], batch: Traced, task: Task) -> None:
-    """Add one batch to the factors of its layers: one backward pass per root, for classes one less than there are.
+    """Add one batch to the factors of its layers, with one backward pass per root (C - 1 roots for C classes).
 
-    ``Lambda = sum_c v_c v_c^T`` with the v_c of `task.loss_roots`, so that pass c adds the outer products of the
-    gradients of ``v_c . outputs``.
+    ``Lambda = sum_c v_c v_c^T`` with the v_c of `task.loss_roots`, so pass c adds the outer products of the gradients
+    of ``v_c . outputs``.
     """
     largest: dict[int, Tensor] = {}
     with full_precision(batch.logits):
@@ -112,7 +113,7 @@ def add_batch(sums: Mapping[str, FactorSums], batch: Traced, task: Task) -> None
 
 
 def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, none below 0, and eigenvectors of a positive semi-definite matrix."""
+    """Return the eigenvalues, clamped to at least 0, and the eigenvectors of a positive semi-definite matrix."""
     if not matrix.isfinite().all():
         raise PosteriorError("the curvature is not finite: the adapter's weights are too large for this model.")
     values, vectors = torch.linalg.eigh(matrix)

@@ -1,4 +1,4 @@
-"""Linearised predictions, ``f(x; theta) = f(x; theta*) + J(x) (theta - theta*)``, of a Gaussian around theta*."""
+"""Linearized predictions, ``f(x; theta) = f(x; theta*) + J(x) (theta - theta*)``, of a Gaussian around theta*."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,10 +20,10 @@ Factors = Mapping[str, KroneckerFactor]
 
 @dataclass(kw_only=True)
 class LinearisedDraws(Sampler):
-    """Draws of the weights, each one linear function: ``f_k(x) = f(x; theta*) + J(x) (theta_k - theta*)``.
+    """Draws of the weights of the linearized model: ``f_k(x) = f(x; theta*) + J(x) (theta_k - theta*)``.
 
     ``theta_k - theta*`` is the symmetric root of the posterior covariance times standard normal noise keyed by
-    (seed, k, layer). All draws share the backward passes of a batch, one a class.
+    (seed, k, layer). All draws share the backward passes of a batch, one per class.
     """
 
     gradients = True
@@ -37,7 +37,7 @@ class LinearisedDraws(Sampler):
     def of(
         cls, model: nn.Module, linears: Linears, factors: Factors, *, precision: float, draws: int, seed: int
     ) -> "LinearisedDraws":
-        """Draws 0 to `draws` - 1 of `seed`."""
+        """Return draws 0 to `draws` - 1 of `seed`."""
         steps = {}
         for name, factor in factors.items():
             shape = tuple(factor.curvature.shape)
@@ -60,7 +60,7 @@ class LinearisedDraws(Sampler):
 
 @dataclass(kw_only=True)
 class ProbitAnswer(Sampler):
-    """The one slice of `probit_logits`: an average over all draws in closed form, so there are none to tell apart."""
+    """The one slice of `probit_logits`: the average over all draws in closed form, without separate draws."""
 
     gradients = True
     slices = 1
@@ -78,11 +78,11 @@ class ProbitAnswer(Sampler):
 def probit_logits(
     forward: Traced, factors: Factors, precisions: Sequence[float]
 ) -> Float[Tensor, "precisions rows classes"]:
-    r"""Logits whose softmax approximates the average over the posterior, for each prior precision.
+    r"""Return logits whose softmax approximates the average over the posterior, for each prior precision.
 
     ``kappa_c f_c`` with ``kappa_c = (1 + pi/8 v_c)^(-1/2)`` and ``v_c = (J Sigma J^T)_cc`` (MacKay 1992; Daxberger et
-    al., arXiv 2106.14806). f and J are those of the logits less their mean over a row's classes: logits are known up
-    to a constant per row, which the scaling would otherwise turn into answers. Absent classes keep -inf.
+    al., arXiv 2106.14806). f and J are those of the logits minus their mean over the row's classes: logits are defined
+    up to a constant per row, and without this the scaled logits would depend on it. Absent classes keep -inf.
     """
     with full_precision(forward.logits):
         logits, present = forward.logits.detach(), forward.present

@@ -1,4 +1,4 @@
-"""Which linear layers of a plain LoRA adapter a curvature covers, and what its factors take up in memory."""
+"""Find the linear layers of a plain LoRA adapter that the curvature covers, and the memory that its factors need."""
 
 from collections import Counter
 from typing import Literal, get_args
@@ -16,18 +16,18 @@ from bayestune.storage.state import lora_layers
 
 Layers = Literal["all", "last"]
 EIGEN_COPIES = 4
-"""Matrices of the size of the largest factor that its eigendecomposition holds: vectors, workspace of two, a copy."""
+"""Matrices of its own size that a factor's eigendecomposition needs: the vectors, two for workspace, and a copy."""
 
 
 def covered_linears(model: nn.Module, *, layers: str) -> dict[str, nn.Linear]:
-    """The linear layers, by name, whose weights are given a distribution.
+    """Return the linear layers, by name, whose weights get a distribution.
 
     "all": the A and B of every layer that the active adapter adapts, ``<path in the base model>.lora_A`` and
-    ``.lora_B``. "last": the linear layers of the head that the adapter trains as a whole (`modules_to_save`); without
-    one, the A and B of the last adapted layer. Biases are not covered.
+    ``.lora_B``. "last": the linear layers of the head that the adapter trains in full (`modules_to_save`); without
+    such a head, the A and B of the last adapted layer. Biases are not covered.
 
     Raises:
-        ConfigError: not a plain LoRA adapter of linear layers, or it is merged or disabled; an unknown `layers`.
+        ConfigError: the adapter is not plain LoRA of linear layers, or is merged or disabled; `layers` is unknown.
     """
     if layers not in get_args(Layers):
         raise ConfigError(f"layers: found {layers!r}, expected one of {get_args(Layers)}.")
@@ -59,7 +59,7 @@ def covered_linears(model: nn.Module, *, layers: str) -> dict[str, nn.Linear]:
 
 
 def refuse_if_too_large(model: nn.Module, *, layers: str) -> None:
-    """Raise a ConfigError, with the numbers, if the factors exceed the free memory of a device; allocates nothing."""
+    """Raise a ConfigError if the factors exceed the free memory of a device; nothing is allocated."""
     linears = covered_linears(model, layers=layers)
     for device, needed in _bytes_by_device(linears).items():
         free = free_bytes(device)
@@ -78,9 +78,9 @@ def refuse_if_too_large(model: nn.Module, *, layers: str) -> None:
 
 
 def _bytes_by_device(linears: dict[str, nn.Linear]) -> dict[torch.device, int]:
-    """``sum over layers of (m^2 + n^2)`` numbers for weights [m, n], plus `EIGEN_COPIES` times the largest matrix.
+    """Return the bytes of ``sum over layers of (m^2 + n^2)`` numbers, plus `EIGEN_COPIES` times the largest matrix.
 
-    The copies are those of its decomposition. Activations and gradients of a batch come on top.
+    Weights are [m, n]. The activations and gradients of a batch are not counted.
     """
     held: Counter[torch.device] = Counter()
     largest: Counter[torch.device] = Counter()
@@ -93,12 +93,12 @@ def _bytes_by_device(linears: dict[str, nn.Linear]) -> dict[torch.device, int]:
 
 
 def factor_dtype(linear: nn.Linear) -> torch.dtype:
-    """The dtype of a layer's factors: that of its weight, at least float32."""
+    """Return the dtype of a layer's factors: that of its weight, but at least float32."""
     return torch.promote_types(linear.weight.dtype, torch.float32)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of `device` that can still be allocated."""
+    """Return the memory of `device` that can still be allocated."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 

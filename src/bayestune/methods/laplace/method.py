@@ -13,7 +13,7 @@ from bayestune.tasks import Task
 
 
 class Laplace(PostHocMethod):
-    """K-FAC curvature of the training rows around the adapter, and predictions that are linear in the weights."""
+    """A Gaussian with K-FAC curvature around a finished adapter; predictions are linear in the weights."""
 
     name = "laplace"
     label = "Laplace"
@@ -27,7 +27,7 @@ class Laplace(PostHocMethod):
         "all", description="Layers with curvature: all adapted ones, or the last (the trained head, if there is one)."
     )
     laplace_predictive: Literal["mc", "probit"] = Field(
-        "mc", description="mc, draws of the linearized model, or probit, in closed form."
+        "mc", description="mc: draws of the linearized model; probit: the average over them in closed form."
     )
     fit_split: str | None = Field(None, min_length=1, description=FIT_SPLIT_HELP)
 

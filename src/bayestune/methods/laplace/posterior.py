@@ -1,4 +1,4 @@
-"""Laplace-LoRA: a Gaussian around a finished plain LoRA adapter, with K-FAC curvature and linearised predictions.
+"""Laplace-LoRA: a Gaussian around a finished plain LoRA adapter, with K-FAC curvature and linearized predictions.
 
 Yang et al., "Bayesian low-rank adaptation for large language models", arXiv 2308.13111.
 """
@@ -39,9 +39,9 @@ class _Saved(Settings):
 
 
 class LaplacePosterior(Posterior):
-    """``q(theta) = N(theta*, (H + tau I)^-1)`` around a plain LoRA adapter theta*, H its K-FAC curvature.
+    """``q(theta) = N(theta*, (H + tau I)^-1)`` around a plain LoRA adapter theta*; H is its K-FAC curvature.
 
-    A prediction is linear in the weights: draw k answers with ``f(x; theta*) + J(x) (theta_k - theta*)``, and
+    Predictions are linear in the weights: draw k answers with ``f(x; theta*) + J(x) (theta_k - theta*)``, and
     ``draws=0`` with the logits at theta*. Weights that are not covered (biases, heads with ``layers="all"``) stay at
     theta*.
 
@@ -50,7 +50,7 @@ class LaplacePosterior(Posterior):
         layers: "all" or "last", as in `fit_laplace`.
         precision: tau, the precision of the prior N(0, 1 / tau) of every covered weight.
         rows: number of rows that H sums over.
-        predictive: "mc", draws; or "probit", one slice in closed form for any number of draws but 0.
+        predictive: "mc" for draws, or "probit" for one slice in closed form, whatever the number of draws except 0.
     """
 
     kind = "laplace"
@@ -75,9 +75,7 @@ class LaplacePosterior(Posterior):
     def sampler(self, *, draws: int, seed: int) -> Sampler:
         linears = covered_linears(self.model, layers=self.layers)
         if any(linears.get(name) is not linear for name, linear in self._linears.items()):
-            raise DrawError(
-                "another adapter is active than the one of this Laplace posterior: call set_adapter(name)."
-            )
+            raise DrawError("the active adapter is not the one of this Laplace posterior: call set_adapter(name).")
         if draws == 0:
             return StackedDraws.of(self.model, draws=0, seed=seed)
         factors = {name: factor.to(linears[name].weight.device) for name, factor in self.factors.items()}
@@ -95,7 +93,7 @@ class LaplacePosterior(Posterior):
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """The eigenvectors and eigenvalues of both factors of each layer, ``<name>.<part>``."""
+        """Return the eigenvectors and eigenvalues of both factors of each layer, as ``<name>.<part>``."""
         return {f"{name}.{part}": getattr(factor, part) for name, factor in self.factors.items() for part in _PARTS}
 
     @classmethod
@@ -136,22 +134,22 @@ def fit_laplace(
 ) -> LaplacePosterior:
     """Fit a Laplace posterior to the finished, plain LoRA adapter of `model`.
 
-    The curvature is the generalised Gauss-Newton matrix summed over `rows`, exact over labels, which are not needed
-    (`task.loss_roots`); in K-FAC form, with weights shared over tokens as in "expand" (see `FactorSums`). The model is
-    in evaluation mode. Under ``torch.autocast`` the factors stay in float32, or float64 where the adapter is.
+    The curvature is the generalized Gauss-Newton matrix, summed over `rows` in K-FAC form, with weights shared over
+    tokens as in "expand" (see `FactorSums`). It is exact over labels, so labels are not needed (`task.loss_roots`).
+    The model is put in evaluation mode. Under ``torch.autocast`` the factors are float32 (float64 for such adapters).
 
     Args:
-        rows: rows that it was trained on, labelled or not.
-        layers: "all", the A and B of every adapted layer; "last", the trained head, or the last adapted layer.
-        precision: of the prior: "marglik" maximises the marginal likelihood; "validation" takes, of `CANDIDATES`, the
-            one whose probit predictive has the smallest negative log-likelihood on the labelled `validation_rows`.
-        batch_size: rows of a forward, and of one backward pass per class.
+        rows: rows that the adapter was trained on, labeled or not.
+        layers: "all": the A and B of every adapted layer; "last": the trained head, or the last adapted layer.
+        precision: precision of the prior. "marglik" maximizes the marginal likelihood; "validation" takes the one of
+            `CANDIDATES` whose probit predictive has the smallest NLL on the labeled `validation_rows`.
+        predictive: "mc" or "probit", as in `LaplacePosterior`.
+        batch_size: rows per forward pass, which is followed by one backward pass per class.
 
     Raises:
-        ConfigError: a setting out of range, an adapter that cannot be covered, or factors that do not fit in the free
-            memory, which is found out before anything is allocated.
-        DataError: no rows, or a row that cannot be used.
-        PosteriorError: logits or curvature that are not finite.
+        ConfigError: a setting is out of range, the adapter cannot be covered, or the factors exceed the free memory.
+        DataError: there are no rows, or a row cannot be used.
+        PosteriorError: logits or curvature are not finite.
     """
     model, _, _ = active_adapter(model)
     linears = covered_linears(model, layers=layers)
@@ -175,7 +173,7 @@ def fit_laplace(
 
 
 def _validated(model: PeftModel, linears: Linears, factors: Factors, task: Task, batches: Iterator[Batch]) -> float:
-    """The candidate that gives the labels of all rows the smallest negative log-likelihood; all in one pass."""
+    """Return the candidate with the smallest negative log-likelihood of the labels, from one pass over the rows."""
     log_probs, labels = [], []
     for rows, batch in batches:
         logits = probit_logits(_finite(traced(model, linears, task, batch), rows), factors, CANDIDATES)
@@ -185,7 +183,7 @@ def _validated(model: PeftModel, linears: Linears, factors: Factors, task: Task,
 
 
 def _batches(model: PeftModel, task: Task, rows: Sequence[AnyRow], batch_size: int, progress: bool) -> Iterator[Batch]:
-    """The rows and the tensors of each batch: long rows first, so that memory runs out at once or never."""
+    """Yield the rows and the tensors of each batch, longest rows first, so that memory runs out early or never."""
     device = next(model.parameters()).device
     examples = task.examples(rows, model)
     order = sorted(range(len(rows)), key=lambda i: -task.tokens(examples[i]))
@@ -198,7 +196,7 @@ def _batches(model: PeftModel, task: Task, rows: Sequence[AnyRow], batch_size: i
 
 
 def _finite(forward: Traced, rows: Sequence[AnyRow]) -> Traced:
-    """The same forward, or an error that names the first row with unusable logits."""
+    """Return `forward`, or raise an error that names the first row with unusable logits."""
     bad = (forward.logits.isnan() | forward.logits.isposinf()).any(1) | ~forward.present.any(1)
     if bad.any():
         raise PosteriorError(
@@ -227,7 +225,7 @@ def _check_settings(
 
 
 def check_task(task: Task, precision: str | float, predictive: str) -> None:
-    """Raise a ConfigError for a task without a curvature, or for the probit predictive of one without classes."""
+    """Raise a ConfigError if the task has no curvature, or has no classes but is asked for what needs them."""
     if type(task).loss_roots is Task.loss_roots:
         raise ConfigError(
             f"laplace: found task {task.name}, whose likelihood has no curvature here, expected classes or numbers: "

@@ -1,4 +1,4 @@
-"""The precision of the Gaussian prior of a Laplace posterior: by marginal likelihood, or by a validation set."""
+"""Choose the precision of a Laplace posterior's Gaussian prior, by marginal likelihood or on a validation set."""
 
 import math
 from collections.abc import Sequence
@@ -10,27 +10,27 @@ from torch import Tensor
 from bayestune.errors import ConfigError
 
 CANDIDATES = tuple(10 ** (exponent / 4) for exponent in range(-16, 33))
-"""Precisions that a validation set chooses from: 1e-4 to 1e8, four a decade."""
+"""Precisions that a validation set chooses from: 1e-4 to 1e8, four per decade."""
 _RELATIVE_WIDTH = 1e-12
 
 
 def log_evidence(curvatures: Sequence[Tensor], square_norm: float, precision: float) -> float:
-    """Laplace's log marginal likelihood less the log-likelihood of the data at the mode, in nats (float64).
+    """Return Laplace's log marginal likelihood minus the log-likelihood of the data at the mode, in nats (float64).
 
-    ``1/2 [P log tau - sum_i log(lambda_i + tau) - tau ||theta||^2]`` with the prior N(0, 1 / tau), `curvatures` the
-    eigenvalues lambda of every layer, P their number and `square_norm` the ``||theta||^2`` of the mode (MacKay 1992;
-    Immer et al., arXiv 2104.04975). The log-likelihood that is left out does not depend on tau: labels are not needed.
+    ``1/2 [P log tau - sum_i log(lambda_i + tau) - tau ||theta||^2]`` with the prior N(0, 1 / tau). `curvatures` are
+    the eigenvalues lambda of every layer, P is their number, and `square_norm` is the ``||theta||^2`` of the mode
+    (MacKay 1992; Immer et al., arXiv 2104.04975). The omitted log-likelihood does not depend on tau or need labels.
     """
-    # log1p keeps the difference of the two logarithms exact where tau is far above lambda.
+    # log1p keeps the difference of the two logarithms exact if tau is far above lambda.
     gain = sum(torch.log1p(values.double() / precision).sum().item() for values in curvatures)
     return -(gain + precision * square_norm) / 2
 
 
 def most_evident(curvatures: Sequence[Tensor], square_norm: float) -> float:
-    """The precision that maximises `log_evidence`, by bisection on a log scale.
+    """Return the precision that maximizes `log_evidence`, found by bisection on a log scale.
 
     At the maximum, ``tau ||theta||^2 = sum_i lambda_i / (lambda_i + tau)``: the left side rises with tau and the right
-    side falls, so there is only one.
+    side falls, so there is only one solution.
 
     Raises:
         ConfigError: all curvatures, or all weights, are 0.
@@ -58,7 +58,7 @@ def most_evident(curvatures: Sequence[Tensor], square_norm: float) -> float:
 
 
 def best_candidate(log_probs: Float[Tensor, "candidates rows classes"], labels: Int[Tensor, " rows"]) -> float:
-    """The precision of `CANDIDATES` with the smallest mean negative log-likelihood; the largest one on a tie.
+    """Return the precision in `CANDIDATES` with the smallest mean negative log-likelihood; the largest one on a tie.
 
     Raises:
         ConfigError: a label has probability 0 under every candidate.
