@@ -137,7 +137,7 @@ def test_without_a_test_split_a_table_leaves_out_the_temperature(world: Path, tm
     grid = make(world, tmp_path, table="roberta", tasks=("rte",), methods=("mle", "temperature"), seeds=(1,))
     found = plan(grid)
     assert [planned.experiment.eval_split for planned in found.runs] == ["dev"]
-    assert found.left_out == ("temperature on rte: no rows beside those it is scored on",)
+    assert found.left_out == ("temperature on rte: no rows other than those it is scored on",)
 
 
 def test_a_method_alone_trains_the_adapter_that_it_starts_from(grid: Grid) -> None:

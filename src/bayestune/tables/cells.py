@@ -35,7 +35,7 @@ SHARED = ("steps", "batch_size", "rank", "lora_alpha", "target_modules", "max_to
 """Settings that must be the same for all methods of a table on one training set."""
 
 OWN = ("seed", "data", "draws", "method", "task", "checkpoint_steps", "eval_split", "model", "adapter", "report_to")
-"""Settings that may differ between the cells of a method: recorded elsewhere in the cell, or without effect on it."""
+"""Settings that may differ between a method's cells: they are recorded elsewhere in the cell, or do not affect it."""
 
 
 def cell_record(

@@ -1,7 +1,7 @@
-"""`run_on_ray`: the missing runs of a table as tasks of a Ray cluster.
+"""`run_on_ray` makes the missing runs of a table as tasks on a Ray cluster.
 
 All machines need the same folders under the same paths, and the same packages. A run is locked while a task makes it,
-as in `run_table`, so a task that Ray takes for dead and repeats elsewhere makes no cell twice.
+as in `run_table`, so no cell is made twice if Ray takes a task for dead and repeats it elsewhere.
 """
 
 import contextlib
@@ -58,7 +58,8 @@ def run_on_ray(grid: Grid, *, address: str, gpus: float = 0.0, progress: bool = 
             except RayTaskError as error:
                 failed.append(error.cause)
             except RayError as error:
-                failed.append(TrainingError(f"{names[ended]}: it, or its start, died too often: {one_line(error)}"))
+                message = f"{names[ended]}: this run, or the one that it starts from, died too often"
+                failed.append(TrainingError(f"{message}: {one_line(error)}"))
             bar.set_postfix_str(names[ended])
             bar.update()
     if failed:
@@ -66,7 +67,7 @@ def run_on_ray(grid: Grid, *, address: str, gpus: float = 0.0, progress: bool = 
 
 
 def _start(grid: Grid, runs: tuple[Planned, ...], gpus: float) -> dict[Any, str]:
-    """Start a task for each run, after that of its start if it has one, and return their names."""
+    """Start a task for each run and return the tasks' names; a task waits for that of the run it starts from."""
     task = ray.remote(num_gpus=gpus, max_retries=RETRIES)(_make)
     names, by_run = {}, {}
     for planned in runs:

@@ -46,7 +46,7 @@ class _Fields(BaseModel):
 
 
 class _FreeFields(_Fields, extra="allow"):
-    """Some required texts, beside anything else that JSON can hold."""
+    """Some required texts, and any other JSON content."""
 
     __pydantic_extra__: dict[str, JsonValue] = Field(init=False)
 

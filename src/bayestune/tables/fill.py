@@ -1,4 +1,4 @@
-"""`run_table`: make the missing cells of a table, one run after the other; existing cells are left alone.
+"""`run_table` makes the missing cells of a table, one run after another; existing cells are left alone.
 
 Any number of processes, also on several machines, can work on one grid. Each run has a lock, which a process holds
 while it trains the run and makes its cells, and which the system releases if that process dies.
@@ -22,7 +22,7 @@ from bayestune.tables.grid import Grid, Planned, check_settings, counts, plan, s
 from bayestune.tasks import AnyRow, TokenizedTask
 
 PAUSE = 1.0
-"""Seconds between two looks at the runs of other processes, once there is nothing else left to do."""
+"""Seconds between checks of the runs of other processes, once nothing else is left to do."""
 
 
 def run_table(grid: Grid, *, progress: bool = False) -> int:
@@ -134,7 +134,7 @@ def _trained(
 def _predictions(
     trained: Run, task: TokenizedTask, rows: list[AnyRow], made: dict[int, Prediction], progress: bool
 ) -> Iterator[Prediction]:
-    """Yield one for each of `counts`; those `made` are not made again, and fewer draws are the first of the most."""
+    """Yield a prediction for each of `counts`. Those in `made` are reused; fewer draws are the first of the most."""
     numbers = sorted(counts(trained.experiment))
     for number in numbers:
         most = 0 if number == 0 else numbers[-1]

@@ -73,7 +73,7 @@ class Plan:
 
 
 def plan(grid: Grid) -> Plan:
-    """Return the runs of `grid` with missing cells, in order: MLE first, since others start from it.
+    """Return the runs of `grid` with missing cells, in order: MLE first, since other methods start from it.
 
     Raises:
         ConfigError: a table, method, data set or setting is unknown, or existing cells have different settings.
@@ -91,7 +91,7 @@ def plan(grid: Grid) -> Plan:
         for task, (split, asked) in usable.items():
             for line in sorted(grid.methods, key=lambda name: lines()[name][0].start is not None):
                 if HELD_OUT in lines()[line][0].needs and split != "test":
-                    left_out.append(f"{line} on {task}: no rows beside those it is scored on")
+                    left_out.append(f"{line} on {task}: no rows other than those it is scored on")
                     continue
                 planned = _planned(grid, backbone, line, task, seed, split)
                 missing = tuple(name for name in asked if not _is_there(there, planned, name))

@@ -34,10 +34,10 @@ _SELECTIVE = (
     "rows answered at a given error are the largest share of the most confident rows that meets it on these same rows."
 )
 _SETS = (
-    f"Instead of one answer, a set of classes that holds the right one with {100 * (1 - ALPHA):g} % probability. LAC "
-    "makes the smallest sets on average, APS larger ones where a row is hard. The thresholds come from half of the "
-    "evaluated rows, the same half for every method, and the sets of the other half are scored. Coverage is over all "
-    "rows together, not per row. Records without prediction sets are left out."
+    "Instead of one answer, a prediction set holds several classes, and the right one among them with "
+    f"{100 * (1 - ALPHA):g} % probability. LAC makes the smallest sets on average, and APS makes larger sets for hard "
+    "rows. The thresholds come from half of the evaluated rows, the same half for every method, and the sets of the "
+    "other half are scored. Coverage is over all rows together, not per row. Records without sets are left out."
 )
 _OTHER_DATA = (
     "The model was trained on one data set and evaluated on a different one. AUROC is the probability that a row of "
@@ -45,7 +45,7 @@ _OTHER_DATA = (
     "the uncertainty is lower on the other data. Total uncertainty is an out-of-distribution score; epistemic "
     "uncertainty is not an out-of-distribution score. The last bin also holds everything above."
 )
-_PROVENANCE = "What is needed to reproduce the numbers. Absolute paths are cut to their last part."
+_PROVENANCE = "These details are needed to reproduce the numbers. Absolute paths are cut to their last part."
 
 
 class _Place(NamedTuple):

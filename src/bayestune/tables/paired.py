@@ -12,7 +12,7 @@ from bayestune.tables.layouts import Column, line_keys, line_label
 from bayestune.tables.summary import ACCURACY, NLL, Measure
 
 REFERENCE = "mle"
-"""The line that the others are compared with."""
+"""The line that all other lines are compared with."""
 
 SCORES = {"nll": NLL, "correct": ACCURACY}
 """By field of a cell's `row_scores`: the measure whose unit and digits a difference is printed in."""
@@ -21,7 +21,7 @@ _Pair = tuple[Cell, Cell]
 
 
 def paired_blocks(cells: Sequence[Cell], columns: Sequence[Column]) -> Iterator[Block]:
-    """Yield the differences to MLE in NLL and accuracy, a line per method; nothing if no cell can be compared.
+    """Yield the differences to MLE in NLL and accuracy, one line per method; nothing if no cell can be compared.
 
     Each value is ``1/(S N) sum_s sum_i (score_si - score^MLE_si)`` over the S seeds that both have and the N rows,
     with its 95 % interval from `bayestune.metrics.paired_interval`.
@@ -46,7 +46,7 @@ def paired_blocks(cells: Sequence[Cell], columns: Sequence[Column]) -> Iterator[
 
 
 def paired_notes(cells: Sequence[Cell], columns: Sequence[Column]) -> Iterator[str]:
-    """Yield how the differences are made, and how many cells are left out of them and why; nothing without others."""
+    """Yield notes on how the differences are computed, and on how many cells are left out and why."""
     others = [cell for cell in cells if cell["method"] != REFERENCE]
     compared, left_out = 0, Counter[str]()
     for column in columns:
@@ -63,7 +63,7 @@ def paired_notes(cells: Sequence[Cell], columns: Sequence[Column]) -> Iterator[s
 
 
 def _pairs(cells: Sequence[Cell], column: Column) -> tuple[list[_Pair], Counter[str]]:
-    """Return each cell of another method with its MLE cell, and why how many cells have none."""
+    """Return each cell of another method with its MLE cell, and the number of unpaired cells by reason."""
     own = [cell for cell in cells if column.has(cell)]
     references = {cell["seed"]: cell for cell in own if cell["method"] == REFERENCE}
     rows = {_rows(cell) for cell in list(references.values())[:1]}

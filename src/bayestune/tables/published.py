@@ -1,7 +1,7 @@
 """Figures from Table 1 of the BLoB paper (NeurIPS 2024, arXiv 2406.11675), for comparison: published.csv.
 
 They were noted from memory and have not been compared with the paper, so every table that prints them says so.
-Accuracy and ECE are in %, the NLL is in nats. Lines without a number of draws stand beside any number.
+Accuracy and ECE are in %, the NLL is in nats. Lines without a number of draws are compared with any number.
 """
 
 import csv
