@@ -96,7 +96,7 @@ def test_no_rows_are_refused_by_name(world: Path, tmp_path: Path) -> None:
         predict(double_blob(), TASK, [])
     data = write_data(tmp_path / "data")
     (data / "colours" / "train.jsonl").write_bytes(b"")
-    with pytest.raises(DataError, match=r"train\.jsonl: found no rows, expected one JSON object a line"):
+    with pytest.raises(DataError, match=r"train\.jsonl: found no rows, expected one JSON object per line"):
         trained(world, data, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -48,4 +48,4 @@ TASKS: tuple[type[TokenizedTask], ...] = (
     GenerationTask,
     Preference,
 )
-"""The tasks of the command line: the first one for the kind of data set and the family of the model is used."""
+"""The tasks of the command line; the first one that fits the data set's rows and the model's family is used."""

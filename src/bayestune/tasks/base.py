@@ -1,4 +1,4 @@
-"""`Task`: what a model is asked. It owns its examples, outputs and loss, its kind of prediction and its scores."""
+"""`Task`: what a model is asked. A task defines its examples, outputs, loss, predictions and scores."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,13 +15,14 @@ from bayestune.tasks.rows import AnyRow
 
 
 class AnyScores(ABC):
-    """Scores of a prediction, a frozen dataclass.
+    """Scores of a prediction. Subclasses are frozen dataclasses.
 
     Attributes:
         headings: heading of each score in a table, by the name of its field.
-        rows: number of rows. draws: number of draws.
+        rows: number of rows.
+        draws: number of draws.
         intervals: 95 % bootstrap interval over rows of each score in `headings`.
-        without_interval: scores that are shown without theirs.
+        without_interval: scores that are shown without their interval.
     """
 
     headings: ClassVar[Mapping[str, str]]
@@ -56,8 +57,10 @@ class AnyPrediction(ABC, Generic[S]):
 
     Attributes:
         ids: the rows' ids, in the order given.
-        draws: number of draws; 0 for the mean alone. seed: seed of the draws.
-        task: name of the task. temperatures: the smallest and the largest that are tried in a fit.
+        draws: number of draws; 0 for the mean alone.
+        seed: seed of the draws.
+        task: name of the task.
+        temperatures: the smallest and the largest temperature that a fit tries.
     """
 
     temperatures: ClassVar[tuple[float, float]] = (0.01, 100.0)
@@ -88,7 +91,7 @@ class AnyPrediction(ABC, Generic[S]):
 
     @staticmethod
     def same_answer(record: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-        """Return whether two of its `records` are the same answer, up to what other rows in a batch change."""
+        """Return whether two `records` are the same answer, up to rounding that depends on the rows in a batch."""
         return record == other
 
     def tempered(self, temperature: float) -> Self:
@@ -100,11 +103,11 @@ class AnyPrediction(ABC, Generic[S]):
         raise TaskError(f"task {self.task}: its predictions have no temperature; leave temperature_split out")
 
     def spread(self) -> Spread | None:
-        """Return what the draws do to probabilities of classes; None without classes, or fewer than two draws."""
+        """Return how class probabilities vary over the draws; None without classes, or with fewer than two draws."""
         return None
 
     def uncertainties(self) -> dict[str, Float[Tensor, " rows"]]:
-        """Return scores of each row that are higher where the prediction is less sure: "total", "epistemic", ..."""
+        """Return scores of each row that are higher for less certain predictions: "total", "epistemic", ..."""
         return {}
 
 
@@ -112,15 +115,15 @@ P = TypeVar("P", bound=AnyPrediction, default=Any)
 
 
 class Task(ABC, Generic[P]):
-    """The way from rows to outputs, and from outputs to a loss, a prediction and scores.
+    """Defines how rows become outputs, and how outputs become a loss, a prediction and scores.
 
-    Rows become examples, examples become a batch and a batch becomes outputs. Rows are the first dimension of each
-    tensor in a batch, so that draws are stacked with `t.repeat(draws, 1, ...)`. Labels are under the
-    key `labels`.
+    Rows become examples, examples become a batch and a batch becomes outputs. The first dimension of each tensor in a
+    batch is rows, so draws can be stacked with `t.repeat(draws, 1, ...)`. Labels are under the key `labels`.
 
     Attributes:
-        name: name of the data set. columns: number of outputs per row.
-        labels: names of the classes, by index; None where rows have numbers.
+        name: name of the data set.
+        columns: number of outputs per row.
+        labels: names of the classes, by index; None if labels are numbers.
         worked: rows whose answers the task shows to the model; `rows` leaves them out.
         has_classes: whether outputs are logits of classes, which a constant per row does not change.
     """
@@ -140,7 +143,7 @@ class Task(ABC, Generic[P]):
         raise TaskError(f"task {self.name}: found no data set, so there is no split {split!r}; pass the rows")
 
     def target(self, row: AnyRow) -> Any:
-        """Return the row's label as the loss takes it: a named class by its index."""
+        """Return the row's label as the loss expects it: a named class becomes its index."""
         return row.target if self.labels is None or row.target is None else self.labels.index(row.target)
 
     @abstractmethod
@@ -148,12 +151,12 @@ class Task(ABC, Generic[P]):
         """Check a row and return what `collate` needs, as JSON values.
 
         Raises:
-            DataError: the row cannot be used; names the row.
+            DataError: the row cannot be used; the message names it.
         """
 
     @abstractmethod
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Return one batch: tensors with rows first; `labels` [rows] when every example has one."""
+        """Return one batch: tensors with rows first, with `labels` [rows] if every example has one."""
 
     @abstractmethod
     def tokens(self, example: dict[str, Any]) -> int:
@@ -161,7 +164,7 @@ class Task(ABC, Generic[P]):
 
     @abstractmethod
     def outputs(self, model: Any, batch: dict[str, Tensor]) -> Float[Tensor, "rows columns"]:
-        """Return what the model says about each row, in float32 or wider. `batch["labels"]` is not used."""
+        """Return the model's outputs for each row, in float32 or wider. `batch["labels"]` is not used."""
 
     @abstractmethod
     def row_loss(self, outputs: Float[Tensor, "rows columns"], batch: dict[str, Tensor]) -> Float[Tensor, " rows"]:
@@ -172,10 +175,10 @@ class Task(ABC, Generic[P]):
         """
 
     def loss_roots(self, outputs: Float[Tensor, "rows columns"]) -> Iterator[Float[Tensor, "rows columns"]]:
-        """Yield vectors v with ``sum v v^T`` the Fisher matrix of each row's label by the outputs, for Laplace.
+        """Yield vectors v for Laplace: ``sum v v^T`` is the Fisher matrix of each row's label in the outputs.
 
         Raises:
-            TaskError: the task does not know it.
+            TaskError: the task does not define them.
         """
         raise TaskError(f"task {self.name}: found no curvature of its likelihood (loss_roots), which laplace needs")
 
@@ -189,7 +192,7 @@ class Task(ABC, Generic[P]):
         seed: int,
         temperature: float = 1.0,
     ) -> P:
-        """Return the prediction made from the float64 outputs of every draw (one slice, the mean's, for no draws)."""
+        """Return the prediction from the float64 outputs of every draw (one slice, the mean's, if `draws` is 0)."""
 
     def loss(self, model: Any, batch: dict[str, Tensor]) -> Float[Tensor, " rows"]:
         """Return the negative log-likelihood of each row's label, in nats; see `row_loss`."""

@@ -29,7 +29,7 @@ class CausalChoice(TokenizedTask[Prediction], ClassTask):
     """Multiple choice by the next tokens of a causal language model.
 
     Attributes:
-        prompt: how a question is put to the model.
+        prompt: the prompt that puts a question to the model.
     """
 
     row = Row
@@ -56,23 +56,23 @@ class CausalChoice(TokenizedTask[Prediction], ClassTask):
             self.shot_tokens = self._checked_shots()
 
     def _checked_shots(self) -> int:
-        """Return the number of tokens of the shots; refuse those that leave no room for a question."""
+        """Return the number of tokens of the shots; raise an error if they leave no room for a question."""
         bare = dataclasses.replace(self.prompt, shots=())
         texts = [prompt.text(self.prompt.shots[0], self.spec, self.tokenizer) for prompt in (self.prompt, bare)]
         whole, alone = (len(each["input_ids"]) for each in self.encode([(text, None) for text in texts]))
         if whole - alone >= self.max_tokens:
             raise ConfigError(
-                f"shots: found {len(self.worked)} of {whole - alone} tokens together, expected fewer than "
+                f"shots: found {len(self.worked)} with {whole - alone} tokens in total, expected fewer than "
                 f"{self.max_tokens} (max_tokens, or the tokenizer's own limit); show fewer, or raise max_tokens."
             )
         return whole - alone
 
     def prompt_text(self, row: Row) -> str:
-        """Return all that stands before the answer to a question."""
+        """Return the whole text before the answer to a question."""
         return self.prompt.text(row, self.spec, self.tokenizer)
 
     def answers(self, row: Row) -> list[str]:
-        """Return the text that stands for each choice, as it follows the prompt."""
+        """Return the text that is scored for each choice, as it follows the prompt."""
         return self.prompt.answers(row, self.spec)
 
     def sequences(self, row: AnyRow) -> list[Text]:
@@ -87,7 +87,7 @@ class CausalChoice(TokenizedTask[Prediction], ClassTask):
 
     @property
     def shift_invariant(self) -> bool:
-        """Whether a constant added to the log-probabilities of a row's choices leaves its prediction as it is."""
+        """Whether adding a constant to the log-probabilities of a row's choices leaves its prediction unchanged."""
         return self.prompt.scoring != "text_per_byte"
 
     def scored(
@@ -99,7 +99,7 @@ class CausalChoice(TokenizedTask[Prediction], ClassTask):
         return log_probs / torch.tensor([len(text.encode()) for text in example["texts"]])
 
     def examples(self, rows: Sequence[AnyRow], model: nn.Module) -> list[dict[str, Any]]:
-        """As `TokenizedTask.examples`.
+        """Like `TokenizedTask.examples`, but also check that padding does not change the model's answers.
 
         Raises:
             TaskError: the model ignores `position_ids`, and its answer to a row depends on the padding before it.
@@ -110,7 +110,7 @@ class CausalChoice(TokenizedTask[Prediction], ClassTask):
         return examples
 
     def _check_padding(self, model: nn.Module, short: dict[str, Any], long: dict[str, Any]) -> None:
-        """Refuse a model whose outputs at the mean change when the longest row stands beside the shortest."""
+        """Raise an error if the mean's outputs for the shortest row change when the longest row is in the batch."""
         alone, beside = (self.mean_log_probs(model, self.collate(batch))[0] for batch in ([short], [short, long]))
         moved = difference(alone, beside)
         if moved > tolerance(model, alone):
@@ -128,7 +128,7 @@ class CausalChoice(TokenizedTask[Prediction], ClassTask):
 
 
 def beyond_common_prefix(sequences: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
-    """The longest prefix that all sequences share, and what each has after it."""
+    """Return the longest prefix that all sequences share, and the rest of each sequence."""
     shared = 0
     for ids in zip(*sequences, strict=False):
         if len(set(ids)) > 1:
@@ -138,7 +138,7 @@ def beyond_common_prefix(sequences: Sequence[Sequence[int]]) -> tuple[list[int],
 
 
 def without_appended(encoding: Mapping[str, list[int]]) -> list[int]:
-    """The ids without what the tokenizer appends: a final EOS would be scored as part of the label."""
+    """Return the ids without those that the tokenizer appends: a final EOS would be scored as part of the label."""
     ids, special = encoding["input_ids"], encoding["special_tokens_mask"]
     end = len(ids)
     while end > 0 and special[end - 1]:
@@ -149,7 +149,7 @@ def without_appended(encoding: Mapping[str, list[int]]) -> list[int]:
 def sequence_log_probs(
     model: Any, inputs: Mapping[str, Tensor], label_ids: Int[Tensor, "sequences labels"]
 ) -> Float[Tensor, " sequences"]:
-    """Return log p of the last tokens of each sequence, the `label_ids`; ids of -1 are left out."""
+    """Return the summed log p of the last tokens of each sequence, the `label_ids`; ids of -1 are left out."""
     width = label_ids.shape[1]
     # The logits at a position are those of the next token: one position earlier than the labels.
     logits = model(**inputs, logits_to_keep=width + 1, use_cache=False).logits[:, -width - 1 : -1]
@@ -158,19 +158,19 @@ def sequence_log_probs(
 
 
 def takes_positions(model: nn.Module) -> bool:
-    """Return whether a model is told the position of each token."""
+    """Return whether a model takes the position of each token (`position_ids`)."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     return "position_ids" in inspect.signature(base.forward).parameters
 
 
 def difference(one: Float[Tensor, "*shape"], other: Float[Tensor, "*shape"]) -> Tensor:
-    """Return the largest difference of two log-probabilities of the same, present choices."""
+    """Return the largest difference between two tensors of log-probabilities, over the choices that are present."""
     present = one.isfinite()
     return (one - other)[present].abs().max()
 
 
 def tolerance(model: nn.Module, log_probs: Float[Tensor, "*shape"]) -> Tensor:
-    """Return how far two ways to the same log-probabilities may differ in the model's precision."""
+    """Return how far two computations of the same log-probabilities may differ in the model's precision."""
     scale = log_probs[log_probs.isfinite()].abs().max()
     eps = torch.finfo(next(model.parameters()).dtype).eps
     return scale * (math.sqrt(eps) if eps < 1e-4 else 4 * eps)  # half precision is too coarse for a square root

@@ -1,4 +1,4 @@
-"""Rows with different numbers of choices in one batch: filled up, and masked where a row lacks a choice."""
+"""Batches of rows with different numbers of choices: absent choices are filled in and then masked."""
 
 import warnings
 from collections.abc import Sequence
@@ -33,11 +33,11 @@ def mask_absent(
 
 
 def warn_of_alike(name: str, ids: Sequence[str], rows: int) -> None:
-    """Warn of rows of a data set, by their `ids`, with choices that differ and have the same tokens."""
+    """Warn about rows of a data set, given by `ids`, that have different choices with the same tokens."""
     if ids:
         warnings.warn(
-            f"{len(ids)} of {rows} rows of {name} have choices that differ and are the same to the tokenizer, such as "
-            f"row {shown(ids[0])}: these choices get the same probability.",
+            f"{len(ids)} of {rows} rows of {name} have different choices with the same tokens, such as row "
+            f"{shown(ids[0])}: these choices get the same probability.",
             BayestuneWarning,
             stacklevel=3,
         )

@@ -28,8 +28,10 @@ class Scores(AnyScores):
         ece: expected calibration error, in [0, 1]; sampling noise increases it.
         ece_corrected: the same without this bias (`metrics.ece_corrected`).
         brier: Brier score, summed over classes, in [0, 2].
-        rows: number of rows. draws: number of draws.
-        intervals: 95 % bootstrap interval of each score. That of the plain ECE is biased too, and can exclude it.
+        rows: number of rows.
+        draws: number of draws.
+        intervals: 95 % bootstrap interval of each score. The interval of the plain ECE is biased too, and can exclude
+            the ECE.
     """
 
     headings: ClassVar[Mapping[str, str]] = {
@@ -59,8 +61,10 @@ class Prediction(AnyPrediction[Scores]):
         ids: the rows' ids, in the order given.
         draw_log_probs: log p(class | row, draw k), float64 on the CPU; one slice, the mean's, when `draws` is 0.
         labels: the right classes, or None if some row has none.
-        draws: number of draws; 0 for the mean alone. seed: seed of the draws.
-        task: name of the task. names: names of the classes, by index, or None.
+        draws: number of draws; 0 for the mean alone.
+        seed: seed of the draws.
+        task: name of the task.
+        names: names of the classes, by index, or None.
     """
 
     draw_log_probs: Float[Tensor, "slices rows classes"]
@@ -158,11 +162,11 @@ class Prediction(AnyPrediction[Scores]):
         return dataclasses.replace(self, draw_log_probs=(self.draw_log_probs / temperature).log_softmax(-1))
 
     def spread(self) -> metrics.Spread | None:
-        """Return `metrics.spread` of the draws; None where there are fewer than two."""
+        """Return `metrics.spread` of the draws; None if there are fewer than two."""
         return metrics.spread(self.draw_log_probs) if len(self.draw_log_probs) >= 2 else None
 
     def uncertainties(self) -> dict[str, Float[Tensor, " rows"]]:
-        """Return total and epistemic uncertainty, in nats, and 1 less the largest probability."""
+        """Return total and epistemic uncertainty, in nats, and 1 minus the largest probability."""
         least = 1 - self.probs.amax(-1)
         return {"total": self.total, "largest_probability": least, "epistemic": self.epistemic}
 
@@ -203,7 +207,7 @@ class ClassTask(Task[Prediction], ABC):
             TaskError: the batch has no labels.
         """
         if "labels" not in batch:
-            raise TaskError("loss: found a batch without labels, expected labelled rows")
+            raise TaskError("loss: found a batch without labels, expected labeled rows")
         return F.cross_entropy(outputs, batch["labels"], reduction="none")
 
     def metrics(self, outputs: Float[Tensor, "rows columns"], labels: Int[Tensor, " rows"]) -> dict[str, float]:
@@ -212,7 +216,7 @@ class ClassTask(Task[Prediction], ABC):
         return {"accuracy": metrics.accuracy(log_probs, labels), "nll": metrics.nll(log_probs, labels)}
 
     def loss_roots(self, outputs: Float[Tensor, "rows columns"]) -> Iterator[Float[Tensor, "rows columns"]]:
-        """Yield the columns of the Cholesky factor of ``diag(p) - p p^T``, without the last one, 0."""
+        """Yield the columns of the Cholesky factor of ``diag(p) - p p^T``, without the last one, which is 0."""
         return loss_roots(outputs)
 
     def prediction(
@@ -238,9 +242,9 @@ class ClassTask(Task[Prediction], ABC):
 
 
 def loss_roots(logits: Float[Tensor, "rows classes"]) -> Iterator[Float[Tensor, "rows classes"]]:
-    """The columns of the Cholesky factor of ``diag(p) - p p^T``, in closed form; the last one, 0, is left out.
+    """Yield the columns of the Cholesky factor of ``diag(p) - p p^T``, without the last one, which is 0.
 
-    With q_c the sum of p from class c on, column c is ``sqrt(p_c / q_c)`` times ``sqrt(q_(c+1))`` at c and
+    If q_c is the sum of p from class c on, column c is ``sqrt(p_c / q_c)`` times ``sqrt(q_(c+1))`` at c and
     ``-p_j / sqrt(q_(c+1))`` at j > c.
     """
     probs = logits.softmax(-1)

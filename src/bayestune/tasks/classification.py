@@ -28,23 +28,23 @@ def classification(
 
     Args:
         name: a known data set (rte, mrpc, cola, wic, boolq), or the name of a folder in `data`.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         data: the data folder; None for the Hugging Face Hub.
-        max_tokens: longest sequence; longer rows are refused.
+        max_tokens: largest number of tokens in a sequence; longer rows are refused.
         classes: number of classes of your own data set; by default counted from the labels in its files.
 
     Returns:
         The task.
 
     Raises:
-        DataError: unknown data set.
+        DataError: the data set is unknown.
         TaskError: the choices differ from row to row, so they are not classes.
     """
     return Classification(dataset(name, data, classes=classes), tokenizer, data=data, max_tokens=max_tokens)
 
 
 class Classification(TokenizedTask[Prediction], ClassTask):
-    """Sequences tokenizer(text, text_pair); for fixed choices (BoolQ), tokenizer(question, passage)."""
+    """Classification of sequences tokenizer(text, text_pair) or, for fixed choices, tokenizer(question, passage)."""
 
     row = TextRow
     families = ("causal", "encoder")

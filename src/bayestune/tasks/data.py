@@ -1,10 +1,10 @@
-"""The strict reader of rows in JSON Lines: what is not exactly a row is refused, with file, line, id and field.
+"""A strict reader of rows in JSON Lines: a line that is not exactly a row is an error that names line, id and field.
 
 One row is one JSON object on one line, UTF-8, ended by a newline. Multiple choice:
 `{"id", "question", "choices": [str, ...], "answer": int, "passage"?: str}`; sentences:
-`{"id", "text", "text_pair"?: str, "label": int | str}`; numbers: `"target": float | [float, ...]` in the place of
+`{"id", "text", "text_pair"?: str, "label": int | str}`; numbers: `"target": float | [float, ...]` instead of
 `label`; preferences: `{"id", "prompt"?: str, "chosen", "rejected"}`; prompts:
-`{"id", "prompt": str | "messages": [...], "answer": str}`. Other fields (`title`, say) are ignored. Nothing is
+`{"id", "prompt": str | "messages": [...], "answer": str}`. Other fields, such as `title`, are ignored. Nothing is
 skipped, repaired or cut.
 """
 
@@ -24,21 +24,21 @@ from bayestune.tasks.rows import AnyRow, Fields, NumberRow, Row, TextRow, fault,
 
 _KINDS = {str: "a text", int: "a whole number", float: "a number", tuple: "a list of numbers"}
 FORMATS: tuple[type[AnyRow], ...] = (Row, TextRow, NumberRow, PreferenceRow, PromptRow)
-"""The rows of data sets."""
+"""The row classes that data sets can have."""
 LINE_LIMIT = 10_000_000
-"""Bytes a line may have; longer ones are a broken file rather than a row."""
+"""The largest number of bytes in a line; a longer line is a broken file rather than a row."""
 
 
 def read_rows(path: str | Path, *, labelled: bool = True, formats: Sequence[type[AnyRow]] = FORMATS) -> list[Any]:
     """Read one `.jsonl` or `.jsonl.gz` file.
 
     Args:
-        path: the file. Its rows and their labels are all of one kind, and their ids differ.
+        path: the file. Its rows and their labels must all be of one kind, and their ids must differ.
         labelled: whether every row must have its `answer` or `label`; if not, it may be absent or null.
-        formats: the row classes to expect; a task of your own gives its own.
+        formats: the row classes to expect, such as those of your own task.
 
     Raises:
-        DataError: naming file, line, id and field of the first thing that is wrong.
+        DataError: the file cannot be read, or a row is invalid; the message names file, line, id and field.
     """
     rows = []
     for row in scan_rows(path, labelled=labelled, formats=formats):
@@ -46,7 +46,7 @@ def read_rows(path: str | Path, *, labelled: bool = True, formats: Sequence[type
             raise row
         rows.append(row)
     if not rows:
-        raise DataError(f"{path}: found no rows, expected one JSON object a line; check the path")
+        raise DataError(f"{path}: found no rows, expected one JSON object per line; check the path")
     check_together(rows)
     return rows
 
@@ -54,7 +54,7 @@ def read_rows(path: str | Path, *, labelled: bool = True, formats: Sequence[type
 def scan_rows(
     path: str | Path, *, labelled: bool = True, formats: Sequence[type[AnyRow]] = FORMATS
 ) -> Iterator[Any | DataError]:
-    """Yield each row of a file, or the error of a line that is not one. Ids and kinds are not compared.
+    """Yield each row of a file, or the error of a line that is not a row. Ids and kinds of rows are not compared.
 
     Raises:
         DataError: the file cannot be read.
@@ -70,7 +70,7 @@ def scan_rows(
 
 
 def check_together(rows: Sequence[AnyRow]) -> None:
-    """Refuse rows that share an id, or are not all of one kind, with the places of both."""
+    """Raise a DataError that names both places if two rows share an id or are not of the same kind."""
     seen: dict[str, AnyRow] = {}
     for row in rows:
         if row.id in seen:
@@ -81,7 +81,7 @@ def check_together(rows: Sequence[AnyRow]) -> None:
 
 
 def check_kinds(rows: Sequence[AnyRow]) -> None:
-    """Refuse rows that are not all of one class, with the places of both."""
+    """Raise a DataError that names both places if two rows are not of the same class."""
     for row in rows:
         if type(row) is not type(rows[0]):
             found = f"a {row.noun} row after the {rows[0].noun} row of {rows[0].where}"
@@ -89,7 +89,7 @@ def check_kinds(rows: Sequence[AnyRow]) -> None:
 
 
 def check_labels(rows: Sequence[AnyRow]) -> None:
-    """Refuse labels of different types, such as texts and numbers, with the places of both."""
+    """Raise a DataError that names both places if two labels are of different types, such as texts and numbers."""
     labelled = [row for row in rows if row.target is not None]
     for row in labelled:
         first = labelled[0]
@@ -100,7 +100,7 @@ def check_labels(rows: Sequence[AnyRow]) -> None:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Number and bytes of every line; ends at newlines only, so that U+2028 and such stay inside their row."""
+    """Yield number and bytes of every line. Only newlines end a line, so U+2028 and the like stay inside their row."""
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
             for number in itertools.count(1):
@@ -113,7 +113,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _parse_line(line: bytes, where: str) -> dict[str, Any]:
-    """The JSON object of one line, with nothing before, after or twice in it."""
+    """Return the JSON object of one line; anything before or after it, or a repeated field, is an error."""
     problem = None
     if len(line) > LINE_LIMIT:
         problem = f"a line of more than {LINE_LIMIT:,} bytes"
@@ -156,10 +156,10 @@ def parse_row(
     """Return the row that one JSON object holds.
 
     Raises:
-        DataError: naming `where`, the id and the field.
+        DataError: the row is invalid; the message names `where`, the id and the field.
     """
     marked = [each for each in formats if len(formats) == 1 or not values.keys().isdisjoint(each.marks)]
-    known = {name for each in marked for name in each.also}  # by other rows than those that they mark
+    known = {name for each in marked for name in each.also}  # fields that are optional in another kind of row
     found = [each for each in marked if not values.keys() & set(each.marks) <= known] or marked
     if len({each.marks for each in found}) != 1:
         marks = list(dict.fromkeys(f"'{each.marks[0]}'" for each in found or formats))
@@ -170,6 +170,6 @@ def parse_row(
 
 
 def formats_of(kind: type[AnyRow]) -> tuple[type[AnyRow], ...]:
-    """Return the row classes to expect where rows of one kind belong: without others of the same marks."""
+    """Return the row classes to expect in a data set of `kind`: no other class with the same marks."""
     alike = [each for each in FORMATS if each.marks == kind.marks and each is not kind]
     return tuple(each for each in FORMATS if each not in alike) if kind in FORMATS else (kind,)

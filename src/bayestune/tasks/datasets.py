@@ -21,7 +21,7 @@ from bayestune.tasks.data import (
 from bayestune.tasks.rows import AnyRow, NumberRow, Row, TextRow, shown
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-"""The names that a data set or a split can have: they become part of a path."""
+"""The names that a data set or a split can have; they become part of a path."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,8 @@ class DatasetSpec:
     Attributes:
         folder: its folder under the data folder.
         row: the class of its rows.
-        classes: the largest number of choices, the number of labels, or that of numbers per row.
-        splits: file stems to look for, in order, if they differ from the name of the split.
+        classes: the largest number of choices, the number of classes, or the count of numbers per row.
+        splits: by split, the file stems to look for, in order, if they differ from the name of the split.
         evaluation: the split that is usually reported; for your own data set dev, or test if there is no dev.
         labels: names of the classes, if labels are texts.
         fixed_choices: the answers, if they are the same for all rows.
@@ -53,9 +53,9 @@ class DatasetSpec:
 
     def check(self, row: AnyRow) -> None:
         """Raise a DataError, naming the row and the field, if a row cannot belong to this data set."""
-        if not isinstance(row, AnyRow):  # without a type checker: a dict, say
+        if not isinstance(row, AnyRow):  # such as a dict, if no type checker is used
             found = type(row).__name__
-            raise DataError(f"row: found a {found}, expected a row as tasks.read_rows(path) gives them")
+            raise DataError(f"row: found a {found}, expected a row such as those from tasks.read_rows(path)")
         row.check_in(self)
 
 
@@ -128,7 +128,7 @@ KNOWN: tuple[DatasetSpec, ...] = (
     _sentences("cola", "nyu-mll/glue", hub.glue),
     _sentences("wic", "aps/super_glue", hub.wic),
 )
-"""The data sets known by name; besides these, any `mmlu_<subject>`."""
+"""The data sets known by name; `dataset` also knows any `mmlu_<subject>`."""
 
 
 def dataset(
@@ -150,7 +150,7 @@ def dataset(
         numbers: numbers per row of your own data set of numbers, whose files are then not read.
 
     Raises:
-        DataError: neither a known data set nor a folder in `data`.
+        DataError: `name` is neither a known data set nor a folder in `data`.
     """
     for spec in KNOWN:
         if spec.name == name:
@@ -176,7 +176,7 @@ def _own(name: str, folder: Path, classes: int | None) -> DatasetSpec:
     splits = [(_split(path), read_rows(path, labelled=False, formats=formats)) for path in _files(folder)]
     rows = [row for _, found in splits for row in found]
     if not rows:
-        raise DataError(f"{folder}: found no .jsonl or .jsonl.gz file, expected one a split, such as train.jsonl")
+        raise DataError(f"{folder}: found no .jsonl or .jsonl.gz file, expected one per split, such as train.jsonl")
     check_kinds(rows)
     check_labels(rows)
     if any(isinstance(row.target, str) for row in rows):
@@ -191,14 +191,14 @@ def _own(name: str, folder: Path, classes: int | None) -> DatasetSpec:
 
 
 def _formats(folder: Path) -> tuple[type[AnyRow], ...]:
-    """The row classes to expect in a folder: a first row with a label says what rows without one are."""
+    """Return the row classes to expect in a folder; a labeled first row shows the class of its unlabeled rows."""
     firsts = [next(scan_rows(path, labelled=False), None) for path in _files(folder)]
     labeled = [type(row) for row in firsts if isinstance(row, AnyRow) and row.target is not None]
     return formats_of(labeled[0]) if labeled else FORMATS
 
 
 def _named_by(train: list[Any], rows: list[Any], name: str, folder: Path, classes: int | None) -> DatasetSpec:
-    """A data set whose classes are the text labels of its train split; all rows are checked against them."""
+    """Return a data set whose classes are the text labels of its train split; all rows are checked against them."""
     labels = tuple(sorted({row.target for row in train if isinstance(row.target, str)}))
     if not train:
         raise DataError(f"{folder}: found text labels but no train split, expected train.jsonl with every label")
@@ -233,11 +233,11 @@ def _files(folder: Path) -> list[Path]:
 def load_rows(name: str, split: str, data: str | Path | None = None) -> list[Any]:
     """Return the labeled rows of a split, or of several: `"dev+test"`.
 
-    They come from `data/<folder>/<split>.jsonl[.gz]`, or, without `data`, from the Hugging Face Hub (package
+    They come from `data/<folder>/<split>.jsonl[.gz]` or, without `data`, from the Hugging Face Hub (package
     `datasets`), with the same checks. The `train` split of winogrande_s is `train_s`.
 
     Raises:
-        DataError: unknown data set, missing split (with the path), or a row that is wrong (with place, id and field).
+        DataError: the data set is unknown, a split is missing, or a row is invalid; the message names the place.
         ConfigError: the Hub is needed and `datasets` is not installed.
     """
     return rows_of(dataset(name, data), split, data)
@@ -263,7 +263,7 @@ def _split_file(spec: DatasetSpec, split: str, data: Path) -> Path:
     if not NAME.fullmatch(split):
         raise DataError(f"{folder}: found split {shown(split)}, expected a name such as train, dev or dev+test")
     if not folder.is_dir():
-        raise MissingSplitError(f"{folder}: no such folder; data set {spec.name} is looked for there")
+        raise MissingSplitError(f"{folder}: no such folder, expected data set {spec.name} there")
     for stem in spec.splits.get(split, (split,)):
         found = [path for path in (folder / f"{stem}.jsonl", folder / f"{stem}.jsonl.gz") if path.is_file()]
         if len(found) == 2:

@@ -28,28 +28,28 @@ def encoder_multiple_choice(
 
     Args:
         name: a known data set, or the name of a folder in `data`.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         data: the data folder; None for the Hugging Face Hub.
-        max_tokens: longest sequence; longer rows are refused.
+        max_tokens: largest number of tokens in a sequence; longer rows are refused.
         classes: largest number of choices in your own data set; by default counted from its files.
 
     Returns:
         The task.
 
     Raises:
-        DataError: unknown data set.
+        DataError: the data set is unknown.
         TaskError: the data set is not multiple choice.
     """
     return EncoderMultipleChoice(dataset(name, data, classes=classes), tokenizer, data=data, max_tokens=max_tokens)
 
 
 class EncoderMultipleChoice(TokenizedTask[Prediction], ClassTask):
-    """One sequence a choice, scored by the head of AutoModelForMultipleChoice.
+    """Multiple choice with one sequence per choice, scored by the head of AutoModelForMultipleChoice.
 
-    The sequence is tokenizer(question, choice), the question after its passage where there is one. Where the question
-    has a blank to fill (WinoGrande), it is the one sentence with the choice in the blank: ordinary text to an encoder.
-    Choices that differ in their texts and not in their tokens (by letter case, for many a tokenizer) get the same
-    probability: `examples` warns of such rows.
+    The sequence is tokenizer(question, choice); a passage comes before the question. If the question has a blank to
+    fill (WinoGrande), the sequence is the sentence with the choice in the blank, which is ordinary text to an encoder.
+    Different choices with the same tokens (many tokenizers ignore letter case) get the same probability; `examples`
+    warns about such rows.
     """
 
     row = Row
@@ -95,6 +95,6 @@ class EncoderMultipleChoice(TokenizedTask[Prediction], ClassTask):
 
 
 def _alike(row: AnyRow, example: dict[str, Any]) -> bool:
-    """Whether fewer sequences than choices differ."""
+    """Return whether different choices of the row have the same tokens."""
     assert isinstance(row, Row)
     return len({tuple(one["input_ids"]) for one in example["encodings"]}) < len(set(row.choices))

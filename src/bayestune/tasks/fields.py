@@ -8,25 +8,25 @@ from bayestune.errors import DataError
 
 
 def shown(value: object) -> str:
-    """A value as an error message shows it: ASCII only (safe on any console), at most 60 characters."""
+    """Return a value as error messages show it: ASCII only (safe on any console), at most 60 characters."""
     text = ascii(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def fault(where: str, row_id: object, name: str, found: str, expected: str) -> DataError:
-    """The error of one field of one row: `where` is `file:line`, or empty for a row made in code."""
+    """Return the error for one field of one row; `where` is `file:line`, or empty for a row made in code."""
     place = f"{where or 'row'} (id {shown(row_id).strip(chr(39))})"
     return DataError(f"{place}: field '{name}': found {found}, expected {expected}; fix or remove the row")
 
 
 @dataclass(frozen=True)
 class Fields:
-    """The fields of one JSON object, read by type; what a value means is checked by the row that is made of them.
+    """The fields of one JSON object, read by type. The row that is made from them checks what the values mean.
 
     Attributes:
         values: the object.
         where: `file:line`.
-        labeled: whether the label must be there.
+        labeled: whether a label is required.
     """
 
     values: Mapping[str, Any]
@@ -57,16 +57,15 @@ class Fields:
         return tuple(value)
 
     def label(self, name: str, *kinds: type, expected: str) -> Any:
-        """Return a label of one of `kinds`, which are types of JSON; None if it is absent and need not be there."""
+        """Return a label of one of `kinds`, which are JSON types; None if it is absent and not required."""
         value = self.values.get(name)
-        if type(value) in kinds or (
-            value is None and not self.labeled
-        ):  # a bool is an int to isinstance, and no label
+        # not isinstance, for which a bool is an int: a bool is not a label
+        if type(value) in kinds or (value is None and not self.labeled):
             return value
         raise self.fault(name, expected)
 
     def numbers(self, name: str) -> float | tuple[float, ...] | None:
-        """Return a label that is a number or a list of numbers; None if it is absent and need not be there."""
+        """Return a label that is a number or a list of numbers; None if it is absent and not required."""
         expected = "a number or a list of numbers"
         value = self.label(name, int, float, list, expected=expected)
         if value is None:
@@ -79,6 +78,6 @@ class Fields:
             raise self.fault(name, "numbers that a float can hold") from error
 
     def fault(self, name: str, expected: str) -> DataError:
-        """Return the error for a field that is not what is expected."""
+        """Return the error for a field whose value is not as expected."""
         found = shown(self.values[name]) if name in self.values else "nothing"
         return fault(self.where, self.values.get("id"), name, found, expected)

@@ -1,11 +1,12 @@
-r"""Generation: the answer to a prompt in words, by a causal language model.
+r"""Generation: answers to prompts in free text, by a causal language model.
 
-The likelihood of a row is that of its answer's tokens y_1..y_n after the prompt x, with the token that ends a text,
+The likelihood of a row is that of its answer's tokens y_1..y_n after the prompt x, including the token that ends a
+text,
 
-    log p(y | x) = sum_t log p(y_t | x, y_1..y_t-1),
+    log p(y | x) = sum_t log p(y_t | x, y_1..y_t-1).
 
-summed, not averaged, so that a long answer weighs more than a short one, as in a likelihood it must. `bt.generate` and
-`bayestune generate` write answers; this task trains on them and scores given ones.
+It is summed, not averaged, so a long answer weighs more than a short one, as a likelihood requires. `bt.generate` and
+`bayestune generate` write answers; this task trains on given answers and scores them.
 """
 
 import math
@@ -36,9 +37,10 @@ class TextScores(AnyScores):
 
     Attributes:
         nll: mean negative log-likelihood of an answer, in nats.
-        nll_per_token: the same of all answers together, divided by their tokens.
-        rows: number of rows. draws: number of draws.
-        intervals: 95 % bootstrap interval over rows of each score, the mean number of tokens held fixed.
+        nll_per_token: negative log-likelihood of all answers together, divided by the number of their tokens, in nats.
+        rows: number of rows.
+        draws: number of draws.
+        intervals: 95 % bootstrap interval over rows of each score, with the mean number of tokens held fixed.
     """
 
     headings: ClassVar[Mapping[str, str]] = {"nll": "NLL", "nll_per_token": "NLL per token"}
@@ -52,13 +54,14 @@ class TextScores(AnyScores):
 
 @dataclass(frozen=True, kw_only=True)
 class TextPrediction(AnyPrediction[TextScores]):
-    """What a posterior says of given answers.
+    """The likelihoods of given answers under a posterior.
 
     Attributes:
         ids: the rows' ids, in the order given.
         draw_log_likelihoods: log p(answer | prompt, draw k), float64 on the CPU; one slice, the mean's, for no draws.
-        tokens: tokens of each answer, with the one that ends it; None if some row has no answer.
-        draws: number of draws; 0 for the mean alone. seed: seed of the draws.
+        tokens: number of tokens of each answer, including the one that ends it; None if some row has no answer.
+        draws: number of draws; 0 for the mean alone.
+        seed: seed of the draws.
         task: name of the task.
     """
 
@@ -116,26 +119,26 @@ class TextPrediction(AnyPrediction[TextScores]):
 def generation(
     name: str, tokenizer: PreTrainedTokenizerBase, *, data: str | Path | None = None, max_tokens: int = 300
 ) -> "GenerationTask":
-    """Return the task of answering prompts in words, for a causal language model.
+    """Return a generation task for a causal language model.
 
     Args:
         name: the name of a folder in `data`, whose rows have `prompt` or `messages`, and `answer`.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         data: the data folder.
-        max_tokens: longest prompt with its answer; longer rows are refused.
+        max_tokens: largest number of tokens in a prompt and its answer; longer rows are refused.
 
     Returns:
         The task.
 
     Raises:
-        DataError: unknown data set.
-        TaskError: its rows are no prompts, or the tokenizer has no token that ends a text.
+        DataError: the data set is unknown.
+        TaskError: its rows are not prompts, or the tokenizer has no token that ends a text.
     """
     return GenerationTask(dataset(name, data), tokenizer, data=data, max_tokens=max_tokens)
 
 
 class GenerationTask(TokenizedTask[TextPrediction]):
-    """The likelihood of an answer's tokens after its prompt (module docstring)."""
+    """A task with the likelihood of an answer's tokens after its prompt (see the module docstring)."""
 
     row = PromptRow
     families = ("causal",)
@@ -167,7 +170,7 @@ class GenerationTask(TokenizedTask[TextPrediction]):
     def encoded(self, row: AnyRow, encodings: list[dict[str, list[int]]]) -> dict[str, Any]:
         context, (_, answer) = beyond_common_prefix([without_appended(encoding) for encoding in encodings])
         if context[:2] == [self.tokenizer.bos_token_id] * 2:
-            context = context[1:]  # a chat template has put one there already
+            context = context[1:]  # a chat template has already added one
         if not context:
             raise row.fault("prompt", "a prompt without a token before the answer", "at least one")
         return {"context": context, "answer": [*answer, self.tokenizer.eos_token_id]}
@@ -193,7 +196,7 @@ class GenerationTask(TokenizedTask[TextPrediction]):
         return sequence_log_probs(model, inputs, batch["label_ids"]).unsqueeze(1)
 
     def row_loss(self, outputs: Float[Tensor, "rows columns"], batch: dict[str, Tensor]) -> Float[Tensor, " rows"]:
-        """Return -log p(answer | prompt) of each row, in nats, its tokens added up.
+        """Return -log p(answer | prompt) of each row, in nats, summed over its tokens.
 
         Raises:
             TaskError: the batch has no labels.
@@ -211,7 +214,7 @@ class GenerationTask(TokenizedTask[TextPrediction]):
         seed: int,
         temperature: float = 1.0,
     ) -> TextPrediction:
-        """Return the likelihoods of every draw; a temperature is refused where it would be fitted."""
+        """Return the likelihoods of every draw. `temperature` is not used: this task has none, so none is fitted."""
         examples: list[Any] = self._tokenize(rows)
         counts = [None if example["label"] is None else len(example["answer"]) for example in examples]
         return TextPrediction(

@@ -1,4 +1,4 @@
-"""The same rows from the Hugging Face Hub: each converter turns a row of the Hub's schema into the fields of ours."""
+"""Rows from the Hugging Face Hub: a converter turns a row in the Hub's schema into the fields of one of our rows."""
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping
@@ -8,12 +8,12 @@ from typing import Any
 from bayestune.errors import ConfigError, DataError, MissingSplitError
 
 Converter = Callable[[Mapping[str, Any], str], dict[str, Any]]
-"""From a row of the Hub and an id (for data sets without ids) to the fields of one of our rows."""
+"""Turns a row of the Hub and an id (for data sets without ids) into the fields of one of our rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HubSource:
-    """Where a data set lives on the Hub: repository, configuration, our split names -> its own, and the converter."""
+    """Where a data set is on the Hub: repository, configuration, the Hub's name of each split, and the converter."""
 
     repository: str
     configuration: str | None
@@ -22,7 +22,7 @@ class HubSource:
 
 
 def fetch(source: HubSource, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Place (`hub:repository/configuration/split:number`) and fields of every row of one split.
+    """Yield place (`hub:repository/configuration/split:number`) and fields of every row of one split.
 
     Raises:
         ConfigError: the package `datasets` is not installed.
@@ -60,12 +60,12 @@ def _strip(value: Any) -> Any:
 
 
 def _position(value: Any, among: list[Any]) -> Any:
-    """The index of a lettered answer, or the value itself, so that the check of the row names what was found."""
+    """Return the index of a lettered answer, or the value itself, so that the error of the row's check shows it."""
     return among.index(value) if value in among else value
 
 
 def winogrande(row: Mapping[str, Any], row_id: str) -> dict[str, Any]:
-    """`sentence`, `option1`, `option2`, `answer` "1" or "2"; no ids."""
+    """Convert `sentence`, `option1`, `option2`, and `answer` "1" or "2"; there are no ids."""
     return {
         "id": row_id,
         "question": _strip(row["sentence"]),
@@ -75,7 +75,7 @@ def winogrande(row: Mapping[str, Any], row_id: str) -> dict[str, Any]:
 
 
 def lettered(row: Mapping[str, Any], row_id: str) -> dict[str, Any]:
-    """ARC and OpenBookQA: `question` or `question_stem`, `choices` {text, label}, `answerKey` among the labels."""
+    """Convert ARC and OpenBookQA: `question` or `question_stem`, `choices` {text, label}, `answerKey`, a label."""
     return {
         "id": row["id"],
         "question": _strip(row["question_stem"] if "question_stem" in row else row["question"]),
@@ -85,7 +85,7 @@ def lettered(row: Mapping[str, Any], row_id: str) -> dict[str, Any]:
 
 
 def boolq(row: Mapping[str, Any], row_id: str) -> dict[str, Any]:
-    """`question`, `passage`, `answer` a bool; no ids."""
+    """Convert `question`, `passage`, and `answer`, a bool; there are no ids."""
     return {
         "id": row_id,
         "question": _strip(row["question"]),
@@ -96,7 +96,7 @@ def boolq(row: Mapping[str, Any], row_id: str) -> dict[str, Any]:
 
 
 def mmlu(row: Mapping[str, Any], row_id: str) -> dict[str, Any]:
-    """`question`, `choices`, `answer` an index; no ids."""
+    """Convert `question`, `choices`, and `answer`, an index; there are no ids."""
     return {
         "id": row_id,
         "question": _strip(row["question"]),
@@ -106,11 +106,11 @@ def mmlu(row: Mapping[str, Any], row_id: str) -> dict[str, Any]:
 
 
 def glue(row: Mapping[str, Any], row_id: str) -> dict[str, Any]:
-    """`sentence`, or `sentence1` and `sentence2`; `label`, which is -1 where it is kept secret; `idx`."""
+    """Convert `sentence`, or `sentence1` and `sentence2`, and `label`, which is -1 if it is withheld."""
     pair = {"text_pair": _strip(row["sentence2"])} if "sentence2" in row else {}
     return {"id": row_id, "text": _strip(row["sentence1"] if pair else row["sentence"]), **pair, "label": row["label"]}
 
 
 def wic(row: Mapping[str, Any], row_id: str) -> dict[str, Any]:
-    """`word`, `sentence1`, `sentence2`, `label`: the word is put before the first sentence, `word: sentence`."""
+    """Convert `word`, `sentence1`, `sentence2` and `label`; the first text becomes `word: sentence1`."""
     return {**glue(row, row_id), "text": f"{_strip(row['word'])}: {_strip(row['sentence1'])}"}

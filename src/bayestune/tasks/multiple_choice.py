@@ -20,7 +20,7 @@ from bayestune.tasks.rows import AnyRow, Row, shown
 from bayestune.tasks.tensors import labels_of, pad, widen
 
 PROBED = 50
-"""Rows that the untrained model is asked."""
+"""The number of rows that the untrained model is asked."""
 
 
 def multiple_choice(
@@ -36,36 +36,36 @@ def multiple_choice(
 
     Args:
         name: a known data set, or the name of a folder in `data`.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         data: the data folder; None for the Hugging Face Hub.
-        max_tokens: longest prompt with its label; longer rows are refused.
+        max_tokens: largest number of tokens in a prompt and its label; longer rows are refused.
         classes: largest number of choices in your own data set; by default counted from its files.
-        prompt: how a question is put; by default as in the paper.
+        prompt: the prompt for a question; by default the paper's.
 
     Returns:
         The task.
 
     Raises:
-        DataError: unknown data set.
+        DataError: the data set is unknown.
         TaskError: the data set is not multiple choice, or the tokenizer cannot tell its labels apart.
-        ConfigError: too few label words, or no chat template for a chat prompt.
+        ConfigError: there are too few label words, or there is no chat template for a chat prompt.
     """
     spec = dataset(name, data, classes=classes)
     return CausalMultipleChoice(spec, tokenizer, data=data, max_tokens=max_tokens, prompt=prompt)
 
 
 class CausalMultipleChoice(CausalChoice):
-    r"""Logits of the answer labels at the answer position.
+    r"""Multiple choice scored by the logits of the answer labels at the answer position.
 
-    With s_c = tokenise(prompt + label_c) and p the longest prefix that all s_c share, the logit of choice c is
+    With s_c = tokenize(prompt + label_c) and p the longest prefix that all s_c share, the logit of choice c is
 
         sum over tokens t of s_c beyond p of log p_model(t | everything before it).
 
-    All labels are scored after the *same* context p, so the logits compare like with like however the tokenizer treats
-    the boundary: where it merges ":" with the label, p ends before ":"; where every label starts with the same token,
-    that token is in p (it would add the same to all logits). When every s_c has one token beyond p, the raw logits of
-    these tokens at the last position of p differ from the sums above by a constant a row, and one forward a row gives
-    them all.
+    All labels are scored after the *same* context p, so the logits are comparable however the tokenizer treats the
+    boundary. If it merges ":" with the label, p ends before ":". If every label starts with the same token, that token
+    is in p (it would add the same to all logits). If every s_c has one token beyond p, the raw logits of these tokens
+    at the last position of p differ from the sums above by a constant per row, and one forward pass per row gives them
+    all.
     """
 
     scorings = ("letters",)
@@ -103,7 +103,7 @@ class CausalMultipleChoice(CausalChoice):
     def _scored(
         self, row: Row, encodings: list[dict[str, list[int]]]
     ) -> tuple[list[int], list[list[int]], str | None]:
-        """The context, the tokens of each label beyond it, and what makes them useless as scores, if anything."""
+        """Return the context, the tokens of each label after it, and why they cannot be scored (None if they can)."""
         labels = self.answers(row)
         context, scored = beyond_common_prefix([without_appended(encoding) for encoding in encodings])
         if not context:
@@ -132,11 +132,11 @@ class CausalMultipleChoice(CausalChoice):
         return len(example["context"]) + max(len(ids) for ids in example["scored"])
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Padded on the left, with explicit positions.
+        """Return a batch padded on the left, with explicit positions.
 
-        `input_ids`, `attention_mask`, `position_ids`: [rows, tokens], the contexts, when all labels of the batch have
-        one token; else [rows, choices, tokens], context and label. `label_ids`: [rows, choices] or [rows, choices,
-        label tokens], -1 where a label is shorter. `choice_mask`: [rows, choices], False for choices a row lacks.
+        `input_ids`, `attention_mask`, `position_ids`: [rows, tokens], the contexts, if all labels of the batch have
+        one token; otherwise [rows, choices, tokens], context and label. `label_ids`: [rows, choices] or
+        [rows, choices, label tokens], padded with -1. `choice_mask`: [rows, choices], False for absent choices.
         """
         present = choice_mask([len(example["scored"]) for example in examples])
         count = present.shape[1]

@@ -1,4 +1,4 @@
-"""Predictions of numbers, each a mixture of Gaussians over the draws, and their scores."""
+"""Predictions of numbers, which are mixtures of Gaussians over the draws, and their scores."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -17,12 +17,12 @@ from bayestune.tasks.rows import AnyRow
 
 LEVEL = 0.9
 """Probability of the interval that is scored and reported."""
-_SAME = 1e-3  # of the std: what batches of other rows may change in a mean
+_SAME = 1e-3  # how much a mean may differ between batches, as a share of the std
 
 
 @dataclass(frozen=True, kw_only=True)
 class RegressionScores(AnyScores):
-    """Scores of predicted numbers; means over rows, and over the numbers of a row where it has several.
+    """Scores of predicted numbers: means over rows, and over the numbers of a row if it has several.
 
     Attributes:
         rmse: root mean squared error of the predictive mean, in the unit of the target.
@@ -30,7 +30,8 @@ class RegressionScores(AnyScores):
         crps: continuous ranked probability score, in the unit of the target.
         coverage: share of the numbers inside their central 90 % interval, in [0, 1].
         coverage_error: binomial standard error of `coverage`, as if all numbers were independent.
-        rows: number of rows. draws: number of draws.
+        rows: number of rows.
+        draws: number of draws.
         intervals: 95 % bootstrap interval over rows of each score.
     """
 
@@ -60,7 +61,8 @@ class RegressionPrediction(AnyPrediction[RegressionScores]):
         draw_means: mu_k, float64 on the CPU; one slice, the mean's, when `draws` is 0.
         draw_variances: sigma_k^2, the variance of the noise under draw k.
         targets: the right numbers, or None if some row has none.
-        draws: number of draws; 0 for the mean alone. seed: seed of the draws.
+        draws: number of draws; 0 for the mean alone.
+        seed: seed of the draws.
         task: name of the task.
     """
 
@@ -146,7 +148,7 @@ class RegressionPrediction(AnyPrediction[RegressionScores]):
         return self.targets
 
     def uncertainties(self) -> dict[str, Float[Tensor, " rows"]]:
-        """Return the total and the epistemic variance of each row, the geometric mean of those of its numbers."""
+        """Return the total and the epistemic variance of each row, as geometric means over its numbers."""
         found = {"total": self.total, "epistemic": self.epistemic}
         return {name: values.log().mean(1).exp() for name, values in found.items()}
 
@@ -154,7 +156,7 @@ class RegressionPrediction(AnyPrediction[RegressionScores]):
         """Return one JSON object per row.
 
         Its keys are `id`, `mean`, `interval` (the ends of the central 90 % interval), and the variances `total`,
-        `aleatoric` and `epistemic`. Each is a list where a row has several numbers.
+        `aleatoric` and `epistemic`. Each is a list if rows have several numbers.
         """
         values = {"mean": self.mean, "interval": self.interval().permute(1, 2, 0)}
         values |= {name: getattr(self, name) for name in ("total", "aleatoric", "epistemic")}

@@ -25,16 +25,16 @@ def preference(
     """Return a preference task for AutoModelForSequenceClassification with one output, a reward model.
 
     Args:
-        name: name of a folder in `data` whose rows have `chosen`, `rejected` and perhaps `prompt`.
-        tokenizer: of the model.
+        name: the name of a folder in `data` whose rows have `chosen`, `rejected` and optionally `prompt`.
+        tokenizer: the model's tokenizer.
         data: the data folder.
-        max_tokens: longest prompt with a text; longer rows are refused.
+        max_tokens: largest number of tokens in a prompt and a text; longer rows are refused.
 
     Returns:
         The task.
 
     Raises:
-        DataError: unknown data set.
+        DataError: the data set is unknown.
         TaskError: the rows are not preferences.
     """
     return Preference(dataset(name, data), tokenizer, data=data, max_tokens=max_tokens)
@@ -52,11 +52,11 @@ class Preference(TokenizedTask[Prediction], ClassTask):
     is the probability that `chosen` is better, and `epistemic` the mutual information of the choice and the weights.
 
     The label of every row is class 0. Both texts pass through the same head, so a model cannot learn their order, and
-    scores mean what they always do: accuracy is the share of pairs ranked as labeled, the ECE is that of the
+    scores have their usual meaning: accuracy is the share of pairs ranked as labeled, and the ECE is that of the
     probability of the text that the model prefers.
 
-    The model reads ``prompt + text`` as one sequence, and after it the tokenizer's EOS, where it has one, as in TRL's
-    `RewardTrainer`. A blank or a line end between prompt and text must be in one of them.
+    The model reads ``prompt + text`` as one sequence, followed by the tokenizer's EOS if it has one, as in TRL's
+    `RewardTrainer`. A space or newline between prompt and text must be part of one of them.
 
     References:
         Bradley and Terry 1952, Biometrika 39(3/4), 324-345. Ouyang et al. 2022, arXiv 2203.02155, equation 1.
@@ -88,7 +88,7 @@ class Preference(TokenizedTask[Prediction], ClassTask):
         return {"encodings": [self._ended(encoding) for encoding in encodings]}
 
     def _ended(self, encoding: dict[str, list[int]]) -> dict[str, list[int]]:
-        """The encoding with the EOS at its end."""
+        """Return the encoding with the EOS at its end."""
         eos = self.tokenizer.eos_token_id
         if not isinstance(eos, int) or encoding["input_ids"][-1] == eos:
             return encoding
@@ -109,11 +109,7 @@ class Preference(TokenizedTask[Prediction], ClassTask):
         return max(len(encoding["input_ids"]) for encoding in example["encodings"])
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Return the tokenizer's outputs, [rows, texts, tokens], padded on the right, whose last token the head reads.
-
-        Args:
-            examples: results of `example`.
-        """
+        """Return the tokenizer's outputs, [rows, texts, tokens], padded right; the head reads the last token."""
         flat = [encoding for example in examples for encoding in example["encodings"]]
         shape = (len(examples), self.columns)
         inputs = {key: tensor.unflatten(0, shape) for key, tensor in pad_encodings(flat, self.pad_id).items()}
@@ -123,7 +119,7 @@ class Preference(TokenizedTask[Prediction], ClassTask):
         """Return the reward of each text, in logits.
 
         Raises:
-            TaskError: the model has another number of outputs than one, or pads with another id.
+            TaskError: the model does not have exactly one output, or pads with a different id.
         """
         check_padding(model, batch["attention_mask"], self.pad_id)
         names = self.tokenizer.model_input_names
@@ -136,17 +132,17 @@ class Preference(TokenizedTask[Prediction], ClassTask):
         return rewards.view(-1, self.columns)
 
     def prediction(self, outputs: Float[Tensor, "slices rows columns"], *args: Any, **options: Any) -> Prediction:
-        """As `ClassTask.prediction`; the classes are named "chosen" and "rejected"."""
+        """Like `ClassTask.prediction`, but with classes named "chosen" and "rejected"."""
         return dataclasses.replace(super().prediction(outputs, *args, **options), names=("chosen", "rejected"))
 
 
 class Rewards(Preference):
-    """The rewards of single texts by the head of a `Preference` task: one output per row, no label."""
+    """The rewards of single texts from the head of a `Preference` task: one output per row, and no label."""
 
     row = Candidate
 
     @classmethod
     def of(cls, task: Preference) -> "Rewards":
-        """Return the task of rewarding single texts as `task` rewards the two of a row."""
+        """Return a task that rewards single texts as `task` rewards the two texts of a row."""
         spec = dataclasses.replace(task.spec, row=Candidate, classes=1)
         return cls(spec, task.tokenizer, data=None, max_tokens=task.max_tokens)

@@ -11,9 +11,9 @@ from bayestune.tasks.rows import AnyRow, Fields, check_text
 class PreferenceRow(AnyRow):
     """Two texts after the same prompt, of which the chosen one is better.
 
-    The label is the order of the two fields, so no row is unlabeled. Where it is not known which text is better, put
-    them in either order and read the probability that the first is better. Raises DataError for an empty or invalid
-    text, and for two equal ones.
+    The label is the order of the two fields, so no row is unlabeled. If it is not known which text is better, put them
+    in either order and read the probability that the first is better. Raises DataError for an empty or invalid text,
+    and for two equal texts.
     """
 
     noun: ClassVar[str] = "preference"

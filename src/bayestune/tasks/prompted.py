@@ -1,4 +1,4 @@
-"""`PromptRow`: a prompt for free text, and the answer that is right."""
+"""`PromptRow`: a prompt for free text, and its right answer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,14 +9,13 @@ from bayestune.tasks.rows import AnyRow, Fields, check_text
 
 @dataclass(frozen=True, kw_only=True)
 class PromptRow(AnyRow):
-    """A text, or a chat, that a language model goes on with, and how; the answer is None when unlabeled.
+    """A text or a chat for a language model to continue, and the answer that it should give.
 
-    Raises DataError for an empty prompt or answer, or a chat without a message or with one that lacks its role or
-    content.
+    Raises DataError for an empty prompt or answer, a chat without messages, or a message without role or content.
 
     Attributes:
-        prompt: a text, or messages ``{"role": ..., "content": ...}``, which the chat template puts into words.
-        answer: the text that follows, as it stands: a blank that separates it belongs to it.
+        prompt: a text, or messages ``{"role": ..., "content": ...}``, which the chat template turns into text.
+        answer: the exact text that follows the prompt, including a space before it; None if the row is unlabeled.
     """
 
     noun: ClassVar[str] = "prompt"

@@ -20,19 +20,19 @@ _PLACE = re.compile(r"\{([^\W\d]\w*)\}")
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """How a multiple-choice question is put to a causal language model.
+    """How a multiple-choice question is put to a causal language model, and how its answer is scored.
 
     Attributes:
-        scoring: what is scored: the label of each choice (letters), the text of each choice (text), or its
+        scoring: what is scored: the label of each choice (letters), the text of each choice (text), or the text's
             log-probability per byte (text_per_byte).
         style: `paper`, BLoB's prompt for letters and lm-evaluation-harness's for texts; `chat`, the same in the
             tokenizer's chat template; or a template with `{question}` and, for letters, `{choices}`.
         system: the system message of a chat.
-        words: labels in the place of the letters A, B, ....
-        shots: labeled rows that stand before the question with their answers.
+        words: labels to use instead of the letters A, B, ....
+        shots: labeled rows that come before the question, with their answers.
 
     Raises:
-        ConfigError: settings that do not go together.
+        ConfigError: the template is invalid, or settings contradict each other.
     """
 
     scoring: Scoring = "letters"
@@ -64,14 +64,14 @@ class Prompt:
             raise ConfigError(f"label_words: found {', '.join(self.words)}, expected a different word each time.")
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raise a ConfigError if the tokenizer cannot make such a prompt."""
+        """Raise a ConfigError if the tokenizer cannot make this prompt."""
         if self.style != CHAT:
             return
         if not tokenizer.chat_template:
             raise ConfigError("prompt: found chat, but the tokenizer has no chat template; use paper, or a template.")
         try:
             tokenizer.apply_chat_template(self._messages([("a", "b")] * len(self.shots), "c"), tokenize=False)
-        except Exception as error:  # whatever the template raises
+        except Exception as error:  # a template can raise any type
             raise ConfigError(
                 f"prompt: the chat template refuses these messages: {one_line(error)}; leave out --system, or use "
                 "paper or a template."
@@ -79,11 +79,11 @@ class Prompt:
 
     @property
     def special_tokens(self) -> bool:
-        """Whether the tokenizer adds its special tokens: a chat template holds them already."""
+        """Whether the tokenizer should add its special tokens; a chat template already contains them."""
         return self.style != CHAT
 
     def text(self, row: Row, spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase) -> str:
-        """Return all that stands before the answer."""
+        """Return the whole text before the answer."""
         turns = [(self._body(shot, spec), self._answer(shot, spec)) for shot in self.shots]
         if self.style != CHAT:
             return "".join(f"{body}{answer}\n\n" for body, answer in turns) + self._body(row, spec)
@@ -102,7 +102,7 @@ class Prompt:
         return self.answers(shot, spec)[shot.answer]
 
     def answers(self, row: Row, spec: DatasetSpec) -> list[str]:
-        """Return the text that stands for each choice, as it follows the prompt."""
+        """Return the text that is scored for each choice, as it follows the prompt."""
         answers = row.choices if self.scoring != "letters" else self._labels(row, spec)
         blank = "" if self.style == CHAT else " "
         return [f"{blank}{answer}" for answer in answers]

@@ -1,14 +1,14 @@
 r"""Regression: one or several numbers per row, by the head of AutoModelForSequenceClassification.
 
-The likelihood of a row's numbers y is Gaussian, ``y_d ~ N(m_d + s_d mu_d, s_d^2 exp(v_d))``, with m and s the mean and
-standard deviation of the targets of the training rows: the head answers in standard units, where a new head starts
-near the answer of a model that knows m and s alone. The noise is
+The likelihood of a row's numbers y is Gaussian, ``y_d ~ N(m_d + s_d mu_d, s_d^2 exp(v_d))``, where m and s are the
+mean and standard deviation of the targets of the training rows. The head answers in standard units, so a new head
+starts near the prediction that uses only m and s. The noise is
 
-- "predicted": the head has two outputs per number, mu and v, so that rows may differ in their noise.
-- "constant": the head has one output per number, mu, and v = log T for all rows, with T the temperature of the
+- "predicted": the head has two outputs per number, mu and v, so that the noise may differ between rows.
+- "constant": the head has one output per number, mu, and v = log T for all rows, where T is the temperature of the
   posterior. T is 1 in training, which is least squares, and is fitted afterwards; for one set of weights it is then
-  the mean squared residual in standard units, as in linear regression. So the noise is saved and loaded with the
-  posterior, and no head needs a parameter of its own.
+  the mean squared residual in standard units, as in linear regression. The noise is thus saved and loaded with the
+  posterior, and the head needs no parameter for it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -45,18 +45,19 @@ def regression(
 
     Args:
         name: the name of a folder in `data`.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         data: the data folder.
-        max_tokens: longest sequence; longer rows are refused.
-        noise: "predicted", or "constant": then set `posterior.temperature = methods.temperature_of(prediction)` after
-            training.
-        target_mean, target_std: of each number, in the unit of the target; default: those of the train split.
+        max_tokens: largest number of tokens in a sequence; longer rows are refused.
+        noise: "predicted" or "constant". With "constant", set `posterior.temperature =
+            methods.temperature_of(prediction)` after training.
+        target_mean, target_std: mean and standard deviation of each number, in the unit of the target; by default
+            those of the train split.
 
     Returns:
         The task. Its predictions and scores are in the unit of the target.
 
     Raises:
-        DataError: unknown data set, or all training rows have the same number.
+        DataError: the data set is unknown, or all training rows have the same number.
         TaskError: the rows have no numbers.
         ConfigError: `target_mean` and `target_std` do not fit the rows.
     """
@@ -72,7 +73,7 @@ def regression(
 
 
 class Regression(TokenizedTask[RegressionPrediction]):
-    """Sequences tokenizer(text, text_pair) with a Gaussian likelihood of their numbers (module docstring).
+    """Regression on sequences tokenizer(text, text_pair) with a Gaussian likelihood (see the module docstring).
 
     Attributes:
         noise: "predicted" or "constant".
@@ -115,7 +116,7 @@ class Regression(TokenizedTask[RegressionPrediction]):
             raise ConfigError(f"target_std: found {min(self.target_std)}, expected numbers above 0.")
 
     def _moments(self, split: str) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of each number over the rows of a split."""
+        """Return the mean and standard deviation of each number over the rows of a split."""
         rows: list[Any] = self.rows(split)
         targets = torch.tensor([row.numbers for row in rows], dtype=torch.float64)
         std = targets.std(0, correction=0)
@@ -162,7 +163,7 @@ class Regression(TokenizedTask[RegressionPrediction]):
         return {**pad_encodings([example["encoding"] for example in examples], self.pad_id), **labels_of(examples)}
 
     def outputs(self, model: Any, batch: dict[str, Tensor]) -> Float[Tensor, "rows columns"]:
-        """Return mu, and v where the noise is predicted, in standard units."""
+        """Return mu, and v if the noise is predicted, in standard units."""
         check_padding(model, batch["attention_mask"], self.pad_id)
         inputs = {key: tensor for key, tensor in batch.items() if key in self.tokenizer.model_input_names}
         outputs = widen(model(**inputs).logits)
@@ -174,13 +175,13 @@ class Regression(TokenizedTask[RegressionPrediction]):
         return outputs
 
     def row_loss(self, outputs: Float[Tensor, "rows columns"], batch: dict[str, Tensor]) -> Float[Tensor, " rows"]:
-        """Return -log N(y) of each row, in nats, its numbers added up, with y in the unit of the target.
+        """Return -log N(y) of each row, in nats, summed over its numbers, with y in the unit of the target.
 
         Raises:
             TaskError: the batch has no labels.
         """
         if "labels" not in batch:
-            raise TaskError("loss: found a batch without labels, expected labelled rows")
+            raise TaskError("loss: found a batch without labels, expected labeled rows")
         mean, log_variance = self._parts(outputs)
         squares = (batch["labels"].to(mean) - mean).square() * (-log_variance).exp()
         units = mean.new_tensor(self.target_std).log()
@@ -227,6 +228,6 @@ class Regression(TokenizedTask[RegressionPrediction]):
         )
 
     def _parts(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
-        """mu and v of each number, [..., numbers]."""
+        """Return mu and v of each number, [..., numbers]."""
         mean = outputs[..., : self.spec.classes]
         return mean, outputs[..., self.spec.classes :] if self.noise == "predicted" else torch.zeros_like(mean)

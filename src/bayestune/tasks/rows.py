@@ -1,4 +1,4 @@
-"""The rows of tasks: `AnyRow`, and the three kinds that data sets hold. Each row class reads its own JSON fields."""
+"""The rows of tasks: `AnyRow`, and rows of questions, sentences and numbers. Each class reads its own JSON fields."""
 
 import math
 from abc import ABC, abstractmethod
@@ -22,13 +22,15 @@ class AnyRow(ABC):
     """A row of any task.
 
     Attributes:
-        noun: what errors call such a row.
+        noun: the name of this kind of row in errors.
         marks: fields, any of which shows that a JSON object is such a row. Kinds with the same marks differ in the
             field of the label.
-        also: optional fields that mark another kind of row; they do not tell against this one.
+        also: optional fields of this kind that are marks of another kind.
         target_field: name of the field with the label.
-        counted: what `count_classes` counts. fewest: the smallest count that a data set can have.
-        id: identifies the row in its data set. where: `file:line`, or empty for a row made in code.
+        counted: what `count_classes` counts.
+        fewest: the smallest count that a data set can have.
+        id: identifies the row in its data set.
+        where: `file:line`, or empty for a row made in code.
     """
 
     noun: ClassVar[str]
@@ -51,7 +53,7 @@ class AnyRow(ABC):
 
     @classmethod
     def count_classes(cls, rows: Sequence[Any]) -> int:
-        """Return the number of classes, of choices, or of numbers, that such rows need."""
+        """Return the number of classes, choices or numbers that such rows need."""
         return 0
 
     def check_in(self, spec: "DatasetSpec") -> None:
@@ -95,10 +97,10 @@ def check_text(row: AnyRow, name: str, text: str) -> None:
 class Row(AnyRow):
     """One multiple-choice question.
 
-    `answer` indexes `choices` from 0; None means unlabelled. `where` says where the row was read (`file:line`) and
-    takes no part in comparison. Raises DataError for an empty or invalid text, fewer than 2 or more than 26 choices,
-    an answer out of range, or an answer whose text is also another choice's. (Published data repeat *wrong* choices
-    here and there: these rows are accepted as they are.)
+    `answer` indexes `choices` from 0; None means unlabeled. `where` says where the row was read (`file:line`) and is
+    ignored in comparisons. Raises DataError for an empty or invalid text, fewer than 2 or more than 26 choices, an
+    answer out of range, or an answer whose text is also another choice's. (Some rows of published data repeat *wrong*
+    choices; these are accepted.)
     """
 
     noun: ClassVar[str] = "multiple-choice"
@@ -168,7 +170,7 @@ class Row(AnyRow):
 
 @dataclass(frozen=True, kw_only=True)
 class TextRow(AnyRow):
-    """One sentence, or pair of sentences, with a class: its name, its number from 0, or None when unlabelled.
+    """One sentence or pair of sentences with a class: its name, its number from 0, or None if it is unlabeled.
 
     Raises DataError as `Row`.
     """
@@ -228,7 +230,7 @@ class TextRow(AnyRow):
 
 @dataclass(frozen=True, kw_only=True)
 class NumberRow(AnyRow):
-    """One sentence, or pair of sentences, with a number, a list of numbers, or None when unlabelled.
+    """One sentence or pair of sentences with a number, a list of numbers, or None if it is unlabeled.
 
     Raises DataError as `Row`, and for a number that is not finite.
     """

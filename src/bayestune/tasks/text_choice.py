@@ -1,4 +1,4 @@
-"""Multiple choice for causal language models, scored by the text of each choice; all choices ride in one sequence."""
+"""Multiple choice for causal language models, scored by the text of each choice; the choices share one sequence."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,17 +41,17 @@ def text_choice(
 
     Args:
         name: a known data set, or the name of a folder in `data`.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         data: the data folder; None for the Hugging Face Hub.
-        max_tokens: longest prompt with a choice; longer rows are refused.
+        max_tokens: largest number of tokens in a prompt and a choice; longer rows are refused.
         classes: largest number of choices in your own data set; by default counted from its files.
-        prompt: how a question is put; by default ``Prompt(scoring="text")``.
+        prompt: the prompt for a question; by default ``Prompt(scoring="text")``.
 
     Returns:
         The task.
 
     Raises:
-        DataError: unknown data set.
+        DataError: the data set is unknown.
         TaskError: the data set is not multiple choice.
         ConfigError: the tokenizer has no chat template for a chat prompt.
     """
@@ -60,24 +60,24 @@ def text_choice(
 
 
 class CausalTextChoice(CausalChoice):
-    r"""The log-probability of the text of each choice after the prompt.
+    r"""Multiple choice scored by the log-probability of the text of each choice after the prompt.
 
-    With s_c = tokenise(prompt + choice_c) and p the longest prefix that the prompt and all s_c share, the logit of
+    With s_c = tokenize(prompt + choice_c) and p the longest prefix that the prompt and all s_c share, the logit of
     choice c is
 
         sum over tokens t of s_c beyond p of log p_model(t | everything before it),
 
-    and with `text_per_byte` this sum divided by the bytes of the choice, as lm-evaluation-harness has them.
+    or, with `text_per_byte`, this sum divided by the bytes of the choice, as in lm-evaluation-harness.
 
     A row is one sequence: p once, then the tokens of each choice as branches. A token of a branch attends to p and to
-    the earlier tokens of its branch, and its position is the one that it has in s_c. Models that are not told
-    positions, keep a state from token to token, or answer otherwise under such a mask (a probe with the longest row
-    compares them), get one sequence per choice.
+    the earlier tokens of its branch, and its position is the one that it has in s_c. Models that do not take
+    positions, keep a state from token to token, or answer differently with such a mask (a probe with the longest rows
+    compares the answers), get one sequence per choice.
     """
 
     scorings = ("text", "text_per_byte")
     packed = True
-    """Whether all choices of a row ride in one sequence; once a model or a row cannot, it stays False."""
+    """Whether all choices of a row share one sequence; it stays False once a model or a row does not support this."""
 
     def sequences(self, row: AnyRow) -> list[Text]:
         assert isinstance(row, Row)
@@ -99,7 +99,7 @@ class CausalTextChoice(CausalChoice):
         return len(example["context"]) + max(map(len, example["branches"]))
 
     def examples(self, rows: Sequence[AnyRow], model: nn.Module) -> list[dict[str, Any]]:
-        """As `CausalChoice.examples`; chooses between one sequence per row and one per choice."""
+        """Like `CausalChoice.examples`, but also choose between one sequence per row and one per choice."""
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self.packed = self.packed and takes_positions(model) and not base._is_stateful
         examples = super().examples(rows, model)
@@ -110,9 +110,9 @@ class CausalTextChoice(CausalChoice):
         return examples
 
     def _packs(self, model: Any, examples: Sequence[dict[str, Any]]) -> bool:
-        """Whether the model gives one sequence per row and one per choice the same log-probabilities.
+        """Return whether the model gives the same log-probabilities with one sequence per row and one per choice.
 
-        It is asked the row with the longest choice, whose tokens see each other, and the longest row.
+        They are compared on the longest row, and on the row with the longest choice, whose tokens see each other.
         """
         longest = max(examples, key=self.tokens)
         window = model.config.get_text_config().to_dict().get("sliding_window")
@@ -122,7 +122,7 @@ class CausalTextChoice(CausalChoice):
             apart = self.mean_log_probs(model, self._collate_apart([example]))
             try:
                 packed = self.mean_log_probs(model, self._collate_packed([example]))
-            except (IndexError, RuntimeError, TypeError, ValueError):  # it takes no mask of four dimensions
+            except (IndexError, RuntimeError, TypeError, ValueError):  # it does not take a mask of four dimensions
                 return False
             if difference(apart, packed) > tolerance(model, apart):
                 return False
@@ -138,8 +138,11 @@ class CausalTextChoice(CausalChoice):
         return {"bytes": pad_sequence(lengths, True, 1), "choice_mask": mask, **labels_of(examples)}
 
     def _collate_packed(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Padded on the left, all [rows, tokens]: `input_ids`, `position_ids`, and `branch`, which is -1 for padding,
-        0 for the prompt, and c + 1 for choice c. `before` is the index, from the end, of the token before each."""
+        """Return tensors [rows, tokens], padded on the left: `input_ids`, `position_ids`, `branch` and `before`.
+
+        `branch` is -1 for padding, 0 for the prompt, and c + 1 for choice c. `before` is the index, counted from the
+        end, of the token that comes before each token in its text.
+        """
         ids, positions, branch, before = [], [], [], []
         for example in examples:
             start = len(example["context"])
@@ -159,7 +162,7 @@ class CausalTextChoice(CausalChoice):
         }
 
     def _collate_apart(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Padded on the left: `input_ids`, `attention_mask`, `position_ids` [rows, choices, tokens], `label_ids`."""
+        """Return `input_ids`, `attention_mask`, `position_ids`, `label_ids`, [rows, choices, tokens], padded left."""
         count = max(len(example["branches"]) for example in examples)
         branches = [with_filler(example["branches"], count) for example in examples]
         sequences = [

@@ -30,13 +30,13 @@ class TokenizedTask(Task[P]):
     Nothing is ever truncated: a row longer than `max_tokens` (or than the tokenizer's own limit) is refused.
 
     Attributes:
-        spec: what is known about the data set.
-        max_tokens: limit of a sequence.
-        pad_id: the id under attention mask 0: the tokenizer's pad, or else its EOS (heads that look for the last
-            token skip it, and no text ends with it), or 0 if it has neither.
-        embeddings: number of tokens that the model has embeddings for, where it is known: `check` refuses rows with
-            other tokens.
-        shot_tokens: number of tokens of the rows in `worked` in each sequence.
+        spec: the description of the data set.
+        max_tokens: the largest number of tokens in a sequence.
+        pad_id: the id that is padded with: the tokenizer's pad, or else its EOS (heads that look for the last token
+            skip it, and no text ends with it), or 0 if it has neither.
+        embeddings: number of tokens that have an embedding in the model, or None if it is unknown; `check` refuses
+            rows with other tokens.
+        shot_tokens: number of tokens that the rows in `worked` take in each sequence.
     """
 
     row: ClassVar[type[AnyRow]]
@@ -48,7 +48,7 @@ class TokenizedTask(Task[P]):
     scorings: ClassVar[tuple[Scoring, ...]] = ()
     """The ways of scoring that it offers, for tasks that put a `Prompt` to the model."""
     settings: ClassVar[tuple[str, ...]] = ()
-    """The settings of a run that it takes, beside those of every task."""
+    """The settings of a run that it takes in addition to those of every task."""
     has_temperature: ClassVar[bool] = True
     """Whether its predictions have a temperature."""
     encoding: Mapping[str, Any] = MappingProxyType({})
@@ -84,12 +84,12 @@ class TokenizedTask(Task[P]):
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """The settings of a run that it has filled in, by name: with them it is the same task again."""
+        """The settings of a run that the task has filled in, by name; with them, the same task can be made again."""
         return {}
 
     @property
     def needs_temperature(self) -> bool:
-        """Whether a part of its likelihood is a temperature: a run then fits one, by default on its training rows."""
+        """Whether a temperature is part of its likelihood; a run then fits one, by default on its training rows."""
         return False
 
     def rows(self, split: str) -> list[AnyRow]:
@@ -102,7 +102,7 @@ class TokenizedTask(Task[P]):
 
     @abstractmethod
     def sequences(self, row: AnyRow) -> list[Text]:
-        """Return the texts of the row that are put to the model, as they go to the tokenizer."""
+        """Return the texts of the row that the model reads, as the tokenizer takes them."""
 
     @abstractmethod
     def encoded(self, row: AnyRow, encodings: list[dict[str, list[int]]]) -> dict[str, Any]:
@@ -113,17 +113,17 @@ class TokenizedTask(Task[P]):
         """
 
     def longest_field(self, row: AnyRow, example: dict[str, Any]) -> str:
-        """Return the field that the error for a row that is too long names."""
+        """Return the field to name in the error for a row that is too long."""
         return row.texts[0][0]
 
     def advise(self, model: nn.Module, rows: Sequence[AnyRow]) -> None:  # noqa: B027
-        """Warn if the model, before it is trained on `rows`, looks unable to answer in the way that the task asks."""
+        """Warn if the model, before it is trained on `rows`, seems unable to answer in the way that the task asks."""
 
     def example(self, row: AnyRow) -> dict[str, Any]:
         """Check and tokenize a row; return `id`, `label` (None when unlabeled) and what `collate` needs.
 
         Raises:
-            DataError: the row does not belong to the data set, cannot be scored, or is too long; names the row.
+            DataError: the row does not belong to the data set, cannot be scored, or is too long; the message names it.
         """
         return _sound(self._tokenize([row]))[0]
 
@@ -131,7 +131,7 @@ class TokenizedTask(Task[P]):
         """Tokenize every row, and keep the examples for `examples`.
 
         Raises:
-            DataError: the first row that cannot be used, with the number of such rows.
+            DataError: rows cannot be used; the message names the first one and their number.
         """
         found = self._examined(rows)
         faults = [each for each in found if isinstance(each, DataError)]
@@ -140,7 +140,7 @@ class TokenizedTask(Task[P]):
         self._checked |= {id(row): (row, each) for row, each in zip(rows, _sound(found), strict=True)}
 
     def faults(self, rows: Sequence[AnyRow]) -> list[DataError | None]:
-        """Return what is wrong with each row, or None; keeps no examples."""
+        """Return the error of each row, or None; the examples are not kept."""
         return [each if isinstance(each, DataError) else None for each in self._examined(rows)]
 
     def _examined(self, rows: Sequence[AnyRow]) -> list[dict[str, Any] | DataError]:
@@ -151,7 +151,7 @@ class TokenizedTask(Task[P]):
         """Return the `example` of each row, if `model` has an embedding for each of its tokens and for the padding.
 
         Raises:
-            DataError: as `example`; or a token has no embedding.
+            DataError: as `example`, or a token has no embedding.
             TaskError: the padding has no embedding, and the rows differ in length.
         """
         new = [row for row in rows if id(row) not in self._checked]
@@ -171,7 +171,7 @@ class TokenizedTask(Task[P]):
         return examples
 
     def _tokenize(self, rows: Sequence[AnyRow]) -> list[dict[str, Any] | DataError]:
-        """The example of each row, or what is wrong with it."""
+        """Return the example of each row, or its error."""
         found: list[dict[str, Any] | DataError] = []
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             part = rows[start : start + _ROWS_AT_ONCE]
@@ -193,7 +193,7 @@ class TokenizedTask(Task[P]):
     ) -> dict[str, Any] | DataError:
         for name, text in row.texts:
             if text in empty:
-                expected = "text that the tokenizer knows at least one token of"
+                expected = "text with at least one token that the tokenizer knows"
                 return row.fault(name, f"text without a token ({shown(text)})", expected)
         try:
             example = {"id": row.id, **self.encoded(row, encodings), "label": self.target(row)}
@@ -222,7 +222,7 @@ class TokenizedTask(Task[P]):
         return found
 
     def _empty_texts(self, rows: Sequence[AnyRow]) -> set[str]:
-        """The texts of the rows that the tokenizer by itself turns into no token at all."""
+        """Return the texts of the rows for which the tokenizer, without special tokens, gives no token."""
         texts = list(dict.fromkeys(text for row in rows for _, text in row.texts))
         if not texts:
             return set()
@@ -232,7 +232,7 @@ class TokenizedTask(Task[P]):
     def _without_embedding(
         self, rows: Sequence[AnyRow], found: Sequence[dict[str, Any] | DataError], known: int
     ) -> list[dict[str, Any] | DataError]:
-        """The same, with a fault in place of each example that has a token without an embedding."""
+        """Return `found` with an error in place of each example that has a token without an embedding."""
         checked = list(found)
         sound = [example for example in found if not isinstance(example, DataError)]
         parts = [sound[start : start + _ROWS_AT_ONCE] for start in range(0, len(sound), _ROWS_AT_ONCE)]
@@ -257,7 +257,7 @@ def _fault_of(check: Any, row: AnyRow) -> DataError | None:
 
 
 def _sound(found: Sequence[dict[str, Any] | DataError]) -> list[dict[str, Any]]:
-    """The examples; raises the first fault among them."""
+    """Return the examples, or raise the first error among them."""
     examples = []
     for each in found:
         if isinstance(each, DataError):
@@ -279,10 +279,12 @@ def embeddings_of(model: nn.Module) -> int | None:
 
 
 def check_padding(model: Any, attention_mask: Tensor, pad_id: int) -> None:
-    """Refuse to pad with another id than the model's, by which some models find the last token or count positions.
+    """Raise an error if padding has a different id than the model's pad token.
+
+    Some models find the last token, or count positions, by that id.
 
     Raises:
-        TaskError: names both ids.
+        TaskError: the ids differ; the message names both.
     """
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     theirs = inner.config.pad_token_id
