@@ -56,7 +56,7 @@ class KLCallback(NoiseCallback):
         settings: cycle, schedule and learning rate of the KL.
 
     Raises:
-        ConfigError: when training begins: no Gaussian layer, fp16, DeepSpeed, or weight decay on G.
+        ConfigError: when training begins, for no Gaussian layer, fp16, DeepSpeed, or weight decay on G.
         TrainingError: the KL step is not finite; raised before the optimizer step.
     """
 

@@ -1,6 +1,6 @@
-"""`SafeTrainer`: transformers' Trainer with checkpoints that are safetensors and JSON, written whole, and exact.
+"""`SafeTrainer`: transformers' Trainer with complete, exact checkpoints that are safetensors and JSON.
 
-A checkpoint folder holds, beside PEFT's adapter folder(s) and the Trainer's own `trainer_state.json`:
+In addition to PEFT's adapter folder(s) and the Trainer's own `trainer_state.json`, a checkpoint folder holds:
 
 ========================  ==================================================================
 optimizer.safetensors     tensors of the optimizer's state, named "<parameter number>.<name>"
@@ -48,7 +48,7 @@ class SafeTrainer(Trainer):
     _given: Optimizer | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Like `Trainer.train`, but each process has dropout masks of its own."""
+        """Like `Trainer.train`, but each process has its own dropout masks."""
         rank = self.args.process_index
         if rank:
             torch.manual_seed(derive_seed("masks", self.args.seed, rank))
@@ -163,14 +163,14 @@ class SafeTrainer(Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _to_shard(self, model: PeftModel, optimizer: Optimizer | None) -> PeftModel:
-        """Return the copy of `model` to shard; while it is trained, an optimizer given for `model` is one of it."""
+        """Return the copy of `model` to shard; an optimizer given for `model` trains the copy."""
         self._ordinary, self._given = model, optimizer
         if optimizer is not None:
-            optimizer.state.clear()  # accelerate puts sharded parameters in the place of its own
+            optimizer.state.clear()  # accelerate replaces its parameters with sharded ones
         return to_shard(model)
 
     def _start(self) -> dict[str, float]:
-        """Return the first weights, by their sum: DDP copies those of process 0, FSDP takes a part of each."""
+        """Return the sum of the first weights, which FSDP takes from every process; DDP copies those of process 0."""
         if self._ordinary is None:
             return {}
         trained = (p for p in self._ordinary.parameters() if p.requires_grad)

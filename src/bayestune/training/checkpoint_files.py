@@ -1,9 +1,9 @@
 """The folder of a checkpoint: it appears whole or not at all, and a checksum covers every byte of it.
 
-It is written in the folder `.unfinished` beside the others. When every process has written its files, the main one
-adds `checkpoint.json` with the size and sha256 of each, flushes them all to disk and renames the folder; only then are
-the oldest removed. If a crash leaves a whole checkpoint in `.unfinished`, the next save publishes it.
-The checksums detect corruption, not tampering.
+It is written in the folder `.unfinished` beside the finished ones. When every process has written its files, the main
+process adds `checkpoint.json` with the size and sha256 of each file, flushes them all to disk and renames the folder.
+After that, the oldest checkpoints are removed. If a crash leaves a whole checkpoint in `.unfinished`, the next save
+publishes it. The checksums detect corruption, not tampering.
 """
 
 import itertools
@@ -103,12 +103,12 @@ def seal(checkpoint: Path) -> None:
 
 
 def publish(written: Path, run: Path) -> None:
-    """Move a sealed checkpoint from `.unfinished` to its place; what is there is moved out first."""
+    """Move a sealed checkpoint from `.unfinished` to its place; an older folder there is moved away first."""
     rename_whole(written, run / written.name, written.with_name(f"replaced-{written.name}"))
 
 
 def rotate(run: Path, limit: int | None, keep: set[Path]) -> None:
-    """Move the oldest checkpoints beyond `limit`, but none of `keep`, to `.unfinished`; without a limit none."""
+    """Move the oldest checkpoints beyond `limit`, but none of `keep`, to `.unfinished`; without a limit, move none."""
     if limit is None or limit <= 0:
         return
     found = sorted(_checkpoints(run), key=_step)

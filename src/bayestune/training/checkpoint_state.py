@@ -1,4 +1,4 @@
-"""What a checkpoint holds, as safetensors and JSON: the adapter, the optimizer and the random states.
+"""Save and load the contents of a checkpoint as safetensors and JSON: adapter, optimizer and random states.
 
 JSON keeps floats exactly, so a resumed run repeats the uninterrupted one bit for bit.
 """
@@ -66,7 +66,7 @@ def load_optimizer(folder: Path, optimizer: Optimizer, scheduler: LRScheduler, s
     """Read what `save_optimizer` wrote.
 
     Raises:
-        TrainingError: a file is missing, or was written with other `settings`.
+        TrainingError: a file is missing, or was written with different `settings`.
     """
     saved = json.loads(_existing(folder / TRAINING).read_bytes())
     for name, value in settings.items():

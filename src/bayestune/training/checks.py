@@ -96,7 +96,7 @@ def check_model(
 def check_new_layers(model: PeftModel) -> None:
     """Raise a `ConfigError` if the base has layers with random first weights that the adapter does not save.
 
-    `from_pretrained` marks the parameters that it loads. Embeddings that were resized have no mark and are let pass.
+    `from_pretrained` marks the parameters that it loads. Resized embeddings have no mark and are not checked.
     """
     base = model.get_base_model()
     embeddings = (

@@ -13,8 +13,8 @@ If the loss is the mean NLL over rows, the negative ELBO per row of a training s
 `elbo_kl_weight(N)`. If the loss is a mean over tokens, as TRL's is, N counts the trained tokens instead. The paper's
 weights instead count the whole KL once per cycle of M updates (they add up to about 1), on average ``N / M`` times as
 strong: for N > M the posterior is tempered, closer to the prior. The fixed point of G is that of the weighted
-objective. That of M is not, as AdamW rescales the NLL gradient but not the KL's (as with decoupled weight decay and an
-L2 penalty); with `optim="sgd"` and equal learning rates both are.
+objective. That of M is not, because AdamW rescales the NLL gradient but not the KL's (as with decoupled weight decay
+and an L2 penalty); with `optim="sgd"` and equal learning rates both are.
 """
 
 import math
@@ -31,7 +31,7 @@ from bayestune.functional import clamp_rho, gaussian_kl, gaussian_kl_gradient, p
 from bayestune.training.sharding import local, total
 
 JOINED = {"cpu": 2**16, "other": 2**21}
-"""Most entries that move in one computation: few kernels for many small layers, within a CPU's cache."""
+"""The largest number of entries in one computation: few kernels for many small layers, within a CPU's cache."""
 
 Schedule = Callable[[int, int], float]
 """KL weight of update `step` (from 0) in cycles of `cycle` updates."""
@@ -41,9 +41,9 @@ def elbo_kl_weight(rows: int) -> Schedule:
     """Return the schedule of the constant weight ``1 / rows``; the objective is then the negative ELBO per row.
 
     Args:
-        rows: how many units that the loss is a mean over there are in the training set. `BayesTrainer` takes the mean
-            over rows. TRL's `SFTTrainer` and transformers' causal models take it over tokens: give the number of
-            tokens with a label (not -100), or the KL weighs too much by the number of tokens per row.
+        rows: the number of training rows, if the loss is a mean over rows, as in `BayesTrainer`. In TRL's `SFTTrainer`
+            and transformers' causal models it is a mean over tokens: give the number of training tokens with a label
+            (not -100). Otherwise the KL weighs too much, by the number of tokens per row.
     """
     if rows < 1:
         raise ConfigError(
@@ -94,7 +94,7 @@ def kl_step(layers: Iterable[GaussianLinear], *, rate: float, weight: float, alo
 
     The KL part of the step stops at the minimum of the KL, ``|G| = sqrt(s_p)``: a G near 0, whose gradient is
     ``-2 / G``, would jump far past it. ``|G|`` stays at or above `RHO_FLOOR`. Layers with the same prior move in one
-    computation with up to `JOINED` entries. Every entry moves by itself, so each process moves those of its shards.
+    computation with up to `JOINED` entries. Entries move independently, so each process moves those of its shards.
 
     Args:
         layers: Gaussian layers.

@@ -90,7 +90,7 @@ class BackOff:
         return loss
 
     def _split(self, batches: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Yield batches of at most `rows_at_once` rows; smaller ones than those given are padded anew."""
+        """Yield batches of at most `rows_at_once` rows; batches that are split are padded anew."""
         for batch in batches:
             if len(batch[ROW]) <= self.rows_at_once:
                 yield batch
@@ -121,7 +121,7 @@ class BackOff:
 
 
 def outputs_in_parts(task: Task, model: Any, batch: dict[str, Tensor]) -> Float[Tensor, "rows columns"]:
-    """Return `task.outputs`, computed in halves where memory runs out: rows do not depend on each other.
+    """Return `task.outputs`, computed in halves if memory runs out, since rows do not depend on each other.
 
     Raises:
         TrainingError: one row alone does not fit.

@@ -55,7 +55,7 @@ def kl_only_std(
 
 
 def default_kl(layers: Collection[GaussianLinear], rows: int, args: TrainingArguments) -> KLSettings:
-    """Return the KL that takes the std from its start to `DEFAULT_SHARE` of the prior's, in any number of updates.
+    """Return the KL settings that take the std to `DEFAULT_SHARE` of the prior's, in any number of updates.
 
     Its weights are uniform, its cycle is the paper's but no longer than the run, and its rate is that of
     `kl_rate_for_std`, or 0.01 if the std starts at that width or above.
@@ -63,7 +63,7 @@ def default_kl(layers: Collection[GaussianLinear], rows: int, args: TrainingArgu
     Args:
         layers: the Gaussian layers of the model, with one prior.
         rows: number of training rows.
-        args: of the run, whose learning rate is taken to fall linearly.
+        args: the arguments of the run, whose learning rate is assumed to fall linearly.
     """
     accumulation, processes, updates = args.gradient_accumulation_steps, args.world_size, args.max_steps
     if updates <= 0:
@@ -106,7 +106,7 @@ def check_std(std: float, *, start: float, prior_std: float) -> None:
     if not start < std < prior_std:
         raise ConfigError(
             f"posterior_std: found {std:g}, expected more than the start, {start:.4g} (from rho_init), and less than "
-            f"the prior's {prior_std:g}, as the KL leads from one to the other; or give kl_learning_rate instead."
+            f"the prior's {prior_std:g}, because the KL moves it between the two; or give kl_learning_rate instead."
         )
 
 
@@ -131,8 +131,8 @@ def kl_rate_for_std(
         updates, cycle, start, prior_std, schedule, warmup: as in `kl_only_std`.
 
     Returns:
-        At most ``s_p^2``, so that a weight of 1/2 takes at most half of M in one update. A run too short to reach
-        `std` at that rate ends below it.
+        The rate, at most ``s_p^2``, so that a KL weight of 1/2 removes at most half of M in one update. A run that is
+        too short to reach `std` at that rate ends below it.
 
     Raises:
         ConfigError: as `check_std`.
@@ -151,7 +151,7 @@ def kl_rate_for_std(
 
 
 def _weights(updates: int, cycle: int, schedule: Schedule, warmup: float) -> list[float]:
-    """Return c_i pi_i of the updates in which it is not negligible."""
+    """Return c_i pi_i for the updates in which it is not negligible."""
     rising = math.ceil(warmup * updates)
     weights = []
     for step in range(updates):

@@ -1,8 +1,8 @@
 """Training on shards (FSDP2): each process holds a part of every weight, gradient and state of the optimizer.
 
-accelerate shards a model in place, and nothing makes it ordinary again. `BayesTrainer` therefore trains a copy of the
-modules whose weights are the model's own until they are sharded. After training, and for every checkpoint, the
-trained weights are gathered into the model, which stays where it was loaded.
+accelerate shards a model in place, which cannot be undone. `BayesTrainer` therefore trains a copy of the modules,
+whose weights share the model's memory until they are sharded. After training, and for every checkpoint, the trained
+weights are gathered into the model, which stays on the device where it was loaded.
 """
 
 import copy
@@ -32,7 +32,7 @@ def asked(args: TrainingArguments) -> bool:
     """Return whether `args`, or the environment that `accelerate launch` sets, asks for FSDP.
 
     Raises:
-        ConfigError: it is FSDP1, there is one process, there are no GPUs, or a setting would train something else.
+        ConfigError: FSDP1 is asked for, there is only one process or no GPU, or a setting would make gradients wrong.
     """
     given = args.fsdp_plugin_args
     if given is None and not asked_by_launcher():
@@ -90,14 +90,14 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """Return `tensor`, which all processes have, sharded as `other` is; without communication."""
+    """Return `tensor`, which all processes have, sharded like `other`, without communication."""
     if not isinstance(other, DTensor):
         return tensor
     return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
 
 
 def total(value: float, tensors: Iterable[Tensor]) -> float:
-    """Return the sum over all parts of `tensors` of `value`, that of the parts here; every process must call this."""
+    """Return the sum of `value` over the processes that hold parts of `tensors`; every process must call this."""
     sharded = next((tensor for tensor in tensors if isinstance(tensor, DTensor)), None)
     if sharded is None:
         return value
@@ -123,7 +123,7 @@ def to_device(model: nn.Module, device: torch.device) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free the weights that the last forward gathered; those of the root stay until a backward otherwise."""
+    """Free the weights that the last forward gathered; otherwise the root's would stay until a backward pass."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -144,7 +144,7 @@ def scatter(model: PeftModel, sharded: PeftModel) -> None:
 
 
 def gather_optimizer(optimizer: Optimizer, sharded: PeftModel, model: PeftModel) -> None:
-    """Make `optimizer`, which trained `sharded`, one of the parameters of `model`; every process must call this."""
+    """Point `optimizer`, which trained `sharded`, to the parameters of `model`; every process must call this."""
     names = {id(parameter): name for name, parameter in sharded.named_parameters()}
     own = dict(model.named_parameters())
     for group in optimizer.param_groups:
@@ -158,7 +158,7 @@ def gather_optimizer(optimizer: Optimizer, sharded: PeftModel, model: PeftModel)
 
 
 def _pairs(sharded: PeftModel, model: PeftModel) -> list[tuple[Tensor, Tensor]]:
-    """Return the tensors of each adapter in use: of `sharded`, and of `model`."""
+    """Return pairs of tensors, from `sharded` and from `model`, for each adapter in use."""
     pairs = []
     for adapter in model.active_adapters:
         parts = adapter_tensors(sharded, adapter)

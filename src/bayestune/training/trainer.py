@@ -44,11 +44,11 @@ class BayesTrainer(SafeTrainer):
 
     Args:
         model: PEFT model with a Bayesian or plain LoRA adapter.
-        task: the task, which owns prompts, labels and the loss.
+        task: the task, which defines prompts, labels and the loss.
         args: as in `transformers.Trainer`; `remove_unused_columns` is ignored and `data_seed` defaults to `seed`.
         train_rows: training rows; default `task.rows("train")`.
-        eval_rows: rows that `evaluate()` and the evaluations during training (`eval_strategy`) score. They take the
-            place of `Trainer`'s `eval_dataset`.
+        eval_rows: rows that `evaluate()` and the evaluations during training (`eval_strategy`) score. They replace
+            `Trainer`'s `eval_dataset`.
         kl: the KL term; default `default_kl`: a std of 0.3 x the prior's under a learning rate that falls linearly.
         prior_std: s_p of MAP training of plain LoRA: the loss is ``mean NLL + ||theta||^2 / (2 s_p^2 rows)`` over all
             trained weights, heads included. None for the MLE.
@@ -113,7 +113,7 @@ class BayesTrainer(SafeTrainer):
             checks.check_same_settings(gather_object([{**self.resume_settings(), **self._start()}]))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """Like `Trainer.get_eval_dataloader`, of `eval_rows` by default."""
+        """Like `Trainer.get_eval_dataloader`, but with `eval_rows` by default."""
         checks.check_eval_rows(self.eval_dataset if eval_dataset is None else eval_dataset)
         return super().get_eval_dataloader(eval_dataset)
 
@@ -218,7 +218,7 @@ class BayesTrainer(SafeTrainer):
         return (loss, None, None) if prediction_loss_only else (loss, outputs.detach(), batch["labels"])
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Like `Trainer.evaluation_loop`, but with `task.metrics`, their NLL as `loss`; restores all modes."""
+        """Like `Trainer.evaluation_loop`, but with `task.metrics` and their NLL as `loss`; restores training modes."""
         assert self.model is not None
         modes = [(module, module.training) for module in self.model.modules()]
         devices = [self.args.device] if self.args.device.type == "cuda" else []
