@@ -49,7 +49,7 @@ def acquire(
     on_bad_row: OnBadRow = "stop",
     overwrite: Overwrite = False,
 ) -> None:
-    """Choose the rows of a pool whose labels promise most: their ids and scores. Training rows are left out."""
+    """Choose the rows of a pool that are most worth labeling; print ids and scores. Training rows are left out."""
     check_run(run)
     if output is not None:
         check_output_file(output, overwrite=overwrite)
@@ -81,7 +81,7 @@ def acquire(
 
 @dataclass
 class _Seen:
-    """Counts of the rows of a pool: ranked, left out as training rows, and skipped, with the first fault."""
+    """Counts of the rows of a pool: ranked, left out as training rows, and skipped, with the first error."""
 
     ranked: int = 0
     trained: int = 0
@@ -92,9 +92,9 @@ class _Seen:
 def _answered(
     loaded: "Run", pool: Path, seen: _Seen, *, draws: int | None, seed: int
 ) -> Iterator["Prediction | Sequence[str]"]:
-    """Yield predictions of the rows that are not in the training split by their texts, and count the others.
+    """Yield predictions of the rows whose texts are not in the training split, and count all rows in `seen`.
 
-    Without a number of draws, the ids of these rows: the model is not asked.
+    If `draws` is None, yield the ids of these rows instead, without running the model.
     """
     from bayestune.experiment.overlap import folded
 

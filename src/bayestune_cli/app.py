@@ -1,7 +1,7 @@
 """The program `bayestune`: its commands, and the handling of errors and signals.
 
-It is a package beside `bayestune`, whose import takes seconds. Nothing of that package is imported before a command
-runs, so `bayestune --help` is instant.
+Importing the package `bayestune` takes seconds. The program is a separate package that imports nothing of it before a
+command runs, so `bayestune --help` is instant.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ app = typer.Typer(
     "overwritten), or a file that cannot be written (the last checkpoint is kept); 3 training stopped: a loss, "
     "gradient or KL is not finite, or memory ran out at batch size 1; 130 interrupted (Ctrl-C); 143 terminated. With "
     "--checkpoint-steps, the first signal finishes the update and saves a checkpoint; a second one ends the process "
-    "at once. Errors go to stderr, one line each; with --json also to stdout, as "
+    "immediately. Errors go to stderr, one line each; with --json also to stdout, as "
     '{"error": {"type", "message", "exit_code"}}.',
 )
 

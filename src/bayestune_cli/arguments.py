@@ -21,12 +21,12 @@ OptionalRunFolder = Annotated[
     Path | None, typer.Argument(metavar="[RUN]", help="Run folder written by `bayestune train`.")
 ]
 ApiKey = Annotated[
-    str | None, typer.Option(envvar="BAYESTUNE_API_KEY", help="Key that every request to the server carries.")
+    str | None, typer.Option(envvar="BAYESTUNE_API_KEY", help="Key that every request to the server must carry.")
 ]
 
 
 def check_data(data: str | None) -> str | None:
-    """Raise an error unless there is such a folder."""
+    """Return `data`; raise an error if it is given and is not a folder."""
     if data is not None and not Path(data).is_dir():
         raise FlagError(f"--data {data}: no such folder, expected the one with the data sets.")
     return data
@@ -72,7 +72,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 
 
 def check_run(folder: Path) -> None:
-    """Raise an error unless `folder` holds a trained run, or one waits to be put back there."""
+    """Raise an error unless `folder` holds a trained run, or an old run that was being replaced is kept beside it."""
     waiting = folder.resolve().with_name(f".{folder.resolve().name}.before")
     signs = (folder / "result.json", folder / "posterior" / "bayestune_manifest.json", waiting)
     if not any(path.exists() for path in signs):
@@ -82,7 +82,7 @@ def check_run(folder: Path) -> None:
 
 
 def load(folder: Path, data: str | None, predictive: str | None) -> "Run":
-    """Return the run in `folder`, with the posterior that averages draws as asked; launched processes share rows."""
+    """Load the run in `folder`, with draws averaged as `predictive` says; launched processes divide the rows."""
     from bayestune.errors import ConfigError
     from bayestune.experiment import load_run
 
@@ -96,7 +96,7 @@ def load(folder: Path, data: str | None, predictive: str | None) -> "Run":
 
 
 def draw_count(run: "Run | ServedRun", draws: int | None, predictive: str | None = None) -> int:
-    """Return `draws`, or by default the run's own number, or many of the cheap linearized draws."""
+    """Return `draws` or, by default, the run's own number, or many if draws are linearized, which is cheap."""
     if draws is not None:
         return draws
     return LINEARISED_DRAWS if predictive == "linearised" else run.default_draws
@@ -117,8 +117,9 @@ def writing_lines(output: Path, *, keeps: bool, length: int | None = None) -> It
     """Yield a function that writes to `output`, in the main process only.
 
     Args:
-        keeps: append, rather than replace the file at the end.
-        length: first cut the file to so many bytes, before an unfinished last line.
+        output: the file.
+        keeps: append to the file; otherwise it is replaced at the end.
+        length: first cut the file to this many bytes, to drop an unfinished last line.
     """
     from bayestune.experiment.processes import is_main
     from bayestune.files import appending, replacing

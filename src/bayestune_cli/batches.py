@@ -1,4 +1,4 @@
-"""The rows of a file, some at a time, with what is wrong with those that cannot be used."""
+"""Read the rows of a file in batches, with the errors of those that cannot be used."""
 
 import itertools
 from collections.abc import Iterator
@@ -21,10 +21,11 @@ OnBadRow = Annotated[
 
 
 def check_files(input: Path, output: Path | None, *, flag: str, whole: bool) -> None:
-    """Raise an error for files that cannot be used; with `whole`, also for a row that cannot.
+    """Raise an error if a file cannot be used or, with `whole`, a row of `input` cannot.
 
     Args:
-        input: rows. output: answers, if they go to a file.
+        input: the file of rows.
+        output: the file for the answers, if they go to one.
         flag: the flag that names the input.
         whole: check every row, with the standard library.
     """
@@ -48,9 +49,9 @@ def check_all(path: Path, task: "TokenizedTask") -> None:
 def batches(
     path: Path, task: "TokenizedTask", *, at_once: int | None = None
 ) -> Iterator[tuple[list["AnyRow"], list[Exception]]]:
-    """Yield the usable rows of each `at_once` lines, by default `ROWS_AT_ONCE`, and what is wrong with the others.
+    """Yield the usable rows of each `at_once` lines, by default `ROWS_AT_ONCE`, and the errors of the other lines.
 
-    Batches depend on the file and `at_once` alone, so a resumed command forms the same ones.
+    Batches depend only on the file and `at_once`, so a resumed command forms the same ones.
     """
     from bayestune.tasks.data import formats_of, scan_rows
 

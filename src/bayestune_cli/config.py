@@ -11,7 +11,7 @@ _LIMIT = 1 << 16
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain data, with an error for a key given twice."""
+    """Load plain data, and raise an error if a key is given twice."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]

@@ -17,11 +17,11 @@ def distil(
         Path | None, typer.Option(help="Further rows for the run to answer, .jsonl or .jsonl.gz, without labels.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Updates; default: as many as the run's own.")] = None,
-    draws: Annotated[int, typer.Option(min=1, help="Draws of the run that are averaged.")] = 50,
+    draws: Annotated[int, typer.Option(min=1, help="Number of draws of the run to average.")] = 50,
     data: Data = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train one plain LoRA adapter whose single forward answers as the average over the draws of a run."""
+    """Train one plain LoRA adapter to answer in one forward pass like the average over the draws of a run."""
     check_run(run)
     if rows is not None and not rows.is_file():
         raise FlagError(f"--rows {rows}: found no file, expected rows to answer.")
@@ -41,7 +41,7 @@ def distil(
     own: dict[str, Any] = {"method": method, "adapter": None, "temperature_split": None}
     own |= {"steps": steps or taught.steps, "data": data or taught.data}
     command = ["bayestune", *sys.argv[1:]]
-    older = {} if "prompt" in recorded else {"experiment": recorded}  # it is asked as it was
+    older = {} if "prompt" in recorded else {"experiment": recorded}  # keeps its prompt
     result = train(taught.replace(**own), output, overwrite=overwrite, command=command, record=older, progress=True)
     print(score_table(result.scores))
     print(f"{result.output}: posterior/, experiment.json, result.json ({result.seconds:.0f} s)")

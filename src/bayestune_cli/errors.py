@@ -14,7 +14,7 @@ class FlagError(typer.TyperException):
 
 
 def fail(message: str, error: BaseException, code: int, *, as_json: bool) -> int:
-    """Print `message`, for `as_json` also as an object with the type of `error`, and return the exit code `code`."""
+    """Print `message`, with `as_json` also as an object with the type of `error`, and return the exit code `code`."""
     line = " ".join(message.split())
     print(line, file=sys.stderr)
     if as_json:

@@ -68,7 +68,7 @@ def evaluate(
 def _diagnosed(found: "Diagnostics", settings: dict[str, Any]) -> str:
     """Return one line about the draws, and one about the width of the weights if they are Gaussian.
 
-    The start and the prior are named where the method has settings for them.
+    The start and the prior are named if the method has settings for them.
     """
     factor = "" if found.softmax_factor is None else f" = {found.softmax_factor:.3f} x the logit variance"
     text = (
@@ -85,7 +85,7 @@ def _diagnosed(found: "Diagnostics", settings: dict[str, Any]) -> str:
 def _print_detected(
     detected: dict[str, dict[str, Any]], chosen: str, headings: Mapping[str, str], here: float
 ) -> None:
-    """Print the scores on the other data sets, and how well each score tells them apart.
+    """Print the scores on the other data sets, and how well each detector separates them from the run's own rows.
 
     `here` is the mean epistemic uncertainty on the run's own rows.
     """

@@ -1,4 +1,4 @@
-"""`bayestune generate`: prompts in, texts out, some at a time."""
+"""`bayestune generate`, which writes a text for each prompt of a file, in batches."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from bayestune.tasks.prompted import PromptRow
 
 _FIELDS = {"id", "text", "tokens"}
-"""Fields of every text, by which a file of texts is known from other files."""
+"""Fields of every text; they distinguish a file of texts from other files."""
 _SETTINGS = "settings"
 
 Input = Annotated[
@@ -39,21 +39,25 @@ Input = Annotated[
 Output = Annotated[Path, typer.Option(help="File for the texts, one JSON object per prompt.")]
 Together = Annotated[
     Literal["averaged", "per_draw"],
-    typer.Option(help="averaged: all draws write one text; per_draw: each draw its own, and how many agree."),
+    typer.Option(
+        help="averaged: all draws write one text; per_draw: each draw writes its own, and agreement is shown."
+    ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Limit of new tokens.")]
-Temperature = Annotated[float, typer.Option(min=0, help="Of sampling; 0 takes the most probable token.")]
-TopP = Annotated[float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens of this mass.")]
-Stop = Annotated[list[str] | None, typer.Option(help="A text that ends the answer; may be given again.")]
+Temperature = Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 takes the most probable token.")]
+TopP = Annotated[
+    float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens with this total probability.")
+]
+Stop = Annotated[list[str] | None, typer.Option(help="A text that ends the answer; can be repeated.")]
 Chat = Annotated[
     bool | None,
     typer.Option(
         "--chat/--no-chat",
-        help="Put each prompt to the chat template as a user's message; default: if the run was trained so.",
+        help="Put each prompt into the chat template as a user's message; default: as the run was trained.",
     ),
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Prompts at a time, before draws are stacked.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Append to --output the prompts without a text there.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Prompts per batch, before draws are stacked.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Append texts for the prompts that have none in --output.")]
 
 
 def generate(
@@ -73,13 +77,13 @@ def generate(
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a text for each prompt, with the uncertainty of every token; where --input has answers, compare them."""
+    """Write a text for each prompt, with the uncertainty of every token; if --input has answers, score the texts."""
     check_run(run)
     check_output_file(output, overwrite=overwrite or resume)
     if overwrite and resume:
         raise FlagError("generate: found --overwrite with --resume, expected one of the two.")
     if not temperature and top_p < 1:
-        raise FlagError("--top-p: found it without --temperature, expected both: without one nothing is sampled.")
+        raise FlagError("--top-p: found it without --temperature, expected both: at temperature 0 nothing is sampled.")
     check_files(input, output, flag="--input", whole=False)
 
     from bayestune.experiment import load_run
@@ -108,7 +112,7 @@ def generate(
 
 
 def _checked(loaded: "Run", rows: Sequence["PromptRow"], chat: bool, settings: dict[str, Any]) -> dict[str, Any]:
-    """The prompts by id, all of them usable."""
+    """Return the prompts by id; raise an error if one cannot be used."""
     from bayestune.inference.generate import prepared
 
     prompts = {
@@ -133,9 +137,9 @@ def _texts(
     kept: Path | None,
     settings: dict[str, Any],
 ) -> Iterator[tuple[Sequence[str], "Generation"]]:
-    """Yield the texts of some prompts at a time, and print them; sampled tokens are keyed by the prompts' ids.
+    """Yield and print the texts of one batch of prompts after another; sampled tokens are keyed by the prompts' ids.
 
-    Each process of a launcher writes `batch_size` of them at a time.
+    Each process of a launcher writes `batch_size` texts at a time.
     """
     from bayestune.experiment.processes import process_count, rank, together
 
@@ -167,7 +171,7 @@ def _written_by(
 
 
 def _show(ids: Sequence[str], found: "Generation", start: int, total: int) -> None:
-    """A line for each text, with its uncertain tokens shaded in a terminal."""
+    """Print a line for each text, with its uncertain tokens shaded in a terminal."""
     from bayestune.inference.shading import shaded
 
     texts = shaded(found) if sys.stdout.isatty() else found.texts
@@ -180,7 +184,7 @@ def _show(ids: Sequence[str], found: "Generation", start: int, total: int) -> No
 
 
 def _conclude(output: Path, rows: Sequence["PromptRow"], made: str, draws: int) -> None:
-    """Say what was made and, if each row has an answer, how many texts say the same, and what tells which."""
+    """Print what was made and, if each row has an answer, the scores of the texts and the AUROC of uncertainties."""
     from bayestune.experiment import score_table
     from bayestune.experiment.processes import is_main
     from bayestune.inference.answer_scores import scores_of_texts
@@ -200,10 +204,10 @@ def _conclude(output: Path, rows: Sequence["PromptRow"], made: str, draws: int) 
 
 
 def _written(output: Path, settings: dict[str, Any], prompts: Mapping[str, Any]) -> tuple[set[str], int]:
-    """The ids that have a text in `output`, and the bytes of its whole lines; only the last may be cut.
+    """Return the ids that have a text in `output`, and the bytes of its whole lines; only the last may be cut.
 
     Raises:
-        FlagError: a line is no text of this command, or was made with other settings, another run or another prompt.
+        FlagError: a line is not a text of this command, or was made with a different run, settings or prompt.
     """
     found: set[str] = set()
     whole = 0
@@ -227,7 +231,7 @@ def _written(output: Path, settings: dict[str, Any], prompts: Mapping[str, Any])
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    """The text that a line holds, or None."""
+    """Return the text that a line holds, or None."""
     try:
         text: Any = json.loads(line)
     except ValueError:

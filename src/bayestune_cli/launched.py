@@ -1,4 +1,4 @@
-"""The program under torchrun or `accelerate launch`: the commands that run there, and one process that speaks."""
+"""The program under torchrun or `accelerate launch`: which commands run there, and which process prints."""
 
 import contextlib
 import io
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from bayestune_cli.errors import INTERNAL, OK, STOPPED, USER, FlagError, fail
 
 _TOGETHER = ("predict", "evaluate", "generate")
-"""Commands whose rows the processes share. Those of `train` speak for themselves."""
+"""Commands whose rows the processes divide. The processes of `train` print for themselves."""
 
 
 def process_count() -> int:
@@ -20,7 +20,7 @@ def process_count() -> int:
 def run_launched(invoke: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
     """Run one command line in each process and return its exit code.
 
-    Only the main process prints. An error of another one is printed by the main one, unless it has the same error.
+    Only the main process prints. It also prints an error of another process, unless it has the same error itself.
     """
     main, command = os.environ.get("RANK", "0") == "0", next((a for a in arguments if not a.startswith("-")), None)
     if command == "train":

@@ -22,7 +22,7 @@ TaskNames = Annotated[
     str, typer.Option(help="Tasks, groups and tags of lm-eval, comma-separated; * stands for anything.")
 ]
 Shots = Annotated[
-    int | None, typer.Option(min=0, help="Rows shown with their answers, where a task does not fix them.")
+    int | None, typer.Option(min=0, help="Rows shown with their answers, if the task does not fix their number.")
 ]
 
 
@@ -33,8 +33,8 @@ def lm_eval(
     draws: Draws = None,
     seed: Seed = 0,
     num_fewshot: Shots = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Rows per task, the first ones; default: all.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts per forward.")] = 8,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows per task, from the first; default: all.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts per forward pass.")] = 8,
     include_path: Annotated[
         Path | None, typer.Option(help="Folder with YAML files of further tasks, as lm-eval reads them.")
     ] = None,

@@ -18,7 +18,7 @@ _HOLDS = {"ge": operator.ge, "gt": operator.gt, "le": operator.le, "lt": operato
 
 @cache
 def options() -> tuple[dict[str, Any], ...]:
-    """The settings of a run and of its method, as `bayestune.experiment.declared` writes them."""
+    """Return the settings of a run and of its method, as `bayestune.experiment.declared` wrote them."""
     return tuple(json.loads((Path(__file__).parent / "options.json").read_text(encoding="utf-8")))
 
 
@@ -60,7 +60,7 @@ def check_values(settings: Mapping[str, Any], where: str) -> None:
 
 
 def check_of_method(given: Mapping[str, Any], method: str) -> None:
-    """Raise an error for a flag of other methods. A config file may hold settings of several methods."""
+    """Raise an error for a flag that `method` does not have. A config file may hold settings of several methods."""
     for option in options():
         name, methods = option["name"], option["methods"]
         if methods is not None and name in given and method not in methods:

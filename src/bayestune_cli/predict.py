@@ -1,4 +1,4 @@
-"""`bayestune predict`: rows in, answers out, some at a time."""
+"""`bayestune predict`, which answers the rows of a file, in batches."""
 
 import json
 from collections.abc import Mapping
@@ -34,16 +34,16 @@ if TYPE_CHECKING:
 Answering = Union["Run", "ServedRun"]
 
 _COMPARED = 16
-"""Rows that --resume answers again, to see that the run, the draws and the seed are the same."""
+"""The number of rows that --resume answers again, to check that the run, the draws and the seed are the same."""
 _SIGNS = ("total", "log_likelihood")
-"""Fields, one of which every answer of every task has: by them a file of answers is known from other files."""
+"""Every answer has one of these fields; they distinguish a file of answers from other files."""
 
 
 Input = Annotated[Path, typer.Option(help="Rows, .jsonl or .jsonl.gz; labels are not needed.")]
 Output = Annotated[Path, typer.Option(help="File for the answers, one JSON object per row.")]
 ServedFile = Annotated[
     Path | None,
-    typer.Option(help="served.json of a running `bayestune serve`, which answers in the place of RUN."),
+    typer.Option(help="served.json of a running `bayestune serve`, which answers instead of RUN."),
 ]
 
 
@@ -59,11 +59,11 @@ def predict(
     seed: Seed = 0,
     on_bad_row: OnBadRow = "stop",
     resume: Annotated[
-        bool, typer.Option("--resume", help="Append to --output the rows that have no answer there yet.")
+        bool, typer.Option("--resume", help="Append answers for the rows that have none in --output.")
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Answer rows: probabilities and text of the answer, or a number and its interval; and three uncertainties."""
+    """Answer rows with probabilities and the answer, or a number and its interval, and with three uncertainties."""
     _check_answering(run, served)
     check_output_file(output, overwrite=overwrite or resume)
     check_files(input, output, flag="--input", whole=on_bad_row == "stop")
@@ -118,7 +118,7 @@ def _answering(
     api_key: str | None,
     **asked: Any,
 ) -> Answering:
-    """The run, or the server, that answers."""
+    """Return the run or the server that answers."""
     if run is not None:
         return load(run, data, predictive)
     assert served is not None
@@ -133,7 +133,7 @@ def _answering(
 def _check_same(
     loaded: Answering, input: Path, done: Mapping[str, Any], output: Path, *, draws: int, seed: int
 ) -> None:
-    """Raise an error unless some answered rows get their answers again, up to the last bits of another batch."""
+    """Raise an error unless some answered rows get the same answers again, up to rounding in different batches."""
     answered = ([row for row in batch if row.id in done] for batch, _ in batches(input, loaded.task))
     rows = next((batch for batch in answered if batch), [])[:_COMPARED] if done else []
     if not rows:
@@ -150,7 +150,7 @@ def _check_same(
 def _records(
     loaded: Answering, rows: list["AnyRow"], done: Mapping[str, Any], *, draws: int, seed: int
 ) -> list[dict[str, Any]]:
-    """Return the answers of the rows that are not in `done`; all rows are predicted together, for the same bits."""
+    """Return the answers of the rows not in `done`. All rows are predicted together, so the bits stay the same."""
     if all(row.id in done for row in rows):
         return []
     records = loaded.predict(rows, draws=draws, seed=seed, progress=True).records(rows)

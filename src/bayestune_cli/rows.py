@@ -15,7 +15,7 @@ from bayestune_cli.errors import FlagError
 
 
 def check_rows(path: Path) -> None:
-    """Raise an error unless every line of `path` has the fields of a row, and an id of its own."""
+    """Raise an error unless every line of `path` has the fields of a row and a unique id."""
     lines: dict[str, int] = {}
     number = 0
     try:
@@ -30,7 +30,7 @@ def check_rows(path: Path) -> None:
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise FlagError(f"{path}: cannot be read: {error}; check the path and that the file is whole") from error
     if number == 0:
-        raise FlagError(f"{path}: found no rows, expected one JSON object a line; check the path")
+        raise FlagError(f"{path}: found no rows, expected one JSON object per line; check the path")
 
 
 _PROBLEMS = {
@@ -62,7 +62,7 @@ _TEXTS = {
     ("chosen", "rejected"): ("chosen", "rejected"),
     ("prompt", "messages"): (),
 }
-"""The texts that a row must have, by the fields any of which marks its kind; a prompt may be part of a preference."""
+"""The texts that a row must have, by the fields that mark its kind; a preference may have a prompt too."""
 
 
 def _check_fields(row: Mapping[str, Any], where: str) -> None:

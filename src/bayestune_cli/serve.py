@@ -1,4 +1,4 @@
-"""`bayestune serve`: a real server of the draws of a run; and what asks one."""
+"""`bayestune serve`, which serves the draws of a run, and `ServedRun`, which asks such a server."""
 
 import os
 import signal
@@ -37,15 +37,16 @@ Base = Annotated[
     typer.Option(help="Base model: a GGUF file for llama.cpp; for vllm a folder, by default that of the run."),
 ]
 Backend = Annotated[
-    Literal["llamacpp", "vllm"], typer.Option(help="llamacpp, in this process; or vllm, where it is installed.")
+    Literal["llamacpp", "vllm"], typer.Option(help="llamacpp, in this process; or vllm, if it is installed.")
 ]
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free one.")]
 AsProxy = Annotated[
-    bool, typer.Option("--proxy", help="Answer averaged completions and chats at --port, as OpenAI's server does.")
+    bool, typer.Option("--proxy", help="Serve averaged completions and chats at --port, with OpenAI's API.")
 ]
 Context = Annotated[
-    int | None, typer.Option(min=8, help="Tokens of a prompt with its answer; default: enough for the task.")
+    int | None,
+    typer.Option(min=8, help="Largest number of tokens of prompt and answer; default: enough for the task."),
 ]
 
 
@@ -64,7 +65,7 @@ def serve(
     data: Data = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Serve the draws of a run by llama.cpp or vLLM until Ctrl-C; `predict --served` and `Client` average them."""
+    """Serve the draws of a run with llama.cpp or vLLM until Ctrl-C; `predict --served` and `Client` average them."""
     check_run(run)
     if output.exists() and not overwrite:
         raise FlagError(f"--output {output}: it exists; choose another, or pass --overwrite.")
@@ -95,18 +96,20 @@ def serve(
 
 
 def _wait(served: "Served") -> None:
-    """Wait for the signal that stops the server, or for the end of one that has a process of its own."""
+    """Wait for the signal that stops the server; raise an error if a server in its own process ends."""
     from bayestune.errors import ServingError
 
     if served.backend == "llamacpp":
         signal.pause()
     while os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         time.sleep(1)
-    raise ServingError(f"{served.url}: the server ended by itself; its words are above; start it again, --overwrite.")
+    raise ServingError(
+        f"{served.url}: the server ended by itself; its output is above; start it again with --overwrite."
+    )
 
 
 def _speak(folder: Path, *, host: str, port: int, api_key: str | None) -> None:
-    """Answer as OpenAI's server does, until a signal."""
+    """Serve averaged answers with OpenAI's API, until a signal."""
     from bayestune.serving import Client
     from bayestune.serving.proxy import Proxy, run
 
@@ -118,13 +121,13 @@ def _speak(folder: Path, *, host: str, port: int, api_key: str | None) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ServedRun:
-    """A running server, asked as a run is."""
+    """A running server with the interface of a run."""
 
     client: "Client"
 
     @classmethod
     def of(cls, path: Path, api_key: str | None, *, draws: int | None, seed: int) -> "ServedRun":
-        """Connect to the server of the record at `path`, whose draws must be those that are asked for."""
+        """Connect to the server recorded at `path`; raise an error if its draws are not those that are asked for."""
         from bayestune.serving import Client
 
         client = Client(path, api_key=api_key)
@@ -143,7 +146,7 @@ class ServedRun:
 
     @property
     def default_draws(self) -> int:
-        """The draws that are served."""
+        """The number of draws that are served."""
         return self.client.draws
 
     def predict(self, rows: "Sequence[AnyRow]", *, draws: int, seed: int = 0, progress: bool = False) -> "Prediction":

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first ends a command in order, a second one the process at once."""
+"""SIGINT and SIGTERM: the first one ends a command in order, and a second one ends the process immediately."""
 
 import contextlib
 import signal
@@ -19,11 +19,11 @@ class Stopped(BaseException):
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Inside, the first SIGINT or SIGTERM raises `Stopped`; from then on both have the system's own effect.
+    """Let the first SIGINT or SIGTERM raise `Stopped`; after it, both signals have their default effect.
 
-    So a second one ends the process even within a long call of a library. A signal that the process was started to
-    ignore (nohup, the background of a shell) stays ignored; outside the main thread nothing is changed. The handlers
-    that were there before are put back.
+    A second signal thus ends the process even during a long call of a library. A signal that the process was started
+    to ignore (nohup, the background of a shell) stays ignored. Outside the main thread nothing is changed. On exit,
+    the previous handlers are restored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

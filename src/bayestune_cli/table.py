@@ -45,7 +45,7 @@ def table(
         str | None, typer.Option(help="Training sets, comma-separated; default: all of the table.")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="YAML file of `bayestune train` settings for every run; flags win.")
+        Path | None, typer.Option(help="YAML file of `bayestune train` settings for every run; flags take precedence.")
     ] = None,
     runs: Annotated[Path, typer.Option(help="Folder of the runs, shared by all tables.")] = Path("runs/tables"),
     results: Annotated[Path, typer.Option(help="Folder of the records, one JSON file per cell.")] = Path("results"),

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from bayestune.experiment import Result
 
 _EITHER = ("kl_learning_rate", "posterior_std")
-"""Alternative settings: a flag for one replaces either in a config file."""
+"""Alternative settings: a flag for one of them replaces both in a config file."""
 _OF_RECIPE = ("estimator", "kl_schedule", "posterior_scale", *_EITHER)
-"""Settings that a recipe fills: --recipe replaces them in a config file, such as the record of a run."""
+"""Settings that a recipe fills in: with --recipe, those in a config file (such as the record of a run) are ignored."""
 
 
 def _names(text: str, option: Mapping[str, Any]) -> list[str]:
@@ -31,7 +31,7 @@ def _numbers(text: str, option: Mapping[str, Any]) -> list[float]:
         return [float(number) for number in text.split(",")]
     except ValueError as error:
         flag = "--" + option["name"].replace("_", "-")
-        raise FlagError(f"{flag}: found {text!r}, expected numbers with commas.") from error
+        raise FlagError(f"{flag}: found {text!r}, expected comma-separated numbers.") from error
 
 
 _LISTS = {"names": _names, "numbers": _numbers}
@@ -39,7 +39,7 @@ _LISTS = {"names": _names, "numbers": _numbers}
 
 
 def _check_folders(settings: Mapping[str, Any], output: Path, *, new: bool) -> None:
-    """Raise an error if a path is wrong: of the data, of the model, or the output, where a `new` run finds files."""
+    """Raise an error if the data, the model or the output has a wrong path, or a `new` run would find files."""
     data, model = (settings.get(name) for name in ("data", "model"))
     check_data(data if isinstance(data, str) else None)
     if isinstance(model, str) and model.startswith((".", "/")) and not Path(model).exists():
@@ -47,7 +47,7 @@ def _check_folders(settings: Mapping[str, Any], output: Path, *, new: bool) -> N
     if output.is_file():
         raise FlagError(f"output {output}: found a file, expected a folder or nothing.")
     names = {path.name for path in output.iterdir()} if output.is_dir() else set[str]()
-    # A launched process beside the main one may find the folder that the main one has just made.
+    # Other launched processes may find the folder that the main process has just made.
     if new and os.environ.get("RANK", "0") == "0" and not all(name.startswith(".") for name in names):
         begun = "experiment.json" in names and "result.json" not in names
         hint = " It holds an unfinished run: --resume continues it." if begun else ""
@@ -60,15 +60,15 @@ def train(
     config: Annotated[
         Path | None,
         typer.Option(
-            help="YAML file with any of the settings below, model and task too; flags win. Or the result.json of a "
-            "run, to make it again: a warning names data, weights, versions that differ from the record."
+            help="YAML file with any of the settings below, including model and task; flags take precedence. Or the "
+            "result.json of a run to repeat: a warning names data, weights and versions that differ from the record."
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output, with its settings.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --output.")] = False,
     **given: Any,
 ) -> None:
-    """Train a posterior (or plain LoRA), evaluate it, and leave both in a run folder."""
+    """Train a posterior (or plain LoRA), evaluate it, and save the posterior and its scores in a run folder."""
     given = {name: value for name, value in given.items() if value is not None}
     for option in options():
         if option["type"] in _LISTS and option["name"] in given:
@@ -112,7 +112,7 @@ def _show(result: "Result") -> None:
 
 
 def _scale(fitted: Mapping[str, Any]) -> str:
-    """How the std came of that of training, if it was scaled on held-out rows."""
+    """Describe how the std was scaled on held-out rows after training, or why it was not."""
     if "trained_std" in fitted and "posterior_scale" not in fitted:
         return "; not scaled on held-out rows, as there are fewer than 100 training rows"
     if "nll_by_scale" not in fitted:

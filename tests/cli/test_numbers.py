@@ -183,7 +183,7 @@ def test_what_means_nothing_for_numbers_is_refused_in_one_line(
         "noise: found 'constant', expected none: colours has multiple-choice rows": training(
             world, output, "--noise", "constant", task="colours"
         ),
-        "--target-std: found 'a,2', expected numbers with commas": training(world, output, "--target-std", "a,2"),
+        "--target-std: found 'a,2', expected comma-separated numbers": training(world, output, "--target-std", "a,2"),
         "target_mean and target_std: found one of them": training(world, output, "--target-mean", "3"),
         "(id r200): field 'target': found 2 numbers, expected 1 per row of pairs": [
             *("evaluate", run, "--ood", "pairs")

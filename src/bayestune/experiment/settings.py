@@ -51,7 +51,7 @@ class Experiment(Settings):
     labels: tuple[str, ...] | None = Field(
         None,
         min_length=2,
-        description="Names of the classes, with commas; default: those in the train split, sorted.",
+        description="Names of the classes, comma-separated; default: those in the train split, sorted.",
     )
     scoring: Scoring | None = Field(
         None, description="What a language model scores of each choice: letters (default), text, or text_per_byte."
@@ -65,7 +65,7 @@ class Experiment(Settings):
     system: str | None = Field(None, pattern=_TEXT, description="System message of a chat prompt.")
     shots: int = Field(0, ge=0, le=64, description="Training rows that every prompt shows with answers, by seed.")
     label_words: tuple[str, ...] | None = Field(
-        None, min_length=2, description="Labels of the choices instead of letters, with commas."
+        None, min_length=2, description="Labels of the choices instead of letters, comma-separated."
     )
     noise: Literal["predicted", "constant"] | None = Field(
         None,
@@ -73,7 +73,7 @@ class Experiment(Settings):
         "temperature_split (default: the training rows).",
     )
     target_mean: tuple[float, ...] | None = Field(
-        None, min_length=1, description="Mean of each number, with commas; default: that of the training rows."
+        None, min_length=1, description="Mean of each number, comma-separated; default: that of the training rows."
     )
     target_std: tuple[float, ...] | None = Field(
         None, min_length=1, description="Standard deviation of each number; default: that of the training rows."
@@ -90,7 +90,9 @@ class Experiment(Settings):
         None, gt=0, le=LARGEST_WHOLE, description=f"Scale alpha / rank of the adapter; {_PAPER}."
     )
     target_modules: tuple[str, ...] | None = Field(
-        None, min_length=1, description="Layers to adapt, with commas; default: query, value, and an untied lm_head."
+        None,
+        min_length=1,
+        description="Layers to adapt, comma-separated; default: query, value, and an untied lm_head.",
     )
     max_tokens: int | None = Field(
         None, ge=1, le=LARGEST_WHOLE, description="Tokens per row at most; longer rows are refused; " + _PAPER + "."
