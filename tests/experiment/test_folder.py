@@ -122,7 +122,7 @@ def test_a_folder_in_the_way_is_not_touched(tmp_path: Path) -> None:
     write_run(output, "old")
     earlier_run(output).mkdir()
     (earlier_run(output) / "notes.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="in the way"):
+    with pytest.raises(ConfigError, match="files that are not a run"):
         check_output(output, GIVEN, overwrite=True, resume=False)
     assert whole(output) == "old" and (earlier_run(output) / "notes.txt").is_file()
 

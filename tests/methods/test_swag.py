@@ -290,7 +290,7 @@ def other_adapter() -> None:
     ("make", "error", "word"),
     [
         (lambda: Moments(rank=1), ConfigError, "rank"),
-        (lambda: collected([{"a": torch.ones(1)}, {"b": torch.ones(1)}]), ConfigError, "other weights"),
+        (lambda: collected([{"a": torch.ones(1)}, {"b": torch.ones(1)}]), ConfigError, "different weights"),
         (lambda: SwagPosterior.from_moments(lora(), Moments()), ConfigError, "0 snapshots"),
         (other_adapter, ConfigError, "found shape"),
         (lambda: trained_weights(blob(LLAMA)), ConfigError, "a posterior already"),

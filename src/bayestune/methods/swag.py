@@ -81,7 +81,7 @@ class Moments:
                 raise PosteriorError(f"SWAG: snapshot {self.snapshots + 1} of {name!r} holds NaN or infinite values.")
         if self.snapshots and weights.keys() != self.mean.keys():
             wrong = sorted(weights.keys() ^ self.mean.keys())[0]
-            raise ConfigError(f"SWAG: the names of weights differ from the earlier snapshots', such as {wrong!r}.")
+            raise ConfigError(f"SWAG: found different weights, such as {wrong!r}, expected those of snapshot 1.")
         self.snapshots += 1
         for name, weight in weights.items():
             new = weight.detach().cpu().double()
