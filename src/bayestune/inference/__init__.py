@@ -1,4 +1,4 @@
-"""Draws, predictions and their scores."""
+"""Draw from posteriors, predict and generate with them, and score the results."""
 
 from bayestune.inference.acquire import acquire as acquire
 from bayestune.inference.answer_scores import AnswerScores as AnswerScores

@@ -1,4 +1,4 @@
-"""`acquire`: which rows without a label to label next."""
+"""`acquire`: choose which unlabeled rows to label next."""
 
 import heapq
 from collections.abc import Iterable, Sequence
@@ -13,21 +13,21 @@ ACQUISITIONS = ("mutual_information", "entropy", "random")
 def acquire(
     predictions: Iterable[Prediction | Sequence[str]], count: int, *, score: str = "mutual_information", seed: int = 0
 ) -> list[tuple[str, float]]:
-    """Return id and score of the `count` rows whose labels promise most, best first.
+    """Return the ids and scores of the `count` rows that are most worth labeling, best first.
 
     - "mutual_information" of label and weights, in nats: ``H[p(y|x)] - 1/K sum_k H[p(y|x, theta_k)]``. It is high
-      where the draws are sure and disagree, so that a label would decide between them.
-    - "entropy" of the predictive, in nats: ``H[p(y|x)]``. It is also high where no label would help.
-    - "random": a uniform number for each seed and id, whatever the other rows are.
+      where each draw is confident but the draws disagree, so that a label would decide between them.
+    - "entropy" of the predictive distribution, in nats: ``H[p(y|x)]``. It is also high where no label would help.
+    - "random": a uniform number per seed and id, which does not depend on the other rows.
 
-    Rows are scored one by one, so rows that are chosen together may be alike. Equal scores stay in the order given.
+    Each row is scored on its own, so the chosen rows may resemble each other. Rows with equal scores keep their order.
 
     Args:
-        predictions: of all rows; several where the rows are predicted some at a time. Only the best are kept. For
-            "random", the ids of the rows are enough.
+        predictions: predictions of the rows, in any number of batches; only the best rows are kept in memory. For
+            "random", a batch may also be the list of its ids.
         count: number of rows to return; all of them if there are fewer.
-        score: one of the three.
-        seed: key of "random".
+        score: one of the three above.
+        seed: seed of "random".
 
     Raises:
         ConfigError: as `check_acquisition`, or `count` is less than 1.
@@ -42,7 +42,7 @@ def acquire(
 
 
 def check_acquisition(score: str, draws: int, *, classes: bool = True) -> None:
-    """Raise an error unless `draws` draws of a task, with classes or without, can be ranked by `score`.
+    """Raise an error unless `score` can rank rows that are predicted with `draws` draws, with or without `classes`.
 
     Raises:
         ConfigError: the score is unknown or needs classes, or it is the mutual information and there are fewer than

@@ -1,4 +1,4 @@
-"""`answer_scores`: how many written answers are right, and whether their uncertainty tells which."""
+"""`answer_scores`: the share of free-text answers that are right, and whether their uncertainty shows which."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,24 +22,23 @@ SIGNALS: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "length": lambda text: -float(len(text["tokens"])),
     "agreement": lambda text: text["agreement"],
 }
-"""What may tell right answers from wrong ones, higher for surer ones, by the fields of `Generation.records`."""
+"""Signals that are higher for more certain answers, as functions of one item of `Generation.records`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerScores(AnyScores):
-    """Scores of answers in words.
+    """Scores of free-text answers.
 
     Attributes:
-        exact_match: share of texts that say the same as the right answer.
-        ece: calibration error of the confidence, which is the agreement of the draws where each wrote a text of its
-            own, and otherwise the probability of the whole text under the mixture of the draws.
-        ece_corrected: the same without its bias.
-        auroc: of each signal, the probability that a right answer is surer than a wrong one, ties half; None if all
-            answers are right, or all are wrong.
-        aurc: of each signal, the area under risk and coverage: the mean share of wrong answers among those that are at
-            least as sure as an answer, over all answers.
+        exact_match: share of texts that match the right answer.
+        ece: expected calibration error. The confidence is the agreement of the draws in mode "per_draw", and otherwise
+            the probability of the whole text under the mixture of the draws.
+        ece_corrected: bias-corrected `ece`.
+        auroc: per signal, the probability that it is higher for a right answer than for a wrong one, where ties count
+            half; None if all answers are right, or all are wrong.
+        aurc: per signal, the area under the risk-coverage curve, as `metrics.aurc`.
         rows: number of texts. draws: number of draws.
-        intervals: 95 % intervals of exact match (bootstrap) and of the corrected calibration error.
+        intervals: 95 % intervals of `exact_match` (bootstrap) and of `ece_corrected`.
     """
 
     headings: ClassVar[Mapping[str, str]] = {"exact_match": "exact match", "ece_corrected": "ECE, bias-corrected"}
@@ -55,15 +54,15 @@ class AnswerScores(AnyScores):
 
 
 def answer_scores(generation: Generation, answers: Sequence[str], *, same: Same = "normalized") -> AnswerScores:
-    """Compare each text with the right answer, and its uncertainty with whether it is right.
+    """Return the share of texts that are right, and how well each signal separates right from wrong texts.
 
     Args:
         generation: what `generate` returned.
         answers: the right answer to each prompt.
-        same: when a text is right: "normalized", "exact", or a function of two texts; see `clusters`.
+        same: the rule by which a text is right: "normalized", "exact", or a function of two texts; see `clusters`.
 
     Raises:
-        ConfigError: there is not one answer for each text, or no such rule.
+        ConfigError: the numbers of texts and answers differ, or the rule is unknown.
         DataError: there are no texts.
     """
     return scores_of_texts(generation.records(), answers, draws=generation.draws, same=same)
@@ -72,7 +71,7 @@ def answer_scores(generation: Generation, answers: Sequence[str], *, same: Same 
 def scores_of_texts(
     texts: Sequence[Mapping[str, Any]], answers: Sequence[str], *, draws: int, same: Same = "normalized"
 ) -> AnswerScores:
-    """Do what `answer_scores` does with the lines that `bayestune generate` writes."""
+    """Like `answer_scores`, but for the records that `bayestune generate` writes."""
     if isinstance(answers, str):
         raise ConfigError(f"answer_scores: found {answers!r}, expected a list of answers.")
     if len(texts) != len(answers):

@@ -1,4 +1,4 @@
-"""`rewards` of single texts under draws of a reward model, and `best_of_n`: which text of one prompt to take."""
+"""`rewards`: rewards of texts under the draws of a reward model; `best_of_n`: rank the texts of one prompt by them."""
 
 import math
 from collections.abc import Sequence
@@ -25,18 +25,19 @@ def rewards(
 ) -> Float[Tensor, "slices rows"]:
     """Return the reward of each text under each draw; ``draws=0`` gives those of the mean, in one slice.
 
-    Under draw theta ``p(a better than b | x, theta) = sigmoid(r(x, a; theta) - r(x, b; theta))``, as `predict` has it
-    with the same `seed`: rewards are divided by the posterior's temperature.
+    Under draw theta ``p(a better than b | x, theta) = sigmoid(r(x, a; theta) - r(x, b; theta))``. Rewards are divided
+    by the posterior's temperature, so these are the probabilities that `predict` gives with the same `seed`.
 
-    This fixes rewards only up to a constant per prompt *and draw*, so the spread of one text's rewards over draws, and
-    the difference of two texts after different prompts, mean nothing. `best_of_n` compares the texts of one prompt.
+    They determine rewards only up to a constant per prompt *and draw*. The spread of one text's rewards over draws and
+    the difference between texts of different prompts are therefore meaningless; `best_of_n` compares the texts of one
+    prompt.
 
     Args:
         model: a posterior, or a model.
         task: the preference task.
-        prompts: one per text, or one for all; empty where there is none.
-        texts: at least one.
-        draws, seed, batch_size, progress: as in `predict`; rows are texts.
+        prompts: one prompt per text, or one for all texts; an empty string for no prompt.
+        texts: the texts to score, at least one.
+        draws, seed, batch_size, progress: as in `predict`; a row is a text.
 
     Returns:
         [draws, texts], in logits, float64 on the CPU.
@@ -58,30 +59,31 @@ def rewards(
 def best_of_n(rewards: Float[Tensor, "draws candidates"], *, k: float = 1.0) -> list[tuple[int, float]]:
     r"""Rank the candidates of one prompt by a lower confidence bound of their reward.
 
-    With K draws and n candidates, and each draw's rewards taken from their mean over the candidates,
+    With K draws, n candidates, and each draw's rewards centered over the candidates,
 
         c_ji = r_ji - 1/n sum_l r_jl,    bound_i = mean_j c_ji - k std_j c_ji,
 
-    where the std over draws (with K - 1) is epistemic. A constant added to all rewards of a draw changes nothing: a
-    Bradley-Terry model does not determine it. Two candidates always have the same std, so `k` matters from three on.
+    where the std over draws (with divisor K - 1) is epistemic. Adding a constant to all rewards of a draw changes
+    nothing, since a Bradley-Terry model does not determine it. Two candidates always have the same std, so `k` matters
+    only for three or more.
 
     Args:
-        rewards: of the candidates of one prompt, as `rewards` gives them.
+        rewards: rewards of the candidates of one prompt, [draws, candidates], as `rewards` returns them.
         k: number of standard deviations below the mean; 0 ranks by the mean.
 
     Returns:
-        Index and bound of each candidate, best first; equal bounds stay in the order given.
+        Index and bound of each candidate, best first; candidates with equal bounds keep their order.
 
     Raises:
-        ConfigError: there are no candidates, `k` is not finite, or it is not 0 with fewer than two draws.
+        ConfigError: there are no candidates, `k` is not finite, or `k` is not 0 and there are fewer than two draws.
 
     Example:
-        >>> found = bt.rewards(posterior, task, prompt, texts, draws=10)
-        >>> texts[bt.best_of_n(found, k=1.0)[0][0]]
+        >>> rewards = bt.rewards(posterior, task, prompt, texts, draws=10)
+        >>> texts[bt.best_of_n(rewards, k=1.0)[0][0]]
 
     References:
         Coste et al. 2024, arXiv 2310.02743, "uncertainty-weighted optimization": the mean of an ensemble of reward
-        models less a multiple of its variance. This takes the standard deviation.
+        models minus a multiple of its variance. This function uses the standard deviation instead.
     """
     draws, candidates = rewards.shape
     if not candidates or not math.isfinite(k) or draws < (2 if k else 1):

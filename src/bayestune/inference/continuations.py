@@ -38,26 +38,27 @@ def continuation_log_probs(
     greedy: bool = True,
     progress: bool = False,
 ) -> tuple[Float[Tensor, "draws continuations"], Bool[Tensor, " continuations"]]:
-    r"""Return the log-probability of each continuation y under each draw, and whether their mixture decodes it.
+    r"""Return the log-probability of each continuation y under each draw, and whether the mixture of draws decodes it.
 
     The sequence mixture is ``p(y | x) = 1/K sum_k p(y | x, theta_k)``. After the tokens ``y_<t`` it predicts
 
     .. math::
         p(y_t \mid x, y_{<t}) \propto \sum_k p(y_{<t} \mid x, \theta_k) \, p(y_t \mid x, y_{<t}, \theta_k) ,
 
-    so a draw counts for the next token as much as it foresaw the tokens before. Continuations with the same inputs
-    share a forward, as the letters of one question do.
+    so each draw is weighted by the probability that it gave the previous tokens. Continuations with the same inputs,
+    such as the letters of one question, share a forward.
 
     Args:
         model: the model of the posterior.
-        sampler: its draws of weights.
-        continuations: what to score.
+        sampler: draws of its weights.
+        continuations: the continuations to score.
         batch_size: texts per forward.
-        greedy: whether to find what the mixture decodes; it takes memory for the vocabulary at every target.
+        greedy: whether to compute what the mixture decodes; this takes memory for the vocabulary at every target.
         progress: show a bar on stderr.
 
     Returns:
-        Nats, float64 on the CPU; and whether every target is the mixture's most probable token, False unless `greedy`.
+        Nats, float64 on the CPU; and whether every target is the most probable token of the mixture, which is False
+        unless `greedy`.
 
     Raises:
         PosteriorError: a log-probability is not a number.
@@ -79,11 +80,11 @@ def continuation_log_probs(
 
 
 _Batch = dict[tuple[int, ...], list[int]]
-"""The places of the continuations that have the same inputs, by these."""
+"""Inputs, and the indices of the continuations that share them."""
 
 
 def _batches(continuations: Sequence[Continuation], batch_size: int) -> Iterator[_Batch]:
-    """The inputs of all continuations, `batch_size` at a time, the longest first."""
+    """Yield the inputs of all continuations, `batch_size` at a time, longest first."""
     places: _Batch = defaultdict(list)
     for place, each in enumerate(continuations):
         places[each.inputs].append(place)
@@ -95,10 +96,10 @@ def _batches(continuations: Sequence[Continuation], batch_size: int) -> Iterator
 def _scored(
     model: nn.Module, sampler: Sampler, continuations: Sequence[Continuation], batch: _Batch, greedy: bool
 ) -> dict[int, tuple[Tensor, bool]]:
-    """The log-probabilities by draw, and whether the mixture decodes it, of each continuation in one batch."""
+    """Return, for each continuation of a batch, the log-probability per draw and whether the mixture decodes it."""
     reader: Any = _Logits()
     device = next(model.parameters()).device
-    input_ids = pad(list(batch), 0, left=False).to(device)  # causal: what follows a text does not change it
+    input_ids = pad(list(batch), 0, left=False).to(device)  # causal: padding after a text does not change it
     targets = {place: torch.tensor(continuations[place].targets) for group in batch.values() for place in group}
     sums = {place: torch.empty(sampler.slices, dtype=torch.float64) for place in targets}
     mixtures: dict[int, Tensor] = {}
@@ -112,14 +113,14 @@ def _scored(
                 sums[place][k] = own.sum()
                 if greedy:
                     before = torch.cat([own.new_zeros(1), own[:-1]]).cumsum(0)
-                    joint = log_probs + before.unsqueeze(1)  # of the targets before, and any next token
+                    joint = log_probs + before.unsqueeze(1)  # log p(previous targets, any next token)
                     mixtures[place] = torch.logaddexp(mixtures[place], joint) if k else joint
     decoded = {place: torch.equal(joint.argmax(-1).cpu(), targets[place]) for place, joint in mixtures.items()}
     return {place: (found, decoded.get(place, False)) for place, found in sums.items()}
 
 
 class _Logits:
-    """What a sampler asks of a task: here the logits of the next token, [rows, tokens, vocabulary]."""
+    """Takes the place of a task in a sampler; returns the next-token logits, [rows, tokens, vocabulary]."""
 
     def outputs(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         return model(**batch, use_cache=False).logits

@@ -1,4 +1,4 @@
-"""`Decoder`: transformers' own `generate` on a batch in which every row stands once for each draw."""
+"""`Decoder`: run transformers' `generate` on a batch that holds every row once per draw."""
 
 import copy
 import math
@@ -40,7 +40,7 @@ class Written:
     Attributes:
         ids: the tokens.
         finished: whether the text ended by itself.
-        figures: of the tokens, from the draws that wrote them.
+        figures: the uncertainty of the tokens under the draws that wrote them.
     """
 
     ids: Int[Tensor, " tokens"]
@@ -49,15 +49,15 @@ class Written:
 
 
 class Decoder:
-    """transformers' decoding of a batch whose rows are repeated for every draw, the draw outermost.
+    """Decodes, with transformers, a batch whose rows are repeated for every draw; the draw is the outermost index.
 
     Args:
         scorer: the draws.
-        posterior: whose model writes.
-        tokenizer: of the model.
-        seed: of sampled tokens.
-        mode: whether draws write together or each by itself.
-        settings: of `transformers.GenerationConfig`.
+        posterior: the posterior whose model writes.
+        tokenizer: the model's tokenizer.
+        seed: seed of sampled tokens.
+        mode: "averaged" if the draws write one text together, "per_draw" if each writes its own.
+        settings: settings of `transformers.GenerationConfig`.
     """
 
     def __init__(
@@ -86,19 +86,19 @@ class Decoder:
         self.stop_strings, self.config.stop_strings = self.config.stop_strings, None
         self.others = {name: settings[name] for name in PASSED if settings.get(name) is not None}
         self.plain = True
-        """Whether tokens are sampled from the distributions of the draws as they are; known once a text is written."""
+        """Whether tokens are sampled from the unmodified distributions of the draws; set when a text is written."""
 
     @property
     def new_tokens(self) -> int:
-        """The limit of new tokens."""
+        """The largest number of new tokens."""
         return self.config.max_new_tokens or NEW_TOKENS
 
     def write(self, contexts: Sequence[Sequence[int]], keys: Sequence[int | str]) -> list[list[Written]]:
-        """Return what is written after each context: one text, or one for each draw.
+        """Return the texts that are generated after each context: one, or one per draw.
 
         Args:
             contexts: token ids of the prompts.
-            keys: of the noise that samples tokens, and names for errors.
+            keys: one key per prompt, for the noise that samples its tokens and for errors.
         """
         slices, rows = self.draws.slices, len(contexts)
         mask = pad([[1] * len(ids) for ids in contexts], 0, left=True)
@@ -126,7 +126,7 @@ class Decoder:
         return [found[row::rows] for row in range(rows)]
 
     def _stopping(self) -> StoppingCriteriaList:
-        """The user's criteria and the stop strings: transformers loses the tokenizer that these need."""
+        """Return the user's criteria and the stop strings, since transformers loses the tokenizer that they need."""
         criteria = StoppingCriteriaList(self.others.get("stopping_criteria") or [])
         if self.stop_strings is not None:
             criteria.append(StopStringCriteria(self.tokenizer, self.stop_strings))
@@ -134,7 +134,7 @@ class Decoder:
 
 
 class _Loop:
-    """transformers' loop with the average before its processors and the choice of a token after them."""
+    """transformers' decoding loop with `_Average` before its logits processors and `_Gumbel` after them."""
 
     def __init__(self, decoder: Decoder, keys: Sequence[int | str]) -> None:
         self.decoder, self.keys = decoder, keys
@@ -158,19 +158,19 @@ class _Loop:
         if generation_config.do_sample:
             last = [_Gumbel(self.decoder.seed, self.keys, slices // together, together, input_ids.shape[1])]
             generation_config = copy.deepcopy(generation_config)
-            generation_config.do_sample = False  # the most probable token after Gumbel noise is a sample
+            generation_config.do_sample = False  # after Gumbel noise, the largest score is a sample
         self.ends = _Ends(stopping_criteria, len(input_ids))
         processors = LogitsProcessorList([self.average, *logits_processor, *last])
         return model._sample(input_ids, processors, self.ends, generation_config, **others)
 
 
 class _Average(LogitsProcessor):
-    """Log-probabilities of the average over each row's draws, in the place of each draw's logits; notes its figures.
+    """Replaces the logits by log-probabilities averaged over each row's draws, and records the uncertainty.
 
     Args:
-        slices: how many draws are averaged.
-        names: of the prompts in the batch, for errors.
-        width: tokens of the prompts.
+        slices: number of draws to average.
+        names: names of the prompts in the batch, for errors.
+        width: number of tokens of the padded prompts.
     """
 
     def __init__(self, slices: int, names: Sequence[int | str], width: int) -> None:
@@ -195,18 +195,18 @@ class _Average(LogitsProcessor):
         self.total.append(torch.special.entr(averaged.exp()).sum(-1).cpu())
         self.aleatoric.append(torch.special.entr(self._latest.exp()).sum(-1).mean(0).cpu())
         if self.slices == 1:
-            return scores  # so that processors of logits do what they do in transformers
+            return scores  # so that logits processors act as in transformers
         return averaged.repeat(self.slices, 1)
 
     def choose(self, input_ids: Tensor) -> None:
-        """Note what the draws said of the token that came of the latest distributions, if `input_ids` has it."""
+        """Record each draw's log-probability of the token that was chosen last, if `input_ids` holds it."""
         step = self.width + len(self.chosen)
         if self._latest is not None and input_ids.shape[1] > step:
             taken = input_ids[:, step].view(self.slices, -1, 1)
             self.chosen.append(self._latest.gather(2, taken)[..., 0].cpu())
 
     def figures(self, row: int, count: int) -> Figures:
-        """Return the figures of the first `count` tokens of a row."""
+        """Return the recorded figures of the first `count` tokens of a row."""
         if not count:
             return torch.zeros(self.slices, 0).double(), torch.zeros(0).double(), torch.zeros(0).double()
         chosen, total, aleatoric = (torch.stack(each[:count]) for each in (self.chosen, self.total, self.aleatoric))
@@ -214,7 +214,7 @@ class _Average(LogitsProcessor):
 
 
 class _Gumbel(LogitsProcessor):
-    """Gumbel noise on each row, keyed by seed, prompt, draw and step; the largest sum is a sample (Gumbel 1954)."""
+    """Adds Gumbel noise keyed by seed, prompt, draw and step, so that the largest score is a sample (Gumbel 1954)."""
 
     def __init__(self, seed: int, keys: Sequence[int | str], draws: int, copies: int, width: int) -> None:
         self.keys = [(seed, key, draw) for draw in range(draws) for key in keys]
@@ -229,7 +229,7 @@ class _Gumbel(LogitsProcessor):
 
 
 class _Ends(StoppingCriteriaList):
-    """Stopping criteria that note at which length each row ended, and whether by itself or by a limit."""
+    """Stopping criteria that record at which length each row ended, and whether it ended by itself or at a limit."""
 
     def __init__(self, criteria: StoppingCriteriaList, rows: int) -> None:
         super().__init__(criteria)

@@ -13,14 +13,14 @@ from bayestune.storage.state import active_adapter
 from bayestune.tasks import AnyPrediction
 
 EXCESS_NLL = 0.01
-"""Distance in nats to the NLL of infinitely many draws, for which the draws needed are counted."""
+"""`draws_needed` is the number of draws whose NLL is within this distance, in nats, of that of infinitely many."""
 
-_ROUNDING = 1e-12  # of a logit variance: below it, the epistemic uncertainty may be a rounding error of 1e-16
+_ROUNDING = 1e-12  # logit variance below which the epistemic uncertainty may be a rounding error of 1e-16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnostics:
-    """What the draws do to the answers, and the width of the adapter; the first four are means over rows.
+    """How far the draws move the answers, and how wide the adapter is; the first three are means over rows.
 
     Attributes:
         logit_variance: variance of the centered logits over draws, after division by the posterior's temperature.
@@ -28,7 +28,7 @@ class Diagnostics:
         epistemic: mutual information of answer and weights, in nats.
         softmax_factor: `epistemic` / `logit_variance`; None if the draws are equal up to rounding.
         draws_needed: number of independent draws whose NLL is within 0.01 nats of that of infinitely many.
-        mean_std: mean standard deviation of the adapter's Gaussian weights. None without them, like the next two.
+        mean_std: mean standard deviation of the adapter's Gaussian weights; like the next two, None if it has none.
         initial_std: mean standard deviation of a new adapter with the `rho_init` of this one.
         prior_std: standard deviation of the prior.
     """
@@ -52,18 +52,18 @@ def diagnostics(model: nn.Module | Posterior, prediction: AnyPrediction) -> Diag
         I[y; \theta] \approx \tfrac12 \sum_c p_c \mathrm{Var}[z_c] - \tfrac12 \mathrm{Var}\Big[\sum_c p_c z_c\Big] .
 
     If all classes of a row are equally probable, this is 1/2 of the logit variance. The softmax factor,
-    epistemic / logit variance, falls to 0 as the answers become sure, because the softmax then hides what the logits
-    do. The width of the adapter does not enter it. K draws give (K - 1)/K of it, since their mutual information holds
-    that share of the sample variance.
+    epistemic / logit variance, falls to 0 as the answers become certain, because the softmax then hides changes of the
+    logits. It does not depend on the width of the adapter. K draws give (K - 1)/K of it, as their mutual information
+    contains that share of the sample variance.
 
     Args:
         model: the posterior, or its model, that made the prediction.
-        prediction: of classes, at least 2 draws of at least one row.
+        prediction: a prediction of classes with at least 2 draws and at least one row.
 
     Returns:
-        The diagnostics. Those of the weights are None unless the adapter has Gaussian weights. IVON and TFB do not
-        train the std from a start, so `initial_std` says nothing about their posteriors; nor does `prior_std` about
-        those of TFB, which has no prior.
+        The diagnostics. Those of the weights are None unless the adapter has Gaussian weights. `initial_std` has no
+        meaning for IVON and TFB, which do not train the std from an initial value; nor does `prior_std` for TFB, which
+        has no prior.
 
     Raises:
         DataError: the prediction has no classes, fewer than 2 draws, or no rows.

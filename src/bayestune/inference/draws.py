@@ -1,4 +1,4 @@
-"""Draws: contexts inside which a Bayesian model is one deterministic function."""
+"""`draw`: a context in which a Bayesian model is one deterministic function."""
 
 import operator
 import threading
@@ -14,23 +14,23 @@ from bayestune.errors import ConfigError
 from bayestune.sampling.stacked import single_weights
 
 _LOCK = threading.Lock()
-_HELD: Counter[nn.Module] = Counter()  # modules that were in training mode, by how many contexts hold them out of it
+_HELD: Counter[nn.Module] = Counter()  # by module that was in training mode: how many contexts hold it out
 
 
 @contextmanager
 def draw(model: nn.Module, *, index: int = 0, seed: int = 0) -> Iterator[None]:
-    """Inside, `model` answers with draw (`seed`, `index`): each Gaussian A is ``M + G^2 * noise(seed, index, layer)``.
+    """Context in which `model` is draw (`seed`, `index`): each Gaussian A is ``M + G^2 * noise(seed, index, layer)``.
 
-    The weights are fixed at entry, without a gradient, and are the same for every token, row, batch size, device and
-    process. The model is in evaluation mode inside; its modes and its mean are back on exit, also after an exception.
-    Only the current thread is affected, so threads may hold different draws of one model. A key-value cache
-    (`past_key_values`) belongs to the draw that filled it: a forward of another draw, or of the mean, refuses it.
+    The weights are fixed on entry, have no gradient, and are the same for every token, row, batch size, device and
+    process. The model is in evaluation mode inside; on exit, also after an exception, its modes and its mean are
+    restored. Only the current thread is affected, so threads may hold different draws of one model. A key-value cache
+    (`past_key_values`) belongs to the draw that filled it: a forward of another draw, or of the mean, raises an error.
     Compiled code, caches passed by position, and calls of the inner base model are not checked.
 
     Raises:
-        ConfigError: `index` or `seed` is no whole number, or below 0.
-        DrawError: the model has no Gaussian adapter, or it is merged into the base weights; inside, a cache of
-            another draw is used, or the adapter is merged.
+        ConfigError: `index` or `seed` is not a whole number, or is below 0.
+        DrawError: the model has no Gaussian or dropout adapter, or it is merged into the base weights; or, inside,
+            the cache of a different draw is used, or the adapter is merged.
     """
     for name, value in {"index": index, "seed": seed}.items():
         if not isinstance(value, SupportsIndex) or operator.index(value) < 0:
@@ -42,9 +42,9 @@ def draw(model: nn.Module, *, index: int = 0, seed: int = 0) -> Iterator[None]:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, every module of `model` is in evaluation mode; on exit those that were not are back in training mode.
+    """Context in which every module of `model` is in evaluation mode; the modes are restored on exit.
 
-    Where several threads are inside at once, the modes are back when the last one leaves.
+    If several threads are inside, the modes are restored when the last one leaves.
     """
     with _LOCK:
         held = [module for module in model.modules() if module.training or module in _HELD]

@@ -7,11 +7,11 @@ from bayestune.tasks.base import S
 
 
 def evaluate(prediction: AnyPrediction[S], **options: Any) -> S:
-    """Score `prediction` against the labels of its rows, as its task does.
+    """Return the scores of `prediction` against the labels of its rows; its task determines which.
 
     Args:
         prediction: what `predict` returned.
-        options: passed to `prediction.scores`; for classes `bins`, `resamples` and `seed`.
+        **options: passed to `prediction.scores`; for classes `bins`, `resamples` and `seed`.
 
     Returns:
         The scores; for classes a `Scores` with accuracy, NLL, ECE and Brier score.

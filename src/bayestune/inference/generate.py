@@ -1,18 +1,18 @@
-r"""`generate`: texts from a posterior, and what its draws say of them.
+r"""`generate`: generate texts from a posterior, with the uncertainty of every token.
 
 In mode "averaged" all draws write one text: at every step the next token comes from
 
     p(t | before) = 1/K sum_k p(t | before, theta_k),
 
-with K draws in one batch, each with its own part of one cache. In mode "per_draw" each draw writes a text of its own,
-and the answer is the first text of the largest cluster of texts that say the same.
+with K draws in one batch, each with its own part of one cache. In mode "per_draw" each draw writes its own text, and
+the answer is the first text of the largest cluster of equivalent texts.
 
-Decoding is transformers': generation config, stopping, logits processors, chat template and cache. Processors and the
-settings of sampling act on the log-probabilities of the average, so a repetition penalty, made for logits, is another
-one than with a single draw. A token is sampled by the Gumbel-max trick with noise keyed by (seed, key of
-the prompt, step; in mode "per_draw" also the draw), so that all draws of an average take the same token, the global
-random state is left alone, and a text does not depend on the other prompts. A posterior's temperature, which is fitted
-to choices, is not used.
+transformers does the decoding: generation config, stopping, logits processors, chat template and cache. Processors and
+sampling settings act on the log-probabilities of the average, so a repetition penalty, which is made for logits, has
+a different effect than with a single draw. Tokens are sampled with the Gumbel-max trick; its noise is keyed by the
+seed, the key of the prompt, the step, and in mode "per_draw" the draw. All draws of an average therefore take the same
+token, the global random state is unchanged, and a text does not depend on the other prompts. The posterior's
+temperature is not used, since it is fitted to choices.
 """
 
 import math
@@ -51,22 +51,22 @@ def generate(
     """Return a text for each prompt, with the uncertainty of every token; ``draws=0`` decodes with the mean.
 
     Args:
-        model: a posterior with Gaussian or dropout adapters, or such a model; plain LoRA for ``draws=0``.
-        tokenizer: of the model.
-        prompts: texts, or chats (lists of messages), which the tokenizer's chat template puts into words.
+        model: a posterior or a model with Gaussian or dropout adapters; with ``draws=0`` also plain LoRA.
+        tokenizer: the model's tokenizer.
+        prompts: texts, or chats (lists of messages), which the tokenizer's chat template formats.
         draws, seed: number and seed of the draws; the seed also chooses sampled tokens.
-        mode: "averaged" or "per_draw".
-        same: in mode "per_draw", which texts say the same; see `clusters`.
-        keys: names of the prompts, for the noise that samples tokens and for errors; default: their places.
-        batch_size: prompts at a time, before draws are stacked.
+        mode: "averaged" for one text from all draws, or "per_draw" for one text from each draw.
+        same: in mode "per_draw", the rule by which two texts are one answer; see `clusters`.
+        keys: keys of the prompts, for the noise that samples tokens and for errors; by default their indices.
+        batch_size: prompts per batch, before draws are stacked.
         progress: show a bar on stderr.
         **generation_config: settings of `transformers.GenerationConfig` (`max_new_tokens`, by default 128;
-            `do_sample`, `temperature`, `top_p`, `stop_strings`, ...), or ``generation_config=`` such a one.
+            `do_sample`, `temperature`, `top_p`, `stop_strings`, ...), or ``generation_config=`` with one such object.
 
     Raises:
-        ConfigError: a setting is out of range, or of another kind of decoding, such as beams.
+        ConfigError: a setting is out of range, or asks for another kind of decoding, such as beam search.
         DataError: there are no prompts, or one has no token, or is too long for the model with its new tokens.
-        TaskError: the model is no causal language model, or the tokenizer has no chat template for a chat.
+        TaskError: the model is not a causal language model, or the tokenizer has no chat template for a chat.
         DrawError: the posterior has no such draws, or its draws cannot be stacked.
         PosteriorError: the model's answers are not finite; names the prompt.
     """
@@ -93,7 +93,7 @@ def prepared(
     mode: Mode,
     settings: dict[str, Any],
 ) -> tuple[Decoder, list[list[int]]]:
-    """Return what writes, and the token ids of all prompts, or the error of `generate` before anything is written."""
+    """Return the decoder and the token ids of all prompts, after all checks that `generate` makes before it writes."""
     posterior = as_posterior(model)
     writing_base(posterior, "generate")
     decoder = Decoder(Scorer(posterior, draws, seed), posterior, tokenizer, seed=seed, mode=mode, settings=settings)
@@ -103,7 +103,7 @@ def prepared(
 def _written(
     decoder: Decoder, contexts: Sequence[list[int]], names: Sequence[int | str], batch_size: int, progress: bool
 ) -> list[list[Written]]:
-    """What is written after each context: one text, or one for each draw."""
+    """Return the texts that are generated after each context: one, or one per draw."""
     found: list[list[Written]] = []
     with tqdm(total=len(contexts), desc="generate", unit="prompt", disable=not progress) as bar:
         for start in range(0, len(contexts), batch_size):
@@ -159,6 +159,6 @@ def _per_draw(
 
 
 def _information(likelihoods: Sequence[Float[Tensor, " draws"]]) -> float:
-    """The estimate of `Generation.information` from log p(y_k | theta_j), one tensor for each text y_k."""
+    """Return the estimate of `Generation.information` from log p(y_k | theta_j), given as one tensor per text y_k."""
     table = torch.stack(list(likelihoods))
     return float((table.diagonal() - table.logsumexp(1) + math.log(len(table))).mean())

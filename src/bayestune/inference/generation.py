@@ -17,28 +17,29 @@ from bayestune.errors import ConfigError
 Tokens = tuple[Float[Tensor, " tokens"], ...]
 """One number per token, for each prompt."""
 Same = str | Callable[[str, str], bool]
-"""When two answers are one: the name of a rule in `RULES`, or a function of two texts."""
+"""The rule by which two texts are one answer: a name in `RULES`, or a function of two texts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    r"""One text per prompt, and what all draws say of its tokens. Entropies and log-probabilities are in nats.
+    r"""One text per prompt, with the uncertainty of its tokens. Entropies and log-probabilities are in nats.
 
-    Each has one entry per prompt; figures of tokens are float64 on the CPU, and given the tokens before them.
+    All but `draws` and `seed` have one entry per prompt. Figures of tokens are float64 on the CPU, and are conditional
+    on the tokens before them.
 
     Attributes:
         texts: the texts, without special tokens.
-        sequences: ids of the new tokens, the one that ended the text included.
+        sequences: ids of the new tokens, including the one that ended the text.
         pieces: the text of each token.
-        draw_log_probs: log p(token | before, draw k), [slices, tokens]; one slice, the mean's, for no draws.
+        draw_log_probs: log p(token | before, draw k), [slices, tokens]; one slice, the mean's, if `draws` is 0.
         total: entropy of the average over draws of the next-token distributions.
         aleatoric: mean entropy of the draws' next-token distributions.
-        finished: whether the text ended by itself; False where the limit of new tokens was reached.
+        finished: whether the text ended by itself; False if the limit of new tokens was reached.
         draws: number of draws; 0 for the mean alone. seed: seed of the draws.
         draw_texts: in mode "per_draw" the text of each draw; otherwise None.
-        agreement: in mode "per_draw" the share of draws that say what the text says; otherwise None.
-        information: in mode "per_draw", where tokens were sampled as they are (``do_sample=True, top_k=0``, no
-            processors), a Monte Carlo estimate of the mutual information of text and weights,
+        agreement: in mode "per_draw" the share of draws whose text is the same answer; otherwise None.
+        information: in mode "per_draw", if tokens were sampled from unmodified distributions (``do_sample=True,
+            top_k=0``, no processors), a Monte Carlo estimate of the mutual information of text and weights,
             ``I = 1/K sum_k (log p(y_k | theta_k) - log 1/K sum_j p(y_k | theta_j))``, with y_k the text of draw k;
             it is at most log K. Otherwise None.
     """
@@ -63,12 +64,12 @@ class Generation:
 
     @property
     def log_probs(self) -> Tokens:
-        """``log 1/K sum_k p(token | before, theta_k)`` of each token: what averaged decoding goes by."""
+        """Log-probability of each token in averaged decoding, ``log 1/K sum_k p(token | before, theta_k)``."""
         return tuple(_averaged(each) for each in self.draw_log_probs)
 
     @property
     def log_likelihood(self) -> Float[Tensor, " prompts"]:
-        """``log 1/K sum_k p(text | theta_k)``: the whole text under the mixture of the draws."""
+        """Log-probability of the whole text under the mixture of the draws, ``log 1/K sum_k p(text | theta_k)``."""
         return torch.stack([_averaged(each.sum(-1)) for each in self.draw_log_probs])
 
     @property
@@ -82,7 +83,7 @@ class Generation:
         return torch.stack([each.max() if len(each) else each.new_zeros(()) for each in self.total])
 
     def records(self) -> list[dict[str, Any]]:
-        """Return one JSON object per prompt: text, tokens, their figures, and those of the whole text."""
+        """Return one JSON object per prompt: the text, its tokens, and the figures of the tokens and the text."""
         whole = {name: getattr(self, name).tolist() for name in ("log_likelihood", "mean_entropy", "largest_entropy")}
         each = {name: getattr(self, name) for name in ("log_probs", "total", "aleatoric", "epistemic")}
         drawn = {"draw_texts": self.draw_texts, "agreement": self.agreement, "information": self.information}
@@ -100,9 +101,9 @@ def _averaged(log_probs: Tensor) -> Tensor:
 
 
 def normalized(text: str) -> str:
-    """Return a text in lower case, without articles, brackets, quotes, dashes and the punctuation of sentences.
+    """Return a text in lower case, without articles, brackets, quotes, dashes and sentence punctuation.
 
-    Points, commas and dashes before a digit stay, as in 1.5 and -3, and so do symbols, as in C++.
+    Periods, commas and dashes before a digit stay, as in 1.5 and -3, and so do symbols, as in C++.
     """
     text = unicodedata.normalize("NFC", text).lower()
     kept = "".join(
@@ -118,15 +119,15 @@ def _is_punctuation(letter: str) -> bool:
 
 
 RULES: dict[str, Callable[[str], str]] = {"exact": str.strip, "normalized": normalized}
-"""What two texts must share to be one answer, by the name of the rule."""
+"""By name of the rule: the form that two texts must share to be one answer."""
 
 
 def clusters(texts: Sequence[str], same: Same = "normalized") -> list[list[int]]:
-    """Return the indices of texts that say the same, the largest cluster first; of equal ones the earlier.
+    """Return the indices of equivalent texts, the largest cluster first and, of equally large ones, the earlier first.
 
     Args:
         texts: the texts.
-        same: "normalized" (case, punctuation and articles do not count), "exact", or a function of two texts; a text
+        same: "normalized" (ignores case, punctuation and articles), "exact", or a function of two texts; a text
             joins the first cluster whose first text it matches.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The settings of `generate`: transformers' generation config, without what draws in one batch cannot do."""
+"""The settings of `generate`: transformers' generation config, without what stacked draws do not support."""
 
 import copy
 from collections.abc import Mapping
@@ -19,19 +19,19 @@ _OF_BATCH = {
     "encoder_repetition_penalty": "repetition_penalty",
     "encoder_no_repeat_ngram_size": "no_repeat_ngram_size",
 }
-"""Settings that would depend on the other prompts, as padding counts, and what to use."""
+"""Settings that count padding, and so would depend on the other prompts; and the settings to use instead."""
 
 
 def merged_config(
     own: GenerationConfig, tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any]
 ) -> GenerationConfig:
-    """Return the model's own config with the user's ``generation_config=`` and settings on top.
+    """Return the model's own config, overridden by the user's ``generation_config=`` and settings.
 
     Raises:
-        ConfigError: a setting is unknown or out of range, of another kind of decoding, or depends on the padding.
+        ConfigError: a setting is unknown or out of range, asks for another kind of decoding, or counts padding.
     """
     config, given = copy.deepcopy(own), settings.get("generation_config")
-    if own.stop_strings is not None:  # transformers would look for a tokenizer that it has lost
+    if own.stop_strings is not None:  # transformers would need the tokenizer, which it no longer has
         raise ConfigError(
             f"stop_strings: found {own.stop_strings!r} in the model's own generation_config, expected none; pass "
             "stop_strings= instead."

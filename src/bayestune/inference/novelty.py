@@ -37,10 +37,10 @@ def features(
 
     Args:
         model: a posterior, or a model with or without an adapter.
-        task: whose tokenizer reads the rows.
+        task: the task whose tokenizer reads the rows.
         rows: at least one; labels are not needed. The main text is the question, without passage and choices, or the
             first text of a pair.
-        batch_size: rows per forward; fewer where memory runs out.
+        batch_size: rows per forward; fewer if memory runs out.
         progress: show a bar on stderr.
 
     Returns:
@@ -62,7 +62,7 @@ def features(
 def _all_means(
     base: Any, encodings: Sequence[dict[str, list[int]]], pad_id: int, batch_size: int, bar: tqdm
 ) -> Float[Tensor, "rows width"]:
-    """Return `_means` of every text; the longest go first, and a batch that memory is too small for is halved."""
+    """Return `_means` of every text; the longest are computed first, and a batch that does not fit is halved."""
     longest_first = sorted(range(len(encodings)), key=lambda i: -len(encodings[i]["input_ids"]))
     todo = [longest_first[start : start + batch_size] for start in range(0, len(encodings), batch_size)]
     found: list[Tensor] = [torch.empty(0)] * len(encodings)
@@ -118,24 +118,24 @@ def novelty(
 
         novelty(x) = mean over the `neighbors` smallest of 1 - cos(f(x), f(x_i)),
 
-    where f are the `features`. It says whether a question is *about* something else than the training rows; it does
-    not say whether the answer is wrong.
+    where f are the `features`. It shows whether a question is *about* something other than the training rows, not
+    whether the answer is wrong.
 
     Args:
         model, task, rows, progress: as in `features`.
         known: features of training rows; by default those that the posterior keeps.
-        neighbors: number of nearest training rows; all of them where fewer are known.
+        neighbors: number of nearest training rows; all of them if there are fewer.
 
     Returns:
         [rows], float64 on the CPU; higher is farther.
 
     Raises:
-        ConfigError: as `features`; or there are no features of training rows, they are of another model or not finite,
+        ConfigError: as `features`; or the features of training rows are missing, not finite, or of a different width,
             or `neighbors` is less than 1.
         DataError: as `features`.
 
     Example:
-        >>> known = bt.inference.features(model, task, train_rows)  # a run has kept them: posterior.known
+        >>> known = bt.inference.features(model, task, train_rows)  # a run keeps them as posterior.known
         >>> bt.novelty(model, task, rows, known=known)
 
     References:
@@ -148,7 +148,7 @@ def novelty(
     found = features(model, task, rows, progress=progress)
     if known.shape[1] != found.shape[1]:
         raise ConfigError(
-            f"novelty: found known of width {known.shape[1]}, expected {found.shape[1]} as of this model."
+            f"novelty: found known of width {known.shape[1]}, expected {found.shape[1]}, that of this model."
         )
     return distances(found, known.to(found.device), neighbors=neighbors)
 
@@ -177,7 +177,7 @@ def distances(
 
 @contextmanager
 def _without_adapter(model: nn.Module) -> Iterator[Any]:
-    """The model below the head, or its encoder, with its adapters switched off."""
+    """Yield the model below its head, or its encoder, with its adapters disabled."""
     if not isinstance(model, PeftModel):
         yield _below_head(model)
         return

@@ -1,4 +1,4 @@
-"""`predict`: the outputs of every draw for some rows, with several draws in one forward."""
+"""`predict`: predict rows with the draws of a posterior, several draws in one forward."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -32,24 +32,24 @@ def predict(
     posterior's temperature (BLoB, section 3.4). A model with a BAYES_LORA adapter is its own posterior.
 
     Draws are stacked in the batch: on a GPU as many as fit in a quarter of the free memory, on a CPU as many as keep a
-    forward within 2048 tokens. Draw k is the same function whatever `draws`, `batch_size` and the other rows are. The
-    model and the global random state are unchanged on return.
+    forward within 2048 tokens. Draw k does not depend on `draws`, `batch_size` or the other rows. The model and the
+    global random state are unchanged on return.
 
     Args:
         model: a posterior, or a model.
-        task: what the rows ask.
+        task: the task of the rows.
         rows: at least one; labels are not needed.
         draws, seed: number and seed of the draws.
         batch_size: rows per forward, before draws are stacked.
         progress: show a bar on stderr.
 
     Returns:
-        The task's kind of prediction; for classes a `Prediction`.
+        The prediction, of the type of the task; for classes a `Prediction`.
 
     Raises:
         ConfigError: `draws` or `batch_size` is out of range.
         DataError: there are no rows, or a row cannot be used or has a token without an embedding; names the row.
-        TaskError, DrawError: the task or the posterior does not fit, such as draws of a plain LoRA model.
+        TaskError, DrawError: the task does not fit the model, or the posterior has no such draws, as plain LoRA.
         PosteriorError: the model's outputs are not finite; names the row.
     """
     outputs, temperature = draw_outputs(
@@ -87,7 +87,7 @@ def draw_outputs(
 def _outputs(
     sampler: Sampler, module: nn.Module, task: Task[Any], rows: Sequence[AnyRow], batch_size: int, progress: bool
 ) -> Tensor:
-    """The outputs of every draw, [slices, rows, columns], float64 on the CPU; the longest rows go first."""
+    """Return the outputs of every draw, [slices, rows, columns], in float64; the longest rows are computed first."""
     examples = task.examples(rows, module)
     longest_first = sorted(range(len(rows)), key=lambda i: -task.tokens(examples[i]))
     todo = [longest_first[i : i + batch_size] for i in range(0, len(rows), batch_size)]
@@ -108,7 +108,7 @@ def _outputs(
 
 
 def _finite(outputs: Tensor, ids: Sequence[str]) -> Tensor:
-    """The outputs [slices, rows, columns], or an error that names the first row without a usable one."""
+    """Return the outputs [slices, rows, columns], or raise an error that names the first row without usable ones."""
     bad = (outputs.isnan() | outputs.isposinf()).any(-1) | outputs.isneginf().all(-1)
     if bad.any():
         row = ids[int(bad.any(0).nonzero()[0, 0])]
@@ -120,7 +120,7 @@ def _finite(outputs: Tensor, ids: Sequence[str]) -> Tensor:
 
 
 def _outputs_or_split(sampler: Sampler, task: Task, batch: dict[str, Tensor]) -> Tensor | None:
-    """Outputs [slices, rows, columns] of one batch; None if memory ran out at one draw and it must be split."""
+    """Return the outputs [slices, rows, columns] of a batch; None if one draw of it does not fit in memory."""
     at_once = min(sampler.slices, sampler.at_once(batch))
     while True:
         try:
@@ -128,7 +128,7 @@ def _outputs_or_split(sampler: Sampler, task: Task, batch: dict[str, Tensor]) ->
         except DrawError:
             if at_once == 1:
                 raise
-            at_once = 1  # a layer that sees tokens first or relative positions cannot tell stacked draws apart
+            at_once = 1  # stacked draws cannot be separated in a layer whose input is not ordered by rows
         except torch.OutOfMemoryError as error:
             if at_once > 1:
                 at_once = at_once // 2

@@ -30,13 +30,13 @@ def prompt_information(
 
         1/T sum_t ( H[1/K sum_k p_k(. | x_1..x_t)] - 1/K sum_k H[p_k(. | x_1..x_t)] ),
 
-    with p_k the next-token distribution of draw k over the whole vocabulary. It needs no choices and no label.
+    with p_k the next-token distribution of draw k over the whole vocabulary. It needs neither choices nor labels.
 
     Args:
         model: a posterior, or a model with a BAYES_LORA adapter.
-        task: whose prompt is read.
+        task: the task that makes the prompts.
         rows: at least one; labels are not needed.
-        draws, seed: number, at least 2, and seed of the draws.
+        draws, seed: number (at least 2) and seed of the draws.
         progress: show a bar on stderr.
 
     Returns:
@@ -45,7 +45,7 @@ def prompt_information(
     Raises:
         ConfigError: there are fewer than two draws.
         DataError: there are no rows, or a row cannot be used; names the row.
-        DrawError: the posterior has no such draws, or draws only answers, as linearized posteriors do.
+        DrawError: the posterior has no such draws, or draws outputs instead of weights, as linearized ones do.
     """
     if draws < 2:
         raise ConfigError(f"prompt_information: found {draws} draws, whose disagreement is 0, expected at least 2.")
@@ -66,7 +66,7 @@ def prompt_information(
 
 
 def _information(sampler: Sampler, input_ids: Int[Tensor, "1 tokens"]) -> Float[Tensor, ""]:
-    """The mutual information of one text, one draw after another: all draws at once would not fit in memory."""
+    """Return the mutual information of one text, computed draw by draw: all draws would not fit in memory."""
     reader: Any = _NextTokens()
     mean, entropy = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for k in range(sampler.slices):
@@ -77,7 +77,7 @@ def _information(sampler: Sampler, input_ids: Int[Tensor, "1 tokens"]) -> Float[
 
 
 class _NextTokens:
-    """What a sampler asks of a task: here the log-probabilities of the next token, [rows, tokens, vocabulary]."""
+    """Takes the place of a task in a sampler; returns next-token log-probabilities, [rows, tokens, vocabulary]."""
 
     def outputs(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         return widen(model(**batch, use_cache=False).logits).log_softmax(-1)

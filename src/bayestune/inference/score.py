@@ -1,4 +1,4 @@
-"""`score`: what all draws say of texts that exist already, token by token."""
+"""`score`: the uncertainty of every token of existing texts."""
 
 import functools
 import operator
@@ -33,22 +33,22 @@ def score(
     seed: int = 0,
     progress: bool = False,
 ) -> Generation:
-    """Return the uncertainty of every token of each text after its prompt; ``draws=0`` asks the mean.
+    """Return the uncertainty of every token of each text after its prompt; ``draws=0`` uses the mean.
 
-    Prompt and text are tokenized apart and joined, without a token for the end of the text.
+    Prompt and text are tokenized separately and joined, without an end-of-text token.
 
     Args:
         model: a posterior, or a causal language model with an adapter.
-        tokenizer: of the model.
-        prompts: texts, or chats (lists of messages), which the tokenizer's chat template puts into words.
+        tokenizer: the model's tokenizer.
+        prompts: texts, or chats (lists of messages), which the tokenizer's chat template formats.
         texts: one for each prompt.
         draws, seed: number and seed of the draws.
         progress: show a bar on stderr.
 
     Raises:
-        ConfigError: there is not one text for each prompt, or `draws` is below 0.
-        DataError: there are no prompts, or a prompt or a text has no token, or both are too long for the model.
-        TaskError: the model is no causal language model, or the tokenizer has no chat template for a chat.
+        ConfigError: the numbers of prompts and texts differ, or `draws` is below 0.
+        DataError: there are no prompts, a prompt or a text has no token, or both together are too long for the model.
+        TaskError: the model is not a causal language model, or the tokenizer has no chat template for a chat.
         DrawError: the posterior has no such draws.
         PosteriorError: the model's answers are not finite; names the prompt.
     """
@@ -87,15 +87,15 @@ def _text_ids(
 
 
 class Scorer:
-    """The draws of a posterior as readers of texts, one after another: all at once would not fit in memory.
+    """Scores texts under the draws of a posterior, one draw after another: all at once would not fit in memory.
 
     Args:
-        posterior: over a causal language model.
+        posterior: a posterior over a causal language model.
         draws, seed: number and seed of the draws.
 
     Raises:
         ConfigError: `draws` is below 0.
-        DrawError: the posterior has no such draws, or draws of the answers alone, as linearized posteriors have.
+        DrawError: the posterior has no such draws, or draws outputs instead of weights, as linearized ones do.
     """
 
     def __init__(self, posterior: Posterior, draws: int, seed: int) -> None:
@@ -137,7 +137,7 @@ class Scorer:
 
 
 class _NextTokens:
-    """What a sampler asks of a task: here log-probabilities of the last tokens, [rows, tokens, vocabulary]."""
+    """Takes the place of a task in a sampler; returns last-token log-probabilities, [rows, tokens, vocabulary]."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -158,6 +158,7 @@ def encoded(
     """Return the token ids of prompts; errors name `call` and the prompt.
 
     Raises:
+        ConfigError: the numbers of names and prompts differ.
         DataError: there are no prompts, or one has no token, or is too long with `new_tokens` more.
         TaskError: the model does not generate, or the tokenizer has no chat template for a chat.
     """
@@ -180,7 +181,7 @@ def writing_base(posterior: Posterior, call: str) -> Any:
     """Return the model under the adapter.
 
     Raises:
-        TaskError: it is no causal language model.
+        TaskError: it is not a causal language model.
     """
     base: Any = posterior.model.get_base_model()
     if not base.can_generate() or base.config.is_encoder_decoder:
@@ -207,10 +208,10 @@ def _ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: str) -> list
 
 def check_length(posterior: Posterior, tokens: int, name: int | str, call: str) -> None:
     """Raise a DataError if a text has more tokens than the model has positions for."""
-    limit = getattr(posterior.model.config.get_text_config(), "max_position_embeddings", None)  # GPT-2's by an alias
+    limit = getattr(posterior.model.config.get_text_config(), "max_position_embeddings", None)  # GPT-2 has an alias
     if limit is not None and tokens > limit:
         raise DataError(
-            f"{call}: prompt {name!r}: found {tokens} tokens with those to come, expected at most {limit}, the "
+            f"{call}: prompt {name!r}: found {tokens} tokens including new ones, expected at most {limit}, the "
             "positions of the model; shorten it, or ask for fewer new tokens."
         )
 
@@ -218,7 +219,7 @@ def check_length(posterior: Posterior, tokens: int, name: int | str, call: str) 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: Int[Tensor, " tokens"]) -> tuple[str, ...]:
     """Return the text that each token adds; parts of a character are shown with the token that completes it."""
     decode: Any = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
-    found, start, done = [], 0, 0  # the piece before is decoded again, since a first token may lose its blank
+    found, start, done = [], 0, 0  # decoded with the piece before: a first token may lose its space
     for end in range(1, len(ids) + 1):
         text = decode(ids[start:end])
         complete = not text.endswith("�") or end == len(ids)

@@ -1,4 +1,4 @@
-"""Texts whose uncertain tokens are shaded: in a terminal, and as one HTML page."""
+"""Shade the uncertain tokens of texts: `shaded` for a terminal, `shaded_html` as one HTML page."""
 
 import html
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ _DARK, _PLAIN = "\x1b[38;5;16m", "\x1b[0m"
 
 
 def shaded(generation: Generation, *, by: Shade = "epistemic") -> list[str]:
-    """Return each text for a terminal, its tokens darker the larger their uncertainty beside the largest of all.
+    """Return each text for a terminal; a token is darker the closer its uncertainty is to the largest of all tokens.
 
     Args:
-        generation: texts with their figures.
-        by: which uncertainty shades.
+        generation: the texts and the uncertainty of their tokens.
+        by: the uncertainty that sets the shade.
     """
     levels = _levels(generation, by)
     return [
@@ -31,12 +31,12 @@ def shaded(generation: Generation, *, by: Shade = "epistemic") -> list[str]:
 
 
 def shaded_html(generation: Generation, *, prompts: Sequence[str] = (), by: Shade = "epistemic") -> str:
-    """Return one HTML page: each text with its tokens shaded, and the figures of a token under the pointer.
+    """Return one HTML page of shaded texts; pointing at a token shows its figures.
 
     Args:
-        generation: texts with their figures.
+        generation: the texts and the uncertainty of their tokens.
         prompts: a heading for each text.
-        by: which uncertainty shades.
+        by: the uncertainty that sets the shade.
     """
     if prompts and len(prompts) != len(generation.texts):
         raise ConfigError(f"prompts: found {len(prompts)}, expected {len(generation.texts)}, one for each text.")
@@ -62,7 +62,7 @@ def shaded_html(generation: Generation, *, prompts: Sequence[str] = (), by: Shad
 
 
 def _levels(generation: Generation, by: Shade) -> list[list[float]]:
-    """The uncertainty of each token, divided by the largest of all texts."""
+    """Return the uncertainty of each token, divided by the largest of all tokens."""
     values = getattr(generation, by)
     largest = max((float(each.max()) for each in values if len(each)), default=0.0)
     return [[value / largest if largest > 0 else 0.0 for value in each.tolist()] for each in values]
