@@ -153,7 +153,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], None], type[Exception], str]] 
     "other answers": (
         lambda r: r["adapters"][2].update(probe=r["adapters"][1]["probe"]),
         ServingError,
-        "adapter 2 answers a first question otherwise than when served.json was written",
+        "adapter 2 answers a first question differently than when served.json was written",
     ),
     "a draw less": (
         lambda r: r["adapters"].pop(),
@@ -198,7 +198,7 @@ def test_a_draw_that_changes_nothing_is_refused(tmp_path: Path) -> None:
 def test_a_start_that_fails_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "base.gguf").write_bytes(b"GGUF but not really")
     with pytest.raises(
-        ServingError, match="llama.cpp did not start with .*: the file is no GGUF model, or another one"
+        ServingError, match="llama.cpp did not start with .*: the file is not a GGUF model or not the adapters' base"
     ):
         with serving(tmp_path, posterior(), task(tmp_path)):
             pass

@@ -1,4 +1,4 @@
-"""Posteriors for other programs. Without torch, the client alone can be imported."""
+"""Serve posteriors to other programs. Without torch, only the client can be imported."""
 
 from importlib.util import find_spec
 

@@ -1,4 +1,4 @@
-"""Multiple-choice tasks for a server: from a task to its record and back, and from rows to questions and answers."""
+"""Multiple-choice tasks on a server: convert tasks to records and back, rows to requests, answers to predictions."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,7 +49,7 @@ def _fields(row: Row) -> dict[str, Any]:
 
 
 def task_of(record: ServedTask, tokenizer: Path) -> CausalChoice:
-    """Return the task of a record, with the tokenizer in a folder.
+    """Return the task of a record, with the tokenizer in the folder `tokenizer`.
 
     Raises:
         ConfigError: the folder holds no tokenizer.
@@ -76,7 +76,7 @@ def task_of(record: ServedTask, tokenizer: Path) -> CausalChoice:
 
 
 def asked_rows(task: CausalChoice, rows: Sequence[AnyRow]) -> tuple[list[dict[str, Any]], list[Asked]]:
-    """Return the example of each row, and what a server is asked for it."""
+    """Return the example of each row, and the question about it for a server."""
     if not rows:
         raise DataError("predict: found no rows, expected at least one.")
     examples = [task.example(row) for row in rows]

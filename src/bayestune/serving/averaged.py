@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _GREEDY = 1e-6
-"""A temperature below it is 0: the quotient would overflow."""
+"""A lower temperature counts as 0, since dividing by it would overflow."""
 Distribution = NDArray[np.float64]
 
 
@@ -16,7 +16,7 @@ class Token:
     """A chosen token.
 
     Attributes:
-        id: of the token. log_prob: under the mixture, in nats.
+        id: its id. log_prob: its log-probability under the mixture, in nats.
         top: the most probable tokens and their log-probabilities, best first.
         total: entropy of the mixture. aleatoric: mean entropy of the draws. epistemic: their difference; all in nats.
     """
@@ -31,9 +31,11 @@ class Token:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a token is chosen: the most probable one at temperature 0.
+    """How a token is chosen from the mixture of the draws.
 
-    The temperature and `top_p`, the mass of the nucleus, act on the mixture.
+    Attributes:
+        temperature: applied to the mixture; 0 takes the most probable token. top_p: probability mass of the nucleus.
+        top: number of the most probable tokens to report. seed: seed of the sampled tokens.
     """
 
     temperature: float = 1.0
@@ -50,16 +52,16 @@ def decode(
     sampling: Sampling,
     stops: Callable[[Sequence[int]], bool],
 ) -> list[Token]:
-    """Return up to `max_tokens` tokens, each from the average of the draws' distributions after those before it.
+    """Return up to `max_tokens` tokens, each chosen from the average of the draws' next-token distributions.
 
-    ``p(t) = 1/K sum_k p(t | before, theta_k)``: at every token all draws see the same text.
+    ``p(t) = 1/K sum_k p(t | before, theta_k)``. At every token, all draws see the same text.
 
     Args:
-        ask: the log-probabilities [draws, tokens] after a context.
+        ask: returns the log-probabilities [draws, vocabulary] after a context.
         context: token ids of the prompt.
-        max_tokens: limit.
+        max_tokens: largest number of tokens.
         sampling: how a token is chosen.
-        stops: whether the ids so far end the answer.
+        stops: returns whether the ids so far end the answer.
     """
     generator = np.random.default_rng(sampling.seed)
     tokens: list[Token] = []
@@ -95,6 +97,6 @@ def _sampled(mixture: Distribution, best: NDArray[np.intp], sampling: Sampling, 
 
 
 def _entropies(log_probs: Distribution) -> Distribution:
-    """The entropy of each row, in nats."""
+    """Return the entropy of each row, in nats."""
     probs = np.exp(log_probs)
     return -np.where(probs > 0, probs * np.where(probs > 0, log_probs, 0.0), 0.0).sum(-1)

@@ -1,4 +1,4 @@
-"""`Client`: the predictive distribution of a posterior whose draws a server holds. Imports without torch."""
+"""`Client`: predict with a posterior whose draws are on a server. This module imports without torch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,30 +18,30 @@ if TYPE_CHECKING:
     from bayestune.tasks.causal import CausalChoice
 
 _SAME = 1e-2
-"""How far the log-probabilities of a draw may be from the record's, in nats, as on another machine.
+"""Largest difference in nats between a draw's log-probabilities and those in the record, for other machines.
 
-Draws that are nearer to each other than this are told apart by the hash of their file alone."""
+Draws that differ by less are distinguished only by the hash of their file."""
 _TENSORS = "adapter_model.safetensors"
 
 
 class Client:
-    """The draws of a posterior on a running server, as one predictive distribution.
+    """The predictive distribution of a posterior whose draws are on a running server.
 
-    Every draw is asked for itself, and the probabilities are averaged:
+    The client asks every draw separately and averages the probabilities:
     ``p(y|x) = 1/K sum_k softmax(log p(choice | x, theta_k) / T)`` (BLoB, arXiv 2406.11675, section 3.4). On
-    construction the client checks that the server holds every draw of the record, and that each changes its answers.
+    construction the client checks that the server holds every draw of the record, and that each changes the answers.
 
     Args:
-        served: the `served.json` of `bayestune serve`, or its folder; or the URL of a server, whose adapters are then
-            all taken as draws, and which must be asked with token ids or with a task.
-        api_key: of the server.
-        concurrency: requests under way at once.
+        served: the `served.json` that `bayestune serve` wrote, or its folder; or the URL of a server. With a URL,
+            every adapter counts as a draw, and questions need token ids or a task.
+        api_key: the server's API key.
+        concurrency: largest number of concurrent requests.
         timeout: seconds that a request may take.
-        retries: further tries of a request that found no server or a busy one.
+        retries: how often a request is repeated if the server is unreachable or busy.
 
     Raises:
         ConfigError: there is no record, or it is incomplete.
-        ServingError: the server is down, lacks a draw, holds another, or one that changes nothing.
+        ServingError: the server is down, or lacks a draw, or a draw differs from the record or has no effect.
 
     Example:
         >>> client = Client("served/served.json")  # doctest: +SKIP
@@ -82,14 +82,14 @@ class Client:
 
     @property
     def seed(self) -> int:
-        """Seed of the draws; 0 where there is no record."""
+        """Seed of the draws; 0 if there is no record."""
         return 0 if self.record is None else self.record.seed
 
     def check(self) -> None:
-        """Look again at the server, as on construction.
+        """Check the server again, as on construction.
 
         Raises:
-            ServingError: the server is down, lacks a draw, holds another, or one that changes nothing.
+            ServingError: as on construction.
         """
         try:
             self._wire, there = self._found()
@@ -101,7 +101,7 @@ class Client:
         self._check_probes()
 
     def _found(self) -> tuple[Wire, list[Adapter]]:
-        """The protocol of the server, and its adapters."""
+        """Return the protocol of the server, and its adapters."""
         listed = self._connection.ask(Question(path="/v1/models"))
         if listed["data"][0].get("owned_by") == "llamacpp":
             there = LlamaCpp().adapters(self._connection.ask(LlamaCpp.listing))
@@ -121,7 +121,7 @@ class Client:
         return wire, there
 
     def _recorded(self, record: Served, there: list[Adapter]) -> tuple[Adapter, ...]:
-        """The adapters of the record, which the server must have loaded from the same files."""
+        """Return the adapters of the record, after checking that the server loaded them from the same files."""
         loaded = {adapter.key: adapter for adapter in there}
         found = []
         for draw in record.adapters:
@@ -148,16 +148,16 @@ class Client:
             )
 
     def probes(self) -> NDArray[np.float64]:
-        """Return the log-probabilities [1 + adapters, tokens] of the tokens of `PROBE`, first under the base."""
+        """Return the log-probabilities [1 + adapters, tokens] of the tokens of `PROBE`; the first row is the base."""
         tokens = [int(token) for token in self._connection.ask(self._wire.tokenize(PROBE))["tokens"]]
         asked, keys = Asked(tokens[:1], [tokens[1:]]), [None, *(adapter.key for adapter in self.adapters)]
         known = self._known([asked], keys)
         return np.array([[known[k, 0][step] for step in asked.steps(0)] for k in range(len(keys))])
 
     def _check_probes(self) -> None:
-        """Raise an error unless every draw answers as in the record, and otherwise than the base.
+        """Raise an error unless every draw answers as in the record, and differently from the base.
 
-        An adapter can load and do nothing, and a file of the same name can be another.
+        An adapter can load without effect, and a file can have the right name and the wrong content.
         """
         base, *draws = self.probes()
         for place, (adapter, draw) in enumerate(zip(self.adapters, draws, strict=True)):
@@ -171,27 +171,27 @@ class Client:
             before = self.record.adapters[place].probe
             if len(before) != len(draw) or np.abs(np.array(before) - draw).max() > _SAME:
                 raise ServingError(
-                    f"{self._connection.url}: adapter {adapter.key!r} answers a first question otherwise than when "
-                    f"{SERVED} was written, expected the same; serve the run again."
+                    f"{self._connection.url}: adapter {adapter.key!r} answers a first question differently than "
+                    f"when {SERVED} was written, expected the same; serve the run again."
                 )
 
     def log_probs(self, asked: Sequence[Asked], *, progress: bool = False) -> NDArray[np.float64]:
         """Return the log-probability of each answer under each draw.
 
         Args:
-            asked: the rows.
+            asked: the rows, as questions.
             progress: show a bar on stderr.
 
         Returns:
             Log-probabilities [draws, rows, answers] in nats; -inf for answers that a row lacks.
 
         Raises:
-            ServingError: a draw did not answer, or left out a token. There is no average over fewer draws.
+            ServingError: a draw did not answer, or left out a token; the others are not averaged without it.
         """
         return self._log_probs(asked, [adapter.key for adapter in self.adapters], progress=progress)
 
     def log_probs_of(self, asked: Sequence[Asked], key: int | str | None) -> NDArray[np.float64]:
-        """Return `log_probs` [rows, answers] under one adapter, or for None under the base alone."""
+        """Return `log_probs` [rows, answers] under one adapter; None is the base model."""
         return self._log_probs(asked, [key])[0]
 
     def _log_probs(
@@ -208,7 +208,7 @@ class Client:
     def _known(
         self, asked: Sequence[Asked], keys: Sequence[int | str | None], *, progress: bool = False
     ) -> dict[tuple[int, int], dict[Step, float]]:
-        """The log-probability of every token of the answers, by the index of the key and of the row."""
+        """Return the log-probability of every answer token, by (index of the key, index of the row)."""
         known: dict[tuple[int, int], dict[Step, float]] = {
             (k, row): {} for k in range(len(keys)) for row in range(len(asked))
         }
@@ -226,7 +226,7 @@ class Client:
         return known
 
     def _by_distributions(self, steps: Sequence[Step], key: int | str | None) -> dict[Step, float]:
-        """The same by the whole distribution after each context, for tokens that the server does not tell by name."""
+        """Return the log-probabilities of tokens that the server withholds, read from whole distributions."""
         contexts = list(dict.fromkeys(before for before, _ in steps))
         replies = self._connection.ask_all([self._wire.whole(key, context) for context in contexts])
         found = {context: self._wire.read_whole(reply) for context, reply in zip(contexts, replies, strict=True)}
@@ -260,14 +260,15 @@ class Client:
     def predict(
         self, rows: "Sequence[AnyRow]", *, task: "CausalChoice | None" = None, progress: bool = False
     ) -> "Prediction":
-        """Predict `rows` as `bayestune.predict` does, by the draws on the server. Needs torch.
+        """Predict `rows` like `bayestune.predict`, but with the draws on the server. This needs torch.
 
         Args:
             rows: at least one; labels are not needed.
-            task: what the rows ask; by default the task of the record. At a URL alone no temperature is applied.
+            task: the task of the rows; by default that of the record. Without a record, no temperature is applied.
             progress: show a bar on stderr.
 
         Raises:
+            ConfigError: there is no record, and no `task`.
             DataError: there are no rows, or a row cannot be used; names the row.
             ServingError: as `log_probs`.
         """

@@ -1,4 +1,4 @@
-"""A connection to a server of draws: several requests at once, with a limit on retries."""
+"""A connection to a server of draws, with concurrent requests and a limit on retries."""
 
 import re
 import time
@@ -16,20 +16,20 @@ _AGAIN = {429, 502, 503, 504}  # the server is busy, or still loading the model
 
 
 def check_api_key(api_key: str | None) -> None:
-    """Raise a ConfigError for a key that no header can carry."""
+    """Raise a ConfigError for a key that cannot be sent in a header."""
     if api_key is not None and not re.fullmatch(r"[!-~]+", api_key):
         raise ConfigError("api_key: found blanks or characters beyond ASCII, expected printable ones.")
 
 
 class Connection:
-    """JSON requests to one server.
+    """Sends JSON requests to one server.
 
     Args:
-        url: of the server.
+        url: the server's URL.
         api_key: sent as a bearer token.
-        concurrency: requests under way at once.
+        concurrency: largest number of concurrent requests.
         timeout: seconds that one request may take.
-        retries: further tries of a request that found no server, or a busy one; each waits twice as long, from 0.2 s.
+        retries: how often a request is repeated if the server is unreachable or busy, after 0.2 s, 0.4 s, ....
     """
 
     def __init__(self, url: str, *, api_key: str | None, concurrency: int, timeout: float, retries: int) -> None:
@@ -49,7 +49,7 @@ class Connection:
         """Return the JSON reply to one request.
 
         Raises:
-            ServingError: no server, no answer in time, or a refusal.
+            ServingError: the server is unreachable, does not answer in time, or refuses the request.
         """
         fault = ""
         for attempt in range(self.retries + 1):
@@ -88,7 +88,7 @@ class Connection:
         return found
 
     def ask_all(self, questions: Sequence[Question], *, progress: bool = False) -> list[Any]:
-        """Return the replies, in order; the first failure cancels what has not been sent."""
+        """Return the replies, in order; the first failure cancels the requests that are not sent yet."""
         sent = [self._pool.submit(self.ask, question) for question in questions]
         shown: Iterable[Any] = tqdm(sent, desc="ask", unit="request", disable=not progress)
         try:

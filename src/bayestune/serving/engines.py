@@ -1,4 +1,4 @@
-"""Real servers of LoRA adapters: llama.cpp in this process, vLLM in its own."""
+"""Start a server of LoRA adapters: llama.cpp in this process, or vLLM in its own."""
 
 import contextlib
 import importlib
@@ -20,11 +20,11 @@ from bayestune.errors import ConfigError, ServingError, one_line
 from bayestune.serving.connection import check_api_key
 
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The largest ranks that vLLM can be told."""
+"""The values that vLLM accepts as its largest rank."""
 
 
 def check_engine(backend: str, base: Path | None, api_key: str | None) -> None:
-    """Raise a ConfigError if a server cannot be started: an unknown name, no package, no base, or a key of blanks."""
+    """Raise a ConfigError if the backend is unknown, its package or base is missing, or the API key is unusable."""
     check_api_key(api_key)
     if backend not in ("llamacpp", "vllm"):
         raise ConfigError(f"backend: found {backend!r}, expected 'llamacpp' or 'vllm'.")
@@ -43,7 +43,7 @@ def check_engine(backend: str, base: Path | None, api_key: str | None) -> None:
 
 
 def check_port(host: str, port: int) -> int:
-    """Return the port, or for 0 a free one; a ConfigError if another program listens there."""
+    """Return the port, or for 0 a free one; raise a ConfigError if it cannot be opened."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -59,7 +59,7 @@ def llamacpp(
 ) -> Iterator[str]:
     """Run llama.cpp's server in this process, in float32, with as many threads as torch uses, and yield its URL.
 
-    Adapters have the scale 0 until a request asks for one, and no prompt is kept: the cache is not keyed by adapter.
+    Adapters have the scale 0 until a request sets it. The prompt cache is off, since it is not keyed by adapter.
     """
     xllamacpp: Any = importlib.import_module("xllamacpp")
     settings = xllamacpp.CommonParams()
@@ -76,11 +76,11 @@ def llamacpp(
         server = xllamacpp.Server(settings)
     except RuntimeError as error:
         raise ServingError(
-            f"llama.cpp did not start with {base} and {len(adapters)} adapters ({one_line(error)}): the file is no "
-            f"GGUF model, or another one than the adapters', or port {port} is taken."
+            f"llama.cpp did not start with {base} and {len(adapters)} adapters ({one_line(error)}): the file is not "
+            f"a GGUF model or not the adapters' base, or port {port} is taken."
         ) from error
     try:
-        # Its loop answers this; a server that is stopped before the loop runs would wait for it without end.
+        # Wait for an answer of the server's loop: stopped before the loop runs, the server would hang.
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         url = server.listening_address
         try:
@@ -89,7 +89,7 @@ def llamacpp(
             raise ServingError(f"{url}: llama.cpp was started and does not answer: {one_line(error)}") from error
         yield url
     finally:
-        del server  # which stops it
+        del server  # this stops it
 
 
 @contextlib.contextmanager
@@ -121,7 +121,7 @@ def vllm(
         yield url
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)  # it has processes of its own
+            os.killpg(process.pid, signal.SIGTERM)  # it has child processes
         try:
             process.wait(timeout=20)
         except subprocess.TimeoutExpired:
@@ -129,7 +129,7 @@ def vllm(
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, seconds: float = 900) -> None:
-    """Return once the server answers; an error if it ends first."""
+    """Return once the server answers; raise an error if it ends first, or after `seconds`."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if process.poll() is not None:

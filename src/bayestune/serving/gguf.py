@@ -1,7 +1,7 @@
 """LoRA adapters as GGUF files for llama.cpp. The only file that imports gguf.
 
 llama.cpp rotates neighboring rows of a query or key projection where transformers rotates the two halves of a head.
-Its converter therefore reorders these rows in models of some architectures, and an adapter must follow the base.
+Its converter therefore reorders these rows in models of some architectures, and an adapter must be reordered likewise.
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ class Architecture:
 
     Attributes:
         name: GGUF's name of the architecture.
-        permuted: the layers whose rows are reordered, with the setting of the configuration that counts their heads.
+        permuted: the layers whose rows are reordered, with the config setting that holds their number of heads.
     """
 
     name: str
@@ -80,7 +80,7 @@ def check_gguf_package() -> None:
 
 
 def gguf_layers(model: PeftModel, adapter: str) -> tuple[Architecture, dict[str, GgufLayer]]:
-    """Return the architecture of a model's base and the place of each layer that `adapter` adapts in a GGUF file.
+    """Return the architecture of a model's base, and the GGUF name of each layer that `adapter` adapts.
 
     Args:
         model: the model with the adapter.
@@ -147,13 +147,13 @@ def _check_modules(model: PeftModel, adapter: str) -> None:
 
 
 def permuted_rows(weight: Tensor, heads: int) -> Tensor:
-    r"""Return a query or key projection's rows in llama.cpp's order, where the pairs that are rotated are neighbors.
+    r"""Return a query or key projection's rows in llama.cpp's order, in which rotated pairs are neighbors.
 
     .. math:: W'_{(h, i, p)} = W_{(h, p, i)}, \quad p \in \{0, 1\}, \quad 0 \le i < d / 2
 
     Args:
         weight: weight or lora_B of the projection, ``[heads * d, inputs]``, where d is the even size of a head.
-        heads: number of heads: of key-value heads for a key projection.
+        heads: number of heads; for a key projection, of key-value heads.
 
     Returns:
         The same rows in another order, ``[heads * d, inputs]``.
@@ -180,15 +180,15 @@ def write_gguf(
 ) -> None:
     """Write one adapter as a GGUF file in float32.
 
-    llama.cpp scales an adapter by ``alpha / rank``: alpha is written as the rank, since B holds the scale.
+    llama.cpp scales an adapter by ``alpha / rank``. Alpha is written as the rank, since B includes LoRA's scale.
 
     Args:
-        architecture: of the base model.
+        architecture: architecture of the base model.
         layers: the adapted layers, by their path in the base model, as `gguf_layers` returns them.
         path: the file to write.
         tensors: lora_A ``[rank, inputs]`` and lora_B ``[outputs, rank]`` of each layer, by PEFT's key; B is scaled.
         rank: rank of every layer.
-        source: what the adapter is: ``draw`` and, for a draw, ``seed``.
+        source: origin of the adapter: ``draw`` and, for a draw, ``seed``.
     """
     import gguf
 

@@ -1,4 +1,4 @@
-"""`serve`: export the draws of a posterior, start a real server with them, and write the record of what it answers."""
+"""`serve`: export the draws of a posterior, start a server with them, and write `served.json`."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ from bayestune.tasks import Row, TokenizedTask
 ADAPTERS = "adapters"
 Backend = Literal["llamacpp", "vllm"]
 _AGREES = 1e-3
-"""The largest difference of probabilities that is not warned of."""
+"""Largest difference of probabilities without a warning."""
 
 
 @contextlib.contextmanager
@@ -41,20 +41,20 @@ def serve(
     context: int | None = None,
     overwrite: bool = False,
 ) -> Iterator[Served]:
-    """Serve `draws` draws of a posterior, or its mean, as long as the context lasts.
+    """Context in which a server answers with `draws` draws of a posterior, or with its mean.
 
     The folder `path` holds the adapters, the tokenizer, and, once the server answers, `served.json` for
-    `bayestune.serving.Client`. A first question is put to the server and to `predict`; a difference is warned of.
+    `bayestune.serving.Client`. A first question goes to the server and to `predict`; a difference gives a warning.
 
     Args:
-        posterior: whose draws are LoRA adapters.
+        posterior: a posterior whose draws are LoRA adapters.
         task: multiple choice by a causal language model.
         path: the folder to make. overwrite: replace one that bayestune wrote before.
         base: the base model: a GGUF file for llama.cpp; for vLLM a folder or a Hub id, by default the adapter's.
         draws, seed: number of draws, 0 for the mean alone, and their seed.
-        backend: "llamacpp", in this process, or "vllm", in one of its own.
-        host, port: where the server listens, port 0 being any free one. api_key: that every request must carry.
-        context: tokens of a prompt and its answer; by default enough for the task, and 2048 or all positions.
+        backend: "llamacpp", which runs in this process, or "vllm", which runs in its own.
+        host, port: where the server listens; port 0 is any free one. api_key: the key that requests must carry.
+        context: tokens of a prompt and its answer; by default enough for the task and 2048, or all positions.
 
     Yields:
         The record.
@@ -79,7 +79,7 @@ def serve(
 
 
 def _sizes(posterior: Posterior, task: TokenizedTask, context: int | None) -> dict[str, int]:
-    """The number of tokens of the model, and of a prompt with its answer; refuses a task that cannot be served."""
+    """Return the sizes of the vocabulary and of the context; raise an error for a task that cannot be served."""
     described(task)
     config = posterior.model.config.get_text_config()
     positions = config.to_dict().get("max_position_embeddings") or 2048
@@ -94,7 +94,7 @@ def _sizes(posterior: Posterior, task: TokenizedTask, context: int | None) -> di
 def _exported(
     posterior: Posterior, task: TokenizedTask, folder: Path, backend: str, *, draws: int, seed: int, overwrite: bool
 ) -> list[Path]:
-    """Write the adapters and the tokenizer, and return the paths of those that are to be served."""
+    """Write the adapters and the tokenizer, and return the paths of the adapters to serve."""
     with new_folder(folder, overwrite=overwrite) as made:
         inner, format = made / ADAPTERS, "gguf" if backend == "llamacpp" else "peft"
         written = export_draws(posterior, inner, draws=draws, seed=seed, format=format, limits=[])
@@ -107,7 +107,7 @@ def _exported(
 def _started(
     backend: str, base: str, paths: list[Path], *, vocabulary: int, **listening: Any
 ) -> contextlib.AbstractContextManager[str]:
-    """The server, whose context yields its URL."""
+    """Return the server as a context that yields its URL."""
     if backend == "llamacpp":
         return llamacpp(Path(base), paths, **listening)
     rank = read_json(paths[0] / CONFIG_FILE, "an adapter of PEFT")["r"]
@@ -125,7 +125,7 @@ def _recorded(
     backend: Backend,
     **known: Any,
 ) -> Served:
-    """Write what the server answers for, and compare its first answer."""
+    """Write and return the record of the server, and compare its first answer with `predict`."""
     url = url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
     with Client(url, api_key=api_key) as client:
         probes = client.probes()[1:].tolist()
@@ -155,14 +155,14 @@ def _recorded(
 
 
 def _ends(posterior: Posterior, task: TokenizedTask) -> tuple[int, ...]:
-    """The tokens that end a text: those of the model's own settings, and the tokenizer's."""
+    """Return the tokens that end a text, according to the model's generation config and the tokenizer."""
     settings: Any = posterior.model.generation_config.eos_token_id
     named: list[Any] = [*(settings if isinstance(settings, list) else [settings]), task.tokenizer.eos_token_id]
     return tuple(sorted({token for token in named if token is not None}))
 
 
 def _compare(posterior: Posterior, task: TokenizedTask, record: Path, api_key: str | None) -> None:
-    """Warn if the server and `predict` answer a first question otherwise, as with another base or precision."""
+    """Warn if the server and `predict` answer a first question differently, as with another base or precision."""
     choices = task.spec.fixed_choices or ("yes", "no")
     row = Row(id="first", question="Is it _?", choices=choices, answer=None)
     if task.faults([row])[0] is not None:  # it is too long for the task

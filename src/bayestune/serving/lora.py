@@ -1,4 +1,4 @@
-"""A posterior as ordinary LoRA adapters: one folder, or one GGUF file, for the mean and for each draw.
+"""Export a posterior as ordinary LoRA adapters: one folder, or one GGUF file, for the mean and for each draw.
 
 Plain PEFT, servers that read LoRA folders, and llama.cpp load them without this library.
 """
@@ -52,12 +52,12 @@ def export_lora(
         format: "peft" for PEFT folders, or "gguf" for llama.cpp's files in float32 (needs the package gguf).
 
     Returns:
-        What was written: ``path/mean``, ``path/draw_0``, ``path/draw_1``, ..., with the suffix .gguf for that format.
+        The paths: ``path/mean``, ``path/draw_0``, ``path/draw_1``, ..., with the suffix .gguf for that format.
 
     Raises:
-        ConfigError: `path` exists, `draws` is not a count, the adapter has nothing to draw from, or has settings that
-            plain LoRA or the format cannot express; or its draws are not weights, as for a linearized model.
-        DrawError: an ensemble has fewer members.
+        ConfigError: `path` exists, `draws` is negative, the adapter has nothing to draw from or has settings that
+            plain LoRA or the format cannot express, or its draws are not weights, as for a linearized model.
+        DrawError: an ensemble has fewer members than `draws`.
         PosteriorError: the adapter holds NaN, infinities, or a standard deviation of 0.
     """
     posterior = as_posterior(model)
@@ -75,7 +75,7 @@ def export_draws(
     format: str,
     limits: list[str],
 ) -> list[Path]:
-    """As `export_lora`; `limits`, what the reader of the adapters will not know, is warned of and noted."""
+    """Like `export_lora`; also warn of `limits`, which the adapters cannot express, and note them in the manifest."""
     model, adapter, kind = state.active_adapter(posterior.model)
     _check_exportable(posterior, adapter, kind, draws)
     suffix, write = _writer(model, adapter, format)
@@ -95,7 +95,7 @@ def export_draws(
 
 
 def _writer(model: PeftModel, adapter: str, format: str) -> tuple[str, Callable[..., None]]:
-    """The suffix of what the format writes for each adapter, and the function that writes it."""
+    """Return the suffix of an adapter's file or folder in this format, and the function that writes it."""
     if format == "peft":
         return "", partial(_write_folder, model, adapter)
     if format == "gguf":
@@ -117,7 +117,7 @@ def _check_exportable(posterior: Posterior, adapter: str, kind: str, draws: int)
 
 
 def _substituted(posterior: Posterior, adapter: str, draws: int, seed: int) -> list[dict[str, Tensor]]:
-    """The tensors of each draw, by key, of a posterior whose draws replace whole adapters; else none."""
+    """Return the tensors of each draw, by key, if the posterior's draws replace whole adapters; otherwise none."""
     if isinstance(posterior, Point | Variational) or (draws == 0 and posterior.has_mean):
         return []
     sampler = posterior.sampler(draws=draws, seed=seed)
@@ -132,7 +132,7 @@ def _substituted(posterior: Posterior, adapter: str, draws: int, seed: int) -> l
 def _tensors(
     model: PeftModel, adapter: str, seed: int, index: int | None, substituted: list[dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """The tensors of the mean, or of draw `index`, by key."""
+    """Return the tensors of the mean, or of draw `index`, by key."""
     tensors = {key: t for key, t in state.adapter_tensors(model, adapter).items() if not key.endswith(".rho")}
     if index is None:
         return tensors
@@ -140,7 +140,7 @@ def _tensors(
 
 
 def _drawn(model: PeftModel, seed: int, index: int) -> dict[str, Tensor]:
-    """The random matrices of draw `index`, by key."""
+    """Return the random matrices of draw `index`, by key."""
     tensors = {}
     for name, layer in random_layers(model).items():
         key = name if name.endswith(".lora_B") else f"{name}.lora_A"
@@ -150,7 +150,7 @@ def _drawn(model: PeftModel, seed: int, index: int) -> dict[str, Tensor]:
 
 
 def _fold(model: PeftModel, adapter: str, tensors: dict[str, Tensor]) -> int:
-    """Give every layer in `tensors` the largest rank, zero padded, and fold its scale into B; return that rank."""
+    """Zero-pad every layer in `tensors` to the largest rank and fold its scale into B; return that rank."""
     state.check_values(tensors)
     layers = state.lora_layers(model, adapter)
     rank = max(layer.r[adapter] for layer in layers.values())
@@ -187,7 +187,7 @@ def _write_folder(
 
 
 def _targets(model: PeftModel, adapter: str) -> list[str]:
-    """Names that match the adapted layers and no other module: their last components where these suffice."""
+    """Return names that match only the adapted layers: their last components if these suffice."""
     layers = state.lora_layers(model, adapter).keys()
     modules = [name for name, _ in model.get_base_model().named_modules()]
     shared = {name.rpartition(".")[2] for name in modules if name not in layers}
@@ -199,7 +199,7 @@ def _temperature_lost(temperature: float) -> str:
 
 
 def _notes(posterior: Posterior, adapter: str, limits: list[str]) -> list[str]:
-    """What the exported folders cannot express, which is warned of, and what a server may refuse."""
+    """Warn of what the exported adapters cannot express, and return it with what a server may refuse."""
     limits, heads = list(limits), state.owned_heads(posterior.model, adapter)
     tied = tied_head(posterior.model)
     if tied in state.lora_layers(posterior.model, adapter):

@@ -1,6 +1,6 @@
-"""A posterior that speaks OpenAI's protocol: completions and chats of the averaged draws, with their uncertainty.
+"""A proxy for OpenAI's protocol: completions and chats from the average of the draws, with their uncertainty.
 
-The only file that imports starlette and uvicorn.
+Only this file imports starlette and uvicorn.
 """
 
 import hmac
@@ -41,7 +41,7 @@ class _Message(BaseModel):
 
 
 class _Body(BaseModel):
-    """What both requests share. Fields of OpenAI's protocol that would change the answer are refused."""
+    """The fields of both requests. Other OpenAI fields that would change the answer are refused."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -81,11 +81,11 @@ class _Chat(_Body):
 
 
 class Proxy:
-    """The application: every answer is averaged over all draws of `client`.
+    """Answers OpenAI's requests with the average over all draws of `client`.
 
     Args:
-        client: of a server with a record.
-        api_key: that requests must carry as a bearer token.
+        client: a client that was made from a `served.json`.
+        api_key: the bearer token that requests must carry.
     """
 
     def __init__(self, client: Client, *, api_key: str | None = None) -> None:
@@ -162,7 +162,7 @@ class Proxy:
     async def _decoded(
         self, ids: Sequence[int], body: _Body, limit: int, *, top: int
     ) -> tuple[list[Token], Literal["stop", "length"]]:
-        """The tokens of the answer, and why it ends."""
+        """Return the tokens of the answer, and why it ends."""
         if not ids or len(ids) + limit > self.context:
             raise HTTPException(
                 400,
@@ -187,7 +187,7 @@ class Proxy:
         return tokens, "stop" if self._stops([token.id for token in tokens], body) else "length"
 
     def _check(self) -> None:
-        """Look at the server again after a failure: what came back may hold other draws."""
+        """Check the server again after a failure, since it may have restarted with other draws."""
         with self._checking:
             if self._broken:
                 self.client.check()
@@ -204,13 +204,13 @@ class Proxy:
         return bool(body.stop) and any(stop in self.tokenizer.decode(list(ids)) for stop in _stops(body))
 
     def _text(self, tokens: Sequence[Token], body: _Body) -> str:
-        """The answer up to the first stop."""
+        """Return the text of the answer up to the first stop string."""
         text: Any = self.tokenizer.decode([token.id for token in tokens], skip_special_tokens=True)
         ends = [text.find(stop) for stop in _stops(body) if stop in text]
         return text[: min(ends)] if ends else text
 
     def _listed(self, tokens: Sequence[Token]) -> dict[str, Any]:
-        """The log-probabilities of a completion."""
+        """Return the log-probabilities in the form of a completion."""
         return {
             "tokens": [self._shown(token.id) for token in tokens],
             "token_logprobs": [token.log_prob for token in tokens],
@@ -218,7 +218,7 @@ class Proxy:
         }
 
     def _detailed(self, tokens: Sequence[Token]) -> list[dict[str, Any]]:
-        """The log-probabilities of a chat."""
+        """Return the log-probabilities in the form of a chat."""
         return [
             {
                 **self._entry(token.id, token.log_prob),
@@ -233,7 +233,7 @@ class Proxy:
         return {"token": shown, "logprob": log_prob, "bytes": list(shown.encode()) if whole else None}
 
     def _shown(self, id: int) -> str:
-        """The text of a token, or its id where it is a part of a character."""
+        """Return the text of a token, or its id if the token is a part of a character."""
         text: Any = self.tokenizer.decode([id])
         return f"token_id:{id}" if "\N{REPLACEMENT CHARACTER}" in text else text
 
@@ -267,14 +267,14 @@ async def _refusal(request: Request, error: Exception) -> JSONResponse:
 
 
 class _Server(uvicorn.Server):
-    """Says when it listens."""
+    """Calls `listening` once the port is open."""
 
     def __init__(self, config: uvicorn.Config, proxy: Proxy, listening: Callable[[], None]) -> None:
         super().__init__(config)
         self.proxy, self.listening = proxy, listening
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.proxy.stopping = True  # answers under way end at their next token
+        self.proxy.stopping = True  # answers in progress end at their next token
         super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""`served.json`: which server answers for which posterior. Nothing here imports torch."""
+"""`served.json`: the record of a server and of the posterior that it serves. Nothing here imports torch."""
 
 import json
 from pathlib import Path
@@ -10,9 +10,9 @@ from bayestune.errors import ConfigError
 
 SERVED = "served.json"
 PROBE = "The answer to this question is"
-"""The text that every draw is asked first."""
+"""The text on which draws are compared with the record."""
 TOKENIZER = "tokenizer"
-"""The folder beside the record with the tokenizer of the base model."""
+"""The folder, beside the record, that holds the tokenizer of the base model."""
 
 
 class _Record(BaseModel):
@@ -26,8 +26,8 @@ class ServedDraw(_Record):
         name: mean, draw_0, draw_1, ....
         key: how requests name it: a number for llama.cpp, its name for vLLM.
         path: the GGUF file, or the PEFT folder, that the server loaded.
-        sha256: of that file, or of the folder's weights.
-        probe: the log-probabilities of the tokens of `PROBE` under it, by which it is known from another machine.
+        sha256: checksum of that file, or of the weights in the folder.
+        probe: log-probabilities of the tokens of `PROBE` under this draw, which identify it from another machine.
     """
 
     name: str
@@ -38,7 +38,7 @@ class ServedDraw(_Record):
 
 
 class ServedTask(_Record):
-    """What a multiple-choice task asks of a language model; the fields are those of `DatasetSpec` and `Prompt`."""
+    """A multiple-choice task of a language model; the fields are those of `DatasetSpec` and `Prompt`."""
 
     name: str
     classes: int = Field(ge=2)
@@ -57,14 +57,14 @@ class Served(_Record):
     """A posterior on a server.
 
     Attributes:
-        url: of the server. backend: its program.
-        kind: of the posterior.
+        url: the server's URL. backend: the server program.
+        kind: kind of posterior.
         draws: number of draws; 0 for the mean alone. seed: seed of the draws.
         adapters: each draw, or the mean.
-        temperature: by which the choices' log-probabilities are divided.
-        vocabulary: number of tokens of the model. context: tokens of a prompt and its answer together, at most.
+        temperature: divisor of the choices' log-probabilities.
+        vocabulary: size of the model's vocabulary. context: most tokens of a prompt and its answer together.
         ends: the tokens that end a text.
-        task: what was trained.
+        task: the task that was trained.
     """
 
     format: Literal[1] = 1
@@ -102,7 +102,7 @@ def read_served(path: str | Path) -> tuple[Served, Path]:
         return Served.model_validate_json(file.read_bytes()), file.parent
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the whole"
+        place = ".".join(map(str, first["loc"])) or "the record"
         raise ConfigError(f"{file}: {place}: {first['msg']}; serve the run again.") from None
 
 

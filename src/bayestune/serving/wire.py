@@ -1,4 +1,4 @@
-"""What is sent to llama.cpp and to vLLM for the next token's log-probabilities under one adapter, and what comes back.
+"""The protocols of llama.cpp and vLLM: requests for next-token log-probabilities under one adapter, and the replies.
 
 Nothing here imports torch or opens a connection: a request is a path and a JSON body, a reply is a JSON body.
 """
@@ -13,15 +13,15 @@ from bayestune.errors import ServingError
 
 Tokens = Sequence[int]
 LOWEST = -87.0
-"""The log-probability, in nats, below which a normal number of float32 cannot hold the probability."""
+"""The log-probability, in nats, below which float32 cannot hold the probability as a normal number."""
 _AT_ONCE = 128
-"""The tokens that one request to vLLM may name."""
+"""The largest number of tokens that one request to vLLM may name."""
 Step = tuple[tuple[int, ...], int]
-"""A token, after all that stands before it."""
+"""All tokens before a token, and the token."""
 
 
 class Asked(NamedTuple):
-    """A row, as a server is asked: token ids of all that stands before the answer, and of each answer.
+    """A row as a question for a server: the token ids before the answer, and those of each answer.
 
     `relative` allows log-probabilities that are shifted by a constant, which suffices to compare single tokens.
     """
@@ -31,7 +31,7 @@ class Asked(NamedTuple):
     relative: bool = False
 
     def steps(self, choice: int) -> tuple[Step, ...]:
-        """Each token of an answer, with all that stands before it."""
+        """Return each token of an answer, with all tokens before it."""
         answer = self.continuations[choice]
         return tuple(((*self.context, *answer[:place]), token) for place, token in enumerate(answer))
 
@@ -41,8 +41,8 @@ class Question:
     """One request.
 
     Attributes:
-        path: under the server's URL. body: of a POST; None for a GET.
-        steps: those whose log-probabilities it asks for.
+        path: path under the server's URL. body: JSON body of a POST; None for a GET.
+        steps: the steps whose log-probabilities it asks for.
         refusable: whether the server may refuse these tokens with status 500; the reply is then {}.
     """
 
@@ -73,7 +73,7 @@ class Wire(ABC):
 
     @abstractmethod
     def tokenize(self, text: str) -> Question:
-        """Return the request for the token ids of a text, which the reply has under `tokens`."""
+        """Return the request for the token ids of a text; the reply holds them under `tokens`."""
 
     @abstractmethod
     def questions(self, key: int | str | None, asked: Asked) -> list[Question]:
@@ -109,11 +109,11 @@ class Wire(ABC):
 class LlamaCpp(Wire):
     """The server of llama.cpp, or of xllamacpp.
 
-    Every request names every adapter and its scale, and refuses the prompt cache, which does not distinguish adapters
+    Every request names every adapter and its scale, and disables the prompt cache, which does not distinguish adapters
     (ggml-org/llama.cpp#26207).
 
     Attributes:
-        count: number of adapters. vocabulary: number of tokens. anchor: the id of a token that is text by itself.
+        count: number of adapters. vocabulary: number of tokens. anchor: id of a token that is text by itself.
     """
 
     name = "llamacpp"
@@ -137,13 +137,13 @@ class LlamaCpp(Wire):
         choices = range(len(asked.continuations))
         if asked.relative and len(choices) > 1:
             return [self._biased(key, asked)]
-        answers = enumerate(asked.continuations)  # one that begins all others has no token of its own
+        answers = enumerate(asked.continuations)  # empty if all other answers start with it
         return [self._forced(key, asked.context, ids, asked.steps(choice)) for choice, ids in answers if ids]
 
     def _biased(self, key: int | str | None, asked: Asked) -> Question:
-        """All answers, of one token each, in one request, up to a constant.
+        """Return one request for all answers, of one token each, up to a constant.
 
-        The bias moves all of them alike, and everything else out of the samples.
+        The bias raises all of them equally, far above every other token.
         """
         steps = tuple(asked.steps(choice)[0] for choice in range(len(asked.continuations)))
         bias = {"logit_bias": [[token, 60.0] for _, token in steps]}
@@ -151,16 +151,16 @@ class LlamaCpp(Wire):
         return Question(path="/completion", body=body, steps=steps)
 
     def _forced(self, key: int | str | None, context: Tokens, tokens: Tokens, steps: tuple[Step, ...]) -> Question:
-        """The request whose grammar samples `tokens`: log-probabilities are those before the grammar.
+        """Return a request whose grammar forces `tokens`; log-probabilities are those before the grammar.
 
-        Grammars do not take tokens that are parts of a character.
+        A grammar cannot force tokens that are parts of a character.
         """
         grammar = "root ::= " + " ".join(f"<[{token}]>" for token in tokens)
         body = self._body(key, context, n_predict=len(tokens), n_probs=1, grammar=grammar)
         return Question(path="/completion", body=body, steps=steps, refusable=True)
 
     def whole(self, key: int | str | None, context: Tokens) -> Question:
-        bias = {"logit_bias": [[self.anchor, 1000.0]]}  # a token that is text: for others nothing is told
+        bias = {"logit_bias": [[self.anchor, 1000.0]]}  # samples text: after other tokens the server reports nothing
         return Question(path="/completion", body=self._body(key, context, n_probs=self.vocabulary, **bias))
 
     def read(self, question: Question, reply: Any) -> dict[Step, float] | None:
@@ -168,9 +168,9 @@ class LlamaCpp(Wire):
         if len(steps) == 1 and "top_probs" in steps[0]:
             found = {entry["id"]: _log(entry["prob"]) for entry in steps[0]["top_probs"]}
             known = {step: found[step[1]] for step in question.steps if step[1] in found}
-            return known if len(known) == len(question.steps) else None  # one is far less probable than the bias
+            return known if len(known) == len(question.steps) else None  # a token is too improbable for the bias
         if [entry["id"] for entry in steps] != [token for _, token in question.steps]:
-            return None  # a token that is a part of a character is withheld, or told with the next one
+            return None  # a part of a character is withheld, or reported with the next token
         return {
             step: told({step[1]: entry["logprob"]}, step[1]) for step, entry in zip(question.steps, steps, strict=True)
         }
@@ -185,7 +185,7 @@ class Vllm(Wire):
     """The server of vLLM.
 
     Attributes:
-        base: the name of the base model. vocabulary: number of tokens; 0 if it is unknown, as at a URL alone.
+        base: the name of the base model. vocabulary: number of tokens; 0 if it is unknown, as without a record.
     """
 
     name = "vllm"
@@ -243,12 +243,12 @@ def _log(probability: float) -> float:
 
 
 def told(found: Mapping[int, float], token: int) -> float:
-    """The log-probability of a token that was asked for."""
+    """Return the log-probability of a token that was asked for, or raise a ServingError."""
     value = found.get(token)
     if value is not None and value < LOWEST:
         raise ServingError(
             f"token {token}: found a probability below the smallest of float32 (e^{LOWEST:g}), in which the server "
-            "tells it; the row can be answered by `bayestune predict` with the run itself."
+            "reports it, expected a larger one; answer the row with `bayestune predict` and the run itself."
         )
     if value is None or math.isnan(value):
         raise ServingError(
