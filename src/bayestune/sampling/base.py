@@ -36,19 +36,19 @@ class Sampler(ABC):
 
     @abstractmethod
     def outputs(self, task: Task, batch: dict[str, Tensor], part: range) -> Float[Tensor, "draws rows classes"]:
-        """Return the task's outputs of the draws `part`; draw k is the same function for every batch.
+        """Return the task's outputs under the draws `part`; draw k is the same function for every batch.
 
         Args:
             task: the task that reads the outputs from the model.
             batch: a batch of the task, on the model's device.
-            part: which draws.
+            part: indices of the draws.
 
         Raises:
             DrawError: the draws of `part` cannot be separated when they are stacked in one forward.
         """
 
     def at_once(self, batch: dict[str, Tensor]) -> int:
-        """Return how many draws to ask for in one call: all if they share backward passes."""
+        """Return how many draws to ask for in one call: all if they share backward passes, otherwise 1."""
         return self.slices if self.gradients else 1
 
 
@@ -57,10 +57,10 @@ class Posterior(ABC):
 
     Attributes:
         kind: its name in the manifest of a saved posterior.
-        adapter: kind of adapter that it lives on: "point" (plain LoRA) or "variational" (`BayesLoraConfig`).
+        adapter: kind of adapter that it uses: "point" (plain LoRA) or "variational" (`BayesLoraConfig`).
         has_mean: whether ``draws=0`` answers with one set of weights.
         model: the model with the adapter at the mean (the mode, or the first member), in evaluation mode.
-        default_draws: draws of a prediction when none are asked for.
+        default_draws: default number of draws of a prediction.
         temperature: T; every draw answers with ``softmax(logits / T)``. 1 unless `fit_temperature` set it.
         known: features of training rows, [rows, width], to which `novelty` compares; None if none are kept.
     """
@@ -83,7 +83,7 @@ class Posterior(ABC):
         """
 
     def with_predictive(self, name: str) -> "Posterior":
-        """Return this posterior with another way to average draws, a `predictive` of `Variational`.
+        """Return this posterior with another way to average draws: `name` is a `predictive` of `Variational`.
 
         Raises:
             ConfigError: the name is unknown, or this posterior has only one way.
@@ -134,7 +134,7 @@ class SubstitutedDraws(Sampler):
     """Draws that are whole sets of weights: one forward per draw, with its weights in place of the model's.
 
     The model is changed only inside a forward (`torch.func.functional_call`). Forwards of several threads take turns,
-    but a thread that calls the model directly meanwhile would see the substituted weights.
+    but a thread that calls the model directly in the meantime would see the substituted weights.
 
     Args:
         model: the model.
@@ -160,7 +160,7 @@ class Substituted:
             return functional_call(self.model, dict(self.weights), (), inputs)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The model's own parameters, whose types and device those of the draw have."""
+        """Return the model's own parameters; those of the draw have the same types and devices."""
         return self.model.parameters()
 
 

@@ -59,9 +59,9 @@ class Traced:
             yield vector
 
     def gradients(self, vectors: Iterable[Tensor]) -> Iterator[list[tuple[Call, Tensor]]]:
-        """Yield for each v the gradient of ``sum_rows v . logits`` by the outputs of each call; the graph is kept.
+        """Yield for each v the gradient of ``sum_rows v . logits`` by the outputs of each call, and keep the graph.
 
-        Calls that do not reach the logits are left out.
+        Calls that do not affect the logits are left out.
         """
         outputs = [call.outputs for call in self.calls]
         for vector in vectors:
@@ -73,7 +73,7 @@ class Traced:
     ) -> Iterator[Iterator[tuple[str, Float[Tensor, "rows m n"]]]]:
         """Yield for each v the gradient of every row's ``v . logits`` by the weight of each layer.
 
-        The gradients of a layer that is called several times are added up, as it has one weight.
+        If a layer is called several times, its gradients are added up, since it has one weight.
         """
         for gradients in self.gradients(vectors):
             by_layer: dict[str, list[tuple[Call, Tensor]]] = defaultdict(list)
@@ -86,9 +86,9 @@ class Traced:
 
 
 def traced(model: nn.Module, linears: Mapping[str, nn.Linear], task: Task, batch: dict[str, Tensor]) -> Traced:
-    """Run a forward with gradients, even if no parameter requires them, and record the calls of `linears`, by name.
+    """Run a forward with gradients, even if no parameter requires them, and record the calls of `linears`.
 
-    Calls of other threads are not recorded.
+    Calls from other threads are not recorded.
 
     Raises:
         ConfigError: the logits do not depend on any of `linears`, or a layer's input does not run over rows first.

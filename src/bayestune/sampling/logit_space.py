@@ -19,10 +19,10 @@ from bayestune.tasks import Task
 class LogitDraws(Sampler):
     r"""Draws of the logits: ``f(x) ~ N(f(x; M), J diag(Omega^2) J^T)``, J the Jacobian of the logits by A at M.
 
-    This is exact for a model that is linear in A. Where outputs are logits of classes, only their differences from
-    that of the first class matter, so one forward and C - 1 backward passes are enough for a batch; a draw then takes
-    C - 1 numbers per row. Other outputs take one pass and one number each. All rows share the normal numbers of a
-    draw, which are keyed by the seed and the draw.
+    This is exact for a model that is linear in A. If the outputs are logits of classes, only differences from the
+    first class matter, so a batch takes one forward and C - 1 backward passes, and a draw takes C - 1 normal numbers.
+    Other outputs take one backward pass and one number each. All rows share the normal numbers of a draw, which are
+    keyed by the seed and the draw.
     """
 
     gradients = True
@@ -59,7 +59,7 @@ def output_covariance(forward: Traced, layers: dict[str, GaussianLinear]) -> Flo
 
 
 def _covariance(forward: Traced, layers: dict[str, GaussianLinear], vectors: Iterable[Tensor]) -> Tensor:
-    """The covariance of ``v . f`` for each pair of `vectors`, by row."""
+    """Return the covariance of ``v . f`` for each pair of `vectors`, per row."""
     dtypes = {name: layer.weight.dtype for name, layer in layers.items()}
     widths = {name: std(layer.rho.detach()).flatten() for name, layer in layers.items()}
     scaled: dict[str, list[Tensor]] = {name: [] for name in layers}
@@ -73,8 +73,8 @@ def _covariance(forward: Traced, layers: dict[str, GaussianLinear], vectors: Ite
 def symmetric_root(covariance: Float[Tensor, "rows d d"]) -> Float[Tensor, "rows d d"]:
     """Return the symmetric R with ``R R = covariance``; the covariance may be singular.
 
-    R is a continuous function of the covariance, so rounding errors stay small in it. A root made of eigenvectors
-    alone would not be, as their signs and bases are arbitrary.
+    R is a continuous function of the covariance, so rounding errors stay small. A root made of eigenvectors alone
+    would not be continuous, since their signs and bases are arbitrary.
     """
     values, vectors = torch.linalg.eigh(covariance)
     return (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)) @ vectors.transpose(-1, -2)

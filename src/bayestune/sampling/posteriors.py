@@ -11,7 +11,7 @@ PREDICTIVES = ("mc", "antithetic", "linearised")
 
 
 class Point(Posterior):
-    """A point estimate, ``q(theta) = delta(theta - theta_hat)``: one plain LoRA adapter, as MLE and MAP training give.
+    """A point estimate, ``q(theta) = delta(theta - theta_hat)``: one plain LoRA adapter, as MLE and MAP train it.
 
     Only predictions with ``draws=0`` exist.
     """
@@ -39,7 +39,7 @@ class Variational(Posterior):
             draws of the logits.
 
     Raises:
-        ConfigError: an unknown `predictive`.
+        ConfigError: `predictive` is unknown.
     """
 
     kind = "variational"

@@ -1,4 +1,4 @@
-"""Several draws in one forward: rows are repeated, the draw outermost, and the base model runs once for all."""
+"""Several draws in one forward: the rows are repeated for each draw, and the base model runs once for all."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,11 +14,11 @@ from bayestune.sampling.base import Sampler
 from bayestune.tasks import Task
 
 CPU_TOKENS = 2048
-"""Tokens of one stacked forward on a CPU; larger forwards leave the cache and are not faster."""
+"""Most tokens of a stacked forward on a CPU; larger forwards do not fit in the cache and are not faster."""
 
 
 class StackedDraws(Sampler):
-    """Draws given by their matrices, [slices, r, n] for each layer of `weights`; other layers use their mean."""
+    """Draws as stacked matrices, [slices, r, n] for each layer of `weights`; other layers use their mean."""
 
     def __init__(self, model: nn.Module, weights: Mapping[RandomLinear, Tensor], slices: int) -> None:
         self.model, self.weights, self.slices = model, weights, slices
