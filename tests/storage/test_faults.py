@@ -160,7 +160,7 @@ FILE_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "manifest not JSON": (lambda f: (f / MANIFEST).write_text("{"), "was cut or altered"),
     "manifest huge": (lambda f: (f / MANIFEST).write_bytes(b" " * (1 << 25)), "expected at most"),
     "sealed, another kind": (lambda f: seal(f, posterior="laplace"), "posterior of kind 'laplace'"),
-    "sealed, a point": (lambda f: seal(f, posterior="point"), "parameterisation"),
+    "sealed, a point": (lambda f: seal(f, posterior="point"), "parameterization"),
     "sealed, G is the std": (lambda f: seal(f, std="rho"), "std = rho, expected std = rho . rho"),
     "sealed, no base": (lambda f: seal(f, base=None), "base is missing or of the wrong type"),
     "sealed, bad weights": (

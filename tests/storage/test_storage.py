@@ -519,7 +519,7 @@ def _two_active(model: PeftModel) -> None:
     [
         (_nan, PosteriorError, "NaN or infinite"),
         (_zero, PosteriorError, "standard deviation of 0"),
-        (_trained_base, ConfigError, "norm.weight is trainable but no part of the adapter"),
+        (_trained_base, ConfigError, "norm.weight is trainable but not part of the adapter"),
         (_two_active, ConfigError, "expected one"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Posteriors as folders: saved whole or not at all, and loaded with every byte checked."""
+"""Save posteriors as folders, whole or not at all, and load them with every byte checked."""
 
 from bayestune.storage.loading import load as load
 from bayestune.storage.loading import load_posterior as load_posterior

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 SAMPLES = 64
 # Settings that do not change what given weights compute. All others count: a list of settings that do would miss the
-# next architecture's logit scales or soft caps.
+# logit scale or soft cap of the next architecture.
 _IRRELEVANT = frozenset(
     ("_name_or_path", "_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "architectures")
     + ("auto_map", "transformers_version", "dtype", "torch_dtype", "quantization_config", "use_cache", "torchscript")
@@ -23,21 +23,21 @@ _IRRELEVANT = frozenset(
     + ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id", "tokenizer_class")
     + ("chunk_size_feed_forward",)
 )
-# Named first where several settings differ, since the others follow from them.
+# If several settings differ, one of these is named first, since the others follow from it.
 _FIRST = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
 def fingerprint(model: nn.Module, *, heads: Collection[str] = ()) -> dict[str, Any]:
-    """The identity of a base model, as values that JSON holds; the same each time the base is loaded.
+    """Return the identity of a base model as JSON values; it is the same each time the base is loaded.
 
     For a `PeftModel` it describes the model underneath, without adapters and without the heads that the active
     adapter owns (`modules_to_save`). `heads` names modules to leave out of a base that carries no adapter.
 
     Returns:
         ``architecture`` (class name), ``config`` (settings of the Hugging Face configuration that change what the
-        model computes) and ``weights``: for each parameter ``"dtype exact rounded"``, the last two hashes of at most
-        64 values spread evenly over it, as float32 and as bfloat16; None if its values are packed by a quantizer or
-        not in memory, so that only the parameter's name is compared.
+        model computes) and ``weights``: for each parameter ``"dtype exact rounded"``, where the last two are hashes
+        of at most 64 values spread evenly over it, as float32 and as bfloat16; None if its values are packed by a
+        quantizer or not in memory, so that only the parameter's name is compared.
     """
     adapters: list[str] = []
     if isinstance(model, PeftModel):
@@ -47,21 +47,21 @@ def fingerprint(model: nn.Module, *, heads: Collection[str] = ()) -> dict[str, A
 
 
 def settings(base: nn.Module) -> dict[str, Any]:
-    """The part of `fingerprint` that does not need weights: ``architecture`` and ``config``."""
+    """Return the part of `fingerprint` that does not need weights: ``architecture`` and ``config``."""
     config = base.config.to_dict() if isinstance(base, PreTrainedModel) else {}
     return {"architecture": type(base).__name__, "config": json.loads(json.dumps(_relevant(config), default=str))}
 
 
 def _relevant(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that count, in nested configurations too."""
+    """Return the settings that count, also in nested configurations."""
     kept = {name: value for name, value in config.items() if name not in _IRRELEVANT and "drop" not in name}
     return {name: _relevant(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
 def settings_difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
-    """How the architecture or settings of `found` differ from `expected`, in words; None if they agree.
+    """Return how the architecture or settings of `found` differ from `expected`, in words; None if they agree.
 
-    Settings that only one side has are not compared: another version of transformers wrote them.
+    Settings that only one side has are not compared, since another version of transformers wrote them.
     """
     if found["architecture"] != expected["architecture"]:
         return f"found a {found['architecture']}, expected a {expected['architecture']}"
@@ -73,7 +73,7 @@ def settings_difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -
 
 
 def weights_difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
-    """How the sampled weights of `found` differ from `expected`, in words; None if they agree.
+    """Return how the sampled weights of `found` differ from `expected`, in words; None if they agree.
 
     In the same dtype the samples must agree exactly. Across dtypes (a float32 checkpoint loaded as bfloat16) they
     must agree after rounding to bfloat16.
@@ -103,7 +103,7 @@ def _same(expected: str | None, found: str | None) -> bool:
 def base_parameters(
     module: nn.Module, prefix: str = "", *, adapters: Sequence[str], heads: Collection[str] = ()
 ) -> Iterator[tuple[str, nn.Parameter]]:
-    """The base's parameters with the names they have without PEFT."""
+    """Yield the parameters of the base with the names that they have without PEFT."""
     if prefix.removesuffix(".") in heads:
         return
     if isinstance(module, ModulesToSaveWrapper):
@@ -120,7 +120,7 @@ def base_parameters(
 
 def _hashes(parameter: nn.Parameter) -> str | None:
     if type(parameter) is not nn.Parameter or not parameter.is_floating_point() or parameter.is_meta:
-        return None  # packed by a quantiser, or offloaded
+        return None  # packed by a quantizer, or offloaded
     count = min(SAMPLES, parameter.numel())
     places = torch.arange(count, device=parameter.device) * (parameter.numel() - 1) // max(1, count - 1)
     values = parameter.detach().reshape(-1)[places].cpu().float()

@@ -1,4 +1,4 @@
-"""Loading a posterior from a folder, with every byte checked before the base model is changed."""
+"""Load a posterior from a folder, and check every byte before the base model is changed."""
 
 import copy
 import math
@@ -36,13 +36,13 @@ from bayestune.storage.manifest import (
 
 
 def load_posterior(base_model: nn.Module, path: str | os.PathLike[str], *, trainable: bool = False) -> PeftModel:
-    """Load the adapter that `save_posterior` wrote onto `base_model`, or fail before anything is changed.
+    """Load the adapter that `save_posterior` wrote onto `base_model`, or raise an error and leave it unchanged.
 
-    Checked first: the manifest and its checksum, size and sha256 of each file, that no other file or link is there,
-    every setting, the keys, shapes and dtypes that this base and the settings ask for, finite values, and that
-    `base_model` is the base the posterior was trained on (settings and a sample of every weight; the same checkpoint
-    in another dtype is the same base). Only JSON and safetensors are read. Nothing in the folder can cause an import
-    or a download: the base is the one given.
+    These are checked first: the manifest and its checksum; the size and sha256 of each file; that there are no other
+    files or links; every setting; that keys, shapes and dtypes are those that the base and the settings ask for; that
+    values are finite; and that `base_model` is the base that the posterior was trained on (by settings and a sample of
+    every weight; the same checkpoint in another dtype is the same base). Only JSON and safetensors are read, and
+    nothing in the folder can cause an import or a download.
 
     Args:
         base_model: the pretrained model, without adapters; it is modified in place, as PEFT does.
@@ -63,7 +63,7 @@ def load_posterior(base_model: nn.Module, path: str | os.PathLike[str], *, train
     if kind not in alone or own.get("temperature", 1.0) != 1.0:
         found = f"a posterior of kind {kind!r}" + (f" with settings {own}" if own else "")
         raise PosteriorError(
-            f"{saved.folder}: found {found}, expected an adapter and no more: its model alone would answer otherwise. "
+            f"{saved.folder}: found {found}, expected an adapter alone: without the rest, its answers would differ. "
             "Load it with bayestune.methods.load."
         )
     saved.check_adapter(alone[kind])
@@ -71,9 +71,9 @@ def load_posterior(base_model: nn.Module, path: str | os.PathLike[str], *, train
 
 
 def load(base_model: nn.Module, path: str | os.PathLike[str], *, kinds: Mapping[str, type[Posterior]]) -> Posterior:
-    """Load a posterior of one of `kinds` that `save_posterior` wrote; frozen and in evaluation mode.
+    """Load a posterior of one of `kinds` that `save_posterior` wrote, frozen and in evaluation mode.
 
-    Everything is checked as by `load_posterior`, and every other file of the folder in the same way.
+    All files of the folder are checked as in `load_posterior`.
 
     Raises:
         ConfigError, PosteriorError: as `load_posterior`.
@@ -114,7 +114,7 @@ def _read(base_model: nn.Module, path: str | os.PathLike[str]) -> "_Saved":
 
 @dataclass(frozen=True)
 class _Saved:
-    """A folder whose files are as its manifest says."""
+    """A saved folder whose files match its manifest."""
 
     folder: Path
     manifest: dict[str, Any]
@@ -125,12 +125,12 @@ class _Saved:
         expected = None if posterior.adapter == Point.adapter else STD
         if self.manifest["std"] != expected:
             raise PosteriorError(
-                f"{self.folder}: found the parameterisation std = {self.manifest['std']}, expected std = {expected} "
+                f"{self.folder}: found the parameterization std = {self.manifest['std']}, expected std = {expected} "
                 f"for a posterior of kind {posterior.kind!r}."
             )
 
     def onto(self, base: nn.Module, *, trainable: bool) -> PeftModel:
-        """`base` with the adapter, or an error before it is changed."""
+        """Return `base` with the adapter, or raise an error and leave it unchanged."""
         offloaded = next((name for name, parameter in base.named_parameters() if parameter.is_meta), None)
         if offloaded is not None:
             raise ConfigError(
@@ -158,18 +158,18 @@ class _Saved:
             fault = state.settings_fault(values, kind)
             if fault:
                 raise ValueError(fault)
-            # The base is the one given: where the file says it came from is not followed.
+            # The base is the given one: the origin that the file names is ignored.
             unused = {"auto_mapping": None, "base_model_name_or_path": None, "revision": None}
             return state.ADAPTERS[kind](**{**values, **unused})
         except (ValueError, TypeError) as error:
             raise PosteriorError(f"{self.folder / CONFIG_FILE}: {_one_line(error)}") from error
 
     def tensors(self, name: str, entry: str) -> dict[str, Tensor]:
-        """The tensors in the file `name`, as the manifest's `entry` describes them."""
+        """Return the tensors in the file `name`, checked against the manifest's `entry`."""
         path, data = self.folder / name, self.contents[name]
         try:
             size = int.from_bytes(data[:8], "little")
-            strict_json(data[8 : 8 + size], limit=len(data))  # refuses a key given twice, which safetensors does not
+            strict_json(data[8 : 8 + size], limit=len(data))  # refuses duplicate keys, which safetensors does not
             tensors = safetensors.torch.load(data)
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
             raise PosteriorError(f"{path} is not a safetensors file ({error}): restore the folder.") from error
@@ -179,7 +179,7 @@ class _Saved:
         return tensors
 
     def _check_fit(self, base: nn.Module, config: LoraConfig, tensors: dict[str, Tensor], *, autocast: bool) -> None:
-        """Check that `tensors` are what `config` asks for on `base`, and that `base` is the one they belong to."""
+        """Raise an error unless `tensors` fit `config` and `base`, and `base` is the one that they were trained on."""
         expected = self.manifest["base"]
         advice = f"Load the base model the posterior was trained on (saved from {expected.get('name')!r})."
         difference = settings_difference(expected, settings(base))
@@ -219,16 +219,16 @@ def _assemble(
 
 
 def skeleton(base: nn.Module, config: LoraConfig, *, autocast: bool) -> PeftModel:
-    """A copy of `base` without its weights, carrying the adapter that `config` describes; `base` is not touched."""
+    """Return a copy of `base` without its weights, with the adapter that `config` describes; `base` is unchanged."""
     memo: dict[int, Any] = {}
     for tensor in (*base.parameters(), *base.buffers()):
-        memo[id(tensor)] = tensor  # packed by a quantiser: shared
+        memo[id(tensor)] = tensor  # if packed by a quantizer: shared
         if type(tensor) is nn.Parameter:
             memo[id(tensor)] = nn.Parameter(torch.empty_like(tensor, device="meta"), tensor.requires_grad)
         elif type(tensor) is Tensor:
             memo[id(tensor)] = torch.empty_like(tensor, device="meta")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT will say the same again of the base itself
+        warnings.simplefilter("ignore")  # PEFT will repeat the warnings for the base itself
         return state.adapted(copy.deepcopy(base, memo), copy.deepcopy(config), autocast=autocast)
 
 

@@ -1,4 +1,4 @@
-"""The manifest of a folder: what it must hold, byte for byte. It carries a checksum of itself."""
+"""The manifest of a folder: the sha256 of every file that it must hold, and a checksum of the manifest itself."""
 
 import hashlib
 import importlib.metadata
@@ -21,7 +21,7 @@ CONFIG_LIMIT = 1 << 20
 TENSOR_FILE = "adapter_model.safetensors"
 PART_FILE = "posterior.safetensors"
 KNOWN = "known_features"
-"""The tensor of that file that is no part of the distribution: features of training rows."""
+"""The tensor of that file that is not part of the distribution: features of training rows."""
 CARD = "README.md"
 
 _Described = dict[str, Annotated[list[Any], Field(min_length=2, max_length=2)]]
@@ -39,19 +39,19 @@ class _Base(BaseModel):
 
 
 class _Form(BaseModel):
-    """The entries of a manifest that loading reads; there may be others."""
+    """The entries of a manifest that loading reads; there may be other entries."""
 
     posterior: str
     std: Any
     base: _Base
     files: dict[str, _Record]
     tensors: _Described
-    settings: dict[str, Any] = {}  # not in folders of the first version, nor are the parts
+    settings: dict[str, Any] = {}  # missing in folders of the first version, as are the parts
     parts: _Described = {}
 
 
 def member_folder(number: int) -> str:
-    """The folder, inside an ensemble's, of its member `number`; member 0 is in the folder itself."""
+    """Return the folder of member `number` in that of its ensemble; member 0 is in the ensemble's folder itself."""
     return f"member_{number}"
 
 
@@ -103,7 +103,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_files(folder: Path, records: dict[str, Any]) -> dict[str, bytes]:
-    """Read the files of a posterior, each as the manifest has it.
+    """Read the files of a posterior, and check each against the manifest.
 
     Raises:
         PosteriorError: a file is missing, added, a link, or differs in size or sha256.
@@ -132,7 +132,7 @@ def read_files(folder: Path, records: dict[str, Any]) -> dict[str, bytes]:
 
 
 def _check_entries(folder: Path, allowed: set[str]) -> None:
-    """Raise an error unless `folder` holds only regular files named in `allowed`, and the folders these need."""
+    """Raise an error unless `folder` holds only regular files named in `allowed`, and their folders."""
     for entry in sorted(folder.iterdir()):
         inside = {name.removeprefix(f"{entry.name}/") for name in allowed if name.startswith(f"{entry.name}/")}
         if entry.is_symlink():

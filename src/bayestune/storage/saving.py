@@ -1,4 +1,4 @@
-"""Saving a posterior as a folder."""
+"""Save a posterior as a folder."""
 
 import json
 import math
@@ -36,8 +36,8 @@ from bayestune.storage.manifest import (
 def save_posterior(model: nn.Module | Posterior, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Save a posterior, or the active adapter of a model, to the folder `path`, whole or not at all.
 
-    The folder holds what PEFT writes (``PeftModel.from_pretrained`` loads it, after ``import bayestune``), files of
-    the posterior's own, and a manifest with the sha256 of each file and a fingerprint of the base model. Nothing is
+    The folder holds what PEFT writes (``PeftModel.from_pretrained`` loads it, after ``import bayestune``), further
+    files of the posterior, and a manifest with the sha256 of each file and a fingerprint of the base model. Nothing is
     pickled. Other adapters of the model are not saved.
 
     Args:
@@ -73,7 +73,7 @@ def save_posterior(model: nn.Module | Posterior, path: str | os.PathLike[str], *
 
 
 def as_posterior(model: nn.Module | Posterior) -> Posterior:
-    """Return the posterior that the active adapter of a model holds; a `Posterior` itself.
+    """Return the posterior that the active adapter of a model holds; a `Posterior` is returned as it is.
 
     Raises:
         ConfigError: as `active_adapter`.
@@ -92,13 +92,13 @@ def _check_savable(model: PeftModel, tensors: dict[str, Tensor]) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.data_ptr() not in adapters:
             raise ConfigError(
-                f"{name} is trainable but no part of the adapter, so it would be lost: "
+                f"{name} is trainable but not part of the adapter, so it would be lost: "
                 "name its module in modules_to_save, or freeze it."
             )
 
 
 def _write_adapter(model: PeftModel, adapter: str, folder: Path) -> None:
-    """Write settings and tensors of one adapter as PEFT does, in `folder` itself whatever the adapter's name."""
+    """Write settings and tensors of one adapter as PEFT does, but in `folder` itself whatever the adapter's name."""
     # Embeddings are saved only as modules_to_save: PEFT's own guess would store frozen base weights, and ask the Hub.
     model.save_pretrained(str(folder), selected_adapters=[adapter], save_embedding_layers=False)
     if adapter != "default":
@@ -109,7 +109,7 @@ def _write_adapter(model: PeftModel, adapter: str, folder: Path) -> None:
 
 
 def _list_layers(model: PeftModel, adapter: str, path: Path) -> None:
-    """Replace a regular expression by the names of the adapted layers, since loading would have to run it."""
+    """Replace a regular expression with the names of the adapted layers, since loading would have to run it."""
     values = strict_json(path.read_bytes(), limit=CONFIG_LIMIT)
     if not (isinstance(values["target_modules"], str) or isinstance(values.get("exclude_modules"), str)):
         return
@@ -135,9 +135,9 @@ def _check_written(folder: Path, kind: str, tensors: dict[str, Tensor]) -> None:
 
 
 def _write_parts(posterior: Posterior, folder: Path) -> dict[str, Any]:
-    """Write what a posterior has beside one adapter; returns the manifest's entries for it.
+    """Write what a posterior holds besides one adapter, and return the manifest's entries for it.
 
-    Every member of an ensemble after the first is a LoRA folder of its own, ``member_1`` and so on.
+    Every member of an ensemble after the first has its own LoRA folder, ``member_1`` and so on.
     """
     if not 0 < posterior.temperature < math.inf:
         raise PosteriorError(f"temperature: found {posterior.temperature}, expected a number above 0.")

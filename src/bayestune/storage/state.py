@@ -36,7 +36,8 @@ def active_adapter(model: nn.Module) -> tuple[PeftModel, str, str]:
     """Return `model`, the name of its active adapter, and the adapter's kind, a key of `ADAPTERS`.
 
     Raises:
-        ConfigError: not a PeftModel, not exactly one active adapter, a name unfit for a path, or another PEFT method.
+        ConfigError: `model` is not a PeftModel or does not have exactly one active adapter, or the adapter has a name
+            that is unfit for a path or is of another PEFT method.
     """
     if not isinstance(model, PeftModel):
         raise ConfigError(f"found a {type(model).__name__}, expected a PeftModel: make one with get_peft_model.")
@@ -56,61 +57,61 @@ def check_name(adapter: str) -> None:
     """Raise an error for an adapter name that PEFT would treat as a path, or that some file system refuses.
 
     Raises:
-        ConfigError: not 1 to 64 letters, digits and . _ -, the first a letter or digit.
+        ConfigError: the name is not 1 to 64 letters, digits and . _ -, of which the first is a letter or digit.
     """
     if not _NAME.fullmatch(adapter):
         raise ConfigError(f"adapter name: found {adapter!r}, expected at most 64 letters, digits and . _ - only.")
 
 
 def adapter_config(model: PeftModel, adapter: str) -> LoraConfig:
-    """The configuration of an adapter that `active_adapter` has accepted."""
+    """Return the configuration of an adapter that `active_adapter` has accepted."""
     config = model.peft_config[adapter]
     assert isinstance(config, LoraConfig)
     return config
 
 
 def adapter_tensors(model: PeftModel, adapter: str) -> dict[str, Tensor]:
-    """Every tensor that belongs to `adapter`, by its key in a saved file, whatever the adapter's name."""
+    """Return every tensor of `adapter` by its key in a saved file, which does not depend on the adapter's name."""
     tensors: dict[str, Tensor] = {}
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            for part in module.adapter_layer_names:
-                container = model.get_submodule(f"{path}.{part}")
+            for name in module.adapter_layer_names:
+                container = model.get_submodule(f"{path}.{name}")
                 if isinstance(container, nn.ModuleDict) and adapter in container:
-                    tensors |= {f"{path}.{part}.{k}": v for k, v in container[adapter].state_dict().items()}
+                    tensors |= {f"{path}.{name}.{k}": v for k, v in container[adapter].state_dict().items()}
                 elif isinstance(container, nn.ParameterDict) and adapter in container:
-                    tensors[f"{path}.{part}"] = container[adapter].detach()
+                    tensors[f"{path}.{name}"] = container[adapter].detach()
         elif isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
             tensors |= {f"{path}.{k}": v for k, v in module.modules_to_save[adapter].state_dict().items()}
     return tensors
 
 
 def parameter_names(model: PeftModel, adapter: str) -> dict[str, str]:
-    """The name, in ``model.named_parameters()``, of each tensor of `adapter` that is a parameter, by its key."""
+    """Return, by key, the name in ``model.named_parameters()`` of each tensor of `adapter` that is a parameter."""
     names = {parameter.data_ptr(): name for name, parameter in model.named_parameters()}
     tensors = adapter_tensors(model, adapter)
     return {key: names[tensor.data_ptr()] for key, tensor in tensors.items() if tensor.data_ptr() in names}
 
 
 def lora_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
-    """The layers that `adapter` adapts, by their path in the base model."""
+    """Return the layers that `adapter` adapts, by their path in the base model."""
     modules = model.get_base_model().named_modules()
     return {path: module for path, module in modules if isinstance(module, LoraLayer) and adapter in module.r}
 
 
 def owned_heads(model: PeftModel, adapter: str) -> list[str]:
-    """Names, in the base model, of the modules that `adapter` replaces as a whole (`modules_to_save`)."""
+    """Return the names in the base model of the modules that `adapter` replaces as a whole (`modules_to_save`)."""
     modules = model.get_base_model().named_modules()
     return [n for n, m in modules if isinstance(m, ModulesToSaveWrapper) and adapter in m.modules_to_save]
 
 
 def describe(tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
-    """``{key: [shape, dtype]}``, as the manifest holds it."""
+    """Return ``{key: [shape, dtype]}``, as the manifest holds it."""
     return {key: [list(t.shape), str(t.dtype).removeprefix("torch.")] for key, t in sorted(tensors.items())}
 
 
 def tensor_fault(expected: Mapping[str, list[Any]], found: Mapping[str, list[Any]]) -> str | None:
-    """The first difference between two descriptions of tensors, in words; None if they agree."""
+    """Return the first difference between two descriptions of tensors, in words; None if they agree."""
     for key in sorted(expected.keys() - found.keys()):
         return f"tensor {key!r} is missing"
     for key in sorted(found.keys() - expected.keys()):
@@ -124,7 +125,7 @@ def tensor_fault(expected: Mapping[str, list[Any]], found: Mapping[str, list[Any
 
 
 def value_fault(tensors: Mapping[str, Tensor]) -> str | None:
-    """The first tensor whose values no posterior can have, in words; None if there is none."""
+    """Return which tensor is the first with values that a posterior cannot have, in words; None if there is none."""
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             return f"tensor {key!r} holds NaN or infinite values"
@@ -141,7 +142,7 @@ def check_values(tensors: Mapping[str, Tensor]) -> None:
 
 
 def settings_fault(values: Any, kind: str) -> str | None:
-    """The first setting of an adapter_config.json that is not supported, in words; None if there is none."""
+    """Return the first setting of an adapter_config.json that is not supported, in words; None if there is none."""
     if not isinstance(values, dict):
         return f"found a {type(values).__name__}, expected a JSON object"
     peft_type = "BAYES_LORA" if kind == "variational" else "LORA"
@@ -162,20 +163,20 @@ def settings_fault(values: Any, kind: str) -> str | None:
 
 
 def config_fault(config: LoraConfig, kind: str) -> str | None:
-    """`settings_fault` of a configuration in memory."""
+    """Return the `settings_fault` of a configuration in memory."""
     return settings_fault(json.loads(json.dumps(config.to_dict(), default=sorted)), kind)
 
 
 @torch.no_grad()
 def as_bayesian(model: PeftModel, adapter: str, **posterior: Any) -> PeftModel:
-    """`model` taken apart, and its base with the plain LoRA `adapter` as a Bayesian one with the same weights.
+    """Unload `model`, and return its base with the plain LoRA `adapter` as a Bayesian one with the same weights.
 
-    It is named "default", frozen and in evaluation mode; its standard deviations are those of a new adapter.
+    The result is named "default", frozen and in evaluation mode; its standard deviations are those of a new adapter.
 
     Args:
         model: a model with one plain LoRA adapter, not merged.
         adapter: name of the adapter.
-        **posterior: settings that `BayesLoraConfig` has and `LoraConfig` has not.
+        **posterior: settings of `BayesLoraConfig` that `LoraConfig` does not have.
     """
     config, tensors, base = adapter_config(model, adapter), adapter_tensors(model, adapter), model.get_base_model()
     heads = {path: m.original_module for path, m in base.named_modules() if isinstance(m, ModulesToSaveWrapper)}
@@ -185,7 +186,7 @@ def as_bayesian(model: PeftModel, adapter: str, **posterior: Any) -> PeftModel:
     values = {f.name: copy.deepcopy(getattr(config, f.name)) for f in dataclasses.fields(LoraConfig) if f.init}
     bayesian = BayesLoraConfig(**{**values, **posterior, "inference_mode": True})
     made = adapted(base, bayesian, autocast=True)  # A and B are float32 in any case
-    adapter_config(made, "default").modules_to_save = copy.copy(config.modules_to_save)  # PEFT adds heads once more
+    adapter_config(made, "default").modules_to_save = copy.copy(config.modules_to_save)  # PEFT added the heads again
     for key, tensor in adapter_tensors(made, "default").items():
         if not key.endswith(".rho"):
             tensor.copy_(tensors[key])
@@ -193,7 +194,7 @@ def as_bayesian(model: PeftModel, adapter: str, **posterior: Any) -> PeftModel:
 
 
 def adapted(base: nn.Module, config: LoraConfig, *, autocast: bool) -> PeftModel:
-    """`base` with a new adapter as `config` describes it; the global random state is left unchanged."""
+    """Return `base` with a new adapter as `config` describes it; the global random state is unchanged."""
     with torch.random.fork_rng(devices=[]):
         model = get_peft_model(base, config, autocast_adapter_dtype=autocast)
     assert isinstance(model, PeftModel)
