@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, locks, hashes, strict JSON, and disk errors."""
+"""Write files and folders whole or not at all; locks, hashes, strict JSON, and disk errors."""
 
 from bayestune.files.disk import appending as appending
 from bayestune.files.disk import check_writable as check_writable

@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all, flushing, hashing, and the errors of a disk that cannot be written."""
+"""Write files whole or not at all, flush and hash them, and report errors of the disk."""
 
 import contextlib
 import errno
@@ -20,13 +20,14 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 @contextlib.contextmanager
 def writing(path: Path, *, needed: int | None = None) -> Iterator[None]:
-    """Turn an error of the disk into one that names `path`, the file or folder being written, and the free space.
+    """Turn an error of the disk into one that names the file or folder being written, and the free space.
 
     Args:
+        path: the file or folder.
         needed: about how many bytes will be written.
 
     Raises:
-        DiskError: no space left, a quota or limit, or a fault of the disk; other errors pass unchanged.
+        DiskError: the disk is full, read-only or faulty, or a quota or limit is reached; other errors pass unchanged.
     """
     try:
         yield
@@ -42,10 +43,10 @@ def writing(path: Path, *, needed: int | None = None) -> Iterator[None]:
 
 
 def check_writable(folder: Path, what: str) -> None:
-    """Fail early if files cannot be created in `folder`, or the folder itself cannot.
+    """Raise an error early if `folder`, or a file in it, cannot be created.
 
     Raises:
-        ConfigError: naming `what`, which is to be written, and the folder.
+        ConfigError: names `what`, which is to be written, and the folder.
     """
     there = _existing(folder)
     if not os.access(there, os.W_OK | os.X_OK):
@@ -64,7 +65,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Callable[[str], None]]:
-    """Yield a function that writes text to a UTF-8 file, which takes the place of `path` at the end.
+    """Yield a function that writes text to a UTF-8 file, which replaces `path` if the block ends without an error.
 
     Raises:
         DiskError: the disk is full, or cannot be written.
@@ -81,7 +82,7 @@ def replacing(path: Path) -> Iterator[Callable[[str], None]]:
 
 @contextlib.contextmanager
 def appending(path: Path, *, name: Path | None = None) -> Iterator[Callable[[str], None]]:
-    """Yield a function that appends text to a UTF-8 file and flushes it to the disk; errors speak of `name`.
+    """Yield a function that appends text to a UTF-8 file and flushes it to the disk; errors name `name`.
 
     Raises:
         DiskError: the disk is full, or cannot be written.
@@ -113,23 +114,23 @@ def flush_entry(path: Path) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_record(path: Path) -> dict[str, Any]:
-    """``{"sha256", "bytes"}`` of a file, as manifests list it."""
+    """Return ``{"sha256", "bytes"}`` of a file, as manifests list it."""
     return {"sha256": file_sha256(path), "bytes": path.stat().st_size}
 
 
 def _number_in(text: str) -> int | None:
-    """The system's error number, which safetensors gives in its text only."""
+    """Return the system's error number, which safetensors gives only in its text."""
     found = re.search(r"os error (\d+)", text)
     return int(found[1]) if found else None
 
 
 def _existing(path: Path) -> Path:
-    """`path`, or its nearest parent that exists."""
+    """Return `path`, or its nearest parent that exists."""
     path = path.resolve()
     return next(place for place in (path, *path.parents) if place.exists())

@@ -1,4 +1,4 @@
-"""Folders that appear on disk whole or not at all, and the lock of a file or folder."""
+"""Write folders whole or not at all, and lock files and folders."""
 
 import contextlib
 import os
@@ -19,21 +19,21 @@ MANIFEST = "bayestune_manifest.json"
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
-    """Yield an empty folder beside `path` that takes its place when the block ends without an exception.
+    """Yield an empty folder beside `path` that replaces it when the block ends without an exception.
 
     Everything is flushed to disk before the renames. An older folder is moved aside first and removed last, so a
-    crash leaves either the old folder or the new one whole. If the crash falls between the two renames, the old one
-    waits beside `path`, where `existing_folder` finds it. With `overwrite`, only an empty folder or one that holds a
+    crash leaves either the old folder or the new one whole. After a crash between the two renames, the old folder is
+    beside `path`, where `existing_folder` finds it. With `overwrite`, only an empty folder or one that holds a
     bayestune manifest is replaced. Leftovers of killed saves to `path` are removed first.
 
     Raises:
         ConfigError: `path` exists and must not be replaced, or is a link; something that bayestune did not write
-            stands where the older folder would wait; or another process is saving to `path`.
+            has the name to which the older folder would be moved; or another process is saving to `path`.
     """
     target = Path(os.path.abspath(path))
     aside = _aside(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with alone(target):  # only its holder looks at the folder: it changes under every other process
+    with alone(target):  # only its holder may look at the folder, which the holder changes
         _check_aside(aside)
         _remove_litter(target)
         if aside.is_dir() and not os.path.lexists(target):
@@ -56,7 +56,7 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Pat
 
 
 def publish(work: Path, target: Path, aside: Path) -> None:
-    """Rename the finished folder `work` to `target`; what is there is renamed to `aside`, and back if that fails."""
+    """Rename the finished folder `work` to `target`; an old `target` becomes `aside`, and is restored on failure."""
     try:
         if os.path.lexists(target):
             os.rename(target, aside)
@@ -86,7 +86,7 @@ def alone(target: Path) -> Iterator[None]:
         yield
     finally:
         try:
-            path.unlink(missing_ok=True)  # while it is held, so that whoever has it open sees that it is gone
+            path.unlink(missing_ok=True)  # while it is held, so that a process that has it open sees that it is gone
         finally:
             lock.release()
 
@@ -116,7 +116,7 @@ def claimed(target: Path, *, purpose: str) -> Iterator[bool]:
 
 
 def existing_folder(path: str | os.PathLike[str]) -> Path:
-    """`path`, or the older folder that an interrupted replacement of `path` left beside it."""
+    """Return `path`, or the older folder that an interrupted replacement of `path` left beside it."""
     target = Path(os.path.abspath(path))
     aside = _aside(target)
     return aside if aside.is_dir() and not os.path.lexists(target) else target
@@ -128,7 +128,7 @@ def remove(folder: Path) -> None:
         return
     litter = folder.with_name(f"{folder.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with contextlib.suppress(OSError):  # then it is removed under its own name
+        with contextlib.suppress(OSError):  # it is then removed under its own name
             os.rename(folder, litter)
     finally:
         for path in (litter, folder):
@@ -138,7 +138,7 @@ def remove(folder: Path) -> None:
 def _check_aside(aside: Path) -> None:
     if os.path.lexists(aside) and (aside.is_symlink() or not (aside / MANIFEST).is_file()):
         raise ConfigError(
-            f"{aside} is in the way (an older folder would wait there) and holds no {MANIFEST}: move it away."
+            f"{aside} is in the way (an older folder would be moved there) and holds no {MANIFEST}: move it away."
         )
 
 

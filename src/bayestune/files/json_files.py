@@ -1,4 +1,4 @@
-"""JSON files: written whole or not at all, read strictly and within limits, and sealed with their own checksum."""
+"""Write JSON files whole or not at all, read them strictly and within limits, and seal them with a checksum."""
 
 import hashlib
 import json
@@ -19,14 +19,14 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Read the object in a JSON file of at most 16 MiB, in which no key is given twice.
+    """Return the object in a JSON file of at most 16 MiB without duplicate keys.
 
     Raises:
-        ConfigError: no such file, or not one such object; `what` says what the file should be.
+        ConfigError: there is no such file, or it holds no such object; `what` says what the file should be.
     """
     try:
         with path.open("rb") as file:
-            content = strict_json(file.read(_LIMIT + 1), limit=_LIMIT, finite=False)  # a cell's check names the field
+            content = strict_json(file.read(_LIMIT + 1), limit=_LIMIT, finite=False)  # a later check names the field
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file, expected {what}.") from None
     except (OSError, ValueError) as error:
@@ -37,7 +37,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def sealed(content: Mapping[str, Any]) -> bytes:
-    """The JSON of a manifest: `content` in one fixed form, with a checksum over all of it."""
+    """Return the JSON of a manifest: `content` in one fixed form, with a checksum over all of it."""
     checksum = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return (json.dumps({**content, "checksum": checksum}, sort_keys=True, indent=1) + "\n").encode()
 
@@ -48,7 +48,7 @@ def read_sealed(path: Path, *, version: int) -> dict[str, Any]:
     Checksums detect corruption, not tampering.
 
     Raises:
-        ValueError: what is wrong, to follow the name of the file.
+        ValueError: the manifest is damaged or of another version; the message follows the name of the file.
     """
     with path.open("rb") as file:
         text = file.read(_LIMIT + 1)
@@ -70,7 +70,8 @@ def strict_json(text: bytes, *, limit: int, finite: bool = True) -> Any:
     """Parse at most `limit` bytes of JSON.
 
     Raises:
-        ValueError: too long, too deep, not UTF-8, not JSON, a key given twice; or, if `finite`, NaN and infinities.
+        ValueError: `text` is too long or too deep, is not UTF-8 or JSON, or has a duplicate key; or, if `finite`, it
+            holds NaN or infinities.
     """
     if len(text) > limit:
         raise ValueError(f"{len(text)} bytes of JSON, expected at most {limit}")
