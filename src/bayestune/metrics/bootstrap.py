@@ -25,7 +25,7 @@ def bootstrap_interval(
         values: one value per row. The difference of `row_nll` of two methods on the same rows gives a paired interval.
         level: coverage probability.
         resamples: number of resamples.
-        seed: key of the resamples.
+        seed: seed of the resamples.
 
     Raises:
         DataError: there are no rows, or a value is NaN or -inf.
@@ -42,12 +42,12 @@ def bootstrap_interval(
 
 
 def resampled_means(terms: Tensor, resamples: int, seed: int) -> Tensor:
-    """Return means of terms [rows, columns] over rows drawn with replacement [resamples, columns]; inf stays inf."""
+    """Return the means of `terms` [rows, columns] over resampled rows, [resamples, columns]; inf stays inf."""
     if resamples < 1 or seed < 0:
         raise ConfigError(f"resamples is {resamples} and seed is {seed}, expected at least 1 and at least 0")
     generator = np.random.Generator(np.random.PCG64(seed))
     rows = len(terms)
-    # 0 * inf would be NaN in the product: count the infinite rows apart.
+    # 0 * inf would be NaN in the product, so infinite rows are counted separately.
     infinite = terms.isposinf()
     finite = terms.masked_fill(infinite, 0.0)
     block = max(1, _COUNTS_HELD // rows)

@@ -57,7 +57,7 @@ def ece_corrected(
     resamples: int = 1000,
     seed: int = 0,
 ) -> tuple[float, tuple[float, float]]:
-    """Return the bias-corrected ECE and an interval that contains it, as `confidence_ece_corrected`."""
+    """Return the bias-corrected ECE and an interval that contains it; see `confidence_ece_corrected`."""
     confidence, correct = _answers(log_probs, labels)
     return confidence_ece_corrected(confidence, correct, bins=bins, level=level, resamples=resamples, seed=seed)
 
@@ -65,11 +65,11 @@ def ece_corrected(
 def confidence_ece(
     confidence: Float[Tensor, " rows"], correct: Bool[Tensor, " rows"] | Float[Tensor, " rows"], *, bins: int = 15
 ) -> float:
-    """Return the expected calibration error of any confidence from 0 to 1, such as that of an answer in words.
+    """Return the expected calibration error of any confidence from 0 to 1, such as that of a free-text answer.
 
     Args:
-        confidence: how sure each answer is.
-        correct: whether it is right.
+        confidence: the confidence of each answer.
+        correct: whether each answer is right.
         bins: number of bins, as in `reliability_bins`.
 
     Raises:
@@ -146,7 +146,7 @@ def intervals(
     """Return percentile bootstrap intervals of accuracy, nll, ece and brier from the same resamples of the rows.
 
     ECE is a sum of absolute values, so sampling noise increases it, and resampling increases it again. If every bin is
-    clearly miscalibrated, its interval covers like the others. Near perfect calibration, it lies above the true value:
+    clearly miscalibrated, its interval is as good as the others. Near perfect calibration it is above the true value:
     over simulated sets of 200 calibrated two-class rows (true ECE 0), the lower end averages 0.05.
 
     Args:
@@ -155,7 +155,7 @@ def intervals(
         bins: number of bins of the ECE.
         level: coverage probability.
         resamples: number of resamples.
-        seed: key of the resamples.
+        seed: seed of the resamples.
     """
     log_probs, labels = checked(log_probs, labels)
     means = [row_accuracy(log_probs, labels), row_nll(log_probs, labels), row_brier(log_probs, labels)]

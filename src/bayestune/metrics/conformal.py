@@ -1,6 +1,6 @@
 """Split-conformal prediction: sets of classes that hold the label with a chosen probability.
 
-`score` says how badly a class fits a row:
+`score` measures how badly a class fits a row:
 
 - "lac": ``1 - p_c``, the smallest sets on average (Sadinle, Lei and Wasserman 2019, arXiv 1609.00451, section 2).
 - "aps": ``sum_{j before c} p_j + U p_c``, with classes from the most to the least probable and one uniform U per row,
@@ -11,7 +11,7 @@ A set holds the classes whose score is at most a threshold, the quantile of the 
 these rows and a new one are exchangeable, the set holds the new label with probability at least 1 - alpha, and at most
 1 - alpha + 1 / (rows + 1) if no scores are equal. The probability is over calibration rows and new rows together, not
 per row and not per class. A set may be empty. A class of probability zero, such as a choice that the row does not
-have, is never in a set: where labels have probability zero, the promise does not hold for them. Rows with the same
+have, is never in a set, so the guarantee does not hold for labels of probability zero. Rows with the same
 probabilities have the same U.
 
 `log_probs` and `labels` are as in `scores`, and are checked in the same way.
@@ -40,10 +40,10 @@ class SetScores:
     """The result of `split_conformal`.
 
     Attributes:
-        alpha: the requested share of sets without the label is at most this.
+        alpha: the requested upper limit on the share of sets without the label.
         threshold: largest score of a class in a set.
         calibration_rows: number of rows that the threshold comes from.
-        rows: number of other rows, which the sets are made for.
+        rows: number of other rows, for which the sets are made.
         coverage: share of the sets that hold the label.
         size: mean number of classes in a set.
     """
@@ -67,10 +67,10 @@ def conformal_threshold(
     """Return the ``ceil((n + 1)(1 - alpha))``-th smallest score of the labels of n calibration rows.
 
     Args:
-        log_probs, labels: of the calibration rows, which nothing else was fitted on.
+        log_probs, labels: of the calibration rows, on which nothing else may have been fitted.
         alpha: the share of sets that may miss the label, in (0, 1).
         score: "lac" or "aps".
-        seed: key of the uniform numbers of "aps".
+        seed: seed of the uniform numbers of "aps".
 
     Returns:
         The threshold for `prediction_sets`.
@@ -110,7 +110,7 @@ def prediction_sets(
     Args:
         log_probs: of new rows.
         threshold: from `conformal_threshold` with the same score; infinite for every class of probability above zero.
-        score, seed: as there.
+        score, seed: as in `conformal_threshold`.
 
     Raises:
         ConfigError: `score` is unknown, or `threshold` is NaN.
@@ -132,11 +132,11 @@ def split_conformal(
 ) -> SetScores:
     """Calibrate on half of the rows, which `seed` chooses, and score the sets of the other half.
 
-    The halves depend on the seed and on the number of rows alone, so methods are compared on the same rows.
+    The halves depend only on the seed and the number of rows, so methods are compared on the same rows.
 
     Args:
         log_probs, labels, alpha, score: as in `conformal_threshold`.
-        seed: key of the halves and of the uniform numbers of "aps".
+        seed: seed of the halves and of the uniform numbers of "aps".
 
     Raises:
         DataError, ConfigError: as `conformal_threshold`.
@@ -156,7 +156,7 @@ def split_conformal(
 
 
 def halves(rows: int, seed: int) -> tuple[Int[Tensor, " known"], Int[Tensor, " new"]]:
-    """Return the indices of the rows that `split_conformal` calibrates on, and those of the others.
+    """Return the indices of the rows that `split_conformal` calibrates on, and those of the other half.
 
     Raises:
         DataError: there is one row, or none.

@@ -1,8 +1,8 @@
 """Split-conformal intervals: ``mean ± threshold * scale`` holds a number with a chosen probability.
 
-The score of a row is ``|y - mean| / scale``, and the threshold the quantile of the scores of calibration rows. Without
+The score of a row is ``|y - mean| / scale``, and the threshold is the quantile of the calibration scores. Without
 scales it is the absolute residual and all intervals are equally wide (Lei et al. 2018, arXiv 1604.04173, algorithm 2);
-with the std of each prediction as its scale they are wider where the model is less sure (section 5.2). If calibration
+with the std of each prediction as its scale, they are wider where the model is less sure (section 5.2). If calibration
 rows and a new one are exchangeable, the interval holds the new number with probability at least 1 - alpha, and at most
 1 - alpha + 1 / (rows + 1) if no scores are equal, whatever the model. The probability is over calibration rows and new
 rows together.
@@ -27,10 +27,10 @@ class IntervalScores:
     """The result of `split_conformal_intervals`.
 
     Attributes:
-        alpha: the requested share of intervals without the number is at most this.
+        alpha: the requested upper limit on the share of intervals without the number.
         threshold: half of an interval, in units of the scale.
         calibration_rows: number of rows that the threshold comes from.
-        rows: number of other rows, which the intervals are made for.
+        rows: number of other rows, for which the intervals are made.
         coverage: share of the intervals that hold the number.
         width: mean width of an interval, in the unit of the target.
     """
@@ -53,8 +53,8 @@ def conformal_width(
     """Return the ``ceil((n + 1)(1 - alpha))``-th smallest ``|y - mean| / scale`` of n calibration rows.
 
     Args:
-        means: predictions for the calibration rows, which nothing was fitted on.
-        targets: their numbers.
+        means: predictions for the calibration rows, on which nothing may have been fitted.
+        targets: the true numbers.
         scales: above 0, such as the std of each prediction; 1 by default.
         alpha: the share of intervals that may miss the number, in (0, 1).
 
@@ -81,7 +81,7 @@ def split_conformal_intervals(
 
     Args:
         means, targets, scales, alpha: as in `conformal_width`.
-        seed: key of the halves, which are those of `split_conformal`.
+        seed: seed of the halves, which are those of `split_conformal`.
 
     Raises:
         DataError, ConfigError: as `conformal_width`.

@@ -1,4 +1,4 @@
-"""How far the draws of a posterior differ: what they do to the answers, and how many are needed."""
+"""How far the draws of a posterior differ, and how many are needed."""
 
 import math
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from bayestune.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """What the draws do to the answers; means over rows.
+    """How far the draws move the answers, as means over rows.
 
     Attributes:
         logit_variance: variance over draws of the logits, centered over the classes of a row, mean over classes.
-        mean_logit_variance: variance over classes of the logits' mean over draws: how sure one draw can be.
+        mean_logit_variance: variance over classes of the logits' mean over draws: how confident one draw can be.
         epistemic: mutual information of answer and weights, in nats.
-        excess_nll: what the NLL of this many draws has above that of infinitely many, in nats.
+        excess_nll: how far the NLL of this many draws is above that of infinitely many, in nats.
         draws: number of draws.
     """
 

@@ -20,7 +20,7 @@ from torch.special import ndtr, ndtri
 from bayestune.errors import ConfigError, DataError
 
 _HALVINGS = 200
-"""At most: of an interval of float64 numbers, which bisection ends on much earlier."""
+"""Largest number of bisection steps; the limit of float64 is reached much earlier."""
 
 
 def mixture_row_nll(
@@ -52,8 +52,8 @@ def mixture_quantiles(
 ) -> Float[Tensor, "levels rows numbers"]:
     """Return the value at which `mixture_cdf` reaches each level, to the last bits of float64.
 
-    The quantile of the mixture lies between the smallest and the largest quantile of a draw, which bisection starts
-    from.
+    The quantile of the mixture lies between the smallest and the largest quantile of a draw, from which bisection
+    starts.
 
     Raises:
         ConfigError: a level is not between 0 and 1.
@@ -101,7 +101,7 @@ def mixture_crps(
 
 
 def _mean_size(means: Tensor, stds: Tensor) -> Tensor:
-    """The mean of |N(m, s^2)|."""
+    """Return the mean of |N(m, s^2)|."""
     z = means / stds
     return stds * math.sqrt(2 / math.pi) * (-z.square() / 2).exp() + means * (2 * ndtr(z) - 1)
 

@@ -1,4 +1,4 @@
-"""Differences of two methods that score the same rows, with a paired bootstrap interval."""
+"""Differences between the scores of two methods on the same rows, with a paired bootstrap interval."""
 
 from dataclasses import dataclass
 
@@ -35,14 +35,14 @@ def paired_interval(
 
     With ``d_i = 1/S sum_s (scores_si - reference_si)``, the mean is ``1/N sum_i d_i``, and the interval is that of
     `bootstrap_interval` for the d_i. As d_i is the mean over seeds, one resample of the rows serves all seeds. The
-    interval holds for new rows from the same source and these S trained runs; it does not hold the spread over seeds.
+    interval holds for new rows from the same source and these S trained runs; it leaves out the spread over seeds.
 
     Args:
         scores: a score per row, [seeds, rows], such as `row_nll` in nats or `row_accuracy`, 0 or 1.
         reference: the scores of the other method for the same seeds and rows, in the same order.
         level: coverage probability.
         resamples: number of resamples.
-        seed: key of the resamples.
+        seed: seed of the resamples.
 
     Returns:
         The mean difference, negative where `scores` are lower, and its interval.

@@ -36,19 +36,19 @@ def matched_auroc(
 ) -> float | None:
     """Return the AUROC over the pairs of a positive and a negative row of about the same size.
 
-    It is what a score separates beyond what the sizes of the rows, such as the lengths of questions, separate alone.
+    It measures what a score separates beyond the sizes of the rows, such as the lengths of questions.
 
     Args:
         scores, positives: as in `auroc`.
-        sizes: finite, above 0.
+        sizes: size of each row, finite and above 0.
         within: a pair counts if the larger size is at most ``1 + within`` times the smaller.
 
     Returns:
-        The share of these pairs in which the positive row has the higher score, ties half; None without such pairs.
+        The share of these pairs in which the positive row scores higher, with ties counted half; None without pairs.
 
     Raises:
-        DataError: as `auroc`, or a size is missing or is not finite and above 0.
-        ConfigError: `within` is not a number from 0.
+        DataError: as `auroc`, or the numbers of sizes and rows differ, or a size is not finite and above 0.
+        ConfigError: `within` is negative or NaN.
     """
     values, marks = _checked("matched_auroc", scores, positives)
     if sizes.shape != scores.shape:
@@ -69,7 +69,7 @@ def matched_auroc(
 
 
 def aupr(scores: Float[Tensor, " rows"], positives: Bool[Tensor, " rows"] | Int[Tensor, " rows"]) -> float:
-    """Return the average precision, sum_t (recall_t - recall_{t-1}) precision_t: the area under precision and recall.
+    """Return the average precision, the area sum_t (recall_t - recall_{t-1}) precision_t under precision and recall.
 
     t runs over the distinct scores from high to low, so rows with equal scores enter together and their order does not
     matter. Nothing is interpolated. An uninformative score gives the share of positives, not one half.

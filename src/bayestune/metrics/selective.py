@@ -52,7 +52,7 @@ def risk_coverage(
 
 
 def aurc(confidence: Float[Tensor, " rows"], correct: Bool[Tensor, " rows"] | Int[Tensor, " rows"]) -> float:
-    """Area under the risk-coverage curve: the mean over rows i of the risk at the threshold confidence_i.
+    """Return the area under the risk-coverage curve: the mean over rows i of the risk at the threshold confidence_i.
 
     ``AURC = 1/n sum_i risk({j: confidence_j >= confidence_i})`` (Geifman, Uziel and El-Yaniv 2019, arXiv 1805.08206),
     the integral of the curve as a step function; 0 is best. A constant confidence gives the error rate. If e of n rows
