@@ -6,9 +6,10 @@ from bayestune.report.views import Block, Table, Value
 
 
 def markdown(table: Table) -> str:
-    """Return the table for GitHub: heading, facts, one Markdown table per block, notes; best bold, second underlined.
+    """Return the table for GitHub: heading, facts, one Markdown table per block, and notes.
 
-    Texts are escaped, so nothing in them becomes Markdown or HTML. Equal tables give equal bytes.
+    Best values are bold, second best underlined. Texts are escaped, so nothing in them becomes Markdown or HTML. Equal
+    tables give equal bytes.
     """
     parts = [f"# {escaped(table.title)}", "\n".join(f"- {escaped(fact)}" for fact in table.facts)]
     for block in table.blocks:

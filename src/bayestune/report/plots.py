@@ -28,7 +28,7 @@ except ModuleNotFoundError as error:
 Curves = Mapping[str, tuple[Tensor, Tensor]]
 
 ACCURACY = "#5b8ec4"
-# Edge, face and hatch of the part of a bin between accuracy and confidence.
+# Edge, face and hatch of the bar between the accuracy and the confidence of a bin.
 OVERCONFIDENT = ("#c23b4a", "#fbe3e4", "////")
 UNDERCONFIDENT = ("#2a7f3e", "#e0f2e1", "\\\\\\\\")
 KNOWN, OTHER = "#2f6fb3", "#d9772b"
@@ -64,7 +64,7 @@ def reliability_figure(curves: Curves) -> Figure:
     """Draw `reliability_panels` of predictions in 15 bins, with the ECE as captions.
 
     Args:
-        curves: by name of the method, log_probs [rows, classes] and labels [rows].
+        curves: log_probs [rows, classes] and labels [rows], by name of the method.
 
     Raises:
         DataError: `curves` is empty, or a curve cannot be scored.
@@ -143,7 +143,7 @@ def histogram_panels(panels: Sequence[tuple[str, Histogram]], *, known: str, oth
 
 
 def svg(figure: Figure) -> str:
-    """Return the figure as SVG with its texts as text, for a page; the same figure gives the same bytes."""
+    """Return the figure as SVG for a page, with text kept as text; the same figure gives the same bytes."""
     content = io.StringIO()
     with _own_style(), matplotlib.rc_context({"svg.fonttype": "none"}):
         figure.savefig(content, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))

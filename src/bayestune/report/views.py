@@ -56,7 +56,7 @@ class Listing(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A part of a page, with a text that says how to read it."""
+    """A part of a page, with a text that explains how to read it."""
 
     heading: str
     text: str
@@ -74,6 +74,6 @@ class Page(NamedTuple):
 
 
 def shown(text: str, longest: int = LONGEST) -> str:
-    """Return an external text on one line, cut at `longest`, without unprintable characters."""
+    """Return an external text on one line of at most `longest` characters, without unprintable ones."""
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[: longest + 1])
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
