@@ -1,6 +1,6 @@
-"""Key-value caches of generation remember the draw that filled them, so that no other draw reads them.
+"""Key-value caches remember the draw that filled them, so that no other draw reads them.
 
-Compiled code leaves both hooks out: it would be compiled again for each draw.
+Compiled code skips both hooks, since it would be compiled again for each draw.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Model cards of saved posteriors: without `import bayestune`, PEFT stops with a bare KeyError."""
+"""Model cards of saved posteriors: they say to import bayestune, without which PEFT raises a bare KeyError."""
 
 import json
 import os
@@ -44,7 +44,7 @@ posterior = load(base_model, "this/folder")
 
 
 def add_notice(folder: str | os.PathLike[str]) -> None:
-    """Append how to load a variational adapter to `folder`/README.md, once; create the file if PEFT has not."""
+    """Append a note on loading a variational adapter to `folder`/README.md, once; create the file if it is missing."""
     card = Path(folder) / "README.md"
     text = card.read_text(encoding="utf-8") if card.exists() else ""
     if HEADING not in text:
@@ -53,14 +53,14 @@ def add_notice(folder: str | os.PathLike[str]) -> None:
 
 
 def write_card(folder: Path, base: nn.Module, config: LoraConfig, kind: str, *, adapter_only: bool) -> None:
-    """Write `folder`/README.md in the place of PEFT's empty template.
+    """Write `folder`/README.md in place of PEFT's empty template.
 
     Args:
         folder: the saved posterior.
         base: the base model.
         config: the configuration of its adapter.
         kind: the kind of posterior.
-        adapter_only: whether the adapter is all of the posterior, so that PEFT can load it.
+        adapter_only: whether the posterior is only the adapter, so that PEFT can load it.
     """
     name, architecture = config.base_model_name_or_path, type(base).__name__
     lines = ""

@@ -63,8 +63,8 @@ class BayesLoraConfig(LoraConfig):
         default="independent",
         metadata={
             "help": "Training noise: 'independent', one draw per row; 'flipout', one noise matrix per batch with "
-            "random signs per row; 'flipout_token', with signs per token as in BLoB's released code, so that one "
-            "forward does not use one set of weights."
+            "random signs per row; 'flipout_token', the same with signs per token, as in BLoB's released code, so "
+            "that one forward does not use one set of weights."
         },
     )
     distribution: Distribution = field(

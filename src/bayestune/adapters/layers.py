@@ -13,7 +13,7 @@ from bayestune.functional import std
 
 
 def random_layers(model: nn.Module, adapters: Sequence[str] | None = None) -> dict[str, RandomLinear]:
-    """Return the random layers of `model`, sorted by name; none for a model without a random adapter.
+    """Return the random layers of `model`, sorted by name; empty for a model without a random adapter.
 
     A name is the path of the adapted layer in the base model (with ".lora_B" appended for a B matrix), so it does not
     depend on the adapter's name. If several adapters are active, the names of the second and later ones end in "#1",
@@ -21,7 +21,7 @@ def random_layers(model: nn.Module, adapters: Sequence[str] | None = None) -> di
 
     Args:
         model: any model.
-        adapters: names of adapters; default the active ones.
+        adapters: names of adapters; by default the active ones.
     """
     layers: dict[str, RandomLinear] = {}
     for module in model.modules():

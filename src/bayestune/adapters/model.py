@@ -40,7 +40,7 @@ class BayesLoraModel(LoraModel):
             model.register_forward_hook(mark_cache)
 
     def _check_new_adapter_config(self, config: BayesLoraConfig) -> None:
-        """Check before any module is changed, so that after an error a model with other adapters is as it was."""
+        """Check before any module is changed, so that an error leaves a model with other adapters unchanged."""
         super()._check_new_adapter_config(config)
         for key, module in self.model.named_modules():
             if config.target_modules is not None and isinstance(module, _NOT_LINEAR):
@@ -88,7 +88,7 @@ class BayesLoraModel(LoraModel):
         super().merge_adapter(*args, **kwargs)
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Merge the mean and return the base model; raises a DrawError inside `draw`."""
+        """Merge the mean and return the base model; raise a DrawError inside `draw`."""
         refuse_in_draw("merge_and_unload")
         return super().merge_and_unload(*args, **kwargs)
 

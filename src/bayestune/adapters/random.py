@@ -134,7 +134,7 @@ class FullPrecisionLinear(nn.Linear):
 
 
 class RandomLinear(FullPrecisionLinear):
-    """``h = W x`` with random weights W, a function `drawn` of standard normal noise.
+    """``h = W x`` with random weights W, which `drawn` computes from standard normal noise.
 
     Attributes:
         weight: the mean of W, [r, n].

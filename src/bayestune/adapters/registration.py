@@ -1,4 +1,4 @@
-"""The PEFT type "BAYES_LORA": the only place that changes PEFT's enumeration of methods.
+"""The PEFT type "BAYES_LORA". Only this file changes PEFT's enumeration of methods.
 
 PEFT has no public way for another package to add a member. A plain string is not enough, because code in PEFT and
 transformers reads `peft_type.value`.
