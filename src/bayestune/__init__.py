@@ -1,7 +1,7 @@
 """Bayesian LoRA fine-tuning: train a posterior over adapters, get calibrated answers, keep it as a file, serve it.
 
-Importing this package registers the PEFT type "BAYES_LORA". Where torch is not installed, `bayestune.serving.Client`
-alone can be imported.
+Importing this package registers the PEFT type "BAYES_LORA". Without torch, only `bayestune.serving.Client`
+can be imported.
 """
 
 from importlib.util import find_spec

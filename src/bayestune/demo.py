@@ -1,4 +1,4 @@
-"""`bayestune demo`: plain LoRA and BLoB on the same rows with the same budget, offline, packaged model and data."""
+"""`bayestune demo`: compare plain LoRA and BLoB on the same rows with the same budget, offline."""
 
 import time
 from collections import Counter
@@ -29,11 +29,11 @@ _SHARED: dict[str, Any] = {
 SETTINGS: dict[str, dict[str, Any]] = {
     # Chosen on training rows only (100 to fit, 50 to look at), the same for both methods.
     "minilm": _SHARED | {"steps": 180, "learning_rate": 2e-3, "kl_schedule": "elbo", "kl_learning_rate": 0.03},
-    # Not tuned; as many updates as fit a demo of minutes.
+    # Not tuned; few enough updates for a demo of minutes.
     "smollm2": _SHARED
     | {"steps": 30, "learning_rate": 1e-3, "scoring": "text", "prompt": "paper", "max_tokens": 160, "prior_std": 1.0},
 }
-"""By model."""
+"""The settings, by model."""
 QUESTIONS = (
     "What do bees make from nectar?",
     "Which planet do we live on?",
@@ -44,7 +44,7 @@ MEAN, AVERAGED = f"{BAYES}_n0", f"{BAYES}_n{DRAWS}"
 NAMES = {PLAIN: Mle.label, MEAN: f"{Blob.label} N=0", AVERAGED: f"{Blob.label} N={DRAWS}"}
 FILES = {PLAIN, BAYES, "result.json", "reliability.png", "reliability.svg"}
 LITTER = {f".{method}.{kind}" for method in (PLAIN, BAYES) for kind in ("lock", "before")}
-"""What a demo that was killed leaves beside its runs: their locks, and the runs that they replace."""
+"""What a killed demo leaves beside its runs: their locks, and the runs that they were to replace."""
 SHOWN = 5
 
 
@@ -53,8 +53,8 @@ def run_demo(output: str | Path, *, model: str = "minilm", seed: int = 0, overwr
 
     The model is one of `SETTINGS`; a language model also answers free questions in words under each draw.
 
-    The folders `output/mle` and `output/blob` are runs like any other: `bayestune predict output/blob` answers with
-    the posterior trained here. Returns the content of result.json.
+    The folders `output/mle` and `output/blob` are ordinary runs: `bayestune predict output/blob` answers with the
+    posterior trained here. Returns the content of result.json.
 
     Raises:
         ConfigError: the model package is not installed, or `output` holds something else.
@@ -118,9 +118,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise ConfigError(f"output {output}: found a file, expected a folder or nothing.")
     found = {path.name for path in output.iterdir()} - LITTER if output.is_dir() else set()
     if found - FILES:
-        raise ConfigError(
-            f"output {output}: found {min(found - FILES)}, which is not of a demo; choose another folder."
-        )
+        raise ConfigError(f"output {output}: found {min(found - FILES)}, which no demo wrote; choose another folder.")
     if found and not overwrite:
         raise ConfigError(f"output {output}: the folder is not empty; choose another, or pass --overwrite.")
 
@@ -140,7 +138,7 @@ def _show_questions(rows: Sequence[AnyRow], mle: Prediction, blob: Prediction) -
 
 
 def _out_of_distribution(folder: Path, known: Prediction, seed: int) -> dict[str, int | float]:
-    """Mean uncertainty on known and unknown subjects (nats), and how well it tells them apart (AUROC)."""
+    """Return the mean uncertainty on known and unknown subjects (nats), and how well it separates them (AUROC)."""
     trained = load_run(folder)
     unknown = trained.predict(trained.task.rows("ood"), draws=known.draws, progress=True)
     positive = torch.tensor([False] * len(known.ids) + [True] * len(unknown.ids))
@@ -165,7 +163,7 @@ def _show_ood(ood: Mapping[str, Mapping[str, int | float]]) -> None:
 
 
 def _in_words(trained: Run, seed: int) -> dict[str, dict[str, int]]:
-    """How many draws give each answer to the free questions; inside a draw the model is one function."""
+    """Return how many draws give each answer to each of the free questions."""
     _section(f"Free questions: what each of {DRAWS} draws answers in words")
     tokenizer: Any = trained.task.tokenizer
     found: dict[str, dict[str, int]] = {}

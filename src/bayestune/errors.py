@@ -22,19 +22,19 @@ class TaskError(BayestuneError, ValueError):
 
 
 class PosteriorError(BayestuneError, ValueError):
-    """A saved posterior that is incomplete, altered, or made for another base model."""
+    """A posterior that is incomplete, altered, made for another base model, or not finite."""
 
 
 class DrawError(BayestuneError, RuntimeError):
-    """Sampling was asked of a model that cannot be sampled."""
+    """Draws were requested that a model or posterior does not have."""
 
 
 class TrainingError(BayestuneError, RuntimeError):
-    """Training was stopped before it could do harm."""
+    """Training cannot be resumed or continued."""
 
 
 class ServingError(BayestuneError, RuntimeError):
-    """A server of draws that is not there, or does not answer as its record says."""
+    """A server of draws that is unreachable, or does not answer as its record says."""
 
 
 class DiskError(BayestuneError, OSError):
@@ -42,9 +42,9 @@ class DiskError(BayestuneError, OSError):
 
 
 class BayestuneWarning(UserWarning):
-    """A result that should be looked at."""
+    """A result that needs attention."""
 
 
 def one_line(error: Exception) -> str:
-    """The first 300 characters of an error, on one line."""
+    """Return the first 300 characters of an error, on one line."""
     return " ".join(str(error).split())[:300]

@@ -1,6 +1,6 @@
 """The mathematics of a mean-field Gaussian over adapter weights: tensors in, tensors out.
 
-Nothing here knows a module, a device policy or a logger, and nothing reads or moves the global random state.
+Nothing here depends on modules, devices or loggers, and nothing reads or changes the global random state.
 Symbols: M mean, G (`rho`) with std = G^2, s_p (`prior_std`) the standard deviation of the prior N(0, s_p^2).
 """
 
@@ -70,7 +70,7 @@ def gaussian_kl_gradient(
 def gaussian_penalty(parameters: Iterable[Tensor], prior_std: float) -> Float[Tensor, ""]:
     """Return ``-log p(theta) = ||theta||^2 / (2 s_p^2)``, in nats and up to a constant: the prior's term in MAP.
 
-    It belongs to the NLL summed over a whole data set of N rows; beside a mean NLL it has the weight ``1 / N``.
+    Add it to the NLL summed over a whole data set of N rows, or add ``1 / N`` of it to the mean NLL.
     """
     return torch.stack([parameter.square().sum() for parameter in parameters]).sum() / (2 * prior_std**2)
 
@@ -92,7 +92,7 @@ def cycle_steps(rows: int, batch_size: int, *, gamma: float = 8.0, processes: in
         processes: number of processes.
 
     Returns:
-        At least 1.
+        The number of updates, at least 1.
 
     Example:
         >>> cycle_steps(640, 4)
@@ -112,7 +112,7 @@ def paper_kl_weight(step: int, cycle: int) -> float:
 
 
 def uniform_kl_weight(step: int, cycle: int) -> float:
-    """Return the weight ``1 / M`` for every update of a cycle of M, so that a cycle counts the KL once."""
+    """Return the weight ``1 / M`` for every update of a cycle of M, so that the weights of a cycle add up to 1."""
     return 1.0 / cycle
 
 
@@ -152,6 +152,6 @@ def training_generator(
         micro: index of the forward within the update.
         rank: index of the process.
         device: where the noise is sampled.
-        device_index: counts the devices that hold layers of the model; each has its own stream.
+        device_index: index of the device among those that hold layers of the model; each has its own stream.
     """
     return torch.Generator(device).manual_seed(derive_seed("training", seed, step, micro, rank, device_index))

@@ -1,4 +1,4 @@
-"""Where the weights of a model are: models in Python packages, and GGUF files as folders that transformers reads."""
+"""Find the weights of a model: models in Python packages, and GGUF files, converted to what transformers reads."""
 
 import copy
 import importlib.util
@@ -25,10 +25,10 @@ class Packaged:
     """A model inside a Python package.
 
     Attributes:
-        package: the package. file: its weights, under the folder of the package.
-        sha256: of that file.
+        package: name of the package. file: path of the weights in it.
+        sha256: checksum of that file.
         requirement: what to install, without its dependencies.
-        about: what the model is.
+        about: description of the model.
     """
 
     package: str
@@ -77,8 +77,8 @@ def model_source(model: str) -> str:
         A folder, or a Hub id.
 
     Raises:
-        ConfigError: the package is missing, or its weights are others; the GGUF file is missing or unreadable;
-            or the cache cannot hold a folder.
+        ConfigError: the package is missing or holds different weights, the GGUF file is missing or unreadable, or the
+            cache cannot hold a folder.
     """
     if model in PACKAGED:
         path = _packaged_file(model, PACKAGED[model])
@@ -93,7 +93,7 @@ def model_source(model: str) -> str:
 
 
 def _packaged_file(model: str, packaged: Packaged) -> Path:
-    """The weights of a packaged model, after a check of their sha256."""
+    """Return the weights file of a packaged model, after checking its sha256."""
     spec = importlib.util.find_spec(packaged.package)
     if spec is None or spec.origin is None:
         raise ConfigError(f"model {model!r} needs the package {packaged.requirement}: {packaged.install}")
@@ -107,7 +107,7 @@ def _packaged_file(model: str, packaged: Packaged) -> Path:
 
 
 def _converted(model: str, path: Path) -> str:
-    """The folder of the float32 model that a GGUF file becomes."""
+    """Return the folder of the float32 model that a GGUF file is converted to."""
     sha256 = file_sha256(path)
     try:
         folder = cached_assets_path(library_name="bayestune", namespace="gguf", subfolder=sha256)
@@ -116,9 +116,9 @@ def _converted(model: str, path: Path) -> str:
             f"model {model!r}: found no folder for the converted model ({one_line(error)}), expected a folder "
             "that can be written to; set HF_ASSETS_CACHE to one."
         ) from error
-    if (folder / GGUF_RECORD).is_file():  # of a cache that is only read, too
+    if (folder / GGUF_RECORD).is_file():  # works in a read-only cache, too
         return str(folder)
-    with FileLock(folder.with_name(f"{sha256}.once")):  # other processes wait for the one that converts
+    with FileLock(folder.with_name(f"{sha256}.once")):  # other processes wait until one has converted the file
         if not (folder / GGUF_RECORD).is_file():
             if importlib.util.find_spec("gguf") is None:
                 raise ConfigError(f"model {model!r}: reading a GGUF file needs the package gguf: pip install gguf")
@@ -143,7 +143,7 @@ def _read(model: str, path: Path) -> tuple[PreTrainedModel, Any]:
 
 
 def _plain(base: PreTrainedModel) -> PreTrainedModel:
-    """The same weights without the mark of a quantized model, which refuses to be saved."""
+    """Return the model without its quantization config, with which it could not be saved."""
     config: Any = copy.deepcopy(base.config)
     del config.quantization_config
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Settings and records: declared once with pydantic, and refused in one line that says what was found and expected."""
+"""Settings and records, declared with pydantic; errors say in one line what was found and what was expected."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -18,7 +18,7 @@ class Settings(BaseModel):
     """Frozen, keyword-only settings; each field has its bounds and a line of help.
 
     Raises:
-        ConfigError: on a value of the wrong type or out of range, naming the field.
+        ConfigError: a value has the wrong type or is out of range; names the field.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
@@ -30,12 +30,12 @@ class Settings(BaseModel):
             raise ConfigError(refusal(type(self), error)) from None
 
     def replace(self: _S, **changes: Any) -> _S:
-        """The same settings with some of them changed, checked again."""
+        """Return the same settings with some of them changed, checked again."""
         return type(self)(**{**dict(self), **changes})
 
 
 def refusal(model: type[BaseModel], error: ValidationError) -> str:
-    """The first fault that pydantic found in the values of `model`, in one line."""
+    """Return the first fault that pydantic found in the values of `model`, in one line."""
     fault: dict[str, Any] = dict(error.errors()[0])
     path = ".".join(str(part) for part in fault["loc"])
     name = str(fault["loc"][0]) if fault["loc"] else ""
@@ -55,7 +55,7 @@ def _out_of_range(name: str, field: FieldInfo, fault: Mapping[str, Any]) -> str:
 
 
 def expected(field: FieldInfo) -> str:
-    """What a field takes, in words: "a whole number, at least 1", "one of all, last", ..."""
+    """Return what a field takes, in words: "a whole number, at least 1", "one of all, last", ..."""
     kind = base_type(field)
     if get_origin(kind) is Literal:
         return f"one of {', '.join(get_args(kind))}"
@@ -65,9 +65,9 @@ def expected(field: FieldInfo) -> str:
         return "a text"
     if kind is bool:
         return "true or false"
-    low = next((part for part in field.metadata if isinstance(part, annotated_types.Ge)), None)
-    above = next((part for part in field.metadata if isinstance(part, annotated_types.Gt)), None)
-    below = next((part for part in field.metadata if isinstance(part, annotated_types.Lt)), None)
+    low = next((bound for bound in field.metadata if isinstance(bound, annotated_types.Ge)), None)
+    above = next((bound for bound in field.metadata if isinstance(bound, annotated_types.Gt)), None)
+    below = next((bound for bound in field.metadata if isinstance(bound, annotated_types.Lt)), None)
     word = "a whole number" if kind is int else "a number"
     if above is not None and below is not None:
         return f"{word} between {above.gt} and {below.lt}"
@@ -77,10 +77,10 @@ def expected(field: FieldInfo) -> str:
 
 
 def check_value(name: str, field: FieldInfo, value: Any) -> None:
-    """Refuse a value that a field cannot have, apart from the other fields.
+    """Raise an error for a value that a field cannot have, whatever the other fields are.
 
     Raises:
-        ConfigError: naming the field.
+        ConfigError: names the field.
     """
     kind: Any = field.annotation
     for bound in field.metadata:
@@ -92,14 +92,14 @@ def check_value(name: str, field: FieldInfo, value: Any) -> None:
 
 
 def base_type(field: FieldInfo) -> Any:
-    """The type of a field, without the None that an optional one also takes."""
+    """Return the type of a field, without the None that an optional one also takes."""
     kind: Any = field.annotation
     inner = [part for part in get_args(kind) if part is not type(None)]
     return (float if float in inner else inner[0]) if type(None) in get_args(kind) else kind
 
 
 def from_text(fields: Mapping[str, FieldInfo], name: str, value: Any) -> Any:
-    """A value of a file as a field takes it: YAML has no tuple, and reads 1e-4 as a text."""
+    """Return a value of a YAML file as its field takes it: YAML has no tuple, and reads 1e-4 as text."""
     if isinstance(value, list):
         return tuple(value)
     if isinstance(value, str) and name in fields and base_type(fields[name]) is float:
