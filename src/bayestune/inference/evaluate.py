@@ -7,7 +7,7 @@ from bayestune.tasks.base import S
 
 
 def evaluate(prediction: AnyPrediction[S], **options: Any) -> S:
-    """Return the scores of `prediction` against the labels of its rows; its task determines which.
+    """Return the scores that the task of `prediction` defines, from the labels of its rows.
 
     Args:
         prediction: what `predict` returned.

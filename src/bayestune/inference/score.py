@@ -87,7 +87,7 @@ def _text_ids(
 
 
 class Scorer:
-    """Scores texts under the draws of a posterior, one draw after another: all at once would not fit in memory.
+    """Scores texts under the draws of a posterior, one draw after another, since all together would not fit in memory.
 
     Args:
         posterior: a posterior over a causal language model.

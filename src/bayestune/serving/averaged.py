@@ -16,7 +16,7 @@ class Token:
     """A chosen token.
 
     Attributes:
-        id: its id. log_prob: its log-probability under the mixture, in nats.
+        id: id of the token. log_prob: its log-probability under the mixture, in nats.
         top: the most probable tokens and their log-probabilities, best first.
         total: entropy of the mixture. aleatoric: mean entropy of the draws. epistemic: their difference; all in nats.
     """

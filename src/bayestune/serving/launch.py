@@ -54,7 +54,7 @@ def serve(
         draws, seed: number of draws, 0 for the mean alone, and their seed.
         backend: "llamacpp", which runs in this process, or "vllm", which runs in its own.
         host, port: where the server listens; port 0 is any free one. api_key: the key that requests must carry.
-        context: tokens of a prompt and its answer; by default enough for the task and 2048, or all positions.
+        context: tokens of a prompt and its answer; by default at least 2048 and the task's, within the positions.
 
     Yields:
         The record.

@@ -137,7 +137,7 @@ class LlamaCpp(Wire):
         choices = range(len(asked.continuations))
         if asked.relative and len(choices) > 1:
             return [self._biased(key, asked)]
-        answers = enumerate(asked.continuations)  # empty if all other answers start with it
+        answers = enumerate(asked.continuations)  # an answer is empty if all others start with it
         return [self._forced(key, asked.context, ids, asked.steps(choice)) for choice, ids in answers if ids]
 
     def _biased(self, key: int | str | None, asked: Asked) -> Question:

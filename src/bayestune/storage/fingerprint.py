@@ -13,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 SAMPLES = 64
-# Settings that do not change what given weights compute. All others count: a list of settings that do would miss the
-# logit scale or soft cap of the next architecture.
+# Settings that do not change what given weights compute. All others count, since a list of those that do change
+# it would miss the logit scale or soft cap of the next architecture.
 _IRRELEVANT = frozenset(
     ("_name_or_path", "_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "architectures")
     + ("auto_map", "transformers_version", "dtype", "torch_dtype", "quantization_config", "use_cache", "torchscript")

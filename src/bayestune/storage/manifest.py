@@ -21,7 +21,7 @@ CONFIG_LIMIT = 1 << 20
 TENSOR_FILE = "adapter_model.safetensors"
 PART_FILE = "posterior.safetensors"
 KNOWN = "known_features"
-"""The tensor of that file that is not part of the distribution: features of training rows."""
+"""The tensor in `PART_FILE` that is not part of the distribution: features of training rows."""
 CARD = "README.md"
 
 _Described = dict[str, Annotated[list[Any], Field(min_length=2, max_length=2)]]

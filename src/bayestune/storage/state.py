@@ -29,7 +29,7 @@ _FREE = frozenset(
     + ("rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "use_rslora", "init_lora_weights")
     + ("prior_std", "rho_init", "estimator", "distribution")
 )
-_INITS = (True, False, "gaussian", "orthogonal")  # the others change the base weights
+_INITS = (True, False, "gaussian", "orthogonal")  # other values change the base weights
 
 
 def active_adapter(model: nn.Module) -> tuple[PeftModel, str, str]:
