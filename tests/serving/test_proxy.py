@@ -105,9 +105,10 @@ def test_a_longer_answer_is_decoded_from_the_average_token_by_token(asking: open
 
 
 def test_a_chat_is_put_in_the_models_template(asking: openai.OpenAI) -> None:
-    text = "<s>system: Be brief.\nuser: ab?\nassistant:"
+    text = "<s>system: Be brief.\nuser: a\nb?\nassistant:"
     ids: Any = byte_tokenizer()(text, add_special_tokens=False)["input_ids"]
-    messages: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "ab?"}]
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b?"}]
+    messages: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}]
     settings = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 3}
     found: Any = asking.chat.completions.create(model="posterior", messages=messages, **settings)
     mixture, uncertainty = by_hand(expected(posterior(), ids))
@@ -117,6 +118,9 @@ def test_a_chat_is_put_in_the_models_template(asking: openai.OpenAI) -> None:
     assert [each.logprob for each in told.top_logprobs] == pytest.approx(best, abs=1e-5)
     assert found.choices[0].uncertainty == [pytest.approx(uncertainty, abs=1e-5)]
     assert found.usage.prompt_tokens == len(ids)
+    parts[1]["type"] = "image_url"
+    with pytest.raises(openai.BadRequestError, match="Input should be 'text'"):
+        asking.chat.completions.create(model="posterior", messages=messages, **settings)
 
 
 def test_a_seed_gives_the_same_answer_and_texts_end_at_a_stop(asking: openai.OpenAI) -> None:

@@ -35,9 +35,19 @@ _Id = Annotated[int, Field(ge=0)]
 _Stop = Annotated[str, Field(min_length=1)]
 
 
+class _Part(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
 class _Message(BaseModel):
     role: str
-    content: str
+    content: str | list[_Part]
+
+    def as_text(self) -> dict[str, str]:
+        """Return the message as chat templates take it; parts are joined by line breaks, as vLLM joins them."""
+        parts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
+        return {"role": self.role, "content": "\n".join(parts)}
 
 
 class _Body(BaseModel):
@@ -132,7 +142,7 @@ class Proxy:
         body = await self._parsed(request, _Chat)
         if not self.tokenizer.chat_template:
             raise HTTPException(400, "the model has no chat template; use /v1/completions.")
-        messages = [message.model_dump() for message in body.messages]
+        messages = [message.as_text() for message in body.messages]
         try:
             text: Any = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # whatever the template raises
@@ -155,7 +165,7 @@ class Proxy:
         try:
             return form.model_validate_json(await request.body())
         except ValidationError as error:
-            first = error.errors()[0]
+            first = max(error.errors(), key=lambda found: len(found["loc"]))
             place = ".".join(map(str, first["loc"])) or "the body"
             raise HTTPException(400, f"{place}: {first['msg']}") from error
 
