@@ -1,4 +1,4 @@
-"""Targets for speed and what the records say: the first table of docs/performance.md."""
+"""The first table of docs/performance.md: targets for speed and quality, and what the records measured."""
 
 import statistics
 from collections.abc import Mapping
@@ -42,7 +42,7 @@ def _claim(
 
 
 def _paired(claim: str, limit: float, one: dict[str, Any] | None, missing: str = "not measured") -> list[str]:
-    """Return a median of ratios with its standard error; "undecided" if the limit is within it."""
+    """Return a median of ratios with its standard error; "undecided" within one standard error of the limit."""
     if one is None:
         return [claim, f"≤ {limit:g}", missing, ""]
     found, error = one["ratio"], uncertainty(one["quartiles"], one["pairs"])
@@ -59,7 +59,7 @@ def _training() -> list[list[str]]:
             found.append(_paired(f"{name}, BLoB / LoRA, {shape}", 1.03, one))
         found.append(
             _claim(
-                f"Peak memory of a training step (less G and its gradient), {shape}",
+                f"Peak memory of a training step, BLoB without G and its gradient / LoRA, {shape}",
                 1.01,
                 step and step["memory_ratio"],
             )
@@ -72,7 +72,12 @@ def _training() -> list[list[str]]:
         step = record(f"train_{name}")
         found.append(_paired(f"Training step, BLoB / LoRA, {name}", 1.02, step, missing=NONE))
         found.append(
-            _claim(f"Peak memory of a training step, {name}", 1.01, step and step["memory_ratio"], missing=NONE)
+            _claim(
+                f"Peak memory of a training step, BLoB without G and its gradient / LoRA, {name}",
+                1.01,
+                step and step["memory_ratio"],
+                missing=NONE,
+            )
         )
     return found
 
@@ -83,7 +88,7 @@ def _ten_draws() -> list[list[str]]:
         one = record(f"predict_{shape}")
         found.append(_paired(f"Ten draws / ten forwards, {shape}", limit, one))
     one = record("generate_smollm2")
-    found.append(_paired("Text of the average of ten draws / plain decoding, SmolLM2 (machine not idle)", 10, one))
+    found.append(_paired("Text from ten averaged draws / plain decoding, SmolLM2 (machine not idle)", 10, one))
     one = record("predict_llama7b-1x100")
     found.append(_claim("Ten draws / one forward, llama7b-1x100", 3.5, one and one["per_forward"], missing=NONE))
     return found
@@ -104,7 +109,7 @@ def _quality() -> list[list[str]]:
         worst = max(abs(a / b - 1) for a, b in zip(*means.values(), strict=True))
         times = [_mean(run, "linearised", "seconds") / _mean(run, "mean", "seconds") for run in free["runs"]]
         float32 = [ratio(run["float32"]["linearised"], run["float32"]["mean"]) for run in free["runs"]]
-        found.append(_claim("Linearised predictive, NLL less that of 100 draws, relative (worst run)", 0.01, worst, 4))
+        found.append(_claim("Linearised predictive, relative NLL difference to 100 draws (worst run)", 0.01, worst, 4))
         found.append(
             _claim("Time of the linearised predictive / a forward, 4 classes, float32", 5, statistics.mean(float32), 1)
         )

@@ -1,7 +1,7 @@
 """NLL against the number of draws: independent draws, antithetic pairs, and Latin hypercubes.
 
-    python benchmarks/draws.py RUN... --data DIR              # results/bench/draws.json
-    python benchmarks/draws.py --page                         # docs/draws.md from it; predicts nothing
+    python benchmarks/draws.py RUN... --data DIR              # make results/bench/draws.json
+    python benchmarks/draws.py --page                         # make docs/draws.md from that record; predict nothing
 
 Each RUN is the folder of a BLoB run. For every kind and number N of draws, the mean NLL (nats) over `--rows` rows
 of the evaluation split is measured up to 20 times, each time with fresh noise. The draws come from `POOL` noise
@@ -140,14 +140,18 @@ def nll(log_probs: Tensor, labels: Tensor) -> float:
 
 
 def page(record: dict[str, Any]) -> str:
-    """Return mean and standard deviation over repeats of the NLL, both averaged over runs, as Markdown."""
+    """Return the page as Markdown: mean and standard deviation of the NLL over repeats, both averaged over runs."""
     ways = ("independent", "antithetic", "hypercube")
     lines = [
         "# Number of draws",
         "",
-        "`python benchmarks/draws.py --page` makes this page from `results/bench/draws.json`. It shows the mean "
-        f"NLL (nats) over {record['rows']} rows, up to {record['repeats']} repeats with independent noise, and "
-        f"{len(record['runs'])} posterior(s). ± is the standard deviation over repeats, averaged over posteriors.",
+        "This page shows how the NLL of a prediction falls with the number of draws, for independent draws, "
+        "antithetic pairs (a noise matrix and its negative) and Latin hypercubes. `python benchmarks/draws.py --page` "
+        "makes it from `results/bench/draws.json`.",
+        "",
+        f"Numbers are mean NLLs in nats over {record['rows']} rows, up to {record['repeats']} repeats with "
+        f"independent noise, and {len(record['runs'])} posterior(s). ± is the standard deviation over repeats, "
+        "averaged over posteriors.",
         "",
         "| draws | " + " | ".join(ways) + " |",
         "|---" * (len(ways) + 1) + "|",

@@ -1,7 +1,7 @@
 """Make docs/performance.md and its plot from results/bench/*.json; no figure in them is typed by hand.
 
-    python benchmarks/performance.py            # rewrite them
-    python benchmarks/performance.py --check    # exit 1 if the page differs from what results/ gives
+    python benchmarks/performance.py            # write the page and the plot
+    python benchmarks/performance.py --check    # exit with 1 if the page differs from what the records give
 
 `benchmarks/bench.sh` makes the records; `claims.py` holds the targets.
 """
@@ -36,11 +36,12 @@ def main() -> None:
 def page() -> str:
     parts = [
         "# Performance",
-        "`python benchmarks/performance.py` makes this page from `results/bench/*.json`, and `benchmarks/bench.sh` "
-        "makes those records; run it on an idle machine. One figure takes minutes: "
+        "This page compares the time and memory of bayestune with plain LoRA. `python benchmarks/performance.py` "
+        "makes it from `results/bench/*.json`, and `benchmarks/bench.sh` makes those records; run it on an idle "
+        "machine. A single record takes minutes, for example "
         "`.venv/bin/python benchmarks/train_step.py --shape llama-4x128`.",
-        "Compared variants take turns in one process. A ratio is the median over these rounds, with its quartiles or "
-        "± its standard error. Ratios differ more between processes than within one.",
+        "Variants that are compared take turns in one process. A ratio is the median over these rounds, with its "
+        "quartiles in brackets or ± its standard error. Ratios vary more between processes than within one.",
         "- **Control**: a second plain-LoRA run, timed against the first; its distance from 1 is noise.\n"
         "- **Reference**: the algorithm of the released code, rewritten in `benchmarks/looped_reference.py`: noise on "
         "activations with signs per token, the KL by autograd in float64, a second optimizer, draws in a loop.\n"
@@ -57,7 +58,9 @@ def page() -> str:
         "Time of ten draws, divided by the time of ten plain-LoRA forward passes one after the other (loop), of ten "
         'that compute the logits of the labels only (short loop), and of one forward pass. "At once" is the number '
         "of draws in one forward pass. If the model is small and the batch full, ten draws cost about ten forward "
-        "passes; computing the label's logits only, and filling the machine with several draws, makes them cheaper.",
+        "passes; computing the label's logits only, and filling the machine with several draws, makes them cheaper. "
+        'The "ratio of operations" is what ten draws would take, relative to one forward pass, if only floating-point '
+        "operations counted.",
         _prediction(),
         "### Draws per forward pass",
         _chunks(),
@@ -69,12 +72,12 @@ def page() -> str:
         "## Start-up of the command line",
         _start(),
         "## Not measured and not done",
-        "- Of the figures for a GPU, those with `llama7b` and a number above are measured; the scripts take "
-        "`--device cuda` for the rest. BLoB's training step starts more kernels than plain LoRA's (noise, drawn "
-        "weights and KL of 65 layers), all from one host thread; whether that is all of the difference was not "
+        "- Only the `llama7b` figures with a number above were measured on a GPU; run the scripts with `--device "
+        "cuda` for the rest. BLoB's training step starts more kernels than plain LoRA's (for the noise, drawn weights "
+        "and KL of 65 layers), all from one host thread; whether that explains the whole difference was not "
         "profiled.\n"
-        "- There is no Triton kernel for the product of the stacked [mean | noise] projection, and no CUDA graph. The "
-        "products are torch's batched ones.\n"
+        "- There is no Triton kernel for the product of the stacked [mean | noise] projection, which uses torch's "
+        "batched products, and no CUDA graph.\n"
         "- The head is computed at one position per row, but for the whole vocabulary instead of the labels only.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -119,9 +122,10 @@ def _training() -> str:
                           f"{trainer['checks_ratio']:.3f}", str(trainer["pairs"])])  # fmt: skip
     heads_whole = ["shape", "BLoB / LoRA", "control", "LoRA in `BayesTrainer` / LoRA", "rounds"]
     return (
-        f"{_table(heads, rows)}\n\nMemory is the peak of a separate process, without G and its gradient for BLoB.\n\n"
-        "Whole updates of the trainers, including batches, clipping and checks: `BayesTrainer` with BLoB, relative to "
-        f"transformers' Trainer with plain LoRA.\n\n{_table(heads_whole, whole)}"
+        f"{_table(heads, rows)}\n\nMemory is the peak of a separate process; for BLoB, G and its gradient are "
+        "subtracted.\n\nThe next table times whole updates of the trainers, including batches, clipping and checks: "
+        "`BayesTrainer` with BLoB, relative to transformers' Trainer with plain LoRA.\n\n"
+        f"{_table(heads_whole, whole)}"
     )
 
 
@@ -152,7 +156,7 @@ def _chunks() -> str:
         rows.append([name, str(shape["tokens"]), *ratios, str(shape["chosen"]), f"{shape['regret']:.0%}"])
     return (
         "Time of ten draws, divided by that of the loop, for each number of draws in one forward pass. On a CPU, "
-        "bayestune takes as many as keep a forward pass "
+        "bayestune stacks as many draws as keep a forward pass "
         f"within {found['cpu_tokens']} tokens.\n\n{_table(heads, rows)}"
     )
 
@@ -172,7 +176,8 @@ def _sampling_free() -> str:
         lines.append([f"{way}, 1000 of the logits" if way == "linearised" else way, *scores, f"{times:.1f}"])
     float32 = statistics.mean(ratio(run["float32"]["linearised"], run["float32"]["mean"]) for run in found["runs"])
     head = (
-        f"`Variational(model, predictive=...)` on {len(found['runs'])} posterior(s) of `bayestune table`, "
+        f"The table compares values of `predictive` in `Variational(model, predictive=...)` on {len(found['runs'])} "
+        "posterior(s) of `bayestune table`, "
         f"{found['rows']} rows of the evaluation split, averaged over {found['repeats']} seeds of the draws (one seed "
         "for 100 draws). The NLL is in nats. The time is relative to that of the mean alone, in "
         f"{found['runs'][0]['precision']}. In float32 the linearised predictive takes {float32:.1f} times as long as "
@@ -193,9 +198,9 @@ def _scaling() -> str:
             lines.append([f"{what}, {unit}", *slopes])
     base = ", ".join(f"{name} {value}" for name, value in found["base"].items())
     return (
-        f"One size varies at a time on a 4-layer Llama of width 512; the others are {base}. The table shows the "
-        "exponents of the seconds and of the peak memory above that of the model, over all sizes and between the last "
-        "two; 1 is linear. Larger sizes, where the quadratic cost of attention would show, were not measured.\n\n"
+        f"One size varies at a time on a 4-layer Llama of width 512; the others are {base}. Each cell has two "
+        "exponents, over all sizes and between the last two, of the seconds or of the peak memory above that of the "
+        "model; 1 is linear. Larger sizes, where the quadratic cost of attention would show, were not measured.\n\n"
         f"{_table(['', *names], lines)}\n\n![Seconds and memory against size](images/scaling.png){_command()}"
     )
 
@@ -209,8 +214,8 @@ def _command() -> str:
         for rows, one in found["curve"].items()
     ]
     return (
-        "\n\nThe whole command, `bayestune predict`, on a MiniLM: seconds above the "
-        f"{found['start']['seconds']:.1f} of one row, and peak memory; exponent of the seconds "
+        "\n\nThe next table times the whole command `bayestune predict` on MiniLM. Its seconds are those beyond the "
+        f"{found['start']['seconds']:.1f} seconds that the command takes for one row; they grow with the exponent "
         f"{found['exponent']:.2f}.\n\n"
         f"{_table(['rows', 'seconds', 'MiB'], lines)}"
     )
@@ -226,8 +231,9 @@ def _start() -> str:
     if found is None:
         return "Not measured."
     return (
-        f"`bayestune --help`: {found['seconds']:.2f} s, {found['cold_seconds']:.2f} s without byte code; Python "
-        f"itself {found['python_seconds']:.2f} s (medians of {found['runs']}, {found['cold_runs']}, {found['runs']})."
+        f"`bayestune --help` takes {found['seconds']:.2f} s, and {found['cold_seconds']:.2f} s without byte code; "
+        f"starting Python alone takes {found['python_seconds']:.2f} s (medians of {found['runs']}, "
+        f"{found['cold_runs']} and {found['runs']} runs)."
     )
 
 

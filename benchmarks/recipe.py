@@ -1,8 +1,8 @@
-"""Changes to the paper's recipe for BLoB, each alone, scored on rows cut from a train split.
+"""Compare changes to the paper's recipe for BLoB, one at a time, on rows held out from a train split.
 
-    python benchmarks/recipe.py --data DIR                        # every missing record in results/recipe
+    python benchmarks/recipe.py --data DIR                        # make every missing record in results/recipe
     python benchmarks/recipe.py --data DIR --variants paper,elbo --seeds 1,2,3
-    python benchmarks/recipe.py --page                            # docs/recipe.md from the records; trains nothing
+    python benchmarks/recipe.py --page                            # make docs/recipe.md from the records; train nothing
 
 Trains on the first 1000 rows of OpenBookQA's train split and scores 1000 other rows of it. It does not use the last
 400 rows, on which the settings of the baseline were chosen, nor dev and test. With little data and about ten
@@ -56,12 +56,12 @@ class Variant:
     """One change to the recipe.
 
     Attributes:
-        what: description.
-        settings: settings of `Experiment`.
+        what: label of the variant on the page.
+        settings: settings of `Experiment` that differ from `SETTINGS`.
         against: the variant that its NLL is compared with.
         train_draws: as in `BayesTrainer`.
-        adaptive: AdamW instead of SGD moves G along the NLL; the step of the KL stays SGD.
-        empirical: in every update, each layer takes the prior that minimizes the KL.
+        adaptive: whether AdamW instead of SGD moves G along the NLL; the KL step still uses SGD.
+        empirical: whether each layer's prior is set, before every update, to the one that minimizes the KL.
     """
 
     what: str
@@ -124,7 +124,7 @@ class EmpiricalPrior(TrainerCallback):
 
 
 class AdaptiveTrainer(BayesTrainer):
-    """Put G among the parameters of AdamW, without decay; `KLCallback` then adds the step of the KL only."""
+    """Train G with AdamW, without decay; `KLCallback` then adds only the KL step."""
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         new = self.optimizer is None
@@ -278,7 +278,7 @@ def updates(experiment: Experiment, rows: int) -> Updates:
 
 
 def std_without_data(record: dict[str, Any]) -> float:
-    """Return the standard deviation that the KL alone reaches for a weight that starts at the mean of all starts."""
+    """Return the standard deviation that the KL alone reaches from the mean initial standard deviation."""
     experiment = Experiment.from_dict(
         {name: value for name, value in record["experiment"].items() if name != "train_draws"}, where="record"
     )
@@ -304,17 +304,17 @@ def spread(values: Sequence[float]) -> str:
 
 INTRODUCTION = f"""# Changes to the recipe of BLoB
 
-`python benchmarks/recipe.py --page` makes this page from the records in `results/recipe`: one per variant and seed,
-with its command.
+This page compares variants of BLoB, one change at a time, on little data. `python benchmarks/recipe.py --page` makes
+it from the records in `results/recipe`: one per variant and seed, with its command.
 
 MiniLM is trained on the first {TRAIN_ROWS} rows of OpenBookQA's train split, in {SETTINGS["steps"]} updates of
 {SETTINGS["batch_size"]} rows, and scored on {HELD_OUT} other rows of that split. The settings of the baseline were
-chosen on the {TUNED_ON} rows after those. The ARC-Easy lines train on {TRAIN_ROWS} rows of its train split and
-score 851. The lines of 150 and 600 updates differ from the others in the number of updates. Each of these groups is
-compared with its own first line.
+chosen on the {TUNED_ON} rows after those. The ARC-Easy lines train on {TRAIN_ROWS} rows of ARC-Easy's train split and
+score 851 other rows. The lines "150 updates" and "600 updates" use a different number of updates. The lines of
+ARC-Easy, 150 updates and 600 updates are each compared with the first line of their group.
 
 All runs of a seed share rows, order and starting weights. The NLL (in nats) is therefore also given as the
-difference from the paper's recipe with 10 draws, seed by seed. Scores are means with the standard deviation over
+difference from the paper's recipe with 10 draws for each seed. Scores are means, with the standard deviation over
 seeds if there are several. The remaining columns are:
 
 - **std**: the mean standard deviation of a weight of A.
@@ -323,33 +323,33 @@ seeds if there are several. The remaining columns are:
 
 ## Width of the posterior
 
-The two columns of standard deviations agree: in runs this short, the rate and the weights of the KL and the number of
-updates set the width of the posterior, and the data hardly changes it.
+The two columns of standard deviations agree: in runs this short, the KL rate, the KL weights and the number of updates
+determine the width of the posterior (its std), and the data hardly changes it.
 
-While the std is small compared with the prior, each update adds about 4 x rate x weight to std = G^2. A run of C
+While the std is small compared with the prior's, each update adds about 4 x rate x weight to std = G^2. A run of C
 cycles, with a learning rate that falls linearly to 0, therefore ends near `std = start + 2 x rate x C`. A cycle is
 `functional.cycle_steps(rows, batch_size)` updates, here 47, so 300 updates are 6.4 cycles. `start` is 0.0018
 (`rho_init` 0.05). For the paper's rate this gives 0.0018 + 2 x 0.002 x 6.4 = 0.027.
 
-Choosing the rate is thus choosing the width, and should be done on held-out rows (a split of them, with
-`--eval-split`). `posterior_std` sets the width instead, and the rate follows exactly. In a run of one or two
-cycles, the paper's weights produce the whole width in a few updates; `kl_schedule` "uniform" grows it steadily.
+The rate thus determines the width, so choose it on held-out rows (a separate split, with `--eval-split`). With
+`posterior_std` you set the width instead, and the rate is derived exactly. In a run of one or two cycles, the paper's
+weights produce the whole width in a few updates; `kl_schedule` "uniform" increases it steadily.
 
 ## Findings
 
-- A wider posterior is the only change whose gain exceeds the differences between seeds. It helps on few rows in
+- A wider posterior is the only change whose gain exceeds the differences between seeds. It helps with few rows and
   many passes, and does not help in 150 updates.
-- At equal width, the weights of the KL make no difference.
-- Flipout, two draws per update, AdamW for G, and different priors change the scores by no more than seeds do, with
-  one seed each.
+- At equal width, the KL weights make no difference.
+- Flipout, two draws per update, AdamW for G, and different priors were run with one seed each. They change the scores
+  by no more than a different seed does.
 - The empirical-Bayes prior is about as bad as not training: the NLL of a guess among four is ln 4 = 1.386.
-- Seed 2 of ARC-Easy also learned nothing, at both widths. The means and deviations there say little; compare by
-  seed.
+- Seed 2 of ARC-Easy also learned nothing, at both widths. The means and deviations of ARC-Easy therefore say little;
+  compare seed by seed.
 
-The default is the width 0.06 with uniform weights of the KL, because the paper's weights leave short runs without any
+The default is the width 0.06 with uniform KL weights, because the paper's weights leave short runs with almost no
 width. One width does not fit both few rows and many: on all of OpenBookQA's train split, in 600 updates, plain LoRA is
-only mildly overconfident, and the width 0.06 has no lower NLL and a lower accuracy than the paper's rate ("BLoB, std
-0.06" in [table 1](tables/table1.md)). `--recipe paper` takes the paper's settings.
+only mildly overconfident, and the width 0.06 does not lower the NLL and has a lower accuracy than the paper's rate
+("BLoB, std 0.06" in [table 1](tables/table1.md)). `--recipe paper` uses the paper's settings.
 
 ## Results
 """
