@@ -1,16 +1,16 @@
-"""Methods on a real language model: SmolLM2-135M-Instruct, questions by the texts of the choices, little data.
+"""Compare methods on a real language model, SmolLM2-135M-Instruct, scored by the texts of the choices, on little data.
 
-    python benchmarks/decoder.py --data DIR --runs RUNS              # every missing record in results/decoder
+    python benchmarks/decoder.py --data DIR --runs RUNS              # make every missing record in results/decoder
     python benchmarks/decoder.py --data DIR --runs RUNS --task openbookqa --variants mle,blob --seeds 1
-    python benchmarks/decoder.py --data DIR --runs RUNS --tune       # the learning rates and priors of the variants
-    python benchmarks/decoder.py --data DIR --cut FOLDER --seeds 1   # the rows of a seed, for other benchmarks
-    python benchmarks/decoder.py --page                              # docs/decoder.md from the records
+    python benchmarks/decoder.py --data DIR --runs RUNS --tune       # compare learning rates and priors
+    python benchmarks/decoder.py --data DIR --cut FOLDER --seeds 1   # write the rows of a seed, for other benchmarks
+    python benchmarks/decoder.py --page                              # make docs/decoder.md from the records
 
-400 rows of the train split are trained on, in 300 updates of 4 rows; 60 further rows of it choose the temperatures
-and, for BLoB, the scale of the standard deviation, with draws that are not those that score; the first 200 rows of dev
-are scored. `--tune` scores each setting of its grid on 100 further rows of the train split, with 4 draws and seed 0,
-which no comparison uses. `--runs` keeps the trained runs: methods that start from plain LoRA take that of the same
-seed. A killed call goes on with the records that are missing.
+Trains on 400 rows of the train split, in 300 updates of 4 rows. 60 further rows of that split choose the temperatures
+and, for BLoB, the scale of the standard deviation, with other draws than those that are scored. The first 200 rows of
+dev are scored. `--tune` scores each setting of its grid on 100 further rows of the train split, with 4 draws and seed
+0, which no comparison uses. `--runs` keeps the trained runs; methods that start from plain LoRA start from the run of
+the same seed. After an interruption, the same command makes the missing records.
 """
 
 import argparse
@@ -123,7 +123,7 @@ def main() -> None:
 
 
 def record(variant: str, own: dict[str, Any], seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Train a variant, if it is not trained yet, and score it without and with a temperature."""
+    """Train a variant unless its run exists, and return its scores without and with a temperature."""
     started = time.monotonic()
     task, tune = options.task, options.tune is not None
     rows = cut(task, options.data, seed, tune=tune)
@@ -166,7 +166,7 @@ def _command(task: str, variant: str, seed: int, tune: bool) -> list[str]:
 
 
 def cut(name: str, data: str, seed: int, *, tune: bool = False) -> dict[str, list[AnyRow]]:
-    """The rows by use; the seed chooses which of the first rows of the train split are trained on."""
+    """Return the rows by use; the seed chooses which of the first rows of the train split are trained on."""
     backbone = find_backbone("smollm2")
     asked = Experiment.from_dict({**SETTINGS, "task": name, "method": "mle"}, where="decoder")
     task = build_task(backbone, name, data, SETTINGS["max_tokens"], prompt=asked.asked_prompt())
@@ -191,9 +191,9 @@ def _usable(task: Any, split: str) -> list[AnyRow]:
 
 
 def scored(trained: Run, rows: dict[str, list[AnyRow]], seed: int) -> dict[str, Any]:
-    """The scores at the mean and at all draws, each without a temperature and with one fitted on the held-out rows."""
+    """Return the scores of the mean and of all draws, without a temperature and with one fitted on held-out rows."""
     scores = {}
-    trained.posterior.temperature = 1.0  # it is fitted here, for all variants alike
+    trained.posterior.temperature = 1.0  # fitted below, in the same way for all variants
     for key, draws in trained.evaluations().items():
         held = trained.predict(rows["held"], draws=draws, seed=derive_seed("decoder", seed))
         found = trained.predict(rows["scored"], draws=draws, progress=True)
@@ -215,7 +215,7 @@ def _tempered(trained: Run, found: Prediction, rows: Sequence[AnyRow], temperatu
 
 
 def _spread(found: Prediction) -> dict[str, float] | None:
-    """What the draws do to the answers; None at the mean."""
+    """Return what the draws do to the answers; None for the mean."""
     return asdict(metrics.spread(found.draw_log_probs)) if found.draws > 1 else None
 
 

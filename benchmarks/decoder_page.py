@@ -1,4 +1,4 @@
-"""docs/decoder.md from the records of decoder.py."""
+"""Make docs/decoder.md from the records of decoder.py."""
 
 import statistics
 from collections.abc import Sequence
@@ -30,12 +30,12 @@ RIVAL = ("mle", "mle_temperature")
 
 
 def read_records() -> list[dict[str, Any]]:
-    """The records of the comparison."""
+    """Return the records of the comparison."""
     return [read_json(path, "a record") for path in sorted(RESULTS.glob("*.json"))]
 
 
 def page() -> str:
-    """The records as Markdown."""
+    """Return the page as Markdown."""
     records = read_records()
     lines = [(variant, key) for variant in NAMES for key in _keys(records, variant)]
     parts = [INTRODUCTION, *_cost(records), PICTURE, "## Scores\n", *score_lines(records, lines), VERDICT]
@@ -46,19 +46,19 @@ def page() -> str:
 
 
 def _cost(records: Sequence[dict[str, Any]]) -> list[str]:
-    """How many of the planned records there are, and what one of each kind took, by device."""
+    """Return how many of the planned records exist, what one of each variant took by device, and which are missing."""
     took: dict[str, dict[str, list[float]]] = {}
     for made in records:
         mine = took.setdefault(made["hardware"]["device"], {})
         mine.setdefault(made["variant"], []).append(made["score_seconds"] / 60)
     lines = [
-        f"Minutes that a record took, with training, on {WHERE.get(device, device)}: "
+        f"Minutes per record, training included, on {WHERE.get(device, device)}: "
         + ", ".join(f"{NAMES[variant]} {statistics.mean(mine[variant]):.0f}" for variant in NAMES if variant in mine)
         for device, mine in sorted(took.items())
     ]
     there = (
-        f"{len(records)} of {3 * len(NAMES)} planned records (ten variants, three seeds) are there. Means over\n"
-        "other seeds do not compare; the differences below are of the same seeds and rows."
+        f"{len(records)} of {3 * len(NAMES)} planned records (ten variants, three seeds) exist. Means over different\n"
+        "seeds are not comparable; the differences below use the same seeds and rows."
     )
     missing = {
         variant: [str(seed) for seed in SEEDS if (variant, seed) not in {(m["variant"], m["seed"]) for m in records}]
@@ -66,8 +66,8 @@ def _cost(records: Sequence[dict[str, Any]]) -> list[str]:
     }
     left = "; ".join(f"{NAMES[variant]}, seeds {', '.join(seeds)}" for variant, seeds in missing.items() if seeds)
     not_run = (
-        f"Not run: {left}; and all of OpenBookQA (`--task openbookqa`). Each record names its device, which may "
-        "differ for one seed."
+        f"Not run: {left}; and all of OpenBookQA (`--task openbookqa`). Records of one seed may come from different "
+        "devices; each record names its device."
     )
     return [f"{there} {'. '.join(lines)}.\n", f"{not_run}\n"]
 
@@ -104,14 +104,14 @@ def _values(records: Sequence[dict[str, Any]], variant: str, key: str, measure: 
 
 
 def label(variant: str, key: str) -> str:
-    """What a line of the tables is called."""
+    """Return the label of a line in the tables."""
     name, base = NAMES[variant], key.removesuffix(TEMPERATURE)
     draws = f", N = {base.rpartition('_n')[2]}" if "_n" in base else ""
     return f"{name}{draws}{', temperature' if base != key else ''}"
 
 
 def score_lines(records: Sequence[dict[str, Any]], lines: Sequence[tuple[str, str]]) -> list[str]:
-    """A table of scores: mean and standard deviation over seeds, one line for each of `lines`."""
+    """Return a table of scores: mean and standard deviation over seeds, one line for each of `lines`."""
     table = [f"| | {' | '.join(MEASURES.values())} | seeds |", "|---" * (len(MEASURES) + 2) + "|"]
     for variant, key in lines:
         found = [list(_values(records, variant, key, measure).values()) for measure in MEASURES]
@@ -122,9 +122,9 @@ def score_lines(records: Sequence[dict[str, Any]], lines: Sequence[tuple[str, st
 
 
 def _differences(records: Sequence[dict[str, Any]], lines: Sequence[tuple[str, str]]) -> list[str]:
-    """The NLL less the rival's, on the same rows and seed."""
+    """Return a table of the NLL minus that of plain LoRA with a temperature, on the same rows and seeds."""
     rival = _values(records, *RIVAL, "nll")
-    table = ["| | NLL less its, mean ± standard error over seeds | by seed |", "|---|---|---|"]
+    table = ["| | difference in NLL, mean ± standard error over seeds | by seed |", "|---|---|---|"]
     for variant, key in lines:
         found = _values(records, variant, key, "nll")
         shared = sorted(found.keys() & rival.keys())
@@ -158,7 +158,7 @@ def _posteriors(records: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _curve(records: Sequence[dict[str, Any]]) -> list[str]:
-    """The NLL of the held-out rows at each factor of the std that `fit_scale` tried."""
+    """Return a table of the held-out NLL at each factor of the std that `fit_scale` tried."""
     tried = {
         (made["variant"], made["seed"]): {float(factor): value for factor, value in found["nll_by_scale"].items()}
         for made in records
@@ -173,7 +173,7 @@ def _curve(records: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _tuned() -> list[str]:
-    """The scores of each setting of the grid, at the mean and at the draws."""
+    """Return a table of the scores of each setting of the grid, for the mean and for the draws."""
     table = ["| | accuracy | NLL | with a temperature | logit variance |", "|---|---|---|---|---|"]
     for path in sorted(TUNING.glob("*.json")):
         made = read_json(path, "a record")
@@ -190,38 +190,40 @@ def _tuned() -> list[str]:
 
 PICTURE = "![NLL of each method, without and with a temperature](images/decoder.png)\n"
 VERDICT = """
-Where a variant has one seed, its difference is not a finding. On each of three seeds ten draws of BLoB have a lower
-NLL than plain LoRA. With a temperature for both they have a higher one: the temperature lowers the NLL of each method
-much more, and the scale of the std that is best without a temperature is then too wide. Where the scale is chosen with
-a temperature, BLoB is 0.01 nats behind plain LoRA, and its mean is within two standard errors of it. All fitted
-temperatures are well above 1: as logits, the summed log-probabilities of the texts are too large by a common factor,
-and a temperature removes that factor. Noise in the weights cannot remove it without also removing what was learned:
-see the accuracy of ten draws of Laplace, and of four draws under a prior of 3.
+A difference measured with one seed is not a finding. For each of three seeds, ten draws of BLoB have a lower NLL than
+plain LoRA. With a temperature for both they have a higher one: a temperature lowers the NLL of each method much more
+than the draws do, and the std that is best without a temperature is too wide with one. If the scale is chosen with a
+temperature, BLoB's NLL is 0.01 nats above that of plain LoRA, and BLoB's mean is within two standard errors of it.
+All fitted temperatures are well above 1: the summed log-probabilities of the texts, used as logits, are too large by a
+common factor, which a temperature removes. Noise in the weights cannot remove this factor without also removing what
+was learned: see the accuracy of ten draws of Laplace, and of four draws under a prior of 3.
 
-**Use a temperature here** (`--temperature-split`), with plain LoRA or with BLoB. A wider prior, both matrices, more
-layers and more updates (the last table) do not change that.
+**Use a temperature here** (`--temperature-split`), with plain LoRA or with BLoB. A wider prior, a posterior over both
+matrices, more layers and more updates (the last table) do not change that.
 """
 CURVE = """
 ## The scale of the std
 
-NLL of the 60 held-out rows at each factor of the standard deviation, 4 draws each; 0 is the mean alone. The smallest
-is chosen.
+The table shows the NLL of the 60 held-out rows at each factor of the standard deviation, with 4 draws; 0 is the mean
+alone. The factor with the smallest NLL is chosen.
 """
 TUNED = """
 ## Settings
 
 `--tune` trains each setting below with seed 0, and scores it on 100 further rows of the train split with 4 draws. The
-names are method, standard deviation of the prior and learning rate; `all-layers` adapts all seven matrices of a layer,
-`600-updates` trains twice as long, and `bbb` has a posterior over both matrices. The posterior's std is 0.3 of the
-prior's, and its scale is 1. These rows are one seed and 100 rows: they show what fails, not what is best.
+names give the method, the standard deviation of the prior and the learning rate; `all-layers` adapts all seven
+matrices of a layer, `600-updates` trains twice as long, and `bbb` has a posterior over both matrices. The posterior's
+std is 0.3 times the prior's, and its scale is 1. With one seed and 100 rows, the table shows what fails, not what is
+best.
 """
 INTRODUCTION = """# On a language model
 
-`python benchmarks/decoder.py --page` makes this page from the records in `results/decoder`, each of which holds its
-command.
+This page compares the methods, each without and with a fitted temperature, on a small language model.
+`python benchmarks/decoder.py --page` makes it from the records in `results/decoder`, each of which holds its command.
 
 SmolLM2-135M-Instruct (quantized to Q4_1, used in float32) learns ARC-Easy, scored by the texts of the choices: 400
-training rows in 300 updates of 4, rank 8 on `q_proj` and `v_proj`, learning rate 1e-3. 60 further
-training rows choose every temperature and BLoB's scale; the first 200 rows of dev are scored. Numbers are means over
-seeds, with the standard deviation where there are several; NLL is in nats, and ECE is the bias-corrected one.
+training rows in 300 updates of 4, rank 8 on `q_proj` and `v_proj`, learning rate 1e-3. 60 further training rows choose
+every temperature and BLoB's scale; the first 200 rows of dev are scored. Numbers are means over seeds, with the
+standard deviation if there are several; NLL is in nats, and ECE is the bias-corrected one. N is the number of draws;
+N = 0 is the mean.
 """

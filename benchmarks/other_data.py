@@ -1,11 +1,11 @@
-"""What tells other data from a run's own: entropy, distance to the training rows, the draws' disagreement, length.
+"""Measure which scores separate other data from a run's own: entropy, distance to training rows, disagreement, length.
 
-    python benchmarks/other_data.py --data DIR --run RUN --name smollm2-blob    # a record in results/other_data
-    python benchmarks/other_data.py --page                                      # docs/other_data.md from the records
+    python benchmarks/other_data.py --data DIR --run RUN --name smollm2-blob    # make a record in results/other_data
+    python benchmarks/other_data.py --page                                      # make docs/other_data.md from records
 
 RUN is the folder of a run on ARC-Easy or OpenBookQA. The first 200 usable rows of its evaluation split are compared
-with the first 100 of each other data set. For a causal model with draws, the mean over the tokens of the prompt of the
-draws' mutual information is compared too.
+with the first 100 of each other data set. For a causal model with draws, one more score is the mutual information of
+the draws, averaged over the tokens of the prompt.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def record(options: argparse.Namespace) -> dict[str, Any]:
-    """How well each score tells the rows of each other data set from the run's own."""
+    """Return how well each score separates the rows of each other data set from the run's own."""
     started = time.monotonic()
     trained = load_run(options.run, data=options.data)
     task = trained.task
@@ -109,14 +109,14 @@ def _command(options: argparse.Namespace) -> list[str]:
 
 
 def usable(task: TokenizedTask, split: str, count: int) -> list[Row]:
-    """The first rows of a split that the task can use."""
+    """Return the first `count` rows of a split that the task can use."""
     rows = task.rows(split)
     found = [row for row, fault in zip(rows, task.faults(rows), strict=True) if fault is None]
     return [row for row in found[:count] if isinstance(row, Row)]
 
 
 def informed(trained: Run, task: TokenizedTask, rows: Sequence[Row]) -> torch.Tensor | None:
-    """The information of each row's prompt; None where the model reads none, or the posterior has no such draws."""
+    """Return `prompt_information` of each row; None if the model reads no prompt or the posterior draws no weights."""
     if not isinstance(task, CausalChoice) or isinstance(trained.posterior, Point):
         return None
     try:
@@ -126,7 +126,7 @@ def informed(trained: Run, task: TokenizedTask, rows: Sequence[Row]) -> torch.Te
 
 
 def page() -> str:
-    """The records as Markdown."""
+    """Return the page as Markdown."""
     headings = {**DETECTORS, PROMPT: "information of the prompt's tokens"}
     parts = [INTRODUCTION]
     for path in sorted(RESULTS.glob("*.json")):
@@ -146,12 +146,12 @@ def page() -> str:
 
 INTRODUCTION = """# Other data
 
-`python benchmarks/other_data.py --page` makes this page from the records in `results/other_data`.
+This page shows how well a score separates the rows of other data sets from those of the data set that a run was
+trained on. `python benchmarks/other_data.py --page` makes it from the records in `results/other_data`.
 
-How well does a score separate the rows of another data set from those of the data set that a run was trained on? An
-AUROC of 0.5 is chance. **Below 0.5 the score is lower on the other data.** Mutual information of the draws
-("epistemic") measures how much the draws disagree about an answer. It is not designed to detect other data. Compare
-every score with the length of the question, which needs no model: it can separate two data sets by itself.
+An AUROC of 0.5 is chance. **Below 0.5, the score is lower on the other data.** The mutual information of the draws
+("epistemic") measures how much the draws disagree about an answer; it is not designed to detect other data. Compare
+every score with the length of the question, which needs no model and can separate two data sets by itself.
 """
 
 

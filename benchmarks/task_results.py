@@ -1,4 +1,4 @@
-"""docs/task_results.md from the records of answers.py, regression.py and preference.py; trains nothing.
+"""Make docs/task_results.md from the records of answers.py, regression.py and preference.py; trains nothing.
 
 python benchmarks/task_results.py
 """
@@ -39,13 +39,13 @@ def read(name: str) -> list[Record]:
 
 
 def seeds_of(records: Sequence[Record], of: Callable[[Record], float | None]) -> Values:
-    """The number of each seed, of the records that have it."""
+    """Return one number per seed, from the records that have it."""
     found = {made["seed"]: of(made) for made in records}
     return {seed: value for seed, value in found.items() if value is not None}
 
 
 def shown(values: Values) -> str:
-    """Mean and standard deviation over seeds."""
+    """Return mean and standard deviation over seeds as text."""
     if not values:
         return "none"
     several = f" ± {statistics.stdev(values.values()):.3f}" if len(values) > 1 else ""
@@ -58,7 +58,7 @@ def table(headings: Sequence[str], lines: dict[str, Sequence[str]]) -> str:
 
 
 def difference(first: Values, second: Values) -> str:
-    """The mean of first less second over shared seeds, its standard error, and each."""
+    """Return `first` minus `second` over shared seeds as text: mean, standard error, and each seed."""
     less = {seed: first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())}
     if not less:
         return "no shared seeds"
@@ -78,10 +78,10 @@ def words() -> str:
         seeds = {label: ", ".join(str(made["seed"]) for made in several) for label, (several, _) in mine.items()}
         parts.append(f"### {task}\n\nSeeds: {'; '.join(f'{label} {each}' for label, each in seeds.items())}.\n")
         parts.append(table(["exact match", "ECE, corrected", "NLL per token"], _scores(mine)))
-        parts.append("AUROC of right against wrong answers; 0.5 is chance, and that of a constant:\n")
+        parts.append("AUROC of each signal for right against wrong answers; 0.5 is chance:\n")
         parts.append(table(list(mine), _signals(mine)))
         plain, blob = (_auroc(*mine[label], "probability") for label in list(ANSWERED)[:2] if label in mine)
-        parts.append(f"AUROC of the probability, BLoB averaged less plain LoRA: {difference(blob, plain)}.\n")
+        parts.append(f"AUROC of the probability, BLoB averaged minus plain LoRA: {difference(blob, plain)}.\n")
     return "\n".join(parts)
 
 
@@ -126,7 +126,7 @@ def numbers() -> str:
     parts.append(table(["coverage", "width"], {v: cells(k, ("coverage", "width")) for k, v in CONFORMAL.items()}))
     nll = {key: seeds_of(records, lambda m, k=key: m["scores"].get(k, {}).get("nll")) for key in NUMBERS}
     less = {NUMBERS[key]: difference(nll[key], nll["mle"]) for key in ("blob", "ensemble")}
-    parts.append(f"NLL less that of plain LoRA: {'; '.join(f'{label} {text}' for label, text in less.items())}.\n")
+    parts.append(f"NLL minus that of plain LoRA: {'; '.join(f'{label} {text}' for label, text in less.items())}.\n")
     return "\n".join(parts)
 
 
@@ -140,39 +140,42 @@ def preferences() -> str:
         lines[f"{label} (seeds {', '.join(str(m['seed']) for m in mine)})"] = [*scores, *best]
     headings = ["accuracy", "NLL", "ECE, corrected", "best of four by the mean", "by the lower bound"]
     nll = [seeds_of([m for m in records if m["method"] == k], lambda m: m["scores"]["nll"]) for k in ("blob", "mle")]
-    return "\n".join([PREFERENCES_TEXT, table(headings, lines), f"NLL, BLoB less plain LoRA: {difference(*nll)}.\n"])
+    return "\n".join([PREFERENCES_TEXT, table(headings, lines), f"NLL, BLoB minus plain LoRA: {difference(*nll)}.\n"])
 
 
 INTRODUCTION = """# Words, numbers and preferences: results
 
-`python benchmarks/task_results.py` makes this page from the records in `results/answers`, `results/regression` and
-`results/preference`; each record names its command. Numbers are means and standard deviations over seeds, differences
-are of the same rows and seed with their standard error. Means over other seeds do not compare. NLL in nats.
+This page compares plain LoRA and BLoB on answers in words, on regression and on preferences.
+`python benchmarks/task_results.py` makes it from the records in `results/answers`, `results/regression` and
+`results/preference`; each record names its command. Numbers are means and standard deviations over seeds. Differences
+use the same rows and seeds and come with their standard error; means over different seeds are not comparable. NLL is
+in nats.
 """
 
 WORDS = """## Answers in words
 
-SmolLM2-135M-Instruct answers a question with its choices in words. 400 rows are trained on (300 updates of 4, rank-8
-LoRA on q_proj and v_proj), 60 choose the scale of BLoB's standard deviation, 150 rows of dev are answered. An answer
-is right if it says the same as the right choice, up to case, articles and punctuation. The ECE is that of the
-probability of the whole text, and for each draw alone that of the share of draws that agree
+SmolLM2-135M-Instruct gets a question with its choices and answers in words. It trains on 400 rows (300 updates of 4,
+rank-8 LoRA on q_proj and v_proj); 60 rows choose the scale of BLoB's standard deviation, and 150 rows of dev are
+answered. An answer is right if it equals the right choice, up to case, articles and punctuation. The confidence whose
+ECE is shown is the probability of the whole text; for "each draw alone" it is the share of draws that agree
 (`benchmarks/answers.py`).
 """
 
 NUMBERS_TEXT = """## Numbers
 
 The target is the Flesch-Kincaid grade of the text of an ARC-Easy question, `0.39 words / sentences + 11.8 syllables /
-words - 15.59`, the US school year that is meant to be able to read it, computed by the library textstat. It is a
-formula of the text and nobody's judgment: a model that counts well could give it without error. MiniLM is trained on
-300 rows in 120 updates of 16, 100 rows choose the scale and the temperatures, 500 are scored
+words - 15.59`, computed by the library textstat. It stands for the US school year whose students should be able to
+read the text. It is a formula, not a human judgment: a model that counts well could predict it without error. MiniLM
+trains on 300 rows in 120 updates of 16; 100 rows choose the scale and the temperatures, and 500 rows are scored
 (`benchmarks/regression.py`).
 """
 
 PREFERENCES_TEXT = """## Preferences
 
-The right choice of an ARC-Easy question against a wrong one, by MiniLM with a scalar head: 300 pairs are trained on,
-100 choose the scale, 300 are scored. Of the questions with four choices the best is taken by the mean reward, and by
-the mean less one standard deviation over the draws (`benchmarks/preference.py`).
+A pair is the right choice of an ARC-Easy question and a wrong one. MiniLM with a scalar head trains on 300 pairs; 100
+pairs choose the scale, and 300 are scored. For the questions with four choices, the last two columns show how often
+the right choice has the largest mean reward, or the largest mean minus one standard deviation over the draws
+(`benchmarks/preference.py`).
 """
 
 

@@ -1,13 +1,14 @@
-"""Which width of the posterior by default: five data sets, three seeds, the same rows for every rival.
+"""Compare BLoB's default width with other widths and methods: five data sets, three seeds, the same rows for all.
 
-    python benchmarks/widths.py --data DIR                      # every missing record in results/widths
+    python benchmarks/widths.py --data DIR                      # make every missing record in results/widths
     python benchmarks/widths.py --data DIR --tasks rte --seeds 1
-    python benchmarks/widths.py --page                          # docs/width.md from the records; trains nothing
+    python benchmarks/widths.py --page                          # make docs/width.md from the records; train nothing
 
-MiniLM is trained on 300 rows in 120 updates of 16, six passes: little data, on which plain LoRA is overconfident. 100
-further rows choose the scale of the standard deviation (`fit_scale`) and the temperatures (`fit_temperature`), with
-draws that are not those that score. At most 500 rows of dev and test are scored. The seed chooses the rows to train
-on, their order, the initial weights and the draws. A killed call goes on with the records that are missing.
+MiniLM is trained on 300 rows in 120 updates of 16, about six passes. On so little data, plain LoRA is overconfident.
+100 further rows choose the scale of the standard deviation (`fit_scale`) and the temperatures (`fit_temperature`),
+with other draws than those that are scored. At most 500 rows of dev and test are scored. The seed chooses the rows to
+train on, their order, the initial weights and the draws. After an interruption, the same command makes the missing
+records.
 """
 
 import random
@@ -80,7 +81,7 @@ DEFAULT, PAPER = ("default", "scaled"), ("paper", "n10")
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One variant on one data set with one seed, and its rows."""
+    """One variant on one data set with one seed, and the rows that train it, choose its scale and are scored."""
 
     task: TokenizedTask
     experiment: Experiment
@@ -89,7 +90,7 @@ class Cell:
     scored: list[AnyRow]
 
     def fitted(self, seed: int) -> Posterior:
-        """Train with the rows of the cell and the initial weights and order of `seed`."""
+        """Train on the rows of the cell, with the initial weights and order of `seed`, and return the posterior."""
         experiment = self.experiment.replace(seed=seed)
         base, new = load_base(find_backbone("minilm"), self.task, experiment)
         model = add_adapter(base, experiment, new=new, task_type=None)
@@ -109,7 +110,7 @@ class Cell:
         return predict(posterior, self.task, rows, draws=draws, seed=derive_seed("widths", seed) if choosing else seed)
 
     def scores(self, key: str, posterior: Posterior, draws: int) -> dict[str, Any]:
-        """The scores of a posterior, without and with a temperature fitted on the held-out rows."""
+        """Return the scores of a posterior, without and with a temperature fitted on the held-out rows."""
         fitted = self.predicted(posterior, self.held_out, draws, choosing=True)
         plain = self.predicted(posterior, self.scored, draws, choosing=False)
         temperature = fit_temperature(fitted.draw_log_probs, fitted.labels)
@@ -125,7 +126,7 @@ class Cell:
 
 
 def cell(task_name: str, variant: str, seed: int, data: str) -> Cell:
-    """Rows that the base cannot read are left out beforehand."""
+    """Return the cell of a data set, a variant and a seed, without rows that the base cannot read."""
     backbone = find_backbone("minilm")
     experiment = Experiment(**SETTINGS, **VARIANTS[variant], task=task_name, seed=seed).resolved(backbone.family)
     assert experiment.max_tokens is not None
@@ -149,7 +150,7 @@ def usable(task: TokenizedTask, rows: list[AnyRow]) -> list[AnyRow]:
 
 
 def measured(cell: Cell) -> dict[str, Any]:
-    """Train a variant and score it in each of its ways."""
+    """Train a variant and score it in each of its ways: mean, draws, scaled or as an ensemble."""
     seed = cell.experiment.seed
     posterior = cell.fitted(seed)
     if isinstance(posterior, Point):
@@ -179,11 +180,11 @@ def record(cell: Cell) -> dict[str, Any]:
 
 
 Scored = dict[tuple[str, str], dict[int, dict[str, float]]]
-"""By rival and seed: the scores on one data set."""
+"""The scores on one data set, by rival and seed."""
 
 
 def page() -> str:
-    """The records as Markdown."""
+    """Return the page as Markdown."""
     records = [read_json(path, "a record") for path in sorted(RESULTS.glob("*.json"))]
     whole: dict[str, Scored] = {}
     for task in TASKS:
@@ -200,13 +201,13 @@ def page() -> str:
             }
     planned = len(TASKS) * len(COMPARED) * len(SEEDS)
     done = sum(made["variant"] in COMPARED for made in records)
-    parts = [INTRODUCTION, f"Of {planned} planned records there are {done}; incomplete seeds are left out.\n"]
+    parts = [INTRODUCTION, f"{done} of {planned} planned records exist; incomplete seeds are left out.\n"]
     other = [
         made
         for made in records
         if "scale" in made and chosen({float(k): v for k, v in made["nll_by_scale"].items()}) != made["scale"]
     ]
-    parts += [f"In {len(other)} of them the rule of `fit_scale`, as it is now, would choose another factor.\n"]
+    parts += [f"In {len(other)} of them, the current rule of `fit_scale` would choose a different factor.\n"]
     parts += ["## NLL\n", *_table(whole, "nll"), "\n## Accuracy\n", *_table(whole, "accuracy")]
     parts += ["\n## ECE\n", *_table(whole, "ece"), "\n## The default against the others\n", *_against(whole)]
     parts += ["\n## Chosen scales\n", *_scales(records)]
@@ -214,7 +215,7 @@ def page() -> str:
 
 
 def _table(found: dict[str, Scored], score: str) -> list[str]:
-    """One line per rival, one column per data set: mean and standard deviation over seeds."""
+    """Return a table with a line per rival and a column per data set: mean and standard deviation over seeds."""
     seeds = {task: len(scored[DEFAULT]) for task, scored in found.items()}
     lines = [f"| | {' | '.join(f'{task} (seeds: {count})' for task, count in seeds.items())} |"]
     lines.append("|---" * (len(found) + 1) + "|")
@@ -226,7 +227,7 @@ def _table(found: dict[str, Scored], score: str) -> list[str]:
 
 
 def _against(found: dict[str, Scored]) -> list[str]:
-    """Rank of the default by mean NLL, and its difference from each other rival over the same seeds."""
+    """Return a table of the default's rank by mean NLL, and of its NLL minus that of the paper's recipe by seed."""
     lines = [
         "| data set | rank of the default by NLL | its NLL minus the paper's recipe's, by seed |",
         "|---|---|---|",
@@ -254,15 +255,15 @@ def _scales(records: list[dict[str, Any]]) -> list[str]:
 
 INTRODUCTION = f"""# The width by default: a comparison
 
-`python benchmarks/widths.py --page` makes this page from the records in `results/widths`: one per data set, variant
-and seed, with its command.
+This page compares BLoB with its default width (standard deviation) to the paper's recipe, plain LoRA and an ensemble
+on little data. `python benchmarks/widths.py --page` makes it from the records in `results/widths`: one per data set,
+variant and seed, with its command.
 
 MiniLM is trained on {TRAINED} rows of each data set, in {SETTINGS["steps"]} updates of {SETTINGS["batch_size"]}: about
-six passes over little data. {HELD_OUT} further rows choose the scale of the standard deviations and every temperature.
-They are no training rows of any rival, and the draws that choose are not those that score. At most
-{SCORED} rows of dev and test are scored. All rivals of a seed have the same rows. Rows of more than
-{SETTINGS["max_tokens"]} tokens are left out. Numbers are means, with the standard deviation over seeds where there are
-several; NLL in nats.
+six passes. {HELD_OUT} further rows, on which no method trains, choose the scale of the standard deviations and every
+temperature, with other draws than those that are scored. At most {SCORED} rows of dev and test are scored. For each
+seed, all methods have the same rows. Rows of more than {SETTINGS["max_tokens"]} tokens are left out. Numbers are
+means, with the standard deviation over seeds if there are several; NLL is in nats.
 """
 
 
