@@ -1,16 +1,17 @@
-"""Active learning: which score chooses the rows whose labels help most, from 10 rows to 210.
+"""Active learning: compare the scores that choose which rows to label, from 10 labeled rows to 210.
 
-    python benchmarks/active.py --data DIR                      # every missing record in results/active
+    python benchmarks/active.py --data DIR                      # make every missing record in results/active
     python benchmarks/active.py --data DIR --tasks openbookqa --seeds 1 --scores random
-    python benchmarks/active.py --page                          # docs/active.md and its picture; trains nothing
+    python benchmarks/active.py --page                          # make docs/active.md and its picture; train nothing
 
 MiniLM starts from 10 labeled rows. In each of 20 rounds, BLoB is trained on the labeled rows from the base model (a
-cold start), scored on at most 300 rows of dev and test, and asked for 10 more rows of a pool of at most 500 by one
-score: mutual information, entropy of the predictive, or at random. A last training has all 210 rows. For each seed,
-all scores have the same first rows, pool, initial weights and draws. The draws that choose are not those that score.
-After an interruption, the same command makes the missing records.
+cold start), scored on at most 300 rows of dev and test, and used to choose 10 more rows from a pool of at most 500:
+by mutual information, by the entropy of the predictive, or at random. The last training uses all 210 rows. For each
+seed, all scores have the same first rows, pool, initial weights and draws. Rows are chosen with other draws than those
+that are scored. After an interruption, the same command makes the missing records.
 
-Not run yet. By an estimate from two small rounds, the 18 records of two data sets and three seeds take 19 core hours.
+This benchmark was not run yet. Estimated from two small rounds, the 18 records of two data sets and three seeds take
+19 core hours.
 """
 
 import dataclasses
@@ -48,7 +49,7 @@ METRICS = {"accuracy": "accuracy", "nll": "NLL, nats"}
 
 
 def cell(task_name: str, seed: int, data: str) -> Cell:
-    """Return the first rows (`train`), the pool (`held_out`) and the scored rows, without those that are too long."""
+    """Return the first rows (`train`), the pool (`held_out`) and the scored rows, without rows that are too long."""
     backbone = find_backbone("minilm")
     settings = {**SETTINGS, "steps": UPDATES, "method": "blob", "task": task_name, "seed": seed}
     experiment = Experiment(**settings).resolved(backbone.family)
@@ -68,7 +69,7 @@ def cell(task_name: str, seed: int, data: str) -> Cell:
 
 
 def rounds(cell: Cell, score: str, count: int) -> list[dict[str, Any]]:
-    """Train, score and choose `count` times, and train and score once more."""
+    """Train, score and choose rows `count` times, then train and score once more; return the record of each round."""
     seed, made = cell.experiment.seed, []
     for number in range(count + 1):
         posterior = cell.fitted(seed)
@@ -104,7 +105,7 @@ def record(cell: Cell, score: str, count: int) -> dict[str, Any]:
 
 
 Curves = dict[str, dict[int, list[dict[str, Any]]]]
-"""By score and seed: the rounds on one data set."""
+"""The rounds on one data set, by score and seed."""
 
 
 def curves(folder: Path) -> dict[str, Curves]:
@@ -121,14 +122,14 @@ def curves(folder: Path) -> dict[str, Curves]:
 
 
 def page(whole: Mapping[str, Curves]) -> str:
-    """Return the records as Markdown."""
+    """Return the page as Markdown."""
     parts = [INTRODUCTION]
     for task, by_score in whole.items():
         seeds = sorted(by_score["random"])
         parts += [f"## {task}, seeds {', '.join(map(str, seeds))}\n"]
         last = by_score["random"][seeds[0]][-1]["rows"]
         heads = [f"{name} at {last} rows" for name in METRICS.values()]
-        parts += [f"| chosen by | {' | '.join(heads)} | mean accuracy of all rounds | less that of random, by seed |"]
+        parts += [f"| chosen by | {' | '.join(heads)} | mean accuracy of all rounds | minus random's, by seed |"]
         parts += ["|---|---|---|---|---|"]
         control = {seed: _mean_accuracy(made) for seed, made in by_score["random"].items()}
         for score, by_seed in by_score.items():
@@ -177,15 +178,15 @@ def plot(whole: Mapping[str, Curves], path: Path) -> None:
 
 INTRODUCTION = f"""# Active learning: which rows to label
 
-`python benchmarks/active.py --page` makes this page from the records in `results/active`: one per data set, score and
-seed, with its command.
+This page compares the scores that choose which rows to label next. `python benchmarks/active.py --page` makes it from
+the records in `results/active`: one per data set, score and seed, with its command.
 
 MiniLM starts from {START} labeled rows. In each of {ROUNDS} rounds, {PER_ROUND} rows of a pool of at most {POOL:,} are
-chosen by one score, labeled, and BLoB is trained again from the base model on all labeled rows, in {UPDATES} updates
-of {SETTINGS["batch_size"]} whatever their number. At most {SCORED} rows of dev and test are scored with {DRAWS}
-draws. For each seed, all scores have the same first rows, pool, initial weights and draws. The draws that choose are
-not those that score. The posterior has its default std; its scale is not chosen on held-out rows, as there are too
-few. Numbers are means, with the standard deviation over seeds where there are several.
+chosen by one score and labeled, and BLoB is trained again from the base model on all labeled rows, always in {UPDATES}
+updates of {SETTINGS["batch_size"]} rows. At most {SCORED} rows of dev and test are scored with {DRAWS} draws. For each
+seed, all scores have the same first rows, pool, initial weights and draws. Rows are chosen with other draws than those
+that are scored. The posterior has its default std; there are too few rows to choose its scale on held-out ones.
+Numbers are means, with the standard deviation over seeds if there are several.
 
 ![Accuracy and NLL by the number of labeled rows; lines are means over seeds, bands their range.](images/active.png)
 """

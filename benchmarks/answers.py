@@ -1,14 +1,14 @@
-"""Answers in words: does the uncertainty of a written answer tell right from wrong? SmolLM2-135M-Instruct, real data.
+"""Measure whether the uncertainty of SmolLM2-135M-Instruct's answers in words separates right from wrong ones.
 
-    python benchmarks/answers.py --data DIR --runs RUNS                      # every missing record in results/answers
+    python benchmarks/answers.py --data DIR --runs RUNS                 # make every missing record in results/answers
     python benchmarks/answers.py --data DIR --runs RUNS --tasks openbookqa --methods blob --seeds 1
 
-The prompt has the question and its choices, and the answer is the text of the right one. 400 rows of the train split
-are trained on, in 300 updates of 4 rows; for BLoB 60 further rows choose the scale of the standard deviation. The
-first 150 rows of dev are answered, with at most 16 new tokens: by plain LoRA, and by 5 draws of BLoB, averaged and
-each draw alone. An answer is right if it says the same as the right one (`same="normalized"`). The seed chooses the
-rows to train on, their order, the initial weights and the draws. `--runs` keeps the trained runs, and a killed call
-goes on with the records that are missing.
+The prompt has the question and its choices, and the answer is the text of the right choice. The model trains on 400
+rows of the train split, in 300 updates of 4 rows; for BLoB, 60 further rows choose the scale of the standard
+deviation. The first 150 rows of dev are answered with at most 16 new tokens: by plain LoRA, and by 5 draws of BLoB,
+averaged and each draw alone. An answer is right if it is equivalent to the right one (`same="normalized"`). The seed
+chooses the rows to train on, their order, the initial weights and the draws. `--runs` keeps the trained runs. After an
+interruption, the same command makes the missing records.
 """
 
 import argparse
@@ -45,14 +45,14 @@ OWN: dict[str, dict[str, Any]] = {"mle": {}, "blob": {"fit_split": "held"}}
 
 
 def asked(row: Row) -> PromptRow:
-    """The question with its choices as a prompt, and the right choice as the answer."""
+    """Return the question with its choices as the prompt, and the right choice as the answer."""
     assert row.answer is not None
     prompt = f"Question: {row.question}\nChoices: {'; '.join(row.choices)}\nAnswer:"
     return PromptRow(id=row.id, prompt=prompt, answer=f" {row.choices[row.answer]}")
 
 
 def cut(name: str, data: str, seed: int) -> dict[str, list[AnyRow]]:
-    """The rows by use; the seed chooses which of the first rows of the train split are trained on."""
+    """Return the rows by use; the seed chooses which of the first rows of the train split are trained on."""
     spec = DatasetSpec(name=words(name), folder=words(name), row=PromptRow, classes=1)
     task = GenerationTask(spec, find_backbone("smollm2").tokenizer, data=None, max_tokens=SETTINGS["max_tokens"])
 
@@ -70,7 +70,7 @@ def words(name: str) -> str:
 
 
 def record(name: str, method: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Train a method, if it is not trained yet, let it answer, and score the answers."""
+    """Train a method unless its run exists, let it answer, and return the scores of the answers."""
     started = time.monotonic()
     rows = cut(name, options.data, seed)
     output = options.runs / f"{words(name)}-{method}-seed{seed}"
@@ -106,7 +106,7 @@ def record(name: str, method: str, seed: int, options: argparse.Namespace) -> di
 
 
 def written(trained: Run, rows: list[AnyRow], draws: int) -> dict[str, Any]:
-    """The scores of the answers, by mode of decoding, with some of the texts."""
+    """Return the scores of the answers by mode of decoding, with the first five texts."""
     prompts, answers = zip(*((row.prompt, row.answer) for row in rows if isinstance(row, PromptRow)), strict=True)
     found = {}
     for mode in ("averaged", "per_draw") if draws else ("averaged",):

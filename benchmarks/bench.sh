@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes results/bench/*.json, on an idle machine; PYTHON=... picks the interpreter. On a GPU: DEVICE=cuda.
-# For sampling_free.json name posteriors to ask: RUNS="folder ..." DATA=folder; for generate_smollm2.json a run on
-# SmolLM2: CAUSAL_RUN=folder DATA=folder.
+# Makes results/bench/*.json; run it on an idle machine. PYTHON=... picks the interpreter, and DEVICE=cuda uses a GPU.
+# sampling_free.json needs BLoB runs, RUNS="folder ..." DATA=folder; generate_smollm2.json needs a run on SmolLM2,
+# CAUSAL_RUN=folder DATA=folder.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-.venv/bin/python}

@@ -1,9 +1,10 @@
-"""Number of draws to stack in one forward pass on a CPU: the measurement behind `CPU_TOKENS`.
+"""Measure how many draws to stack in one forward pass on a CPU; `CPU_TOKENS` rests on this.
 
     python benchmarks/chunks.py [--json FILE]
 
-For each shape ten draws are made 1, 2, 3, ... at once, in turn. "ratios" are the medians by ten looped plain forwards,
-"chosen" is what `StackedDraws.at_once` takes, and "regret" what that costs more than the best.
+For each shape, ten draws are made 1, 2, 3, ... per forward pass; these variants take turns. "ratios" are medians of
+the time divided by that of ten looped plain forwards. "chosen" is the number that `StackedDraws.at_once` takes, and
+"regret" the relative time by which it is slower than the best number.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,8 @@
-"""How `bayestune predict` grows with its rows: seconds and peak memory of the whole command.
+"""Measure how the seconds and peak memory of the whole command `bayestune predict` grow with the number of rows.
 
     python benchmarks/command.py [--json FILE]
 
-A run of one update on the built-in data answers files of more and more rows, one draw each. "start" is the command
+A run of one update on the built-in data answers files of more and more rows, with one draw. "start" is the command
 with one row. "exponent" is the slope of log(seconds - start) over log(rows), by least squares; 1 is linear.
 """
 
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def answered(folder: Path, rows: int) -> dict[str, Any]:
-    """Seconds and peak bytes of the command for a file of `rows` rows."""
+    """Return the seconds and peak bytes of `bayestune predict` for a file of `rows` rows."""
     source = folder / f"{rows}.jsonl"
     with gzip.open(EVERYDAY) as file:
         known = itertools.cycle([json.loads(line) for line in file])
@@ -53,7 +53,7 @@ def answered(folder: Path, rows: int) -> dict[str, Any]:
 
 
 def command(arguments: list[str]) -> dict[str, Any]:
-    """Run one command line in a process of its own."""
+    """Run `bayestune` in a separate process and return its seconds and peak bytes."""
     begun = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", "bayestune", *arguments], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)

@@ -2,10 +2,10 @@
 
     python benchmarks/distil.py --run RUN --students FOLDER [--data DIR] [--draws 10] [--rows 500] [--json FILE]
 
-RUN is the folder of a run with draws. `bayestune distil` makes a student of it in FOLDER, if none is there yet, with
-as many draws of the teacher as --draws; the teacher is scored with other draws. Prints one JSON object. "nll_ratio" is
-the student's NLL by the teacher's, "ece_difference" the student's bias-corrected ECE less the teacher's, and
-"teacher_mean" the scores of the teacher's mean, which costs one forward too.
+RUN is the folder of a run with draws, the teacher. Unless FOLDER already has its student, `bayestune distil` makes one
+there from --draws draws of the teacher; the teacher is scored with other draws. Prints one JSON object. "nll_ratio" is
+the student's NLL divided by the teacher's, "ece_difference" the student's bias-corrected ECE minus the teacher's, and
+"teacher_mean" has the scores of the teacher's mean, which also costs one forward.
 """
 
 from pathlib import Path

@@ -1,12 +1,12 @@
-"""Time of averaged decoding with K draws against plain decoding, and of one text per draw, on a real language model.
+"""Time averaged decoding with K draws, and one text per draw, against plain decoding on a real language model.
 
     python benchmarks/generate.py --run RUN [--draws 10] [--tokens 32] [--pairs 5] [--json FILE]
 
 RUN is the folder of a run of a causal language model. One prompt is continued by exactly --tokens tokens. "ratio" is
-the median over rounds of the time of `bayestune.generate` with K draws by that of transformers' own greedy `generate`
-with the mean of the same adapter; K plain decodings after another would take K. "per_draw_ratio" is that of mode
-"per_draw", whose texts are also scored by all draws. "score_ratio" is the time of `bayestune.score` of such a text, K
-draws, by one forward of its tokens.
+the median over rounds of the time of `bayestune.generate` with K draws, divided by that of transformers' own greedy
+`generate` with the mean of the same adapter; K plain decodings in sequence would have the ratio K. "per_draw_ratio" is
+the same for mode "per_draw", whose texts are also scored by all draws. "score_ratio" is the time in which
+`bayestune.score` scores such a text with K draws, divided by that of one forward of its tokens.
 """
 
 from pathlib import Path

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# What a GPU is needed for, most valuable first: its tests, the speed of a 7B shape, and the comparisons on a language
-# model and on MiniLM, as processes side by side. A record that is there is not made again, so a killed call goes on.
+# Runs what needs a GPU, most valuable first: its tests, the speed of a 7B shape, and the comparisons on a language
+# model and on MiniLM, as parallel processes. It skips records that exist, so the same command continues after an
+# interruption.
 #
 #     DATA=folder RUNS=folder benchmarks/gpu_all.sh          # WORKERS=15 PYTHON=python3
 #     DRY=1 DATA=folder RUNS=folder benchmarks/gpu_all.sh    # only print the commands
 #
-# Processes take turns on the GPU unless NVIDIA's multi-process service runs: nvidia-cuda-mps-control -d. A cell on
-# SmolLM2 took one to three minutes then, 15 at once on an H100.
+# Processes take turns on the GPU unless NVIDIA's multi-process service runs: nvidia-cuda-mps-control -d. With it and 15
+# processes on an H100, a cell on SmolLM2 took one to three minutes.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3} WORKERS=${WORKERS:-15}

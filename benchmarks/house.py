@@ -1,10 +1,11 @@
-"""Lines of the source by room, files and functions that are too long, and methods named outside `methods/`.
+"""Count the lines of the source, and list files and functions that are too long and methods named outside `methods/`.
 
     python benchmarks/house.py [--max-lines 10500] [--max-file 300] [--max-function 50] [--json]
 
-A room is a folder or a file directly under `src/bayestune`; the command line, `src/bayestune_cli`, is one too. Every
-line counts, also comments, docstrings and blank ones. A method is named outside its room by a string that equals its
-key in `bayestune.methods.METHODS`, docstrings aside, or by a check of one of its classes with `isinstance`.
+Lines are counted by room: a folder or a file directly under `src/bayestune`, or the command line, `src/bayestune_cli`.
+Every line counts, including comments, docstrings and blank lines. A file names a method if it has a string, other than
+a docstring, that equals the method's key in `bayestune.methods.METHODS`, or if it checks one of the method's classes
+with `isinstance`.
 
 Exits with 1 if a limit is exceeded or a method is named outside its room.
 """
@@ -23,26 +24,26 @@ SOURCE = Path(__file__).parent.parent / "src"
 CLI = "bayestune_cli"
 HOME = "methods"
 OTHER_MEANINGS = {"dropout": ("adapters",), "temperature": ("bayestune_cli", "experiment", "storage", "tasks")}
-"""Rooms in which a word is not the method: a distribution of the adapter's weights, and a number in records."""
+"""Rooms in which the word does not mean the method: "dropout" is a distribution of weights, "temperature" a number."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def room(path: Path) -> str:
-    """The folder or file directly under the package; the command line is one room."""
+    """Return the folder or file directly under the package; the command line is one room."""
     first, second, *_ = path.relative_to(SOURCE).parts
     return CLI if first == CLI else second.removesuffix(".py")
 
 
 def functions(tree: ast.AST) -> Iterator[tuple[str, int, int]]:
-    """Name, line and length of every function, without its decorators."""
+    """Yield name, line and length of every function, without its decorators."""
     for node in ast.walk(tree):
         if isinstance(node, Function):
             yield node.name, node.lineno, (node.end_lineno or node.lineno) - node.lineno + 1
 
 
 def names(tree: ast.AST, methods: set[str], classes: set[str]) -> Iterator[tuple[str, int]]:
-    """Method names and classes that `tree` mentions, with their lines."""
+    """Yield the method names and classes that `tree` mentions, with their lines."""
     statements = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # docstrings
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and node.value in methods and id(node) not in statements:
@@ -55,14 +56,14 @@ def names(tree: ast.AST, methods: set[str], classes: set[str]) -> Iterator[tuple
 
 
 def classes_of_methods() -> set[str]:
-    """Names of the classes defined in `methods/`, except those that every method shares."""
+    """Return the names of the classes defined in `methods/`, except those that every method shares."""
     files = [path for path in (SOURCE / "bayestune" / HOME).rglob("*.py") if path.name != "base.py"]
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in files]
     return {node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
 
 
 def misplaced(path: Path, tree: ast.AST, methods: set[str], classes: set[str]) -> list[str]:
-    """Where the file at `path`, outside `methods/`, names a method."""
+    """Return where the file at `path` names a method; empty for files in `methods/`."""
     if room(path) == HOME:
         return []
     known = {name for name in methods if room(path) not in OTHER_MEANINGS.get(name, ())}
@@ -72,7 +73,7 @@ def misplaced(path: Path, tree: ast.AST, methods: set[str], classes: set[str]) -
 
 
 def survey(max_file: int, max_function: int) -> dict[str, object]:
-    """All figures, as they are printed with --json."""
+    """Return all figures, as --json prints them."""
     rooms: dict[str, int] = {}
     files: dict[str, int] = {}
     long_functions: dict[str, int] = {}
@@ -101,7 +102,7 @@ def _largest_first(sizes: dict[str, int]) -> dict[str, int]:
 
 
 def text(found: dict) -> str:
-    """The figures for a reader."""
+    """Return the figures as text."""
     lines = [f"{found['lines']} lines in {found['files']} files, median {found['median_file']:.0f}", ""]
     lines += [f"{size:6} {100 * size / found['lines']:5.1f} %  {name}" for name, size in found["rooms"].items()]
     for title, part in (("files too long", "long_files"), ("functions too long", "long_functions")):

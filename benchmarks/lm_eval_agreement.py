@@ -1,8 +1,8 @@
-"""Whether zero-shot answers scored by text are those of lm-evaluation-harness's own arc_easy, row by row.
+"""Compare zero-shot answers scored by text with those of lm-evaluation-harness's own arc_easy, row by row.
 
     python benchmarks/lm_eval_agreement.py --data DIR [--rows 100] [--json FILE]
 
-SmolLM2, the first rows of ARC-Easy's test split. Needs lm-eval (extra `eval`). Prints one JSON object with the
+SmolLM2 answers the first rows of ARC-Easy's test split. Needs lm-eval (extra `eval`). Prints one JSON object with the
 accuracies of both, the number of rows on which they differ, and the largest difference of a log-probability.
 """
 
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def log_probs(model: torch.nn.Module, task: Any, rows: list[Row]) -> list[torch.Tensor]:
-    """The sums of log-probabilities of the texts, before they are normalized over choices."""
+    """Return the summed log-probabilities of the choices' texts for each row, not normalized over choices."""
     examples, found = task.examples(rows, model), []
     with torch.no_grad():
         for start in range(0, len(rows), 8):
@@ -78,7 +78,7 @@ def differing(scores: list[torch.Tensor], rows: list[Row], theirs: list[float]) 
 
 
 def by_lm_eval(model: Any, tokenizer: Any, rows: list[Row]) -> list[dict[str, Any]]:
-    """Its samples for its own task, asked of these rows instead of those of the Hub."""
+    """Return lm-eval's samples for its own arc_easy task, on these rows instead of those of the Hub."""
     config = yaml.safe_load(OWN.read_text())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.json"

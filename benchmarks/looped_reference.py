@@ -1,8 +1,8 @@
 """The algorithm of the released BLoB code, rewritten from its description as a baseline.
 
 Noise is added to activations with random signs for every token (flipout); the KL is a float64 loss that autograd
-differentiates; a second optimiser, plain SGD, moves G along NLL + KL; N draws are N full forwards, each with the
-logits of the whole vocabulary at every position. Nothing of it is used by the library.
+differentiates; a second optimizer, plain SGD, moves G along NLL + KL; N draws are N full forwards, each with the
+logits of the whole vocabulary at every position. The library does not use this code.
 """
 
 import math
@@ -38,7 +38,7 @@ class PerTokenFlipout(nn.Module):
 
 
 def take_over(model: PeftModel) -> list[PerTokenFlipout]:
-    """Replace every A matrix of a plain LoRA model by a `PerTokenFlipout`."""
+    """Replace every A matrix of a plain LoRA model with a `PerTokenFlipout`, and return these."""
     found = []
     for module in model.modules():
         if isinstance(module, LoraLayer):
@@ -50,7 +50,7 @@ def take_over(model: PeftModel) -> list[PerTokenFlipout]:
 
 
 class ReferenceTraining:
-    """Take one training step of the released code: two losses, two backward passes, two optimizers."""
+    """Training steps of the released code: two losses, two backward passes, two optimizers."""
 
     def __init__(self, model: PeftModel, loss: Callable[[PeftModel], Tensor]) -> None:
         self.model, self.loss = model, loss

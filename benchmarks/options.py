@@ -13,7 +13,7 @@ from bayestune.files import write_json
 
 
 def parser(doc: str | None, *, pairs: int | None = None) -> argparse.ArgumentParser:
-    """Return a parser with the docstring as help; with --json and --pairs if a number of rounds is given."""
+    """Return a parser with the docstring as help; if a number of rounds is given, it has --json and --pairs."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if pairs is not None:
         made.add_argument("--pairs", type=positive, default=pairs, help="rounds of the measurement")
@@ -22,15 +22,15 @@ def parser(doc: str | None, *, pairs: int | None = None) -> argparse.ArgumentPar
 
 
 def add_json(made: argparse.ArgumentParser) -> None:
-    """Add --json."""
+    """Add the option --json."""
     made.add_argument("--json", type=new_file, help="also write the record to this file")
 
 
 def add_machine(made: argparse.ArgumentParser, *, shape: str, gpu_shape: str, warmup: int) -> None:
-    """Add --device, --shape (one of `shapes`) and --warmup."""
+    """Add the options --device, --shape (a name as in `shapes`) and --warmup."""
     default = "cuda" if torch.cuda.is_available() else "cpu"
     made.add_argument("--device", type=usable_device, default=default)
-    made.add_argument("--shape", help=f"default: {shape}, on a GPU {gpu_shape}")
+    made.add_argument("--shape", help=f"default: {shape}, or {gpu_shape} on a GPU")
     made.add_argument("--warmup", type=int, default=warmup, help="rounds before the measurement")
 
 

@@ -1,10 +1,10 @@
-"""Time of a training step that scores the texts of choices in one packed sequence per row, or in one per choice.
+"""Time training steps that score the texts of choices in one packed sequence per row, or in one sequence per choice.
 
     python benchmarks/packed.py --data DIR [--device cpu] [--rows 4] [--json FILE]
 
-SmolLM2, the first rows of ARC-Easy's train split, plain LoRA on q_proj and v_proj; forward and backward. Prints one
-JSON object: "ratio" is the median over rounds of the packed step's time by the other's, "tokens_ratio" that of the
-tokens in a batch.
+A step is forward and backward of SmolLM2 with plain LoRA on q_proj and v_proj, on the first rows of ARC-Easy's train
+split. Prints one JSON object: "ratio" is the median over rounds of the time of a packed step divided by that of one
+with separate sequences, and "tokens_ratio" the ratio of their numbers of tokens.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""Time several variants in turn, so that noise of the machine affects all of them alike."""
+"""Time several variants in turn, so that noise of the machine affects all of them equally."""
 
 import statistics
 import sys
@@ -37,20 +37,20 @@ def ratio(times: Sequence[float], others: Sequence[float]) -> float:
 
 
 def spread(times: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
-    """Return the quartiles of the same ratios."""
+    """Return the first and third quartile over rounds of the ratio of two times."""
     ratios = [a / b for a, b in zip(times, others, strict=True)]
     first, _, third = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
     return first, third
 
 
 def uncertainty(quartiles: Sequence[float], rounds: int) -> float:
-    """Return the standard error of the median of normal ratios: ``1.2533 (q3 - q1) / (1.349 sqrt(rounds))``."""
+    """Return the standard error of a median, if ratios are normal: ``1.2533 (q3 - q1) / (1.349 sqrt(rounds))``."""
     return 1.2533 * (quartiles[1] - quartiles[0]) / (1.349 * rounds**0.5)
 
 
 def peak_memory() -> int:
     """Return the largest resident memory of this process so far, in bytes (Linux)."""
-    # Not getrusage: its maximum outlives exec, so a child starts with that of its parent.
+    # getrusage does not work here: its maximum survives exec, so a child process starts with that of its parent.
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
 

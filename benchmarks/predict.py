@@ -2,13 +2,13 @@
 
     python benchmarks/predict.py [--shape llama-1x100] [--device cpu] [--json FILE]
 
-Prints one JSON object. "ratio" is the median over rounds of the time of ten draws, as `predict` makes them, by that of
-ten plain LoRA forwards, one after the other, with the logits of every position ("per_loop", on a CPU), or by that of
-one such forward ("per_forward", on a GPU); "claim" says which. "reference_ratio" has the released code's way
-(`looped_reference.py`) in the place of `predict`'s. "per_short_loop" is the same against a loop that asks for the
-label's logits alone, which leaves what stacking itself gains. "compute_limit" is what "per_forward" would be if only
-the operations of matrix products and attention counted. The matrices of the draws are made once a call of
-`predict`, whatever its rows; "draw_ms" is what that takes.
+Prints one JSON object. "ratio" is the median over rounds of the time of ten draws, as `predict` makes them, divided on
+a CPU by that of ten plain LoRA forwards in sequence with the logits of every position ("per_loop"), and on a GPU by
+that of one such forward ("per_forward"); "claim" says which. "reference_ratio" is the same ratio for the released
+code's algorithm (`looped_reference.py`). "per_short_loop" divides by the time of a loop that computes only the logits
+of the labels, so it shows the gain of stacking alone. "compute_limit" is what "per_forward" would be if only the
+operations of matrix products and attention counted. A call of `predict` makes the matrices of the draws once, whatever
+the number of rows; "draw_ms" is the time for that.
 """
 
 from collections.abc import Callable

@@ -1,10 +1,11 @@
-"""Preferences on real data: the right against a wrong choice of ARC-Easy, plain LoRA and BLoB on MiniLM.
+"""Preferences on real data: compare plain LoRA and BLoB on MiniLM on pairs of a right and a wrong choice of ARC-Easy.
 
-    python benchmarks/preference.py --data DIR            # every missing record in results/preference
+    python benchmarks/preference.py --data DIR            # make every missing record in results/preference
 
-300 questions are trained on and 100 choose the scale of the standard deviation (`fit_scale`); the seed chooses them,
-the wrong choice of each, the initial weights and the draws. Of the first 300 questions of dev and test, one pair each
-is scored, and of those with four choices the best is taken by the mean reward and by its lower bound (k = 1).
+The model trains on 300 questions, and 100 choose the scale of the standard deviation (`fit_scale`). The seed chooses
+these questions, the wrong choice of each, the initial weights and the draws. For each of the first 300 questions of
+dev and test, one pair is scored. For those with four choices, the best choice is selected by the mean reward and by
+its lower bound (k = 1).
 """
 
 import random
@@ -34,7 +35,7 @@ METHODS = {"mle": "point", "blob": "default"}
 
 
 def pair(row: Row, seed: int) -> PreferenceRow:
-    """The right choice of a question against the wrong one that the seed chooses."""
+    """Return the pair of the right choice of a question and a wrong one that the seed chooses."""
     wrong = [choice for i, choice in enumerate(row.choices) if i != row.answer]
     assert row.answer is not None
     rejected = random.Random(derive_seed("preference", seed, row.id)).choice(wrong)
@@ -42,7 +43,7 @@ def pair(row: Row, seed: int) -> PreferenceRow:
 
 
 def cell(method: str, seed: int, data: str) -> tuple[Cell, list[Row]]:
-    """The cell, and the questions of the pairs that it scores."""
+    """Return the cell, and the questions of the pairs that it scores."""
     backbone = find_backbone("minilm")
     experiment = Experiment(**SETTINGS, **VARIANTS[METHODS[method]], task="arc_easy", seed=seed)
     experiment = experiment.resolved(backbone.family)
@@ -66,7 +67,7 @@ def cell(method: str, seed: int, data: str) -> tuple[Cell, list[Row]]:
 
 
 def best_of_four(posterior: Posterior, task: Preference, questions: Sequence[Row], draws: int, seed: int) -> Any:
-    """The share of right choices among four, by the mean reward and, with draws, by its lower bound."""
+    """Return how often the best of four choices is right, by the mean reward and, with draws, by its lower bound."""
     four = [row for row in questions if len(row.choices) == 4]
     prompts = [f"{row.question} " for row in four for _ in range(4)]
     texts = [choice for row in four for choice in row.choices]

@@ -1,10 +1,10 @@
-"""Plain LoRA (MLE) and BLoB on OpenBookQA and ARC-Easy with the MiniLM backbone: same rows and budget for each seed.
+"""Compare plain LoRA (MLE) and BLoB on OpenBookQA and ARC-Easy with MiniLM, with the same rows and updates per seed.
 
-    python benchmarks/real_data.py --data DIR                       # every missing cell, then results/real/*.json
-    python benchmarks/real_data.py --data DIR --tune                # settings compared on rows cut from train
+    python benchmarks/real_data.py --data DIR                       # make every missing record in results/real
+    python benchmarks/real_data.py --data DIR --tune                # compare settings on rows held out from train
 
-Trains on the train split and scores dev and test together, as `bayestune train` would with the command that each JSON
-records. A killed run goes on with the cells that are missing. `benchmarks/tables.py` makes the tables.
+Trains on the train split and scores dev and test together, as `bayestune train` does with the command that each record
+names. After an interruption, the same command makes the missing records. `benchmarks/tables.py` makes the tables.
 """
 
 import argparse
@@ -23,7 +23,7 @@ RESULTS = Path(__file__).parent.parent / "results"
 COMMON = {"model": "minilm", "batch_size": 32, "lora_alpha": 16, "learning_rate": 2e-3, "precision": "bf16"}
 # Updates: about four and eight passes over the rows, so that plain LoRA is overconfident.
 STEPS = {"openbookqa": (600, 1200), "arc_easy": (600,)}
-# Compared by `--tune`: how fast AdamW goes, then how the KL is weighted over updates and how fast G goes.
+# Compared by `--tune`: the learning rate of AdamW, and the KL weights and the learning rate of G.
 TUNING = {
     "mle": [{"learning_rate": rate} for rate in (2e-3, 1e-3)],
     "blob": [
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def tune(task: str, method: str, options: argparse.Namespace) -> None:
-    """Train on all but the last rows of train and score the latter; dev and test are not read."""
+    """Train on all but the last rows of train, and score those; do not read dev and test."""
     folder = Path(options.runs) / "tuning-data" / f"{task}_tuning"
     if not folder.exists():
         folder.mkdir(parents=True)
@@ -72,7 +72,7 @@ def tune(task: str, method: str, options: argparse.Namespace) -> None:
 
 
 def cell(settings: dict, name: str, group: str, options: argparse.Namespace) -> None:
-    """Train and score one cell unless its JSON exists."""
+    """Train and score one cell unless its record exists."""
     record = RESULTS / group / f"{name}.json"
     if record.exists():
         return

@@ -1,15 +1,15 @@
-"""Numbers on real text: plain LoRA, an ensemble and BLoB on the readability of questions.
+"""Regression on real text: compare plain LoRA, an ensemble and BLoB on the readability of questions.
 
-    python benchmarks/regression.py --data DIR [--seeds 1,2,3]    # every missing record in results/regression
+    python benchmarks/regression.py --data DIR [--seeds 1,2,3]    # make every missing record in results/regression
 
 The target is the Flesch-Kincaid grade of the text of an ARC-Easy question, 0.39 x words per sentence + 11.8 x
-syllables per word - 15.59: the US school year that is meant to be able to read it. It is a formula of the text,
-computed by `textstat` (0.7.3, which counts syllables by the hyphenation of `pyphen`), and nobody's
-judgment: a model that counts well could give it without error.
+syllables per word - 15.59. It stands for the US school year whose students should be able to read the text. The grade
+is a formula, not a human judgment: a model that counts well could predict it without error. It is computed by
+`textstat` 0.7.3, which counts syllables with the hyphenation of `pyphen`.
 
 MiniLM is trained on 300 rows in 120 updates of 16. 100 further rows choose the scale of BLoB's standard deviation
-(`fit_scale`) and the temperatures, with draws that are not those that score; 500 rows of dev and test are scored. The
-seed chooses the rows to train on, their order, the initial weights and the draws.
+(`fit_scale`) and the temperatures, with other draws than those that are scored; 500 rows of dev and test are scored.
+The seed chooses the rows to train on, their order, the initial weights and the draws.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ RESULTS = Path(__file__).parent.parent / "results" / "regression"
 
 
 def graded(split: str, data: str) -> list[NumberRow]:
-    """The questions of a split of ARC-Easy with their grades."""
+    """Return the questions of a split of ARC-Easy with their grades."""
     import textstat
 
     rows = [
@@ -74,7 +74,7 @@ def predicted(
 
 
 def scores(cell: Cell, key: str, posterior: Posterior, draws: int) -> dict[str, Any]:
-    """The scores without and with a temperature, and of conformal intervals from half of the scored rows."""
+    """Return scores without and with a temperature, and of conformal intervals calibrated on half the scored rows."""
     plain = predicted(cell, posterior, cell.scored, draws, choosing=False)
     temperature = temperature_of(predicted(cell, posterior, cell.held_out, draws, choosing=True))
     assert plain.targets is not None
@@ -94,7 +94,7 @@ def ensemble(cell: Cell, members: list[Posterior]) -> RegressionPrediction:
 
 
 def measured(point: Cell, blob: Cell) -> dict[str, Any]:
-    """Train every rival of a seed and score it."""
+    """Train and score plain LoRA, the ensemble and BLoB with the seed of the cells."""
     seed = point.experiment.seed
     members = [point.fitted(seed + 3 * number) for number in range(MEMBERS)]
     found = scores(point, "mle", members[0], 0)

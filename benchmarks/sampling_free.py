@@ -1,11 +1,11 @@
-"""The linearised predictive, antithetic pairs and independent draws on saved posteriors: NLL, ECE and seconds.
+"""Compare the NLL, ECE and time of the linearised predictive, antithetic pairs and independent draws.
 
     python benchmarks/sampling_free.py RUN... --data DIR [--rows 100] [--json FILE]
 
-Each RUN is the folder of a BLoB run. Every way answers the same rows of the evaluation split, `--repeats` times with
-seeds of its own, in the precision of the run; 100 independent draws, made once, are what the others are measured
-against. "float32" has the seconds of the mean and of the linearised predictive in that precision, in turn: backward
-through torch's attention in bf16 is slow on a CPU.
+Each RUN is the folder of a BLoB run. Each predictive answers the same rows of the evaluation split, with `--repeats`
+seeds, in the precision of the run. The reference is 100 independent draws, made once. "float32" has the seconds of the
+mean and of the linearised predictive in float32, measured in turn, because backward through torch's attention in bf16
+is slow on a CPU.
 """
 
 import argparse

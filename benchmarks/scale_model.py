@@ -1,12 +1,13 @@
-"""Memory and time of BLoB on Llama 7B, 70B and 405B by number of GPUs: a model, fitted to simulated training steps.
+"""Predict memory and time of BLoB on Llama 7B, 70B and 405B by number of GPUs, from simulated training steps.
 
     python benchmarks/scale_model.py --json results/scale_model.json     # about 10 minutes on one busy core
-    python benchmarks/scale_model.py --page                              # docs/scale.md from that record
+    python benchmarks/scale_model.py --page                              # make docs/scale.md from that record
 
-The bytes of weights, moments and noise are exact; those of the activations are a sum of products of sizes, whose
-coefficients are fitted to small models by non-negative least squares. The peaks of other models, real widths and
-whole 7B and 70B models among them, are predicted and then simulated (`scale_shapes.py`); an error above 10 % exits
-with 1. Seconds are FLOPs by the rate that the record of an H100 implies, and the traffic of FSDP2 by --bandwidth.
+The bytes of weights, moments and noise are exact. Those of the activations are a sum of products of sizes, whose
+coefficients are fitted to small models by non-negative least squares. To test the prediction, the peaks of other
+models, including real widths and whole 7B and 70B models, are predicted and then simulated (`scale_shapes.py`); with
+an error above 10 %, the script exits with 1. Seconds are FLOPs divided by the rate that the record of an H100 implies,
+and bytes of FSDP2's traffic divided by --bandwidth.
 """
 
 import math
@@ -68,7 +69,7 @@ def small(sizes: Sequence[Any], *, bayesian: bool, checkpointing: bool) -> Case:
 
 
 def held_out(checkpointing: bool) -> list[Case]:
-    """Return cases that fit nothing: other small models, real widths with few layers, and whole models."""
+    """Return cases that the fit does not use: other small models, real widths with few layers, and whole models."""
     cases = [small(sizes, bayesian=b, checkpointing=checkpointing) for sizes in OTHER for b in (False, True)]
     for name, (rows, tokens), targets in product(SIZES, BATCHES, ("qv", "all")):
         size = replace(SIZES[name], layers=2)
@@ -79,7 +80,7 @@ def held_out(checkpointing: bool) -> list[Case]:
 
 
 def states(case: Case, degree: int = 1) -> dict[str, float]:
-    """Return the bytes per GPU that need no fit. FSDP2 gathers two layers, and the embedding and head, at a time."""
+    """Return the bytes per GPU that need no fit; FSDP2 gathers two layers, and the embedding and head, at a time."""
     size, a, b = case.size, case.a_weights, case.b_weights
     trained = 4 * (a * (2 if case.bayesian else 1) + b)
     gathered = 2 * size.parameters_outside() + 2 * (2 * size.parameters_per_layer() + trained / size.layers)
@@ -98,7 +99,7 @@ def base_bytes(size: Llama) -> int:
 
 
 def features(case: Case) -> list[float]:
-    """Return what the activations are linear in: those of all layers, with checkpointing of one."""
+    """Return the sizes in which the activations' bytes are linear: of all layers, or of one with checkpointing."""
     size, tokens = case.size, case.rows * case.tokens
     held = 1 if case.checkpointing else size.layers
     layer = [size.linear[name] for name in TARGETS[case.targets] if name != "lm_head"]
@@ -125,7 +126,7 @@ def activations(case: Case, coefficients: Sequence[float]) -> float:
 
 
 def fit(cases: Sequence[Case]) -> tuple[list[float], list[dict[str, Any]]]:
-    """Return the bytes per feature, with equal weight for the relative error of each case; and the cases."""
+    """Fit the bytes per feature to the relative errors of the cases; return them and the compared cases."""
     peaks = [simulate(case) for case in cases]
     pairs = list(zip(cases, peaks, strict=True))
     working = np.array([peak["loss"] - sum(states(case).values()) for case, peak in pairs])
@@ -148,7 +149,7 @@ def compared(case: Case, peaks: dict[str, int], coefficients: Sequence[float]) -
 
 
 def logits_bytes() -> float:
-    """Return the bytes per token and entry of the vocabulary that a loss over every token adds, at most."""
+    """Return the most bytes, per token and entry of the vocabulary, that a loss over every token adds."""
     size = Llama(layers=1, hidden=256, intermediate=256, heads=2, kv_heads=2, vocabulary=128_256)
     case = Case(size=size, rows=1, tokens=2048)
     added = simulate(replace(case, whole_logits=True))["loss"] - simulate(case)["loss"]

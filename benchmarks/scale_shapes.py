@@ -1,9 +1,9 @@
-"""Training steps of Llama models of any size, simulated without memory: bytes by kind, and floating-point operations.
+"""Simulate training steps of Llama models of any size without their memory, and count bytes and FLOPs.
 
 The weights are fake tensors, which have a shape but no storage, so that a step of a model of 405 billion weights runs
-on a laptop. `LiveBytes` adds up the storages that would be alive. `MemTracker` of torch does not do here: it puts a
+on a laptop. `LiveBytes` adds up the storages that would be alive. Torch's `MemTracker` does not work here: it puts a
 gradient hook on every weight, and those of the base model are frozen. The kernels are those of a CPU, with float32
-adapters on a bfloat16 base; attention is never held as a matrix of tokens by tokens.
+adapters on a bfloat16 base; the tokens x tokens matrix of attention is never stored.
 """
 
 import weakref
@@ -36,7 +36,7 @@ ATTENTION = {
         lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v)
     ),
 }
-"""The FLOPs of a CPU's attention kernels, which torch counts for those of GPUs only; no half for causal masks."""
+"""The FLOPs of a CPU's attention kernels; torch counts only those of GPUs. Causal masks do not halve the count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +52,12 @@ class Llama:
 
     @property
     def kv(self) -> int:
-        """Outputs of k_proj, and of v_proj."""
+        """Number of outputs of k_proj and of v_proj, each."""
         return self.hidden // self.heads * self.kv_heads
 
     @property
     def linear(self) -> dict[str, tuple[int, int]]:
-        """Inputs and outputs of the linear layers of one decoder layer, and of the head."""
+        """Numbers of inputs and outputs of the linear layers of one decoder layer and of the head, by name."""
         hidden, intermediate = self.hidden, self.intermediate
         return {
             "q_proj": (hidden, hidden),
@@ -74,7 +74,7 @@ class Llama:
         return sum(a * b for name, (a, b) in self.linear.items() if name != "lm_head") + 2 * self.hidden
 
     def parameters_outside(self) -> int:
-        """Weights of the embedding, the head and the last norm."""
+        """Return the number of weights of the embedding, the head and the last norm."""
         return 2 * self.hidden * self.vocabulary + self.hidden
 
 
@@ -101,7 +101,7 @@ class Case:
 
     @property
     def adapted(self) -> list[tuple[int, int, int]]:
-        """Of each kind of adapted layer: inputs, outputs, and how many there are."""
+        """Inputs, outputs and number of the layers of each adapted kind."""
         return [(*self.size.linear[n], 1 if n == "lm_head" else self.size.layers) for n in TARGETS[self.targets]]
 
     @property
@@ -211,7 +211,7 @@ def simulate(case: Case) -> dict[str, int]:
 
 
 def flops(case: Case) -> int:
-    """Return the FLOPs of a step, which are linear in the layers, from those with one and with two."""
+    """Return the FLOPs of a step, extrapolated linearly from those with one and with two layers."""
     counted = []
     for layers in (1, 2):
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -229,7 +229,7 @@ def _stepping(case: Case) -> tuple[PeftModel, Callable[[], None]]:
 
 
 def _make_fake(model: nn.Module) -> None:
-    """Give each module fake tensors of the CPU; `Module.to_empty` cannot."""
+    """Give each module fake tensors on the CPU, which `Module.to_empty` cannot do."""
     for module in model.modules():
         for name, tensor in module._parameters.items():
             if tensor is not None:

@@ -1,11 +1,11 @@
-"""Growth of time and memory with tokens, rows, rank, adapted layers and draws on a 4-layer Llama, one at a time.
+"""Measure how time and memory grow with tokens, rows, rank, adapted layers and draws, one by one, on a 4-layer Llama.
 
     python benchmarks/scaling.py [--json FILE]
 
-For a training step of BLoB and for a prediction of 10 draws (at once as many as `predict` takes): the median seconds,
-and the peak of resident memory above what was resident before. Each point is measured in processes of its own, one in
-each of several passes over all points, so that a machine's moods fall on all. "exponents" are the slopes of
-log(seconds) over log(size), by least squares; a slope up to 1 is linear or better.
+Measures the median seconds, and the peak of resident memory above what was resident before, of a training step of BLoB
+and of a prediction with 10 draws, stacked as `predict` stacks them. Several passes go over all points and measure each
+in a new process, so that noise of the machine affects all points. "exponents" are the slopes of log(seconds) over
+log(size), by least squares; a slope up to 1 is linear or better.
 """
 
 import json
@@ -43,7 +43,7 @@ REPEATS, PASSES = 9, 3
 def main() -> None:
     made = parser(__doc__)
     add_json(made)
-    made.add_argument("--point", help="print one measurement, no more: its sizes as JSON")
+    made.add_argument("--point", help="only print one measurement, of these sizes as JSON")
     options = made.parse_args()
     if options.point:
         print(json.dumps(point(**json.loads(options.point))))

@@ -4,8 +4,8 @@
 
 RUN is the folder of a run, and base.gguf its base in float32. Prints one JSON object. "difference" is the largest
 difference of any averaged probability between llama.cpp's server and `predict`. "client_by_predict" is the median over
-rounds of the seconds that the client needs for the rows, by those of `predict`. "draw_by_base" is the same for the
-log-probabilities of one row under one draw, by those under the base without an adapter.
+rounds of the seconds that the client needs for the rows, divided by those of `predict`. "draw_by_base" is the time for
+the log-probabilities of one row under one draw, divided by that under the base without an adapter.
 """
 
 import statistics

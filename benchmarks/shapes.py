@@ -1,11 +1,11 @@
 """Models and batches of realistic shape with random weights, by names such as "llama-1x100" or "minilm-8x4x64".
 
-    <model>-<rows>x<tokens>            one sequence a row
-    <model>-<rows>x<choices>x<tokens>  one sequence a choice (encoders)
+    <model>-<rows>x<tokens>            one sequence per row
+    <model>-<rows>x<choices>x<tokens>  one sequence per choice (encoders)
 
-llama    4 layers of 512, 8 heads, 32,000 tokens, float32; q_proj, v_proj and lm_head are adapted
-llama7b  the shape of Llama-2-7B, bfloat16; the same layers
-minilm   the packaged MiniLM (6 layers of 384); query, value, and a new head
+llama    4 layers of width 512, 8 heads, a vocabulary of 32,000, float32; q_proj, v_proj and lm_head are adapted
+llama7b  the shape of Llama-2-7B, bfloat16; the same layers are adapted
+minilm   the packaged MiniLM (6 layers of width 384); query and value are adapted, and the head is new
 """
 
 from collections.abc import Sequence
@@ -127,7 +127,7 @@ class Answers(ClassTask):
         return widen(model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1, 10 : 10 + CLASSES])
 
     def whole_logits(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
-        """Return the same from the logits of the whole vocabulary at every position, as a plain loop does."""
+        """Return the same as `outputs`, but compute all logits at every position, as a plain loop does."""
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         logits = model(**inputs, **({"use_cache": False} if self.shape.causal else {})).logits
         return widen(logits[:, -1, 10 : 10 + CLASSES] if self.shape.causal else logits)

@@ -1,9 +1,9 @@
-"""Time of `bayestune --help`, compared with the start of Python itself.
+"""Time `bayestune --help`, compared with starting Python alone.
 
     python benchmarks/start.py [--json FILE]
 
-"warm" runs have the byte code of every module at hand; "cold" ones have none, as right after an installation. Each is
-a new process; the figures are medians. Files are in the page cache in both.
+Warm runs find the byte code of every module; cold runs find none, as right after an installation. Each run is a new
+process, and the figures are medians. Files are in the page cache in both cases.
 """
 
 import os

@@ -1,7 +1,7 @@
 """Make the tables of the README and the docs from results/*.json; nothing in them is typed by hand.
 
-python benchmarks/tables.py            # rewrite the parts between the markers, and the pages that are made whole
-python benchmarks/tables.py --check    # exit 1 if they differ from what results/ gives
+python benchmarks/tables.py            # write the parts between markers, docs/width.md, decoder.md and other_data.md
+python benchmarks/tables.py --check    # exit with 1 if they differ from what the records give
 """
 
 import json
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def finish(name: str, before: str, after: str, *, check: bool) -> None:
-    """Write a page, or stop if it would change."""
+    """Write a page; with `check`, exit if it would change."""
     if check and after != before:
         sys.exit(f"{name}: a table differs from results/; run benchmarks/tables.py")
     (ROOT / name).write_text(after, encoding="utf-8")
@@ -69,7 +69,7 @@ def decoder_table() -> str:
 
 def serving_table() -> str:
     """Return one line per record of results/serving."""
-    heads = ["run", "draws", "rows", "difference to `predict`", "seconds by those of `predict`", "a draw by the base"]
+    heads = ["run", "draws", "rows", "difference to `predict`", "client / `predict`, time", "draw / base, time"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for record in load("serving"):
         run = f"{record['model']}, {record['task']}, {record['scoring']}"
@@ -92,7 +92,7 @@ def demo_table() -> str:
 
 
 def with_interval(scores: dict, name: str) -> str:
-    """Return a score with its interval; that of the plain ECE is biased and left out."""
+    """Return a score with its interval. The plain ECE has none, because its interval would be biased."""
     ends = "" if name == "ece" else f" [{', '.join(f'{end:.3f}' for end in scores['intervals'][name])}]"
     return f"{scores[name]:.3f}{ends}"
 
@@ -120,7 +120,7 @@ def tuning_table() -> str:
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for record in load("tuning"):
         settings = record["experiment"]
-        key = max(record["methods"])  # of BLoB, the draws rather than the mean
+        key = max(record["methods"])  # "blob_n10" rather than "blob_n0"
         scores = record["methods"][key]
         kl = ["", ""] if key == "mle" else [settings["kl_schedule"], f"{settings['kl_learning_rate']}"]
         cells = [NAMES[key], f"{settings['learning_rate']}", *kl, *(f"{scores[m]:.3f}" for m in METRICS)]

@@ -1,12 +1,13 @@
-"""Time and memory of a training step of BLoB, of plain LoRA, and of the released code's algorithm.
+"""Measure time and memory of a training step of BLoB, of plain LoRA, and of the released code's algorithm.
 
     python benchmarks/train_step.py [--shape llama-4x128] [--device cpu] [--checkpointing] [--json FILE]
 
-Prints one JSON object: "ratio" is the median over rounds of BLoB's time by plain LoRA's, "reference_ratio" that of
-`looped_reference.py`, "control_ratio" that of a second plain LoRA: how far it is from 1 is the machine's doing. A step
-is forward, backward, AdamW and, for BLoB, noise and KL, as `BayesTrainer` takes them. "memory" is each way's peak in
-each of three processes of its own (resident, with an allocator that gives memory back at once), or in one (allocated
-by CUDA), and "memory_ratio" the median of BLoB's, less G and its gradient, by that of plain LoRA's.
+Prints one JSON object. "ratio" is the median over rounds of BLoB's time divided by plain LoRA's. "reference_ratio" is
+the same for `looped_reference.py`, and "control_ratio" for a second plain LoRA; its distance from 1 is noise. A step
+is forward, backward, AdamW and, for BLoB, noise and KL, as `BayesTrainer` takes them. "memory" is the peak of each
+variant: on a CPU the resident memory of three processes, with an allocator that returns freed memory immediately, and
+on a GPU what CUDA allocated in one process. "memory_ratio" is the median peak of BLoB without G and its gradient,
+divided by that of plain LoRA.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from bayestune.training.kl import kl_step
 
 CYCLE, PROCESSES = 100, 3
 GIVING_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
-"""For glibc: without, the peak is that of what it keeps, which differs from run to run by more than BLoB takes."""
+"""Settings that make glibc return freed memory. What it keeps by default varies more than BLoB's memory."""
 WAYS, CONTROL = ("lora", "blob", "reference"), "lora_again"
 
 
@@ -37,14 +38,14 @@ def main() -> None:
     made = parser(__doc__, pairs=40)
     add_machine(made, shape="llama-4x128", gpu_shape="llama7b-4x300", warmup=5)
     made.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
-    made.add_argument("--memory-of", choices=WAYS, help="print the peak memory, in bytes, of a few steps, no more")
+    made.add_argument("--memory-of", choices=WAYS, help="only print the peak memory, in bytes, of a few steps")
     options = made.parse_args()
     shape = Shape.of(options.shape or ("llama7b-4x300" if options.device.startswith("cuda") else "llama-4x128"))
     if options.memory_of:
         print(peak(step_of(options.memory_of, shape, options), options.device))
         return
-    processes = 1 if options.device.startswith("cuda") else PROCESSES  # what CUDA allocates is the same in each
-    # Before this process takes memory of its own.
+    processes = 1 if options.device.startswith("cuda") else PROCESSES  # CUDA allocates the same in every process
+    # Measured before this process takes memory of its own.
     peaks = {way: [memory_of(way, shape.name, options) for _ in range(processes)] for way in WAYS}
     steps = {way: step_of(way, shape, options) for way in (*WAYS, CONTROL)}
     times = seconds(steps, pairs=options.pairs, warmup=options.warmup, device=options.device)

@@ -1,13 +1,13 @@
-"""Time of an update of `BayesTrainer` against transformers' Trainer with plain LoRA, over whole trainings.
+"""Time updates of `BayesTrainer` against those of transformers' Trainer with plain LoRA, in whole training runs.
 
     python benchmarks/trainer_step.py [--shape llama-4x128] [--device cpu] [--json FILE]
 
-Four trainings run in threads of one process and hand the turn on after every update, so that one computes at a time:
+Four training runs share one process as threads and take turns after every update, so that one computes at a time:
 "lora", transformers' Trainer on plain LoRA; "bayes_lora", `BayesTrainer` on plain LoRA; "blob", `BayesTrainer` on
-BLoB; "lora_again", as the first. A time is that of all that happens between two updates: batch, forward, backward,
-clipping, AdamW, noise, KL, checks. "ratio" is the median over rounds of BLoB's by that of "lora", "checks_ratio" that
-of "bayes_lora", "control_ratio" that of "lora_again": how far it is from 1 is the machine's doing. `train_step.py`
-measures the same without a trainer.
+BLoB; "lora_again", the same as "lora". The time of an update includes everything between two updates: batch, forward,
+backward, clipping, AdamW, noise, KL, checks. "ratio" is the median over rounds of the time of "blob" divided by that
+of "lora", "checks_ratio" the same for "bayes_lora", and "control_ratio" for "lora_again"; its distance from 1 is
+noise. `train_step.py` measures the same without a trainer.
 """
 
 import argparse
@@ -42,7 +42,7 @@ class PlainTrainer(Trainer):
 
 
 class Turns:
-    """The variant whose turn it is, and the seconds of each."""
+    """Keeps the order in which the variants take turns, and the seconds of each update."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.waiting, self.seconds = list(names), {name: [] for name in names}
@@ -58,7 +58,7 @@ class Turns:
             self._changed.notify_all()
 
     def trained(self, name: str, trainer: Trainer) -> None:
-        """Train; at the end or on an error, release the other variants."""
+        """Train; at the end or on an error, let the other variants go on."""
         try:
             trainer.train()
         finally:

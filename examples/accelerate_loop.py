@@ -1,8 +1,8 @@
-"""BLoB's training loop with two literal optimisers: the reference that `BayesTrainer` is tested against.
+"""BLoB's training loop written out with two optimizers; the tests of `BayesTrainer` compare with it.
 
 AdamW moves the means M and B along the mean NLL; plain SGD moves G along NLL + pi KL, and M along pi KL. Both follow
-the same schedule: linear warm-up, then linear to 0. `BayesTrainer` does the same with the KL's gradient in closed
-form, and adds checkpoints, logging and evaluation.
+the same schedule: linear warm-up, then linear decay to 0. `BayesTrainer` makes the same updates with the KL's gradient
+in closed form, and adds checkpoints, logging and evaluation.
 """
 
 from collections.abc import Sequence
@@ -59,7 +59,7 @@ def train(
             losses[-1] += loss.item()
         adamw.step()
 
-        adamw.zero_grad()  # of M, B and heads; G keeps the gradient of its NLL, the KL's is added to it
+        adamw.zero_grad()  # M, B and heads; G keeps its gradient of the NLL, and the KL's is added to it
         kl = torch.stack([gaussian_kl(layer.weight, layer.rho, layer.prior_std) for layer in layers]).sum()
         accelerator.backward(paper_kl_weight(step, cycle) * kl)
         sgd.step()

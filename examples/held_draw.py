@@ -1,9 +1,9 @@
-"""Generate under one draw of the posterior: the draw is held for the whole text, key-value cache included.
+"""Generate text under one draw of the posterior, which is held for the whole text and its key-value cache.
 
     python examples/held_draw.py MODEL
 
 MODEL is a folder or a Hugging Face id of a causal model with layers q_proj and v_proj. The adapter here is new and
-untrained but for a random B; load your own with `bt.load_posterior(base, "posterior")`.
+untrained, with a random B; load your own with `bt.load_posterior(base, "posterior")`.
 """
 
 import sys

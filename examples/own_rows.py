@@ -1,4 +1,4 @@
-"""Classify rows of your own: train a posterior on labeled texts, and answer new ones with their uncertainty.
+"""Classify your own texts: train a posterior on labeled texts, and predict new ones with their uncertainty.
 
     python examples/own_rows.py [MODEL]
 
@@ -17,7 +17,7 @@ GOOD, BAD = ("a joy to read", "clear and useful", "works as promised"), ("a wast
 
 
 def write_rows(path: Path, things: tuple[str, ...]) -> None:
-    """Write one labeled row per thing and verdict: 1 is good, 0 is bad."""
+    """Write one labeled row per thing and verdict; the label is 1 for good and 0 for bad."""
     rows = [(thing, verdict, int(verdict in GOOD)) for thing in things for verdict in (*GOOD, *BAD)]
     with path.open("w", encoding="utf-8") as file:
         for number, (thing, verdict, label) in enumerate(rows):

@@ -1,4 +1,4 @@
-"""BLoB in a plain transformers Trainer: a causal model reads short texts, and answers under several draws.
+"""BLoB in a plain transformers Trainer: train a causal model on short texts, and average ten draws of the next token.
 
     python examples/plain_trainer.py MODEL
 
@@ -37,7 +37,7 @@ def main() -> None:
             folder, max_steps=STEPS, learning_rate=1e-3, warmup_steps=0.06, logging_steps=10, save_strategy="no",
             report_to="none", weight_decay=0.0,
         )  # fmt: skip
-        kl = default_kl(gaussian_layers(model).values(), len(TEXTS), arguments)  # leads the std toward 0.06
+        kl = default_kl(gaussian_layers(model).values(), len(TEXTS), arguments)  # raises the std toward 0.06
         Trainer(
             model,
             arguments,

@@ -4,7 +4,7 @@
     python examples/sft_trainer.py MODEL
 
 MODEL is a folder or a Hugging Face id of a causal model with layers q_proj and v_proj. TRL's loss is a mean over
-tokens. The weights of this KL count it once per cycle, whatever the loss is a mean over; `elbo_kl_weight` would need
+tokens. The KL weights used here add up to 1 per cycle, whatever the loss is a mean over. With `elbo_kl_weight`, pass
 the number of trained tokens.
 """
 
@@ -47,8 +47,8 @@ def main() -> None:
     prompt = tokenizer(ROWS[0]["prompt"], return_tensors="pt").to(model.device)
     for index in range(3):
         with torch.no_grad(), bt.draw(model, index=index, seed=0):
-            found = model.generate(**prompt, max_new_tokens=3, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-        print(f"draw {index}: {tokenizer.decode(found[0, prompt['input_ids'].shape[1] :])!r}")
+            tokens = model.generate(**prompt, max_new_tokens=3, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        print(f"draw {index}: {tokenizer.decode(tokens[0, prompt['input_ids'].shape[1] :])!r}")
 
 
 if __name__ == "__main__":
