@@ -136,10 +136,10 @@ def _coefficients(found: dict[str, dict[str, float]]) -> list[str]:
 INTRODUCTION = """# Memory and time on large models
 
 `python benchmarks/scale_model.py --page` makes this page from `results/scale_model.json`. It predicts the memory and
-the time of a BLoB update on Llama 2 7B and Llama 3.1 70B and 405B: rank 8, a base in bfloat16, adapters in float32,
-the loss of one answer per row. The batch is that of one GPU. GB are 10^9 bytes. M is the mean of LoRA's A, G the
-square root of its standard deviation, and B the other LoRA matrix. Checkpointing computes activations again in the
-backward pass.
+the time of a BLoB update on Llama 2 7B and Llama 3.1 70B and 405B: rank 8, a base in bfloat16, adapters in float32
+(`--precision bf16`), the loss of one answer per row. The batch is that of one GPU. GB are 10^9 bytes. M is the mean of
+LoRA's A, G the square root of its standard deviation, and B the other LoRA matrix. Checkpointing computes activations
+again in the backward pass.
 
 - **Measured**: memory and milliseconds of a 7B model on one H100 (`results/bench/train_llama7b-4x300.json`).
 - **Simulated**: the peaks of small models, of two layers of each real width, of all of 7B, and of all of 70B with
