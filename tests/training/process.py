@@ -2,10 +2,10 @@
 
     process.py FOLDER [FAULT]
 
-Without a fault it trains every kind of `KINDS`, one after the other, and with "nf4" that kind. With "dropout" it
-trains plain LoRA with dropout, and again from the second of its checkpoints. Any other FAULT is what befalls process 1
-when plain LoRA is trained: "killed" at update 5, "memory" runs out in its second micro-batch, or it has fewer "rows"
-than the others.
+Without a fault it trains every kind of `KINDS`, one after the other, and with "nf4" that kind. With "moved" it goes on
+from a checkpoint. With "dropout" it trains plain LoRA with dropout, and again from the second of its checkpoints. Any
+other FAULT is what befalls process 1 when plain LoRA is trained: "killed" at update 5, "memory" runs out in its second
+micro-batch, or it has fewer "rows" than the others.
 """
 
 import json
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bayestune.experiment.processes import leave
 from bayestune.methods import IvonCallback, IvonOptimizer
-from bayestune.training import BayesTrainer, KLSettings
+from bayestune.training import BayesTrainer, KLSettings, last_complete
 from training.toys import TASK, arguments, blob_on_4_bits, double_blob, lora, rows, trained
 
 KINDS = ("lora", "blob", "kl", "ivon")
@@ -110,6 +110,14 @@ def main(folder: Path, kinds: Sequence[str]) -> None:
         (folder / f"{kind}-{rank}.json").write_text(json.dumps(scores(trainer)))
 
 
+def moved(folder: Path) -> None:
+    """Go on from the last checkpoint in the folder, which one process may have written, and write more."""
+    trainer = trainer_of("lora", folder, alone=False, save_strategy="steps", save_steps=10)
+    last = last_complete(folder)
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    save_file(trained(trainer.model), folder / f"moved-{os.environ['RANK']}.safetensors")
+
+
 class Watched(BayesTrainer):
     """Keeps the state of torch's generator, which dropout reads, at each forward."""
 
@@ -172,6 +180,8 @@ if __name__ == "__main__":
     given = Path(sys.argv[1])
     if len(sys.argv) == 2:
         main(given, KINDS)
+    elif sys.argv[2] == "moved":
+        moved(given)
     elif sys.argv[2] == "nf4":
         main(given, ["nf4"])
     elif sys.argv[2] == "dropout":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from bayestune.errors import ConfigError
+from bayestune.errors import BayestuneWarning, ConfigError
 from bayestune.training import last_complete
 from bayestune.training.checks import check_same_settings
 from training.launching import beside_one, launch
-from training.process import KINDS
-from training.toys import rows
+from training.process import KINDS, trainer_of
+from training.toys import rows, trained
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,25 @@ def test_two_processes_train_on_a_base_of_4_bits(tmp_path: Path, figure: Callabl
     done = launch("process.py", tmp_path, "nf4")
     assert done.returncode == 0, done.stderr[-3000:]
     beside_one(tmp_path, "nf4", tmp_path, figure, at_most=1e-6)
+
+
+@pytest.mark.property("P05")
+def test_a_run_moves_between_one_and_two_processes(tmp_path: Path, figure: Callable[..., None]) -> None:
+    """With as many rows per update; plain LoRA without dropout, which then trains the same, to rounding of float64."""
+    settings = {"alone": True, "save_strategy": "steps", "save_steps": 10}
+    whole = trainer_of("lora", tmp_path / "whole", **settings)
+    whole.train()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-10", tmp_path / "more" / "checkpoint-10")
+    assert launch("process.py", tmp_path / "fewer", "moved").returncode == 0
+    done = launch("process.py", tmp_path / "more", "moved")
+    assert done.returncode == 0 and "was written with processes=1, this run has 2" in done.stderr, done.stderr[-3000:]
+    fewer = trainer_of("lora", tmp_path / "last", **settings)
+    with pytest.warns(BayestuneWarning, match="processes=2, this run has 1: the rows of each update stay"):
+        fewer.train(resume_from_checkpoint=str(tmp_path / "fewer" / "checkpoint-10"))
+    ends = {"1, then 2": load_file(tmp_path / "more" / "moved-1.safetensors"), "2, then 1": trained(fewer.model)}
+    for processes, end in ends.items():
+        difference = max((end[name] - tensor).abs().max().item() for name, tensor in trained(whole.model).items())
+        figure(f"weights after 20 updates, 10 in each number of processes: {processes}", difference, at_most=1e-12)
 
 
 @pytest.mark.property("P05")

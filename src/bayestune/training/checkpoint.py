@@ -139,8 +139,9 @@ class SafeTrainer(Trainer):
         checkpoint_state.save_random_state(Path(output_dir) / f"rng_{self.args.process_index}", self.args.device)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            checkpoint_state.load_random_state(Path(checkpoint) / f"rng_{self.args.process_index}", self.args.device)
+        stem = Path(checkpoint or "") / f"rng_{self.args.process_index}"
+        if checkpoint is not None and stem.with_suffix(".json").is_file():  # else the process is a new one
+            checkpoint_state.load_random_state(stem, self.args.device)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Load nothing: there is no loss scaler without fp16, and a file of that name would be a pickle."""

@@ -4,7 +4,9 @@ JSON keeps floats exactly, so a resumed run repeats the uninterrupted one bit fo
 """
 
 import json
+import math
 import random
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from bayestune.errors import ConfigError, PosteriorError, TrainingError
+from bayestune.errors import BayestuneWarning, ConfigError, PosteriorError, TrainingError
 from bayestune.training.checkpoint_files import ADAPTER, FORMAT, OPTIMIZER, TRAINING
 from bayestune.training.sharding import sharded_like, whole
+
+_SPLIT = ("processes", "gradient_accumulation_steps")
+"""Settings that may change together when a run is resumed, if their product stays the same."""
 
 
 def whole_state(optimizer: Optimizer) -> dict[str, Any]:
@@ -69,13 +74,7 @@ def load_optimizer(folder: Path, optimizer: Optimizer, scheduler: LRScheduler, s
         TrainingError: a file is missing, or was written with different `settings`.
     """
     saved = json.loads(_existing(folder / TRAINING).read_bytes())
-    for name, value in settings.items():
-        if saved["settings"].get(name) != value:
-            again = "Start as many processes as before" if name == "processes" else "Use the same setting"
-            raise TrainingError(
-                f"{folder} was written with {name}={saved['settings'].get(name)!r}, this run has {value!r}: "
-                f"it could not continue the same run. {again}, or start anew from its adapter."
-            )
+    _check_settings(folder, saved["settings"], settings)
     state: dict[int, dict[str, Any]] = {int(key): value for key, value in saved["optimizer"]["state"].items()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, tensor in load_file(_existing(folder / OPTIMIZER)).items():
@@ -85,6 +84,31 @@ def load_optimizer(folder: Path, optimizer: Optimizer, scheduler: LRScheduler, s
         state.setdefault(int(number), {})[name] = sharded_like(tensor, parameter) if each else tensor
     optimizer.load_state_dict({"state": state, "param_groups": saved["optimizer"]["param_groups"]})
     scheduler.load_state_dict(saved["scheduler"])
+
+
+def _check_settings(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise an error if a run with the settings `now` could not continue the one with the settings `before`."""
+    moved = _micro_batches(before) == _micro_batches(now)  # the updates then have the same rows
+    for name, value in now.items():
+        if before.get(name) == value or (moved and name in _SPLIT):
+            continue
+        again = "Start as many processes as before" if name == "processes" else "Use the same setting"
+        raise TrainingError(
+            f"{folder} was written with {name}={before.get(name)!r}, this run has {value!r}: "
+            f"it could not continue the same run. {again}, or start anew from its adapter."
+        )
+    if before["processes"] != now["processes"]:
+        warnings.warn(
+            f"{folder} was written with processes={before['processes']}, this run has {now['processes']}: the rows of "
+            "each update stay the same, but dropout masks and BLoB's noise do not.",
+            BayestuneWarning,
+            stacklevel=2,
+        )
+
+
+def _micro_batches(settings: dict[str, Any]) -> int:
+    """Return the number of micro-batches in one update, over all processes."""
+    return math.prod(settings.get(name, 0) for name in _SPLIT)
 
 
 def load_adapter(model: PeftModel, adapter: str, folder: Path) -> None:
@@ -119,7 +143,7 @@ def load_random_state(stem: Path, device: torch.device) -> None:
     """Restore the states that `save_random_state` wrote.
 
     Raises:
-        TrainingError: a file is missing, as after a run with a different number of processes.
+        TrainingError: a file is missing.
     """
     tensors = load_file(_existing(stem.with_suffix(".safetensors")))
     rest = json.loads(_existing(stem.with_suffix(".json")).read_bytes())
