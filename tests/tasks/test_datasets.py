@@ -331,5 +331,5 @@ def test_a_row_that_is_none_is_refused_in_words(tmp_path: Path) -> None:
     write(tmp_path / "mine", "train", {"question": "is it so", "choices": ["no", "yes"], "answer": 1})
     row: Any = {"id": "a", "question": "q", "choices": ["x", "y"]}
     checked_only_by_us = inspect.unwrap(DatasetSpec.check)
-    with pytest.raises(DataError, match="found a dict, expected a row as tasks.read_rows"):
+    with pytest.raises(DataError, match="found a dict, expected a row such as those from tasks.read_rows"):
         checked_only_by_us(dataset("mine", tmp_path), row)
