@@ -119,7 +119,7 @@ def test_a_chat_is_put_in_the_models_template(asking: openai.OpenAI) -> None:
     assert found.choices[0].uncertainty == [pytest.approx(uncertainty, abs=1e-5)]
     assert found.usage.prompt_tokens == len(ids)
     parts[1]["type"] = "image_url"
-    with pytest.raises(openai.BadRequestError, match="Input should be 'text'"):
+    with pytest.raises(openai.BadRequestError, match=r"messages\.1\.content\.1\.type: Input should be 'text'"):
         asking.chat.completions.create(model="posterior", messages=messages, **settings)
 
 

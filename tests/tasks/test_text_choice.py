@@ -295,7 +295,7 @@ def test_shots_that_are_too_long_are_not_the_fault_of_a_row(
     with pytest.raises(DataError, match=f"{whole} tokens with its prompt and answer, {shown} of them of the 2 shots"):
         asked(shots, max_tokens=whole - 1).check([row])
     asked(shots, max_tokens=shown + 1)
-    with pytest.raises(ConfigError, match=f"shots: found 2 with {shown} tokens in total.* fewer than {shown} .* raise"):
+    with pytest.raises(ConfigError, match=f"shots: found 2 with {shown} tokens.* fewer than {shown} .* raise"):
         asked(shots, max_tokens=shown)
 
 

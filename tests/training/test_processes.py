@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from bayestune.errors import BayestuneWarning, ConfigError
-from bayestune.training import last_complete
+from bayestune.errors import BayestuneWarning, ConfigError, TrainingError
+from bayestune.training import BayesTrainer, checkpoint_state, last_complete
 from bayestune.training.checks import check_same_settings
 from training.launching import beside_one, launch
 from training.process import KINDS, trainer_of
-from training.toys import rows, trained
+from training.toys import TASK, lora, rows, trained
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,11 @@ def test_a_run_moves_between_one_and_two_processes(tmp_path: Path, figure: Calla
     fewer = trainer_of("lora", tmp_path / "last", **settings)
     with pytest.warns(BayestuneWarning, match="processes=2, this run has 1: the rows of each update stay"):
         fewer.train(resume_from_checkpoint=str(tmp_path / "fewer" / "checkpoint-10"))
+    odd = BayesTrainer(lora(), task=TASK, args=fewer.args, train_rows=rows(18))
+    settings = {**odd.resume_settings(), "step": 10}
+    before = {**settings, "processes": 2, "gradient_accumulation_steps": 1}
+    with pytest.raises(TrainingError, match="processes=2, this run has 1: .* Start as many processes as before"):
+        checkpoint_state._check_settings(tmp_path, before, settings)
     ends = {"1, then 2": load_file(tmp_path / "more" / "moved-1.safetensors"), "2, then 1": trained(fewer.model)}
     for processes, end in ends.items():
         difference = max((end[name] - tensor).abs().max().item() for name, tensor in trained(whole.model).items())

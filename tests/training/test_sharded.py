@@ -17,6 +17,7 @@ from transformers.training_args import ParallelMode
 
 from bayestune.errors import BayestuneWarning, ConfigError
 from bayestune.experiment import Experiment, load_run, run
+from bayestune.experiment.train import Training
 from bayestune.training import last_complete
 from bayestune.training.checks import check_arguments, check_plugins
 from bayestune.training.sharding import asked, to_device, to_shard
@@ -176,6 +177,31 @@ def test_the_command_loads_a_base_to_shard_on_the_cpu(tmp_path: Path, monkeypatc
         with pytest.raises(KeyboardInterrupt):
             run(experiment, tmp_path / "run")
         assert load_base.call_args.kwargs == {"device": device}
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({"method": "ensemble"}, "method 'ensemble'"),
+        ({"method": "temperature", "temperature_split": "dev", "adapter": "runs/mle"}, "adapter 'runs/mle'"),
+    ],
+)
+def test_the_command_shards_one_training_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], found: str
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setattr("bayestune.experiment.train.check_arguments", Mock())
+    given = {"model": "minilm", "task": "everyday", "batch_size": 4, "learning_rate": 0.1, "method": "mle", **settings}
+    training = Training(
+        experiment=Experiment.from_dict(given, where="test"),
+        task=Mock(),
+        rows=[],
+        checkpoints=tmp_path,
+        resume=False,
+        progress=False,
+    )
+    with pytest.raises(ConfigError, match=f"FSDP: found {found}, expected a method that trains a new adapter"):
+        training.check(lora())
 
 
 def test_a_quantized_base_is_not_sharded() -> None:

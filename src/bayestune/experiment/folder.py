@@ -87,10 +87,12 @@ def _check_resumed(output: Path, experiment: Experiment) -> None:
         raise ConfigError(f"output {output}: this run is finished, there is nothing to resume.")
     recorded = read_json(output / EXPERIMENT, "the settings of the run to resume")
     saved = Experiment.from_dict(recorded, where=str(output / EXPERIMENT)).as_dict()
-    sizes = () if experiment.adapter is None else ("rank", "lora_alpha", "target_modules")  # those of the adapter
+    free = ("activation_checkpointing", *REPORTING)
+    if experiment.adapter is not None:
+        free += ("rank", "lora_alpha", "target_modules")  # those of the adapter
     for name, value in experiment.as_dict().items():
         older = name not in recorded and BEFORE_PROMPTS.get(name) == value
-        if name not in (*sizes, *REPORTING) and saved.get(name) != value and not older:
+        if name not in free and saved.get(name) != value and not older:
             raise ConfigError(
                 f"output {output}: cannot resume with {name}={value!r}, the run has {saved.get(name)!r}; use its "
                 "settings, or another --output."

@@ -149,7 +149,8 @@ def _prepared(
         check_output(output, experiment, overwrite=overwrite, resume=resume)
     repeated = rows.repeated(experiment) if is_main() else {}
     # A base that is to be sharded may not fit on one GPU.
-    base, new = load_base(backbone, task, experiment, device="cpu" if asked_by_launcher() else None)
+    trains = not (resume and is_trained(output))
+    base, new = load_base(backbone, task, experiment, device="cpu" if asked_by_launcher() and trains else None)
     start = Start(base=base, new=new, task_type="CAUSAL_LM" if task.generates else None)
     model, experiment = start.model(experiment)
     training = Training(

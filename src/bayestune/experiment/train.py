@@ -17,7 +17,7 @@ from bayestune.experiment.progress import ProgressBar
 from bayestune.experiment.settings import Experiment
 from bayestune.experiment.stopping import StopAtStep
 from bayestune.files import writing
-from bayestune.methods import Updates
+from bayestune.methods import METHODS, Updates
 from bayestune.tasks import AnyRow, Task, TokenizedTask
 from bayestune.training import BayesTrainer, last_complete
 from bayestune.training.checks import check_arguments
@@ -57,6 +57,8 @@ class Training:
         if tracker not in ("none", *get_available_reporting_integrations()):
             raise ConfigError(f"report_to {tracker!r} needs the package {tracker}: install it.")
         check_arguments(TrainingArguments(**_arguments(self.experiment, self.checkpoints)))
+        if asked_by_launcher():
+            _check_sharded(self.experiment)
         self.experiment.method.check_task(self.task)
         if self.experiment.temperature_split is not None and not self.task.has_temperature:
             raise ConfigError(f"temperature_split: found one for {self.task.name}, whose answers have no temperature.")
@@ -119,11 +121,25 @@ class Training:
             trainer.remove_callback(PrinterCallback)
             last = _last_checkpoint(folder) if (self.resume if resume is None else resume) else None
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
-            if trainer.is_fsdp_enabled and is_main():  # the main process goes on alone, with the whole model
+            sharded = trainer.is_fsdp_enabled
+            del trainer  # with its shards
+            if sharded and is_main():  # the main process continues alone, with the whole model
                 to_device(model, given.device)
         if not saves and is_main():
             with contextlib.suppress(OSError):  # the folder is not empty
                 folder.rmdir()  # the Trainer creates it even if it saves nothing
+
+
+def _check_sharded(experiment: Experiment) -> None:
+    """Raise an error for a run that would use the whole base in every process before or after its training."""
+    if experiment.adapter is None and experiment.method.one_training:
+        return
+    what = f"method {experiment.method.name!r}" if experiment.adapter is None else f"adapter {experiment.adapter!r}"
+    known = ", ".join(sorted(name for name, method in METHODS.items() if method.one_training))
+    raise ConfigError(
+        f"FSDP: found {what}, expected a method that trains a new adapter, and one only ({known}): start it without "
+        "FSDP."
+    )
 
 
 def _last_checkpoint(folder: Path) -> Path | None:

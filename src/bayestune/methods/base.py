@@ -93,6 +93,7 @@ class Method(Settings, ABC):
     start: ClassVar["type[Method] | None"] = None  # the method whose finished adapter it is fitted to after training
     needs: ClassVar[tuple[str, ...]] = ()  # settings of the run, not its own, that must be given
     splits: ClassVar[tuple[str, ...]] = ()  # its own settings that name splits of rows
+    one_training: ClassVar[bool] = True  # whether it trains one adapter, and only then looks at the whole model
     has_no_draws: ClassVar[bool] = False  # whether it always answers with one set of weights
     variants: ClassVar[Mapping[str, Line]] = MappingProxyType({})  # further lines of tables, by name
     # its settings in tables, so that it holds no rows out and all methods train on the same rows
@@ -160,6 +161,8 @@ class PointMethod(Method, ABC):
 
 class PostHocMethod(Method, ABC):
     """A method that is fitted to a finished plain LoRA adapter, which is given or trained first."""
+
+    one_training = False
 
     def fit(self, model: PeftModel, run: Fitting) -> Posterior:
         kept = run.folder.with_name("adapter")

@@ -90,6 +90,7 @@ class Distilled(PointMethod):
     label = "Distilled"
     summary = "one plain LoRA adapter trained on the averaged answers of another run"
     paper = "Hinton et al. 2015, arXiv 1503.02531; of posteriors Balan et al. 2015, arXiv 1506.04416"
+    one_training = False
 
     teacher: str | None = Field(None, min_length=1, description="Run whose averaged answers distilled learns.")
     teacher_draws: int = Field(50, ge=1, le=LARGEST_WHOLE, description="Draws of the teacher that are averaged.")

@@ -77,6 +77,7 @@ class Ensemble(Method):
     summary = "deep ensemble of plain LoRA adapters"
     paper = "Lakshminarayanan et al. 2017, arXiv 1612.01474"
     posterior = EnsemblePosterior
+    one_training = False
 
     members: int = Field(3, ge=2, le=LARGEST_WHOLE, description="Number of adapters.")
 

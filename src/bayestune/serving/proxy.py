@@ -42,7 +42,7 @@ class _Part(BaseModel):
 
 class _Message(BaseModel):
     role: str
-    content: str | list[_Part]
+    content: str | Annotated[list[_Part], Field(min_length=1)]
 
     def as_text(self) -> dict[str, str]:
         """Return the message as chat templates take it; parts are joined by line breaks, as vLLM joins them."""
@@ -166,7 +166,9 @@ class Proxy:
             return form.model_validate_json(await request.body())
         except ValidationError as error:
             first = max(error.errors(), key=lambda found: len(found["loc"]))
-            place = ".".join(map(str, first["loc"])) or "the body"
+            place = (
+                ".".join(str(each) for each in first["loc"] if each != "str" and "[" not in str(each)) or "the body"
+            )
             raise HTTPException(400, f"{place}: {first['msg']}") from error
 
     async def _decoded(

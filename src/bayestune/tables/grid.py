@@ -18,7 +18,7 @@ from bayestune.tables.cells import Cell, cell_path, portable, read_cells
 from bayestune.tables.layouts import layout, lines
 from bayestune.tasks import TokenizedTask
 
-_FREE = ("data", "adapter", "target_modules", "labels", "checkpoint_steps", *REPORTING)
+_FREE = ("data", "adapter", "target_modules", "labels", "checkpoint_steps", "activation_checkpointing", *REPORTING)
 """Settings that say where things are, that a plan does not know yet, or that do not change what is trained."""
 
 

@@ -23,7 +23,7 @@ from bayestune.training.checkpoint_files import ADAPTER, FORMAT, OPTIMIZER, TRAI
 from bayestune.training.sharding import sharded_like, whole
 
 _SPLIT = ("processes", "gradient_accumulation_steps")
-"""Settings that may change together when a run is resumed, if their product stays the same."""
+"""Settings that may change together when a run is resumed, if each update keeps its rows."""
 
 
 def whole_state(optimizer: Optimizer) -> dict[str, Any]:
@@ -88,7 +88,9 @@ def load_optimizer(folder: Path, optimizer: Optimizer, scheduler: LRScheduler, s
 
 def _check_settings(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise an error if a run with the settings `now` could not continue the one with the settings `before`."""
-    moved = _micro_batches(before) == _micro_batches(now)  # the updates then have the same rows
+    updates = [math.prod(settings.get(name, 0) for name in (*_SPLIT, "batch_size")) for settings in (before, now)]
+    # Otherwise the last update of an epoch has other rows: several processes fill it up with the first ones.
+    moved = updates[0] == updates[1] > 0 and now.get("rows", 1) % updates[0] == 0
     for name, value in now.items():
         if before.get(name) == value or (moved and name in _SPLIT):
             continue
@@ -104,11 +106,6 @@ def _check_settings(folder: Path, before: dict[str, Any], now: dict[str, Any]) -
             BayestuneWarning,
             stacklevel=2,
         )
-
-
-def _micro_batches(settings: dict[str, Any]) -> int:
-    """Return the number of micro-batches in one update, over all processes."""
-    return math.prod(settings.get(name, 0) for name in _SPLIT)
 
 
 def load_adapter(model: PeftModel, adapter: str, folder: Path) -> None:

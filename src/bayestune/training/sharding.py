@@ -6,6 +6,7 @@ weights are gathered into the model, which stays on the device where it was load
 """
 
 import copy
+import gc
 import os
 import warnings
 from collections.abc import Iterable
@@ -108,6 +109,9 @@ def total(value: float, tensors: Iterable[Tensor]) -> float:
 
 def to_device(model: nn.Module, device: torch.device) -> None:
     """Move a whole model to a device; if there is not enough memory, leave it where it is, with a warning."""
+    gc.collect()  # a trainer refers to itself
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     needed = sum(parameter.nbytes for parameter in model.parameters())
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else needed
     if free < needed:
