@@ -68,7 +68,8 @@ def difference(first: Values, second: Values) -> str:
 
 
 def words() -> str:
-    records, parts = read("answers"), [WORDS]
+    records = read("answers")
+    parts, aurocs = [], []
     for task in dict.fromkeys(made["task"] for made in records):
         mine = {
             label: ([m for m in records if (m["task"], m["method"]) == (task, method)], mode)
@@ -77,23 +78,36 @@ def words() -> str:
         mine = {label: pair for label, pair in mine.items() if pair[0]}
         seeds = {label: ", ".join(str(made["seed"]) for made in several) for label, (several, _) in mine.items()}
         parts.append(f"### {task}\n\nSeeds: {'; '.join(f'{label} {each}' for label, each in seeds.items())}.\n")
-        parts.append(table(["exact match", "ECE, corrected", "NLL per token"], _scores(mine)))
+        parts.append(table(list(ANSWER_SCORES), _scores(mine)))
         parts.append("AUROC of each signal for right against wrong answers; 0.5 is chance:\n")
         parts.append(table(list(mine), _signals(mine)))
-        plain, blob = (_auroc(*mine[label], "probability") for label in list(ANSWERED)[:2] if label in mine)
-        parts.append(f"AUROC of the probability, BLoB averaged minus plain LoRA: {difference(blob, plain)}.\n")
-    return "\n".join(parts)
+        parts.append("BLoB averaged minus plain LoRA:\n")
+        plain, blob = (mine[label] for label in list(ANSWERED)[:2])
+        compared = {
+            **ANSWER_SCORES,
+            "AUROC of the probability": lambda m, mode: m["answers"][mode]["auroc"]["probability"],
+        }
+        parts.append(
+            "\n".join(f"- {name}: {difference(_of(*blob, of), _of(*plain, of))}" for name, of in compared.items())
+        )
+        parts[-1] += "\n"
+        aurocs += [statistics.mean(v.values()) for pair in mine.values() for s in SIGNALS if (v := _auroc(*pair, s))]
+    return "\n".join([WORDS.format(best=max(aurocs)), *parts])
+
+
+ANSWER_SCORES: dict[str, Callable[[Record, str], float]] = {
+    "exact match": lambda made, mode: made["answers"][mode]["exact_match"],
+    "ECE, corrected": lambda made, mode: made["answers"][mode]["ece_corrected"],
+    "NLL per token": lambda made, mode: made["likelihood"]["nll_per_token"],
+}
+
+
+def _of(records: list[Record], mode: str, score: Callable[[Record, str], float]) -> Values:
+    return seeds_of(records, lambda made: score(made, mode))
 
 
 def _scores(mine: dict[str, tuple[list[Record], str]]) -> dict[str, list[str]]:
-    return {
-        label: [
-            shown(seeds_of(several, lambda m, mode=mode: m["answers"][mode]["exact_match"])),
-            shown(seeds_of(several, lambda m, mode=mode: m["answers"][mode]["ece_corrected"])),
-            shown(seeds_of(several, lambda m: m["likelihood"]["nll_per_token"])),
-        ]
-        for label, (several, mode) in mine.items()
-    }
+    return {label: [shown(_of(*pair, score)) for score in ANSWER_SCORES.values()] for label, pair in mine.items()}
 
 
 def _signals(mine: dict[str, tuple[list[Record], str]]) -> dict[str, list[str]]:
@@ -159,6 +173,10 @@ rank-8 LoRA on q_proj and v_proj); 60 rows choose the scale of BLoB's standard d
 answered. An answer is right if it equals the right choice, up to case, articles and punctuation. The confidence whose
 ECE is shown is the probability of the whole text; for "each draw alone" it is the share of draws that agree
 (`benchmarks/answers.py`).
+
+**No signal finds wrong answers well here**, and epistemic uncertainty is at chance: the highest mean AUROC in the
+tables below is {best:.2f}. BLoB's averaged answers have a better likelihood and a lower ECE; as many or fewer of them
+are right.
 """
 
 NUMBERS_TEXT = """## Numbers
