@@ -78,7 +78,7 @@ def generate(
     with evaluation_mode(decoder.model), torch.inference_mode():
         found = _written(decoder, contexts, names, batch_size, progress)
         if mode == "per_draw":
-            return _per_draw(decoder, contexts, names, found, same, draws=draws, seed=seed)
+            return _per_draw(decoder, contexts, names, found, same, progress, draws=draws, seed=seed)
     answers = [each[0] for each in found]
     return _generation(tokenizer, answers, [each.figures for each in answers], draws=draws, seed=seed)
 
@@ -132,21 +132,24 @@ def _per_draw(
     names: Sequence[int | str],
     found: Sequence[Sequence[Written]],
     same: Same,
+    progress: bool,
     **asked: int,
 ) -> Generation:
     tokenizer: Any = decoder.tokenizer
     texts = [[tokenizer.decode(each.ids, skip_special_tokens=True) for each in several] for several in found]
     largest = [clusters(several, same)[0] for several in texts]
     answers = [several[group[0]] for several, group in zip(found, largest, strict=True)]
-    places = list(zip(contexts, names, strict=True))
-    figures = [
-        decoder.scorer.figures(context, each.ids, name) for (context, name), each in zip(places, answers, strict=True)
-    ]
-    information = [
-        _information([decoder.scorer.figures(context, each.ids, name)[0].sum(-1) for each in several])
-        for (context, name), several in zip(places, found, strict=True)
-        if decoder.plain
-    ]
+    figures, information = [], []
+    prompts = list(zip(contexts, names, found, largest, strict=True))
+    for context, name, several, (chosen, *_) in tqdm(prompts, desc="score", unit="prompt", disable=not progress):
+        read = {
+            place: decoder.scorer.figures(context, each.ids, name)
+            for place, each in enumerate(several)
+            if decoder.plain or place == chosen
+        }
+        figures.append(read[chosen])
+        if decoder.plain:
+            information.append(_information([each[0].sum(-1) for each in read.values()]))
     return _generation(
         tokenizer,
         answers,
