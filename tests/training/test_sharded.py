@@ -200,7 +200,7 @@ def test_the_command_shards_one_training_only(
         resume=False,
         progress=False,
     )
-    with pytest.raises(ConfigError, match=f"FSDP: found {found}, expected a method that trains a new adapter"):
+    with pytest.raises(ConfigError, match=f"FSDP: found {found}, expected a method that trains exactly one"):
         training.check(lora())
 
 

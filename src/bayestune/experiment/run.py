@@ -194,7 +194,7 @@ def _known(ready: _Prepared) -> Tensor | None:
     """Return the features of the training rows, or of a sample, for `novelty`; None if the model has none."""
     training, rows = ready.training, ready.rows.train
     experiment = training.experiment
-    if asked_by_launcher():  # the base is on the CPU, where it takes hours if it is as large as those that need FSDP
+    if asked_by_launcher():  # a base that needs FSDP is on the CPU now, where its features would take hours
         return None
     if len(rows) > KNOWN_ROWS:
         rows = random.Random(derive_seed("known", experiment.seed)).sample(rows, KNOWN_ROWS)

@@ -104,7 +104,7 @@ class Experiment(Settings):
         "none", description="Quantization of the base model by bitsandbytes: none, int8 or nf4."
     )
     activation_checkpointing: bool = Field(
-        False, description="Compute activations again in the backward pass: less memory, and more time."
+        False, description="Recompute activations in the backward pass: less memory, more time."
     )
     train_split: str = Field("train", pattern=_TEXT, description="Split to train on.")
     eval_split: str | None = Field(

@@ -137,8 +137,7 @@ def _check_sharded(experiment: Experiment) -> None:
     what = f"method {experiment.method.name!r}" if experiment.adapter is None else f"adapter {experiment.adapter!r}"
     known = ", ".join(sorted(name for name, method in METHODS.items() if method.one_training))
     raise ConfigError(
-        f"FSDP: found {what}, expected a method that trains a new adapter, and one only ({known}): start it without "
-        "FSDP."
+        f"FSDP: found {what}, expected a method that trains exactly one new adapter ({known}); run it without FSDP."
     )
 
 

@@ -89,7 +89,7 @@ def load_optimizer(folder: Path, optimizer: Optimizer, scheduler: LRScheduler, s
 def _check_settings(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise an error if a run with the settings `now` could not continue the one with the settings `before`."""
     updates = [math.prod(settings.get(name, 0) for name in (*_SPLIT, "batch_size")) for settings in (before, now)]
-    # Otherwise the last update of an epoch has other rows: several processes fill it up with the first ones.
+    # If the rows do not divide evenly, several processes pad the last update of an epoch with its first rows.
     moved = updates[0] == updates[1] > 0 and now.get("rows", 1) % updates[0] == 0
     for name, value in now.items():
         if before.get(name) == value or (moved and name in _SPLIT):
