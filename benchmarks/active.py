@@ -26,6 +26,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import transformers
 from options import parser, positive
+from over_seeds import spread
 from widths import SETTINGS, TASKS, Cell, usable
 
 from bayestune import evaluate
@@ -133,20 +134,16 @@ def page(whole: Mapping[str, Curves]) -> str:
         parts += ["|---|---|---|---|---|"]
         control = {seed: _mean_accuracy(made) for seed, made in by_score["random"].items()}
         for score, by_seed in by_score.items():
-            ends = [_spread([made[-1]["scores"][name] for made in by_seed.values()]) for name in METRICS]
+            ends = [spread([made[-1]["scores"][name] for made in by_seed.values()]) for name in METRICS]
             means = {seed: _mean_accuracy(made) for seed, made in by_seed.items()}
             less = "-" if score == "random" else ", ".join(f"{means[seed] - control[seed]:+.3f}" for seed in seeds)
-            parts += [f"| {LABELS[score]} | {' | '.join(ends)} | {_spread(list(means.values()))} | {less} |"]
+            parts += [f"| {LABELS[score]} | {' | '.join(ends)} | {spread(means.values())} | {less} |"]
         parts += [""]
     return "\n".join(parts)
 
 
 def _mean_accuracy(made: list[dict[str, Any]]) -> float:
     return statistics.mean(one["scores"]["accuracy"] for one in made)
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def plot(whole: Mapping[str, Curves], path: Path) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from over_seeds import difference, spread
+
 from bayestune.files import read_json
 
 ROOT = Path(__file__).parent.parent
@@ -114,8 +116,7 @@ def score_lines(records: Sequence[dict[str, Any]], lines: Sequence[tuple[str, st
     """Return a table of scores: mean and standard deviation over seeds, one line for each of `lines`."""
     table = [f"| | {' | '.join(MEASURES.values())} | seeds |", "|---" * (len(MEASURES) + 2) + "|"]
     for variant, key in lines:
-        found = [list(_values(records, variant, key, measure).values()) for measure in MEASURES]
-        cells = [f"{statistics.mean(v):.3f}" + (f" ± {statistics.stdev(v):.3f}" if len(v) > 1 else "") for v in found]
+        cells = [spread(_values(records, variant, key, measure).values()) for measure in MEASURES]
         seeds = ", ".join(map(str, sorted(_values(records, variant, key, "nll"))))
         table.append(f"| {label(variant, key)} | {' | '.join(cells)} | {seeds} |")
     return table
@@ -126,14 +127,9 @@ def _differences(records: Sequence[dict[str, Any]], lines: Sequence[tuple[str, s
     rival = _values(records, *RIVAL, "nll")
     table = ["| | difference in NLL, mean ± standard error over seeds | by seed |", "|---|---|---|"]
     for variant, key in lines:
-        found = _values(records, variant, key, "nll")
-        shared = sorted(found.keys() & rival.keys())
-        less = [found[seed] - rival[seed] for seed in shared]
-        if not less or (variant, key) == RIVAL:
-            continue
-        error = f" ± {statistics.stdev(less) / len(less) ** 0.5:.3f}" if len(less) > 1 else ""
-        by_seed = ", ".join(f"{seed}: {value:+.3f}" for seed, value in zip(shared, less, strict=True))
-        table.append(f"| {label(variant, key)} | {statistics.mean(less):+.3f}{error} | {by_seed} |")
+        less, by_seed = difference(_values(records, variant, key, "nll"), rival)
+        if less and (variant, key) != RIVAL:
+            table.append(f"| {label(variant, key)} | {less} | {by_seed} |")
     return table
 
 

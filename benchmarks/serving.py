@@ -30,7 +30,8 @@ def main() -> None:
     made.add_argument("--draws", type=positive, default=10)
     options = made.parse_args()
     run = load_run(options.run, data=options.data)
-    rows = run.task.rows("dev")[: options.rows]
+    assert run.experiment.eval_split is not None
+    rows = run.task.rows(run.experiment.eval_split)[: options.rows]
     settings = {"base": options.base, "draws": options.draws, "port": 0}
     with tempfile.TemporaryDirectory() as folder, serve(run.posterior, run.task, Path(folder) / "served", **settings):
         with Client(Path(folder) / "served") as client:

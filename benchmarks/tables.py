@@ -5,9 +5,8 @@ python benchmarks/tables.py --check    # exit with 1 if they differ from what th
 """
 
 import json
-import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import decoder_page
 import other_data
 import widths
 from options import parser
+from over_seeds import spread
 
 from bayestune.tables import read_cells
 from bayestune.tables.layouts import layout, line_keys, line_label
@@ -30,7 +30,7 @@ def main() -> None:
     options = made.parse_args()
     pages: dict[str, dict[str, Callable[[], str]]] = {
         "README.md": {"real": real_table, "decoder": decoder_table},
-        "docs/serving.md": {"cost": serving_table},
+        "docs/serving.md": {"cost": serving_table, "distil": distil_table},
         "docs/results.md": {"demo": demo_table, "tuning": tuning_table, "methods": methods_table},
     }
     for name, tables in pages.items():
@@ -78,6 +78,23 @@ def serving_table() -> str:
             *(f"{record[key]:.1f}" for key in ("client_by_predict", "draw_by_base")),
         ]
         lines.append(f"| {run} | {record['draws']} | {record['rows']} | {' | '.join(found)} |")
+    return "\n".join(lines) + "\n"
+
+
+def distil_table() -> str:
+    """Return mean and standard deviation over seeds per base model and data set, from results/distil/*.json."""
+    answers = {"teacher": "10 draws", "teacher_mean": "the mean", "student": "distilled"}
+    heads = [
+        "model, data set",
+        "seeds",
+        *(f"{score}, {each}" for score in ("NLL", "ECE") for each in answers.values()),
+    ]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    records = load("distil")
+    for model, task in sorted({(record["model"], record["task"]) for record in records}):
+        found = [record["scores"] for record in records if (record["model"], record["task"]) == (model, task)]
+        cells = [spread(scores[who][m] for scores in found) for m in ("nll", "ece_corrected") for who in answers]
+        lines.append(f"| {model}, {task} | {len(found)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -141,14 +158,6 @@ def methods_table() -> str:
                 places = [column.label, found[0]["steps"], line_label(method, draws), *scores, found[0]["rows"]]
                 lines.append(f"| {' | '.join(map(str, places))} | {len(found)} |")
     return "\n".join(lines) + "\n"
-
-
-def spread(values: Iterable[float]) -> str:
-    """Return "mean ± standard deviation" (n - 1), or a single value alone."""
-    values = list(values)
-    if len(values) == 1:
-        return f"{values[0]:.3f}"
-    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 
 def load(group: str) -> list[dict[str, Any]]:

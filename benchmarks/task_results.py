@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from over_seeds import difference, spread
+
 from bayestune.files import read_json, write_text
 from bayestune.inference.answer_scores import SIGNALS
 
@@ -46,10 +48,7 @@ def seeds_of(records: Sequence[Record], of: Callable[[Record], float | None]) ->
 
 def shown(values: Values) -> str:
     """Return mean and standard deviation over seeds as text."""
-    if not values:
-        return "none"
-    several = f" ± {statistics.stdev(values.values()):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values.values()):.3f}{several}"
+    return spread(values.values()) if values else "none"
 
 
 def table(headings: Sequence[str], lines: dict[str, Sequence[str]]) -> str:
@@ -57,14 +56,10 @@ def table(headings: Sequence[str], lines: dict[str, Sequence[str]]) -> str:
     return head + "".join(f"| {label} | {' | '.join(cells)} |\n" for label, cells in lines.items())
 
 
-def difference(first: Values, second: Values) -> str:
+def less(first: Values, second: Values) -> str:
     """Return `first` minus `second` over shared seeds as text: mean, standard error, and each seed."""
-    less = {seed: first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())}
-    if not less:
-        return "no shared seeds"
-    error = f" ± {statistics.stdev(less.values()) / len(less) ** 0.5:.3f}" if len(less) > 1 else ""
-    each = ", ".join(f"{seed}: {value:+.3f}" for seed, value in less.items())
-    return f"{statistics.mean(less.values()):+.3f}{error} (by seed {each})"
+    mean, each = difference(first, second)
+    return f"{mean} (by seed {each})" if mean else "no shared seeds"
 
 
 def words() -> str:
@@ -87,9 +82,7 @@ def words() -> str:
             **ANSWER_SCORES,
             "AUROC of the probability": lambda m, mode: m["answers"][mode]["auroc"]["probability"],
         }
-        parts.append(
-            "\n".join(f"- {name}: {difference(_of(*blob, of), _of(*plain, of))}" for name, of in compared.items())
-        )
+        parts.append("\n".join(f"- {name}: {less(_of(*blob, of), _of(*plain, of))}" for name, of in compared.items()))
         parts[-1] += "\n"
         aurocs += [statistics.mean(v.values()) for pair in mine.values() for s in SIGNALS if (v := _auroc(*pair, s))]
     return "\n".join([WORDS.format(best=max(aurocs)), *parts])
@@ -126,10 +119,10 @@ def numbers() -> str:
     def cells(key: str, names: Sequence[str]) -> list[str]:
         return [shown(seeds_of(records, lambda m, n=n: m["scores"].get(key, {}).get(n))) for n in names]
 
-    spread = shown(seeds_of(records, lambda made: made["target_std"]))
+    targets = shown(seeds_of(records, lambda made: made["target_std"]))
     factors = ", ".join(f"{made['scale']:.3g}" for made in records)
     seeds = ", ".join(str(made["seed"]) for made in records)
-    given = f"Seeds {seeds}; std of the target {spread}; chosen factors of BLoB's std {factors}.\n"
+    given = f"Seeds {seeds}; std of the target {targets}; chosen factors of BLoB's std {factors}.\n"
     names = ("rmse", "nll", "crps", "coverage")
     parts = [
         NUMBERS_TEXT,
@@ -139,8 +132,8 @@ def numbers() -> str:
     parts.append("Split-conformal 90 % intervals, scaled by the predicted standard deviation:\n")
     parts.append(table(["coverage", "width"], {v: cells(k, ("coverage", "width")) for k, v in CONFORMAL.items()}))
     nll = {key: seeds_of(records, lambda m, k=key: m["scores"].get(k, {}).get("nll")) for key in NUMBERS}
-    less = {NUMBERS[key]: difference(nll[key], nll["mle"]) for key in ("blob", "ensemble")}
-    parts.append(f"NLL minus that of plain LoRA: {'; '.join(f'{label} {text}' for label, text in less.items())}.\n")
+    rivals = "; ".join(f"{NUMBERS[key]} {less(nll[key], nll['mle'])}" for key in ("blob", "ensemble"))
+    parts.append(f"NLL minus that of plain LoRA: {rivals}.\n")
     return "\n".join(parts)
 
 
@@ -154,7 +147,7 @@ def preferences() -> str:
         lines[f"{label} (seeds {', '.join(str(m['seed']) for m in mine)})"] = [*scores, *best]
     headings = ["accuracy", "NLL", "ECE, corrected", "best of four by the mean", "by the lower bound"]
     nll = [seeds_of([m for m in records if m["method"] == k], lambda m: m["scores"]["nll"]) for k in ("blob", "mle")]
-    return "\n".join([PREFERENCES_TEXT, table(headings, lines), f"NLL, BLoB minus plain LoRA: {difference(*nll)}.\n"])
+    return "\n".join([PREFERENCES_TEXT, table(headings, lines), f"NLL, BLoB minus plain LoRA: {less(*nll)}.\n"])
 
 
 INTRODUCTION = """# Words, numbers and preferences: results

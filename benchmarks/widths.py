@@ -24,7 +24,9 @@ from typing import Any
 import torch
 import transformers
 from options import parser
-from recipe import arguments, updates
+from over_seeds import difference, spread
+from recipe import arguments
+from recipe_variants import updates
 
 from bayestune import BayesTrainer, Prediction, evaluate, predict
 from bayestune.adapters import gaussian_layers
@@ -221,23 +223,21 @@ def _table(found: dict[str, Scored], score: str) -> list[str]:
     lines.append("|---" * (len(found) + 1) + "|")
     for rival, label in RIVALS.items():
         values = [[scores[score] for scores in scored[rival].values()] for scored in found.values()]
-        cells = [f"{statistics.mean(v):.3f}" + (f" ± {statistics.stdev(v):.3f}" if len(v) > 1 else "") for v in values]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+        lines.append(f"| {label} | {' | '.join(map(spread, values))} |")
     return lines
 
 
 def _against(found: dict[str, Scored]) -> list[str]:
-    """Return a table of the default's rank by mean NLL, and of its NLL minus that of the paper's recipe by seed."""
+    """Return a table of the default's rank by mean NLL, and of its NLL minus that of the paper's recipe."""
     lines = [
-        "| data set | rank of the default by NLL | its NLL minus the paper's recipe's, by seed |",
-        "|---|---|---|",
+        "| data set | rank of the default by NLL | its NLL minus the paper's recipe's, ± standard error | by seed |",
+        "|---|---|---|---|",
     ]
     for task, scored in found.items():
-        means = {rival: statistics.mean(s["nll"] for s in scores.values()) for rival, scores in scored.items()}
+        nll = {rival: {seed: s["nll"] for seed, s in scores.items()} for rival, scores in scored.items()}
+        means = {rival: statistics.mean(values.values()) for rival, values in nll.items()}
         rank = sorted(means.values()).index(means[DEFAULT]) + 1
-        pairs = sorted(scored[DEFAULT].keys() & scored[PAPER].keys())
-        less = [scored[DEFAULT][seed]["nll"] - scored[PAPER][seed]["nll"] for seed in pairs]
-        lines.append(f"| {task} | {rank} of {len(means)} | {', '.join(f'{d:+.3f}' for d in less)} |")
+        lines.append(f"| {task} | {rank} of {len(means)} | {' | '.join(difference(nll[DEFAULT], nll[PAPER]))} |")
     return lines
 
 

@@ -174,18 +174,26 @@ def resolve(
     targets = experiment.target_modules or default_targets(backbone, task)
     if task.needs_temperature and experiment.temperature_split is None:
         experiment = experiment.replace(temperature_split=experiment.train_split)
-    split = experiment.eval_split or task.spec.evaluation
-    for name, used in {**own_splits(experiment), HELD_OUT: experiment.temperature_split or ""}.items():
-        shared = set(used.split("+")) & set(split.split("+"))
-        if shared:
+    experiment = experiment.replace(target_modules=targets, eval_split=experiment.eval_split or task.spec.evaluation)
+    _check_splits(experiment)
+    return experiment.replace(labels=task.labels, **task.recorded), task
+
+
+def _check_splits(experiment: Experiment) -> None:
+    """Raise a ConfigError if rows that fit a setting are also scored, or also trained on."""
+    assert experiment.eval_split is not None
+    scored, trained = set(experiment.eval_split.split("+")), set(experiment.train_split.split("+"))
+    for name, splits in {**own_splits(experiment), HELD_OUT: experiment.temperature_split or ""}.items():
+        used = set(splits.split("+"))
+        if used & scored:
             raise ConfigError(
-                f"{name}: found {min(shared)!r}, which the run is scored on; choose other rows, or another "
+                f"{name}: found {min(used & scored)!r}, which the run is scored on; choose other rows, or another "
                 "--eval-split."
             )
-        trained = set(used.split("+")) & set(experiment.train_split.split("+"))
-        if trained and name != HELD_OUT:
-            raise ConfigError(f"{name}: found {min(trained)!r}, which the run is trained on; choose other rows.")
-    return experiment.replace(target_modules=targets, eval_split=split, labels=task.labels, **task.recorded), task
+        if used & trained and name != HELD_OUT:
+            raise ConfigError(
+                f"{name}: found {min(used & trained)!r}, which the run is trained on; choose other rows."
+            )
 
 
 def _of_adapter(experiment: Experiment) -> dict[str, Any]:
