@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from bayestune.errors import PosteriorError
 from bayestune.inference.draws import evaluation_mode
+from bayestune.inference.logits import Logits
 from bayestune.sampling.base import Sampler
 from bayestune.tasks.tensors import pad, widen
 
@@ -97,7 +98,7 @@ def _scored(
     model: nn.Module, sampler: Sampler, continuations: Sequence[Continuation], batch: _Batch, greedy: bool
 ) -> dict[int, tuple[Tensor, bool]]:
     """Return, for each continuation of a batch, the log-probability per draw and whether the mixture decodes it."""
-    reader: Any = _Logits()
+    reader: Any = Logits()
     device = next(model.parameters()).device
     input_ids = pad(list(batch), 0, left=False).to(device)  # causal: padding after a text does not change it
     targets = {place: torch.tensor(continuations[place].targets) for group in batch.values() for place in group}
@@ -117,10 +118,3 @@ def _scored(
                     mixtures[place] = torch.logaddexp(mixtures[place], joint) if k else joint
     decoded = {place: torch.equal(joint.argmax(-1).cpu(), targets[place]) for place, joint in mixtures.items()}
     return {place: (found, decoded.get(place, False)) for place, found in sums.items()}
-
-
-class _Logits:
-    """Takes the place of a task in a sampler; returns the next-token logits, [rows, tokens, vocabulary]."""
-
-    def outputs(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
-        return model(**batch, use_cache=False).logits

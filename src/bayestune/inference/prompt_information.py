@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from bayestune.errors import ConfigError, DataError, DrawError
 from bayestune.inference.draws import evaluation_mode
+from bayestune.inference.logits import Logits
 from bayestune.sampling.base import Posterior, Sampler
 from bayestune.storage.saving import as_posterior
 from bayestune.tasks import Row
@@ -67,17 +68,11 @@ def prompt_information(
 
 def _information(sampler: Sampler, input_ids: Int[Tensor, "1 tokens"]) -> Float[Tensor, ""]:
     """Return the mutual information of one text, computed draw by draw: all draws would not fit in memory."""
-    reader: Any = _NextTokens()
+    reader: Any = Logits()
     mean, entropy = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for k in range(sampler.slices):
-        log_probs = sampler.outputs(reader, {"input_ids": input_ids}, range(k, k + 1))[0, 0].double()
+        logits = sampler.outputs(reader, {"input_ids": input_ids}, range(k, k + 1))[0, 0]
+        log_probs = widen(logits).log_softmax(-1).double()
         probs = log_probs.exp()
         mean, entropy = mean + probs / sampler.slices, entropy - (probs * log_probs).sum(-1) / sampler.slices
     return (torch.special.entr(mean).sum(-1) - entropy).mean().clamp(min=0)
-
-
-class _NextTokens:
-    """Takes the place of a task in a sampler; returns next-token log-probabilities, [rows, tokens, vocabulary]."""
-
-    def outputs(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
-        return widen(model(**batch, use_cache=False).logits).log_softmax(-1)

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from bayestune.errors import ConfigError, DataError, DrawError, PosteriorError, TaskError, one_line
 from bayestune.inference.draws import evaluation_mode
 from bayestune.inference.generation import Generation
+from bayestune.inference.logits import Logits
 from bayestune.sampling.base import Posterior, Sampler
 from bayestune.storage.saving import as_posterior
 from bayestune.tasks.causal import without_appended
@@ -120,10 +121,11 @@ class Scorer:
         if not count:
             return chosen, torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
         whole = torch.tensor([[*context, *ids.tolist()]], device=self.device)
-        reader: Any = _NextTokens(count)
+        reader: Any = Logits(last=count + 1)
         mean, entropy = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         for k in range(slices):
-            log_probs = self.sampler.outputs(reader, {"input_ids": whole}, range(k, k + 1))[0, 0].double()
+            logits = self.sampler.outputs(reader, {"input_ids": whole}, range(k, k + 1))[0, 0, :-1]
+            log_probs = widen(logits).log_softmax(-1).double()
             if not log_probs.gather(1, whole[0, -count:, None]).isfinite().all():
                 raise PosteriorError(
                     f"prompt {name!r}: found answers that are not finite, expected finite ones: the adapter's "
@@ -134,17 +136,6 @@ class Scorer:
             mean = mean + probs / slices
             entropy = entropy + torch.special.entr(probs).sum(-1) / slices
         return chosen, torch.special.entr(mean).sum(-1).cpu(), entropy.cpu()
-
-
-class _NextTokens:
-    """Takes the place of a task in a sampler; returns last-token log-probabilities, [rows, tokens, vocabulary]."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def outputs(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
-        logits = model(**batch, logits_to_keep=self.count + 1, use_cache=False).logits
-        return widen(logits[:, -self.count - 1 : -1]).log_softmax(-1)
 
 
 def encoded(

@@ -1,0 +1,20 @@
+"""`Logits`: every next-token logit of a causal language model, under the draws of a sampler."""
+
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+class Logits:
+    """Takes the place of a task in `Sampler.outputs`, for texts instead of rows.
+
+    Args:
+        last: number of positions to return, the last ones of each text; 0 for all.
+    """
+
+    def __init__(self, last: int = 0) -> None:
+        self.last = last
+
+    def outputs(self, model: Any, batch: dict[str, Tensor]) -> Float[Tensor, "texts tokens vocabulary"]:
+        return model(**batch, logits_to_keep=self.last, use_cache=False).logits
