@@ -1,6 +1,7 @@
 """The client's answers are those of `predict`, by the real server of llama.cpp; and what it refuses to average."""
 
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -233,6 +234,18 @@ def test_a_program_that_is_no_server_of_draws_is_named() -> None:
     thread.join()
 
 
+def test_a_server_that_does_not_answer_in_time_is_asked_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        with pytest.raises(
+            ServingError, match=r"found no answer within 0.1 s, expected one; if the server is only slow"
+        ):
+            Client(f"http://127.0.0.1:{server.getsockname()[1]}", timeout=0.1)
+        server.accept()[0].close()
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+
+
 def test_a_probability_that_float32_cannot_hold_is_an_error() -> None:
     wire = LlamaCpp(count=1, vocabulary=9, anchor=1)
     (question,) = wire.questions(0, Asked([1, 2], [[3]]))
@@ -322,7 +335,7 @@ def test_another_base_is_warned_of_and_a_taken_port_refused(tmp_path: Path) -> N
 def test_no_rows_and_wrong_settings_are_refused(served: Served, folder: Path) -> None:
     with Client(folder / "served") as client, pytest.raises(DataError, match="found no rows"):
         client.predict([])
-    with pytest.raises(ConfigError, match="found concurrency=0, timeout=60.0, retries=2"):
+    with pytest.raises(ConfigError, match="found concurrency=0, timeout=600.0, retries=2"):
         Client(folder / "served", concurrency=0)
 
 

@@ -36,7 +36,7 @@ class Client:
             every adapter counts as a draw, and questions need token ids or a task.
         api_key: the server's API key.
         concurrency: largest number of concurrent requests.
-        timeout: seconds that a request may take.
+        timeout: seconds to wait for an answer; requests that the server has not begun yet count too.
         retries: how often a request is repeated if the server is unreachable or busy.
 
     Raises:
@@ -54,7 +54,7 @@ class Client:
         *,
         api_key: str | None = None,
         concurrency: int = 8,
-        timeout: float = 60.0,
+        timeout: float = 600.0,
         retries: int = 2,
     ) -> None:
         if concurrency < 1 or timeout <= 0 or retries < 0:

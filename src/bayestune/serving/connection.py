@@ -28,7 +28,7 @@ class Connection:
         url: the server's URL.
         api_key: sent as a bearer token.
         concurrency: largest number of concurrent requests.
-        timeout: seconds that one request may take.
+        timeout: seconds to wait for an answer.
         retries: how often a request is repeated if the server is unreachable or busy, after 0.2 s, 0.4 s, ....
     """
 
@@ -60,10 +60,13 @@ class Connection:
                     reply = self._client.get(question.path)
                 else:
                     reply = self._client.post(question.path, json=question.body)
-            except httpx2.TimeoutException:
-                fault = f"no answer within {self.timeout:g} s"
+            except httpx2.ReadTimeout as error:  # asked again, a slow server would have twice as much to do
+                raise ServingError(
+                    f"{self.url}: found no answer within {self.timeout:g} s, expected one; if the server is only "
+                    "slow, pass a larger timeout or a smaller concurrency."
+                ) from error
             except httpx2.TransportError as error:
-                fault = f"no connection ({error})"
+                fault = f"no connection ({error or type(error).__name__})"
             else:
                 if reply.status_code == 500 and question.refusable:
                     return {}
