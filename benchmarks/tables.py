@@ -12,7 +12,7 @@ from typing import Any
 
 import decoder_page
 import other_data
-import widths
+import widths_page
 from options import parser
 from over_seeds import spread
 
@@ -38,7 +38,7 @@ def main() -> None:
         for marker, make in tables.items():
             after = between(after, marker, make())
         finish(name, before, after, check=options.check)
-    for name, make in {"width": widths.page, "decoder": decoder_page.page, "other_data": other_data.page}.items():
+    for name, make in {"width": widths_page.page, "decoder": decoder_page.page, "other_data": other_data.page}.items():
         before = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
         finish(f"docs/{name}.md", before, make(), check=options.check)
 

@@ -2,17 +2,15 @@
 
     python benchmarks/widths.py --data DIR                      # make every missing record in results/widths
     python benchmarks/widths.py --data DIR --tasks rte --seeds 1
-    python benchmarks/widths.py --page                          # make docs/width.md from the records; train nothing
 
 MiniLM is trained on 300 rows in 120 updates of 16, about six passes. On so little data, plain LoRA is overconfident.
 100 further rows choose the scale of the standard deviation (`fit_scale`) and the temperatures (`fit_temperature`),
 with other draws than those that are scored. At most 500 rows of dev and test are scored. The seed chooses the rows to
 train on, their order, the initial weights and the draws. After an interruption, the same command makes the missing
-records.
+records; `benchmarks/tables.py` makes docs/width.md from them.
 """
 
 import random
-import statistics
 import sys
 import tempfile
 import time
@@ -24,7 +22,6 @@ from typing import Any
 import torch
 import transformers
 from options import parser
-from over_seeds import difference, spread
 from recipe import arguments
 from recipe_variants import updates
 
@@ -33,16 +30,15 @@ from bayestune.adapters import gaussian_layers
 from bayestune.experiment import Experiment
 from bayestune.experiment.backbone import add_adapter, build_task, find_backbone, load_base
 from bayestune.experiment.record import hardware, rows_sha256, versions
-from bayestune.files import read_json, write_json, write_text
+from bayestune.files import write_json
 from bayestune.functional import derive_seed
 from bayestune.methods import Point, Posterior, Variational, fit_temperature
-from bayestune.methods.scale import chosen, fit_scale
+from bayestune.methods.scale import fit_scale
 from bayestune.tables.cells import portable
 from bayestune.tasks import AnyRow, TokenizedTask
 from bayestune.training.kl import posterior_summary
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "results" / "widths"
+RESULTS = Path(__file__).parent.parent / "results" / "widths"
 TASKS = {
     "openbookqa": ("train", "dev+test"),
     "arc_easy": ("train", "dev+test"),
@@ -67,18 +63,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "std-0.13": {"method": "blob", "posterior_std": 0.13},
 }
 COMPARED, SEEDS = ("point", "default", "paper"), (1, 2, 3)
-RIVALS = {
-    ("point", "mle"): "plain LoRA",
-    ("point", "mle_temperature"): "plain LoRA, temperature",
-    ("point", "ensemble"): "ensemble of three",
-    ("paper", "n10"): "BLoB, the paper's recipe",
-    ("paper", "n10_temperature"): "BLoB, the paper's recipe, temperature",
-    ("paper", "scaled"): "BLoB, the paper's recipe, scale chosen",
-    ("default", "n10"): "BLoB, std 0.06",
-    ("default", "scaled"): "**BLoB, std 0.06, scale chosen (the default)**",
-    ("default", "scaled_temperature"): "BLoB, the default, temperature",
-}
-DEFAULT, PAPER = ("default", "scaled"), ("paper", "n10")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,105 +165,13 @@ def record(cell: Cell) -> dict[str, Any]:
     }
 
 
-Scored = dict[tuple[str, str], dict[int, dict[str, float]]]
-"""The scores on one data set, by rival and seed."""
-
-
-def page() -> str:
-    """Return the page as Markdown."""
-    records = [read_json(path, "a record") for path in sorted(RESULTS.glob("*.json"))]
-    whole: dict[str, Scored] = {}
-    for task in TASKS:
-        mine = [made for made in records if made["task"] == task and made["variant"] in COMPARED]
-        complete = {seed for seed in SEEDS if sum(made["seed"] == seed for made in mine) == len(COMPARED)}
-        if complete:
-            whole[task] = {
-                (variant, key): {
-                    made["seed"]: made["scores"][key]
-                    for made in mine
-                    if made["variant"] == variant and made["seed"] in complete
-                }
-                for variant, key in RIVALS
-            }
-    planned = len(TASKS) * len(COMPARED) * len(SEEDS)
-    done = sum(made["variant"] in COMPARED for made in records)
-    parts = [INTRODUCTION, f"{done} of {planned} planned records exist; incomplete seeds are left out.\n"]
-    other = [
-        made
-        for made in records
-        if "scale" in made and chosen({float(k): v for k, v in made["nll_by_scale"].items()}) != made["scale"]
-    ]
-    parts += [f"In {len(other)} of them, the current rule of `fit_scale` would choose a different factor.\n"]
-    parts += ["## NLL\n", *_table(whole, "nll"), "\n## Accuracy\n", *_table(whole, "accuracy")]
-    parts += ["\n## ECE\n", *_table(whole, "ece"), "\n## The default against the others\n", *_against(whole)]
-    parts += ["\n## Chosen scales\n", *_scales(records)]
-    return "\n".join(parts) + "\n"
-
-
-def _table(found: dict[str, Scored], score: str) -> list[str]:
-    """Return a table with a line per rival and a column per data set: mean and standard deviation over seeds."""
-    seeds = {task: len(scored[DEFAULT]) for task, scored in found.items()}
-    lines = [f"| | {' | '.join(f'{task} (seeds: {count})' for task, count in seeds.items())} |"]
-    lines.append("|---" * (len(found) + 1) + "|")
-    for rival, label in RIVALS.items():
-        values = [[scores[score] for scores in scored[rival].values()] for scored in found.values()]
-        lines.append(f"| {label} | {' | '.join(map(spread, values))} |")
-    return lines
-
-
-def _against(found: dict[str, Scored]) -> list[str]:
-    """Return a table of the default's rank by mean NLL, and of its NLL minus that of the paper's recipe."""
-    lines = [
-        "| data set | rank of the default by NLL | its NLL minus the paper's recipe's, ± standard error | by seed |",
-        "|---|---|---|---|",
-    ]
-    for task, scored in found.items():
-        nll = {rival: {seed: s["nll"] for seed, s in scores.items()} for rival, scores in scored.items()}
-        means = {rival: statistics.mean(values.values()) for rival, values in nll.items()}
-        rank = sorted(means.values()).index(means[DEFAULT]) + 1
-        lines.append(f"| {task} | {rank} of {len(means)} | {' | '.join(difference(nll[DEFAULT], nll[PAPER]))} |")
-    return lines
-
-
-def _scales(records: list[dict[str, Any]]) -> list[str]:
-    lines = ["| data set | variant | std in training | factor, by seed |", "|---|---|---|---|"]
-    for task in TASKS:
-        for variant in ("paper", "default"):
-            mine = [made for made in records if (made["task"], made["variant"]) == (task, variant)]
-            if mine:
-                std = statistics.mean(made["posterior"]["std"] for made in mine)
-                factors = ", ".join(f"{made['scale']:.3g}" for made in mine)
-                lines.append(f"| {task} | {variant} | {std:.4f} | {factors} |")
-    return lines
-
-
-INTRODUCTION = f"""# The width by default: a comparison
-
-This page compares BLoB with its default width (standard deviation) to the paper's recipe, plain LoRA and an ensemble
-on little data. `python benchmarks/widths.py --page` makes it from the records in `results/widths`: one per data set,
-variant and seed, with its command.
-
-MiniLM is trained on {TRAINED} rows of each data set, in {SETTINGS["steps"]} updates of {SETTINGS["batch_size"]}: about
-six passes. {HELD_OUT} further rows, on which no method trains, choose the scale of the standard deviations and every
-temperature, with other draws than those that are scored. At most {SCORED} rows of dev and test are scored. For each
-seed, all methods have the same rows. Rows of more than {SETTINGS["max_tokens"]} tokens are left out. Numbers are
-means, with the standard deviation over seeds if there are several; NLL is in nats.
-"""
-
-
 def main() -> None:
     made = parser(__doc__)
-    made.add_argument("--data", help="folder of the data sets")
-    made.add_argument("--page", action="store_true", help="write docs/width.md from the records")
+    made.add_argument("--data", required=True, help="folder of the data sets")
     made.add_argument("--tasks", default=",".join(TASKS))
     made.add_argument("--variants", default=",".join(COMPARED))
     made.add_argument("--seeds", default=",".join(map(str, SEEDS)))
     options = made.parse_args()
-    if options.page:
-        write_text(ROOT / "docs" / "width.md", page())
-        return
-    if options.data is None:
-        made.error("expected --data DIR or --page")
     transformers.logging.set_verbosity_error()
     RESULTS.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds.split(","):

@@ -1,0 +1,116 @@
+"""docs/width.md: the records of `widths.py` as tables."""
+
+import statistics
+from typing import Any
+
+from over_seeds import difference, spread
+from widths import COMPARED, HELD_OUT, RESULTS, SCORED, SEEDS, SETTINGS, TASKS, TRAINED
+
+from bayestune.files import read_json
+from bayestune.methods.scale import chosen
+
+RIVALS = {
+    ("point", "mle"): "plain LoRA",
+    ("point", "mle_temperature"): "plain LoRA, temperature",
+    ("point", "ensemble"): "ensemble of three",
+    ("paper", "n10"): "BLoB, the paper's recipe",
+    ("paper", "n10_temperature"): "BLoB, the paper's recipe, temperature",
+    ("paper", "scaled"): "BLoB, the paper's recipe, scale chosen",
+    ("default", "n10"): "BLoB, std 0.06",
+    ("default", "scaled"): "**BLoB, std 0.06, scale chosen (the default)**",
+    ("default", "scaled_temperature"): "BLoB, the default, temperature",
+}
+DEFAULT, PAPER = ("default", "scaled"), ("paper", "n10")
+METHODS = (("point", "mle"), ("point", "mle_temperature"), ("point", "ensemble"), PAPER, DEFAULT)
+
+
+Scored = dict[tuple[str, str], dict[int, dict[str, float]]]
+"""The scores on one data set, by rival and seed."""
+
+
+def page() -> str:
+    """Return the page as Markdown."""
+    records = [read_json(path, "a record") for path in sorted(RESULTS.glob("*.json"))]
+    whole: dict[str, Scored] = {}
+    for task in TASKS:
+        mine = [made for made in records if made["task"] == task and made["variant"] in COMPARED]
+        complete = {seed for seed in SEEDS if sum(made["seed"] == seed for made in mine) == len(COMPARED)}
+        if complete:
+            whole[task] = {
+                (variant, key): {
+                    made["seed"]: made["scores"][key]
+                    for made in mine
+                    if made["variant"] == variant and made["seed"] in complete
+                }
+                for variant, key in RIVALS
+            }
+    planned = len(TASKS) * len(COMPARED) * len(SEEDS)
+    done = sum(made["variant"] in COMPARED for made in records)
+    parts = [INTRODUCTION, f"{done} of {planned} planned records exist; incomplete seeds are left out.\n"]
+    other = [
+        made
+        for made in records
+        if "scale" in made and chosen({float(k): v for k, v in made["nll_by_scale"].items()}) != made["scale"]
+    ]
+    parts += [f"In {len(other)} of them, the current rule of `fit_scale` would choose a different factor.\n"]
+    parts += ["## NLL\n", *_table(whole, "nll"), "\n## Accuracy\n", *_table(whole, "accuracy")]
+    parts += ["\n## ECE\n", *_table(whole, "ece"), "\n## The default against the others\n", AGAINST, *_against(whole)]
+    parts += ["\n## Chosen scales\n", *_scales(records)]
+    return "\n".join(parts) + "\n"
+
+
+def _table(found: dict[str, Scored], score: str) -> list[str]:
+    """Return a table with a line per rival and a column per data set: mean and standard deviation over seeds."""
+    seeds = {task: len(scored[DEFAULT]) for task, scored in found.items()}
+    lines = [f"| | {' | '.join(f'{task} (seeds: {count})' for task, count in seeds.items())} |"]
+    lines.append("|---" * (len(found) + 1) + "|")
+    for rival, label in RIVALS.items():
+        values = [[scores[score] for scores in scored[rival].values()] for scored in found.values()]
+        lines.append(f"| {label} | {' | '.join(map(spread, values))} |")
+    return lines
+
+
+def _against(found: dict[str, Scored]) -> list[str]:
+    """Return a table of the default's rank by mean NLL, and of its NLL minus that of the paper's recipe."""
+    lines = [
+        "| data set | rank of nine | rank of five | NLL minus the paper's recipe's, ± standard error | by seed |",
+        "|---|---|---|---|---|",
+    ]
+    for task, scored in found.items():
+        nll = {rival: {seed: s["nll"] for seed, s in scores.items()} for rival, scores in scored.items()}
+        means = {rival: statistics.mean(values.values()) for rival, values in nll.items()}
+        ranks = [sorted(means[rival] for rival in among).index(means[DEFAULT]) + 1 for among in (RIVALS, METHODS)]
+        less = difference(nll[DEFAULT], nll[PAPER])
+        lines.append(f"| {task} | {' | '.join(map(str, ranks))} | {' | '.join(less)} |")
+    return lines
+
+
+def _scales(records: list[dict[str, Any]]) -> list[str]:
+    lines = ["| data set | variant | std in training | factor, by seed |", "|---|---|---|---|"]
+    for task in TASKS:
+        for variant in ("paper", "default"):
+            mine = [made for made in records if (made["task"], made["variant"]) == (task, variant)]
+            if mine:
+                std = statistics.mean(made["posterior"]["std"] for made in mine)
+                factors = ", ".join(f"{made['scale']:.3g}" for made in mine)
+                lines.append(f"| {task} | {variant} | {std:.4f} | {factors} |")
+    return lines
+
+
+INTRODUCTION = f"""# The width by default: a comparison
+
+This page compares BLoB with its default width (standard deviation) to the paper's recipe, plain LoRA and an ensemble
+on little data. `python benchmarks/tables.py` makes it from the records in `results/widths`: one per data set, variant
+and seed, with its command.
+
+MiniLM is trained on {TRAINED} rows of each data set, in {SETTINGS["steps"]} updates of {SETTINGS["batch_size"]}: about
+six passes. {HELD_OUT} further rows, on which no method trains, choose the scale of the standard deviations and every
+temperature, with other draws than those that are scored. At most {SCORED} rows of dev and test are scored. For each
+seed, all methods have the same rows. Rows of more than {SETTINGS["max_tokens"]} tokens are left out. Numbers are
+means, with the standard deviation over seeds if there are several; NLL is in nats. A guess has an NLL of ln 4 = 1.386
+on the first three data sets and of ln 2 = 0.693 on RTE and BoolQ.
+"""
+
+AGAINST = """The lowest mean NLL has rank 1. The nine are the lines of the tables; the five are plain LoRA, plain LoRA
+with a temperature, the ensemble, BLoB by the paper's recipe and the default.
+"""
