@@ -83,7 +83,7 @@ class Distilled(PointMethod):
     """Plain LoRA trained to answer in one forward pass like the average over the draws of another run.
 
     The student starts at the teacher's mean (its mode, or its first member). If the teacher has a temperature, the
-    student learns the tempered answers.
+    student learns the tempered answers. The `nll` that training shows is the KL divergence from the teacher's answers.
     """
 
     name = "distilled"
