@@ -16,6 +16,7 @@ import json
 import random
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,12 @@ def asked(row: Row) -> PromptRow:
     return PromptRow(id=row.id, prompt=prompt, answer=f" {row.choices[row.answer]}")
 
 
-def cut(name: str, data: str, seed: int) -> dict[str, list[AnyRow]]:
+def cut(name: str, data: str, seed: int) -> dict[str, list[PromptRow]]:
     """Return the rows by use; the seed chooses which of the first rows of the train split are trained on."""
     spec = DatasetSpec(name=words(name), folder=words(name), row=PromptRow, classes=1)
     task = GenerationTask(spec, find_backbone("smollm2").tokenizer, data=None, max_tokens=SETTINGS["max_tokens"])
 
-    def usable(split: str, count: int) -> list[AnyRow]:
+    def usable(split: str, count: int) -> list[PromptRow]:
         rows = [asked(row) for row in load_rows(name, split, data) if isinstance(row, Row)]
         return [row for row, fault in zip(rows, task.faults(rows), strict=True) if fault is None][:count]
 
@@ -105,7 +106,7 @@ def record(name: str, method: str, seed: int, options: argparse.Namespace) -> di
     }
 
 
-def written(trained: Run, rows: list[AnyRow], draws: int) -> dict[str, Any]:
+def written(trained: Run, rows: Sequence[AnyRow], draws: int) -> dict[str, Any]:
     """Return the scores of the answers by mode of decoding, with the first five texts."""
     prompts, answers = zip(*((row.prompt, row.answer) for row in rows if isinstance(row, PromptRow)), strict=True)
     found = {}

@@ -33,6 +33,10 @@ def exponent(curve: Mapping[str, Mapping[str, float]], unit: str) -> float:
     return float(np.polyfit(sizes, np.log([max(point[unit], 1.0e-9) for point in curve.values()]), 1)[0])
 
 
+def _of(one: dict[str, Any] | None, name: str) -> float | None:
+    return None if one is None else one[name]
+
+
 def _claim(
     claim: str, limit: float, found: float | None, digits: int = 3, more: str = "", missing: str = "not measured"
 ) -> list[str]:
@@ -61,7 +65,7 @@ def _training() -> list[list[str]]:
             _claim(
                 f"Peak memory of a training step, BLoB without G and its gradient / LoRA, {shape}",
                 1.01,
-                step and step["memory_ratio"],
+                _of(step, "memory_ratio"),
             )
         )
     packed = record("packed_smollm2")
@@ -75,7 +79,7 @@ def _training() -> list[list[str]]:
             _claim(
                 f"Peak memory of a training step, BLoB without G and its gradient / LoRA, {name}",
                 1.01,
-                step and step["memory_ratio"],
+                _of(step, "memory_ratio"),
                 missing=NONE,
             )
         )
@@ -90,7 +94,7 @@ def _ten_draws() -> list[list[str]]:
     one = record("generate_smollm2")
     found.append(_paired("Text from ten averaged draws / plain decoding, SmolLM2 (machine not idle)", 10, one))
     one = record("predict_llama7b-1x100")
-    found.append(_claim("Ten draws / one forward, llama7b-1x100", 3.5, one and one["per_forward"], missing=NONE))
+    found.append(_claim("Ten draws / one forward, llama7b-1x100", 3.5, _of(one, "per_forward"), missing=NONE))
     return found
 
 
@@ -145,6 +149,6 @@ def _growth() -> list[list[str]]:
 def _start() -> list[list[str]]:
     start = record("start")
     return [
-        _claim("`bayestune --help`, seconds", 0.5, start and start["seconds"], 2),
-        _claim("`bayestune --help` without byte code, seconds", 0.5, start and start["cold_seconds"], 2),
+        _claim("`bayestune --help`, seconds", 0.5, _of(start, "seconds"), 2),
+        _claim("`bayestune --help` without byte code, seconds", 0.5, _of(start, "cold_seconds"), 2),
     ]

@@ -18,7 +18,7 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -177,7 +177,7 @@ def cut(name: str, data: str, seed: int, *, tune: bool = False) -> dict[str, lis
     return {"train": first[:TRAINED], "held": first[TRAINED:], "scored": scored}
 
 
-def write_rows(folder: Path, task: str, rows: dict[str, list[AnyRow]]) -> None:
+def write_rows(folder: Path, task: str, rows: Mapping[str, Sequence[AnyRow]]) -> None:
     """Write the rows as splits of a data set."""
     for split, several in rows.items():
         path = folder / task / f"{split}.jsonl"

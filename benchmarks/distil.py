@@ -2,18 +2,18 @@
 
     python benchmarks/distil.py --data DIR --runs RUNS --cells minilm:openbookqa,smollm2:arc_easy --seeds 1,2,3
 
-For each base model, data set and seed, trains BLoB on some rows of train. The student is trained as by `bayestune
-distil`, on those rows and further rows of train, whose labels it does not read, in as many passes. The teacher is
-scored with other draws than those that the student learns from. `--runs` keeps the trained runs; after an
-interruption, the same command makes the missing records in results/distil. In a record, "nll_ratio" is the student's
-NLL divided by the teacher's, "ece_difference" the student's bias-corrected ECE minus the teacher's, and "teacher_mean"
-has the scores of the teacher's mean, which also costs one forward pass.
+For each base model, data set and seed, trains BLoB on some rows of train; held-out rows choose the scale of its
+standard deviation and its temperature. The student learns the averaged and tempered answers to the same rows and to
+further ones, whose labels are removed, in as many passes as the teacher. The teacher is scored with other draws than
+those that the student learns from. The rival at the student's cost is the teacher's mean with a temperature fitted on
+the held-out rows. `--runs` keeps the trained runs; remove them if a setting changes. After an interruption, the same
+command makes the missing records in results/distil; `benchmarks/tables.py` makes the table of docs/serving.md.
 """
 
+import dataclasses
 import random
 import tempfile
-import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,32 +23,35 @@ from options import parser
 from pairs import header
 from widths import usable
 
-from bayestune import evaluate
+from bayestune import Prediction, evaluate, metrics
 from bayestune.experiment import Experiment, load_run, run
 from bayestune.experiment.backbone import build_task, find_backbone
 from bayestune.experiment.record import rows_sha256
-from bayestune.files import write_json
+from bayestune.experiment.trained import Run
+from bayestune.files import read_json, write_json
 from bayestune.functional import derive_seed
-from bayestune.methods import Distilled
-from bayestune.tasks import AnyRow
+from bayestune.methods import Distilled, fit_temperature
 
 RESULTS = Path(__file__).parent.parent / "results" / "distil"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """The numbers of rows, and the settings of the teacher, on one base model."""
+    """The numbers of rows on one base model, the settings of both runs, and those of the student alone."""
 
     labelled: int
+    held: int
     unlabelled: int
     scored: int
     passes: int
     settings: dict[str, Any]
+    student: dict[str, Any] = field(default_factory=dict)
 
 
 SETUPS = {
     "minilm": Setup(
         labelled=400,
+        held=100,
         unlabelled=600,
         scored=500,
         passes=6,
@@ -62,8 +65,9 @@ SETUPS = {
     ),
     "smollm2": Setup(
         labelled=200,
-        unlabelled=200,
-        scored=200,
+        held=40,
+        unlabelled=100,
+        scored=150,
         passes=3,
         settings={
             "batch_size": 4,
@@ -95,15 +99,16 @@ def main() -> None:
                 found = record(model, task, seed, options.data, options.runs / name)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_json(file, found | header("cpu"))
-                print(name, {key: round(found[key], 4) for key in ("nll_ratio", "ece_difference")}, flush=True)
+                print(name, {who: round(scores["nll"], 4) for who, scores in found["scores"].items()}, flush=True)
 
 
 def record(model: str, task: str, seed: int, data: str, output: Path) -> dict[str, Any]:
     """Train teacher and student unless their runs exist, and return the scores of both."""
-    setup, started = SETUPS[model], time.monotonic()
+    setup = SETUPS[model]
     with tempfile.TemporaryDirectory() as folder:
         asked = {"model": model, "task": task, "method": "blob", "seed": seed, "draws": DRAWS, **setup.settings}
-        asked |= {"data": folder, "eval": False, "eval_split": "scored", "steps": steps(setup, setup.labelled)}
+        asked |= {"data": folder, "eval": False, "steps": steps(setup, setup.labelled)}
+        asked |= {"fit_split": "held", "temperature_split": "held", "eval_split": "scored"}
         teacher = Experiment.from_dict(asked, where=f"{model}:{task}")
         rows = cut(teacher, data, setup)
         write_rows(Path(folder), task, rows)
@@ -112,45 +117,69 @@ def record(model: str, task: str, seed: int, data: str, output: Path) -> dict[st
             teacher_draws=DRAWS,
             distil_rows=str(Path(folder) / task / "unlabelled.jsonl"),
         )
-        student = teacher.replace(method=method, steps=steps(setup, setup.labelled + setup.unlabelled))
+        count = steps(setup, setup.labelled + setup.unlabelled)
+        student = teacher.replace(method=method, temperature_split=None, steps=count, **setup.student)
         for name, experiment in {"teacher": teacher, "student": student}.items():
             if not (output / name / "result.json").is_file():
                 run(experiment, output / name, overwrite=True, command=[], progress=True)
         taught, learned = (load_run(output / name, data=folder) for name in ("teacher", "student"))
-        scores = {
-            "teacher": evaluate(taught.predict(rows["scored"], draws=DRAWS, seed=1, progress=True)).as_dict(),
-            "teacher_mean": evaluate(taught.predict(rows["scored"], draws=0)).as_dict(),
-            "student": evaluate(learned.predict(rows["scored"], draws=0)).as_dict(),
+        found = {
+            "teacher": taught.predict(rows["scored"], draws=DRAWS, seed=seed, progress=True),
+            "student": learned.predict(rows["scored"], draws=0),
+            "mean": tempered_mean(taught, rows),
         }
+    nll = {who: prediction.row_nll()[None] for who, prediction in found.items()}
     return {
-        "nll_ratio": scores["student"]["nll"] / scores["teacher"]["nll"],
-        "ece_difference": scores["student"]["ece_corrected"] - scores["teacher"]["ece_corrected"],
+        "nll_ratio": (nll["student"].mean() / nll["teacher"].mean()).item(),
+        "nll_difference": {
+            who: asdict(metrics.paired_interval(nll["student"], nll[who])) for who in ("teacher", "mean")
+        },
         "model": model,
         "task": task,
         "seed": seed,
         "draws": DRAWS,
-        "scores": scores,
+        "scores": {who: evaluate(prediction).as_dict() for who, prediction in found.items()},
+        "temperature": taught.posterior.temperature,
+        "fitted": read_json(output / "teacher" / "result.json", "a result")["fitted"],
         "rows": {name: len(several) for name, several in rows.items()},
         "sha256": {name: rows_sha256(several) for name, several in rows.items()},
-        "steps": {"teacher": teacher.steps, "student": student.steps},
-        "seconds": round(time.monotonic() - started, 1),
+        "experiment": {
+            "teacher": {**teacher.as_dict(), "data": None},
+            "student": {"steps": student.steps, "learning_rate": student.learning_rate},
+        },
     }
+
+
+def tempered_mean(taught: Run, rows: dict[str, list[Any]]) -> Prediction:
+    """Return the answers of the teacher's mean, with a temperature of its own."""
+    temperature, taught.posterior.temperature = taught.posterior.temperature, 1.0
+    held, scored = (taught.predict(rows[name], draws=0) for name in ("held", "scored"))
+    taught.posterior.temperature = temperature
+    own = fit_temperature(held.draw_log_probs, held.labels)
+    return taught.task.prediction(scored.draw_log_probs, rows["scored"], draws=0, seed=0, temperature=own)
 
 
 def steps(setup: Setup, rows: int) -> int:
     return rows * setup.passes // setup.settings["batch_size"]
 
 
-def cut(experiment: Experiment, data: str, setup: Setup) -> dict[str, list[AnyRow]]:
+def cut(experiment: Experiment, data: str, setup: Setup) -> dict[str, list[Any]]:
     """Return the rows by use; the seed chooses which of the first rows of train have labels."""
     backbone = find_backbone(experiment.model)
     assert experiment.max_tokens is not None
     prompt = experiment.asked_prompt()
     task = build_task(backbone, experiment.task, data, experiment.max_tokens, prompt=prompt)
+    train: list[Any]
     train, dev = (usable(task, task.rows(split)) for split in ("train", "dev+test"))
-    first = train[: setup.labelled + setup.unlabelled]
+    first = train[: setup.labelled + setup.held + setup.unlabelled]
     random.Random(derive_seed("distil", experiment.seed)).shuffle(first)
-    return {"train": first[: setup.labelled], "unlabelled": first[setup.labelled :], "scored": dev[: setup.scored]}
+    own, further = first[: setup.labelled + setup.held], first[setup.labelled + setup.held :]
+    return {
+        "train": own[: setup.labelled],
+        "held": own[setup.labelled :],
+        "unlabelled": [dataclasses.replace(row, answer=None) for row in further],
+        "scored": dev[: setup.scored],
+    }
 
 
 if __name__ == "__main__":

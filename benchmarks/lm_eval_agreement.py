@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 import yaml
-from lm_eval import evaluator, tasks
-from lm_eval.api.task import ConfigurableTask
-from lm_eval.models.huggingface import HFLM
+from lm_eval import evaluator, tasks  # pyright: ignore[reportMissingImports]
+from lm_eval.api.task import ConfigurableTask  # pyright: ignore[reportMissingImports]
+from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 from options import parser, positive, publish
 from transformers import AutoModelForCausalLM
 

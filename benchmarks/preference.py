@@ -12,11 +12,12 @@ import random
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import transformers
 from options import parser
-from widths import DRAWS, HELD_OUT, ROOT, SETTINGS, TRAINED, VARIANTS, Cell, usable
+from widths import DRAWS, HELD_OUT, SETTINGS, TRAINED, VARIANTS, Cell, usable
 
 from bayestune import best_of_n, evaluate, predict, rewards
 from bayestune.experiment import Experiment
@@ -29,7 +30,7 @@ from bayestune.methods.scale import fit_scale
 from bayestune.tables.cells import portable
 from bayestune.tasks import DatasetSpec, Preference, PreferenceRow, Row, load_rows
 
-RESULTS = ROOT / "results" / "preference"
+RESULTS = Path(__file__).parent.parent / "results" / "preference"
 SEEDS, SCORED, K = (1, 2, 3), 300, 1.0
 METHODS = {"mle": "point", "blob": "default"}
 

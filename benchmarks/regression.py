@@ -43,7 +43,7 @@ RESULTS = Path(__file__).parent.parent / "results" / "regression"
 
 def graded(split: str, data: str) -> list[NumberRow]:
     """Return the questions of a split of ARC-Easy with their grades."""
-    import textstat
+    import textstat  # pyright: ignore[reportMissingImports]
 
     rows = [
         NumberRow(id=row.id, text=row.question, target=float(textstat.flesch_kincaid_grade(row.question)))
@@ -55,7 +55,7 @@ def graded(split: str, data: str) -> list[NumberRow]:
 
 def cell(method: str, seed: int, splits: dict[str, list[NumberRow]], folder: Path) -> Cell:
     backbone = find_backbone("minilm")
-    experiment = Experiment(**SETTINGS, method=method, task="grades", seed=seed).resolved(backbone.family)
+    experiment = Experiment(**SETTINGS | {"method": method, "task": "grades", "seed": seed}).resolved(backbone.family)
     assert experiment.max_tokens is not None
     for split, rows in splits.items():
         (folder / "grades").mkdir(exist_ok=True)

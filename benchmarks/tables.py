@@ -83,18 +83,18 @@ def serving_table() -> str:
 
 def distil_table() -> str:
     """Return mean and standard deviation over seeds per base model and data set, from results/distil/*.json."""
-    answers = {"teacher": "10 draws", "teacher_mean": "the mean", "student": "distilled"}
-    heads = [
-        "model, data set",
-        "seeds",
-        *(f"{score}, {each}" for score in ("NLL", "ECE") for each in answers.values()),
-    ]
+    answers = {"teacher": "10 draws", "mean": "the mean", "student": "distilled"}
+    scores = [f"{score}, {each}" for score in ("NLL", "ECE") for each in answers.values()]
+    heads = ["model, data set", "rows with and without labels", *scores, "NLL, distilled minus 10 draws, by seed"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     records = load("distil")
     for model, task in sorted({(record["model"], record["task"]) for record in records}):
-        found = [record["scores"] for record in records if (record["model"], record["task"]) == (model, task)]
-        cells = [spread(scores[who][m] for scores in found) for m in ("nll", "ece_corrected") for who in answers]
-        lines.append(f"| {model}, {task} | {len(found)} | {' | '.join(cells)} |")
+        mine = [record for record in records if (record["model"], record["task"]) == (model, task)]
+        cells = [spread(r["scores"][who][m] for r in mine) for m in ("nll", "ece_corrected") for who in answers]
+        less = ((r["seed"], *(r["nll_difference"]["teacher"][name] for name in ("mean", "low", "high"))) for r in mine)
+        seeds = ", ".join(f"{seed}: {mean:+.3f} [{low:+.3f}, {high:+.3f}]" for seed, mean, low, high in less)
+        rows = " and ".join(str(mine[0]["rows"][name]) for name in ("train", "unlabelled"))
+        lines.append(f"| {model}, {task} | {rows} | {' | '.join(cells)} | {seeds} |")
     return "\n".join(lines) + "\n"
 
 

@@ -4,7 +4,7 @@ python benchmarks/task_results.py
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def shown(values: Values) -> str:
     return spread(values.values()) if values else "none"
 
 
-def table(headings: Sequence[str], lines: dict[str, Sequence[str]]) -> str:
+def table(headings: Sequence[str], lines: Mapping[str, Sequence[str]]) -> str:
     head = f"| | {' | '.join(headings)} |\n{'|---' * (len(headings) + 1)}|\n"
     return head + "".join(f"| {label} | {' | '.join(cells)} |\n" for label, cells in lines.items())
 

@@ -107,8 +107,8 @@ MiniLM is trained on {TRAINED} rows of each data set, in {SETTINGS["steps"]} upd
 six passes. {HELD_OUT} further rows, on which no method trains, choose the scale of the standard deviations and every
 temperature, with other draws than those that are scored. At most {SCORED} rows of dev and test are scored. For each
 seed, all methods have the same rows. Rows of more than {SETTINGS["max_tokens"]} tokens are left out. Numbers are
-means, with the standard deviation over seeds if there are several; NLL is in nats. A guess has an NLL of ln 4 = 1.386
-on the first three data sets and of ln 2 = 0.693 on RTE and BoolQ.
+means, with the standard deviation over seeds if there are several; NLL is in nats. A guess has an NLL of about ln 4 =
+1.386 on the first three data sets and of ln 2 = 0.693 on RTE and BoolQ.
 """
 
 AGAINST = """The lowest mean NLL has rank 1. The nine are the lines of the tables; the five are plain LoRA, plain LoRA

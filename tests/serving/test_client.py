@@ -237,7 +237,8 @@ def test_a_program_that_is_no_server_of_draws_is_named() -> None:
 def test_a_server_that_does_not_answer_in_time_is_asked_once() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         with pytest.raises(
-            ServingError, match=r"found no answer within 0.1 s, expected one; if the server is only slow"
+            ServingError,
+            match=r"found no answer within 0.1 s, expected one; if the server is only slow, raise `timeout`",
         ):
             Client(f"http://127.0.0.1:{server.getsockname()[1]}", timeout=0.1)
         server.accept()[0].close()

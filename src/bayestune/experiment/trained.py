@@ -180,7 +180,7 @@ def resolve(
 
 
 def _check_splits(experiment: Experiment) -> None:
-    """Raise a ConfigError if rows that fit a setting are also scored, or also trained on."""
+    """Raise a ConfigError if a setting is fitted on scored rows or, other than a temperature, on training rows."""
     assert experiment.eval_split is not None
     scored, trained = set(experiment.eval_split.split("+")), set(experiment.train_split.split("+"))
     for name, splits in {**own_splits(experiment), HELD_OUT: experiment.temperature_split or ""}.items():

@@ -10,11 +10,12 @@ class Logits:
     """Takes the place of a task in `Sampler.outputs`, for texts instead of rows.
 
     Args:
-        last: number of positions to return, the last ones of each text; 0 for all.
+        last: number of positions to return at the end of each text; 0 for all.
     """
 
     def __init__(self, last: int = 0) -> None:
         self.last = last
 
     def outputs(self, model: Any, batch: dict[str, Tensor]) -> Float[Tensor, "texts tokens vocabulary"]:
-        return model(**batch, logits_to_keep=self.last, use_cache=False).logits
+        kept = {"logits_to_keep": self.last} if self.last else {}  # some models do not take it
+        return model(**batch, **kept, use_cache=False).logits

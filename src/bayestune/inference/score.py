@@ -124,7 +124,7 @@ class Scorer:
         reader: Any = Logits(last=count + 1)
         mean, entropy = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         for k in range(slices):
-            logits = self.sampler.outputs(reader, {"input_ids": whole}, range(k, k + 1))[0, 0, :-1]
+            logits = self.sampler.outputs(reader, {"input_ids": whole}, range(k, k + 1))[0, 0, -count - 1 : -1]
             log_probs = widen(logits).log_softmax(-1).double()
             if not log_probs.gather(1, whole[0, -count:, None]).isfinite().all():
                 raise PosteriorError(

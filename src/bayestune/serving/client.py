@@ -36,7 +36,7 @@ class Client:
             every adapter counts as a draw, and questions need token ids or a task.
         api_key: the server's API key.
         concurrency: largest number of concurrent requests.
-        timeout: seconds to wait for an answer; requests that the server has not begun yet count too.
+        timeout: seconds to wait for an answer, including its time in the server's queue.
         retries: how often a request is repeated if the server is unreachable or busy.
 
     Raises:

@@ -12,7 +12,9 @@ from tqdm.auto import tqdm
 from bayestune.errors import ConfigError, ServingError
 from bayestune.serving.wire import Question
 
-_AGAIN = {429, 502, 503, 504}  # the server is busy, or still loading the model
+_AGAIN = {429, 502, 503}  # the server is busy, or still loading the model
+_CONNECT = 10.0
+"""Seconds to wait for a connection."""
 
 
 def check_api_key(api_key: str | None) -> None:
@@ -39,7 +41,11 @@ class Connection:
         limits = httpx2.Limits(max_connections=concurrency)
         try:
             self._client = httpx2.Client(
-                base_url=self.url, headers=headers, timeout=timeout, limits=limits, trust_env=False
+                base_url=self.url,
+                headers=headers,
+                timeout=httpx2.Timeout(timeout, connect=min(timeout, _CONNECT)),
+                limits=limits,
+                trust_env=False,
             )
         except httpx2.InvalidURL as error:
             raise ConfigError(f"url: found {url!r}, expected one such as http://127.0.0.1:8080 ({error}).") from error
@@ -63,10 +69,10 @@ class Connection:
             except httpx2.ReadTimeout as error:  # asked again, a slow server would have twice as much to do
                 raise ServingError(
                     f"{self.url}: found no answer within {self.timeout:g} s, expected one; if the server is only "
-                    "slow, pass a larger timeout or a smaller concurrency."
+                    "slow, raise `timeout` of bt.serving.Client, or lower its `concurrency`."
                 ) from error
             except httpx2.TransportError as error:
-                fault = f"no connection ({error or type(error).__name__})"
+                fault = f"no connection ({str(error) or type(error).__name__})"
             else:
                 if reply.status_code == 500 and question.refusable:
                     return {}
