@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from bayestune.errors import ConfigError
 from bayestune.experiment import Experiment, Run, load_run, run
 from bayestune.inference import predict
-from bayestune.methods import Distilled, Point
+from bayestune.methods import Distilled, Point, save_posterior
 from bayestune.methods.distilled import Distillation
 from bayestune.tasks import Row, read_rows
 from bayestune_cli.app import invoke
@@ -59,6 +60,25 @@ def test_the_loss_is_the_divergence_from_the_teacher() -> None:
     gradient = outputs.grad
     assert gradient is not None
     assert torch.allclose(gradient, logits.double().softmax(-1) - teacher, atol=1e-7)
+
+
+def test_the_student_of_a_tempered_teacher_starts_at_its_tempered_mean(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "teacher", tmp_path / "teacher")
+    taught = load_run(tmp_path / "teacher")
+    taught.posterior.temperature = 2.5
+    save_posterior(taught.posterior, tmp_path / "teacher" / "posterior", overwrite=True)
+    own = {"method": Distilled(**{"teacher": str(tmp_path / "teacher")}), "steps": 1, "learning_rate": 1e-12}
+    run(taught.experiment.replace(**own, eval=False), tmp_path / "student", command=[])
+    student, asked = load_run(tmp_path / "student"), taught.task.rows("train")
+    assert student.posterior.temperature == 2.5
+    assert torch.allclose(student.predict(asked, draws=0).probs, taught.predict(asked, draws=0).probs, atol=1e-6)
+
+
+def test_the_loss_is_that_of_the_tempered_answers() -> None:
+    asked, logits = [Row(id="0", question="?", choices=("a", "b"), answer=0)], torch.tensor([[math.log(9), 0.0]])
+    task = Distillation(Fixed(logits), asked, torch.tensor([[0.75, 0.25]]), temperature=2.0)
+    loss = task.row_loss(logits, task.collate([task.example(asked[0])]))
+    assert loss.item() == pytest.approx(0.0, abs=1e-6)  # softmax(log 9 / 2) is 3 to 1
 
 
 @pytest.fixture(scope="module")

@@ -35,11 +35,19 @@ class Distillation(Task[Prediction]):
         task: the task that the teacher answered.
         rows: the rows to train on; their labels are not used.
         probs: the teacher's probabilities.
+        temperature: T of the model's answers, ``softmax(outputs / T)``.
     """
 
-    def __init__(self, task: Task[Prediction], rows: Sequence[AnyRow], probs: Float[Tensor, "rows classes"]) -> None:
+    def __init__(
+        self,
+        task: Task[Prediction],
+        rows: Sequence[AnyRow],
+        probs: Float[Tensor, "rows classes"],
+        *,
+        temperature: float = 1.0,
+    ) -> None:
         self.name, self.columns, self.labels, self.worked = task.name, task.columns, task.labels, task.worked
-        self._task = task
+        self._task, self._temperature = task, temperature
         self._probs = {id(row): (row, values) for row, values in zip(rows, probs.tolist(), strict=True)}
 
     def target(self, row: AnyRow) -> list[float]:
@@ -64,7 +72,9 @@ class Distillation(Task[Prediction]):
 
     def row_loss(self, outputs: Float[Tensor, "rows columns"], batch: dict[str, Tensor]) -> Float[Tensor, " rows"]:
         teacher = batch["teacher"]
-        log_probs = outputs.log_softmax(-1).masked_fill(teacher == 0, 0.0)  # -inf for choices that a row lacks
+        log_probs = (
+            (outputs / self._temperature).log_softmax(-1).masked_fill(teacher == 0, 0.0)
+        )  # -inf for choices that a row lacks
         return -(teacher * log_probs).sum(-1) - torch.special.entr(teacher).sum(-1)
 
     def prediction(
@@ -82,8 +92,9 @@ class Distillation(Task[Prediction]):
 class Distilled(PointMethod):
     """Plain LoRA trained to answer in one forward pass like the average over the draws of another run.
 
-    The student starts at the teacher's mean (its mode, or its first member). If the teacher has a temperature, the
-    student learns the tempered answers. The `nll` that training shows is the KL divergence from the teacher's answers.
+    The student starts at the teacher's mean (its mode, or its first member). It keeps the teacher's temperature, if
+    there is one, and learns the tempered answers. The `nll` that training shows is the KL divergence from the
+    teacher's answers.
     """
 
     name = "distilled"
@@ -125,10 +136,10 @@ class Distilled(PointMethod):
         mean = {key: tensor.detach().clone() for key, tensor in adapter_tensors(teacher.model, "default").items()}
         student = run.renew(teacher.model, run.seed)
         _start_at(student, mean)
-        task = Distillation(run.task, rows, answers.probs)
+        task = Distillation(run.task, rows, answers.probs, temperature=teacher.temperature)
         run.train(student, label=self.name, task=task, rows=rows)
         run.found["teacher_draws"] = draws
-        return self.posterior(student.eval())
+        return self.posterior(student.eval(), temperature=teacher.temperature)
 
 
 @torch.no_grad()
