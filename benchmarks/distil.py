@@ -13,7 +13,7 @@ command makes the missing records in results/distil; `benchmarks/tables.py` make
 import dataclasses
 import random
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ RESULTS = Path(__file__).parent.parent / "results" / "distil"
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """The numbers of rows on one base model, the settings of both runs, and those of the student alone."""
+    """The numbers of rows on one base model, and the settings of both runs."""
 
     labelled: int
     held: int
@@ -45,7 +45,6 @@ class Setup:
     scored: int
     passes: int
     settings: dict[str, Any]
-    student: dict[str, Any] = field(default_factory=dict)
 
 
 SETUPS = {
@@ -118,7 +117,7 @@ def record(model: str, task: str, seed: int, data: str, output: Path) -> dict[st
             distil_rows=str(Path(folder) / task / "unlabelled.jsonl"),
         )
         count = steps(setup, setup.labelled + setup.unlabelled)
-        student = teacher.replace(method=method, temperature_split=None, steps=count, **setup.student)
+        student = teacher.replace(method=method, temperature_split=None, steps=count)
         for name, experiment in {"teacher": teacher, "student": student}.items():
             if not (output / name / "result.json").is_file():
                 run(experiment, output / name, overwrite=True, command=[], progress=True)
@@ -151,12 +150,9 @@ def record(model: str, task: str, seed: int, data: str, output: Path) -> dict[st
 
 
 def tempered_mean(taught: Run, rows: dict[str, list[Any]]) -> Prediction:
-    """Return the answers of the teacher's mean, with a temperature of its own."""
-    temperature, taught.posterior.temperature = taught.posterior.temperature, 1.0
+    """Return the answers of the teacher's mean, with a temperature of its own on top of the teacher's."""
     held, scored = (taught.predict(rows[name], draws=0) for name in ("held", "scored"))
-    taught.posterior.temperature = temperature
-    own = fit_temperature(held.draw_log_probs, held.labels)
-    return taught.task.prediction(scored.draw_log_probs, rows["scored"], draws=0, seed=0, temperature=own)
+    return scored.tempered(fit_temperature(held.draw_log_probs, held.labels))
 
 
 def steps(setup: Setup, rows: int) -> int:

@@ -17,6 +17,5 @@ def difference(first: Mapping[int, float], second: Mapping[int, float]) -> tuple
     if not less:
         return "", ""
     error = f" ± {statistics.stdev(less.values()) / len(less) ** 0.5:.3f}" if len(less) > 1 else ""
-    return f"{statistics.mean(less.values()):+.3f}{error}", ", ".join(
-        f"{s}: {value:+.3f}" for s, value in less.items()
-    )
+    each = ", ".join(f"{seed}: {value:+.3f}" for seed, value in less.items())
+    return f"{statistics.mean(less.values()):+.3f}{error}", each

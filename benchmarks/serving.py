@@ -57,6 +57,7 @@ def main() -> None:
         "model": run.experiment.model,
         "task": run.task.name,
         "scoring": run.experiment.scoring,
+        "experiment": {**run.experiment.as_dict(), "data": None},
         "rows": len(rows),
         "rows_sha256": rows_sha256(rows),
         "draws": options.draws,

@@ -85,17 +85,23 @@ def distil_table() -> str:
     """Return mean and standard deviation over seeds per base model and data set, from results/distil/*.json."""
     answers = {"teacher": "10 draws", "mean": "the mean", "student": "distilled"}
     scores = [f"{score}, {each}" for score in ("NLL", "ECE") for each in answers.values()]
-    heads = ["model, data set", "rows with and without labels", *scores, "NLL, distilled minus 10 draws, by seed"]
+    less = [f"NLL, distilled minus {answers[who]}, by seed" for who in ("teacher", "mean")]
+    heads = ["model, data set", "rows with and without labels", *scores, *less]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     records = load("distil")
     for model, task in sorted({(record["model"], record["task"]) for record in records}):
         mine = [record for record in records if (record["model"], record["task"]) == (model, task)]
-        cells = [spread(r["scores"][who][m] for r in mine) for m in ("nll", "ece_corrected") for who in answers]
-        less = ((r["seed"], *(r["nll_difference"]["teacher"][name] for name in ("mean", "low", "high"))) for r in mine)
-        seeds = ", ".join(f"{seed}: {mean:+.3f} [{low:+.3f}, {high:+.3f}]" for seed, mean, low, high in less)
-        rows = " and ".join(str(mine[0]["rows"][name]) for name in ("train", "unlabelled"))
-        lines.append(f"| {model}, {task} | {rows} | {' | '.join(cells)} | {seeds} |")
+        cells = [" and ".join(str(mine[0]["rows"][name]) for name in ("train", "unlabelled"))]
+        cells += [spread(r["scores"][who][m] for r in mine) for m in ("nll", "ece_corrected") for who in answers]
+        cells += [
+            ", ".join(_with_ends(r["seed"], r["nll_difference"][who]) for r in mine) for who in ("teacher", "mean")
+        ]
+        lines.append(f"| {model}, {task} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _with_ends(seed: int, less: dict[str, float]) -> str:
+    return f"{seed}: {less['mean']:+.3f} [{less['low']:+.3f}, {less['high']:+.3f}]"
 
 
 def demo_table() -> str:

@@ -23,7 +23,6 @@ RIVALS = {
 DEFAULT, PAPER = ("default", "scaled"), ("paper", "n10")
 METHODS = (("point", "mle"), ("point", "mle_temperature"), ("point", "ensemble"), PAPER, DEFAULT)
 
-
 Scored = dict[tuple[str, str], dict[int, dict[str, float]]]
 """The scores on one data set, by rival and seed."""
 

@@ -72,9 +72,8 @@ class Distillation(Task[Prediction]):
 
     def row_loss(self, outputs: Float[Tensor, "rows columns"], batch: dict[str, Tensor]) -> Float[Tensor, " rows"]:
         teacher = batch["teacher"]
-        log_probs = (
-            (outputs / self._temperature).log_softmax(-1).masked_fill(teacher == 0, 0.0)
-        )  # -inf for choices that a row lacks
+        log_probs = (outputs / self._temperature).log_softmax(-1)
+        log_probs = log_probs.masked_fill(teacher == 0, 0.0)  # -inf for choices that a row lacks
         return -(teacher * log_probs).sum(-1) - torch.special.entr(teacher).sum(-1)
 
     def prediction(
