@@ -55,7 +55,7 @@ def _cost(records: Sequence[dict[str, Any]]) -> list[str]:
         mine.setdefault(made["variant"], []).append(made["score_seconds"] / 60)
     lines = [
         f"Minutes per record, training included, on {WHERE.get(device, device)}: "
-        + ", ".join(f"{NAMES[variant]} {statistics.mean(mine[variant]):.0f}" for variant in NAMES if variant in mine)
+        + "; ".join(f"{NAMES[variant]}: {statistics.mean(mine[variant]):.0f}" for variant in NAMES if variant in mine)
         for device, mine in sorted(took.items())
     ]
     there = (

@@ -4,7 +4,7 @@ import statistics
 from typing import Any
 
 from over_seeds import difference, spread
-from widths import COMPARED, HELD_OUT, RESULTS, SCORED, SEEDS, SETTINGS, TASKS, TRAINED
+from widths import HELD_OUT, RESULTS, SCORED, SEEDS, SETTINGS, TASKS, TRAINED, VARIANTS
 
 from bayestune.files import read_json
 from bayestune.methods.scale import chosen
@@ -30,31 +30,28 @@ Scored = dict[tuple[str, str], dict[int, dict[str, float]]]
 def page() -> str:
     """Return the page as Markdown."""
     records = [read_json(path, "a record") for path in sorted(RESULTS.glob("*.json"))]
-    whole: dict[str, Scored] = {}
-    for task in TASKS:
-        mine = [made for made in records if made["task"] == task and made["variant"] in COMPARED]
-        complete = {seed for seed in SEEDS if sum(made["seed"] == seed for made in mine) == len(COMPARED)}
-        if complete:
-            whole[task] = {
-                (variant, key): {
-                    made["seed"]: made["scores"][key]
-                    for made in mine
-                    if made["variant"] == variant and made["seed"] in complete
-                }
-                for variant, key in RIVALS
-            }
-    planned = len(TASKS) * len(COMPARED) * len(SEEDS)
-    done = sum(made["variant"] in COMPARED for made in records)
-    parts = [INTRODUCTION, f"{done} of {planned} planned records exist; incomplete seeds are left out.\n"]
-    other = [
-        made
+    found = {(made["task"], made["variant"], made["seed"]): made for made in records}
+    seeds = {task: [seed for seed in SEEDS if all((task, one, seed) in found for one in VARIANTS)] for task in TASKS}
+    whole: dict[str, Scored] = {
+        task: {
+            (variant, key): {seed: found[task, variant, seed]["scores"][key] for seed in complete}
+            for variant, key in RIVALS
+        }
+        for task, complete in seeds.items()
+        if complete
+    }
+    planned = len(TASKS) * len(VARIANTS) * len(SEEDS)
+    parts = [INTRODUCTION, f"{len(found)} of {planned} planned records exist; incomplete seeds are left out.\n"]
+    other = sum(
+        chosen({float(factor): nll for factor, nll in made["nll_by_scale"].items()}) != made["scale"]
         for made in records
-        if "scale" in made and chosen({float(k): v for k, v in made["nll_by_scale"].items()}) != made["scale"]
-    ]
-    parts += [f"In {len(other)} of them, the current rule of `fit_scale` would choose a different factor.\n"]
+        if "scale" in made
+    )
+    parts += [f"In {other} of them, the current rule of `fit_scale` would choose a different factor.\n"]
     parts += ["## NLL\n", *_table(whole, "nll"), "\n## Accuracy\n", *_table(whole, "accuracy")]
     parts += ["\n## ECE\n", *_table(whole, "ece"), "\n## The default against the others\n", AGAINST, *_against(whole)]
-    parts += ["\n## Chosen scales\n", *_scales(records)]
+    used = {key: made for key, made in found.items() if key[2] in seeds[key[0]]}
+    parts += ["\n## Chosen scales\n", *_scales(used)]
     return "\n".join(parts) + "\n"
 
 
@@ -84,19 +81,20 @@ def _against(found: dict[str, Scored]) -> list[str]:
     return lines
 
 
-def _scales(records: list[dict[str, Any]]) -> list[str]:
+def _scales(found: dict[tuple[str, str, int], dict[str, Any]]) -> list[str]:
+    """Return a table of the std in training and of the chosen factors."""
     lines = ["| data set | variant | std in training | factor, by seed |", "|---|---|---|---|"]
     for task in TASKS:
         for variant in ("paper", "default"):
-            mine = [made for made in records if (made["task"], made["variant"]) == (task, variant)]
+            mine = {seed: found[task, variant, seed] for seed in SEEDS if (task, variant, seed) in found}
             if mine:
-                std = statistics.mean(made["posterior"]["std"] for made in mine)
-                factors = ", ".join(f"{made['scale']:.3g}" for made in mine)
+                std = statistics.mean(made["posterior"]["std"] for made in mine.values())
+                factors = ", ".join(f"{seed}: {made['scale']:.3g}" for seed, made in mine.items())
                 lines.append(f"| {task} | {variant} | {std:.4f} | {factors} |")
     return lines
 
 
-INTRODUCTION = f"""# The width by default: a comparison
+INTRODUCTION = f"""# Comparison of the default width
 
 This page compares BLoB with its default width (standard deviation) to the paper's recipe, plain LoRA and an ensemble
 on little data. `python benchmarks/tables.py` makes it from the records in `results/widths`: one per data set, variant

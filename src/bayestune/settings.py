@@ -62,7 +62,7 @@ def expected(field: FieldInfo) -> str:
     if get_origin(kind) is tuple:
         return "a list of numbers" if float in get_args(kind) else "a list of names"
     if kind is str:
-        return "a text"
+        return "a string"
     if kind is bool:
         return "true or false"
     low = next((bound for bound in field.metadata if isinstance(bound, annotated_types.Ge)), None)

@@ -75,7 +75,7 @@ def _check_fields(row: Mapping[str, Any], where: str) -> None:
         raise _fault(where, row, "question", found, "one of them")
     for name in ("id", *_TEXTS[kinds[0]]):
         if not isinstance(row.get(name), str):
-            raise _fault(where, row, name, _shown(row[name]) if name in row else "nothing", "a text")
+            raise _fault(where, row, name, _shown(row[name]) if name in row else "nothing", "a string")
     if "choices" not in kinds[0]:
         return
     choices = row.get("choices")

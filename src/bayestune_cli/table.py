@@ -40,7 +40,7 @@ def table(
         str | None,
         typer.Option(help="Lines of the table, comma-separated; default: all without a target posterior std."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Updates per run; default: the paper's.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Updates per run; default 1000.")] = None,
     tasks: Annotated[
         str | None, typer.Option(help="Training sets, comma-separated; default: all of the table.")
     ] = None,
@@ -49,7 +49,7 @@ def table(
     ] = None,
     runs: Annotated[Path, typer.Option(help="Folder of the runs, shared by all tables.")] = Path("runs/tables"),
     results: Annotated[Path, typer.Option(help="Folder of the records, one JSON file per cell.")] = Path("results"),
-    output: Annotated[Path, typer.Option(help="Folder for TABLE.md and TABLE.html.")] = Path("docs/tables"),
+    output: Annotated[Path, typer.Option(help="Folder for TABLE.md and TABLE.html.")] = Path("tables"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what is missing.")] = False,
     ray: Annotated[
         str | None,

@@ -20,18 +20,18 @@ SIZES = {"hidden_size": 64, "intermediate_size": 128}
 
 
 def _int8() -> BitsAndBytesConfig:
-    pytest.importorskip("bitsandbytes", reason="int8 bases need bitsandbytes: pip install 'bayestune[quant]'")
+    pytest.importorskip("bitsandbytes", reason="int8 bases need bitsandbytes: pip install '.[quant]'")
     return BitsAndBytesConfig(load_in_8bit=True)
 
 
 def _nf4() -> BitsAndBytesConfig:
-    pytest.importorskip("bitsandbytes", reason="nf4 bases need bitsandbytes: pip install 'bayestune[quant]'")
+    pytest.importorskip("bitsandbytes", reason="nf4 bases need bitsandbytes: pip install '.[quant]'")
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
 
 
 def _torchao() -> TorchAoConfig:
     quantization = pytest.importorskip(
-        "torchao.quantization", reason="torchao bases need torchao: pip install 'bayestune[quant]'"
+        "torchao.quantization", reason="torchao bases need torchao: pip install '.[quant]'"
     )
     return TorchAoConfig(quantization.Int8WeightOnlyConfig())
 
@@ -128,7 +128,7 @@ def test_saved_and_loaded_on_a_quantised_base(base: Base, tmp_path: Path) -> Non
 @pytest.mark.property("N01")
 @pytest.mark.parametrize("cast", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def test_half_compute_around_a_quantised_base(saved_base: Path, cast: torch.dtype) -> None:
-    pytest.importorskip("bitsandbytes", reason="nf4 bases need bitsandbytes: pip install 'bayestune[quant]'")
+    pytest.importorskip("bitsandbytes", reason="nf4 bases need bitsandbytes: pip install '.[quant]'")
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=cast)
     base = LlamaForCausalLM.from_pretrained(saved_base, quantization_config=config, dtype=cast, device_map="cpu")
     model = scatter(get_peft_model(base, LLAMA.config(), autocast_adapter_dtype=False)).train()

@@ -47,7 +47,7 @@ def test_a_file_that_is_not_plain_is_refused(tmp_path: Path, text: str, words: s
         ("weight_decay: .inf", "weight_decay: found inf, expected a number"),
         ("learning_rate: 1e999", "learning_rate: found inf, expected a number above 0"),
         ("target_modules: [[q_proj]]", "expected a list of names"),
-        ("data: [[[[]]]]", "data: found .*, expected a text"),
+        ("data: [[[[]]]]", "data: found .*, expected a string"),
     ],
 )
 def test_absurd_values_are_refused_before_the_model_is_looked_for(

@@ -127,7 +127,7 @@ def test_an_interrupted_command_goes_on(
     ("rows", "message"),
     [
         ([{"id": "a", "prompt": ""}], "bad.jsonl:1 (id a): field 'prompt': found nothing in it"),
-        ([{"id": "a"}], "field 'prompt': found nothing, expected a text"),
+        ([{"id": "a"}], "field 'prompt': found nothing, expected a string"),
         ([{"id": "a", "messages": []}], "field 'messages': found nothing in it"),
         ([{"id": "a", "messages": [{"role": "user"}]}], "each with the texts 'role' and 'content'"),
         ([{"id": "a", "messages": [], "prompt": "b"}], "expected a list of messages, and no 'prompt'"),

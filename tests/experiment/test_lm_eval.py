@@ -35,7 +35,7 @@ with warnings.catch_warnings():
         from bayestune.experiment import lm_eval
     except ModuleNotFoundError:
         lm_eval: Any = None
-needs_lm_eval = pytest.mark.skipif(lm_eval is None, reason="needs lm-eval: pip install 'bayestune[eval]'")
+needs_lm_eval = pytest.mark.skipif(lm_eval is None, reason="needs lm-eval: pip install '.[eval]'")
 
 DRAWS, SEED = 3, 4
 PAIRS = [
@@ -252,7 +252,7 @@ def test_wrong_flags_and_a_missing_package_are_one_line(
     (tmp_path / "result.json").touch()
     asking = ["lm-eval", str(tmp_path), "--tasks", "arc_easy"]
     for command, words in (
-        (asking, "lm-eval: found no package lm_eval, expected it installed; run: pip install 'bayestune[eval]'"),
+        (asking, "lm-eval: found no package lm_eval, expected it installed; run: pip install '.[eval]'"),
         (["lm-eval", str(tmp_path)], "Missing option '--tasks'"),
         (["lm-eval", "nowhere", "--tasks", "arc_easy"], "nowhere: found no result.json"),
         ([*asking, "--include-path", str(tmp_path / "no")], "found no folder, expected one with YAML files"),

@@ -200,7 +200,7 @@ def test_texts_end_where_they_end(model: PeftModel, tokenizer: PreTrainedTokeniz
 
 def test_chats_are_put_by_the_template(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
     chat = [{"role": "user", "content": "A"}]
-    with pytest.raises(TaskError, match="prompt 0: found messages, expected a text"):
+    with pytest.raises(TaskError, match="prompt 0: found messages, expected a string"):
         bt.generate(model, tokenizer, [chat], draws=1)
     able = copy.deepcopy(tokenizer)
     able.chat_template = (

@@ -120,7 +120,7 @@ PROMISES = (
     Promise(
         "D10",
         "Tokenizers without a pad token, with added tokens or a doubled BOS are handled or refused.",
-        "Chat templates are not used.",
+        "These tests do not use chat templates.",
     ),
     Promise("D11", "One class, few rows, a last batch of one: trained and scored, or refused by name."),
     Promise(

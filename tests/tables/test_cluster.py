@@ -19,7 +19,7 @@ from tables.grids import make, make_like, make_world, with_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore::bayestune.errors.BayestuneWarning")  # so small a model knows little
 
-needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="needs ray: pip install 'bayestune[cluster]'")
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="needs ray: pip install '.[cluster]'")
 
 WATCHED = """
 import os, signal
@@ -121,6 +121,6 @@ def test_without_ray_the_package_to_install_is_named(
     model = ["--model", str(world / "bert"), "--data", str(world / "data")]
     assert invoke(["table", "table2", "--ray", "local", *places, *model]) == 2
     assert capsys.readouterr().err == (
-        "error: --ray: found no package ray, expected it installed; run: pip install 'bayestune[cluster]'\n"
+        "error: --ray: found no package ray, expected it installed; run: pip install '.[cluster]'\n"
     )
     assert not any(tmp_path.iterdir())

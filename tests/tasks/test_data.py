@@ -149,7 +149,7 @@ def test_a_label_of_the_wrong_type_is_refused(tmp_path: Path, answer: object, fo
 @pytest.mark.parametrize(("label", "found"), [(True, "True"), (1.0, "1.0"), (["a"], "['a']"), (None, "None")])
 def test_a_label_that_is_neither_a_number_nor_a_text_is_refused(tmp_path: Path, label: object, found: str) -> None:
     message = refusal(tmp_path / "rows.jsonl", json.dumps({**TEXT, "label": label}).encode())
-    assert f"(id t1): field 'label': found {found}, expected a whole number, counted from 0, or a text" in message
+    assert f"(id t1): field 'label': found {found}, expected a whole number, counted from 0, or a string" in message
 
 
 def test_a_label_may_be_a_text_but_not_an_empty_one(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_text_labels_and_numbers_in_one_file_are_refused_with_both_places(tmp_pa
     rows = [{**TEXT, "label": "positive"}, {**TEXT, "id": "t2", "label": None}, {**TEXT, "id": "t3", "label": 1}]
     path = tmp_path / "rows.jsonl"
     message = refusal(path, "\n".join(map(json.dumps, rows)).encode(), labelled=False)
-    assert f"{path}:3 (id t3): field 'label': found 1, expected a text, as 'positive' of {path}:1" in message
+    assert f"{path}:3 (id t3): field 'label': found 1, expected a string, as 'positive' of {path}:1" in message
 
 
 @pytest.mark.property("D02")

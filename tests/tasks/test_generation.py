@@ -105,8 +105,8 @@ def test_a_chat_is_put_by_the_template_once(tokenizer: PreTrainedTokenizerBase, 
     [
         ({"prompt": "a", "answer": ""}, "field 'answer': found empty text"),
         ({"prompt": " ", "answer": "b"}, "field 'prompt': found only blanks"),
-        ({"prompt": "a"}, "field 'answer': found nothing, expected a text"),
-        ({"prompt": "a", "answer": 3}, "field 'answer': found 3, expected a text"),
+        ({"prompt": "a"}, "field 'answer': found nothing, expected a string"),
+        ({"prompt": "a", "answer": 3}, "field 'answer': found 3, expected a string"),
         ({"prompt": "a", "text": "b", "answer": "c"}, "'text'"),
     ],
 )

@@ -153,9 +153,9 @@ def test_a_reward_that_is_linear_in_the_weights_has_the_probability_of_the_quadr
         ({"rejected": " \n"}, "field 'rejected': found only blanks, expected some text"),
         ({"rejected": "a"}, "field 'rejected': found the text of 'chosen', expected another text"),
         ({"prompt": " "}, "field 'prompt': found only blanks, expected some text"),
-        ({"prompt": 3}, "field 'prompt': found 3, expected a text"),
-        ({"chosen": ["a"]}, r"field 'chosen': found \['a'\], expected a text"),
-        ({"rejected": None}, "field 'rejected': found None, expected a text"),
+        ({"prompt": 3}, "field 'prompt': found 3, expected a string"),
+        ({"chosen": ["a"]}, r"field 'chosen': found \['a'\], expected a string"),
+        ({"rejected": None}, "field 'rejected': found None, expected a string"),
         ({"chosen": "a\0"}, "field 'chosen': found a NUL character"),
     ],
 )
@@ -169,7 +169,9 @@ def test_a_row_that_is_no_preference_is_refused(tmp_path: Path, changes: dict[st
 def test_a_row_without_one_of_its_texts_is_refused(tmp_path: Path, missing: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({key: text for key, text in GOOD.items() if key != missing}) + "\n")
-    with pytest.raises(DataError, match=rf"rows.jsonl:1 \(id p\): field '{missing}': found nothing, expected a text"):
+    with pytest.raises(
+        DataError, match=rf"rows.jsonl:1 \(id p\): field '{missing}': found nothing, expected a string"
+    ):
         read_rows(path)
 
 

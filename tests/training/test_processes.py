@@ -41,7 +41,7 @@ def test_two_processes_train_what_one_trains(
 @pytest.mark.nightly
 def test_two_processes_train_on_a_base_of_4_bits(tmp_path: Path, figure: Callable[..., None]) -> None:
     """To rounding of float32, in which bitsandbytes computes."""
-    pytest.importorskip("bitsandbytes", reason="nf4 bases need bitsandbytes: pip install 'bayestune[quant]'")
+    pytest.importorskip("bitsandbytes", reason="nf4 bases need bitsandbytes: pip install '.[quant]'")
     done = launch("process.py", tmp_path, "nf4")
     assert done.returncode == 0, done.stderr[-3000:]
     beside_one(tmp_path, "nf4", tmp_path, figure, at_most=1e-6)

@@ -90,7 +90,7 @@ def methods_page() -> str:
         if method.model_fields:
             lines += ["", "| setting | takes | default | |", "|---|---|---|---|"]
         for name, field in method.model_fields.items():
-            default = "none" if field.default is None else f"`{field.default}`"
+            default = "unset" if field.default is None else f"`{field.default}`"
             lines.append(f"| `{name}` | {expected(field)} | {default} | {field.description} |")
     return "\n".join(lines) + "\n"
 

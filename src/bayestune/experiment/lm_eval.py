@@ -29,7 +29,7 @@ try:
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table  # pyright: ignore[reportMissingImports]
 except ModuleNotFoundError as error:
-    message = "lm-eval: found no package lm_eval, expected it installed; run: pip install 'bayestune[eval]'"
+    message = "lm-eval: found no package lm_eval, expected it installed; run: pip install '.[eval]'"
     raise ModuleNotFoundError(message, name=error.name) from error
 
 _KEPT = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")

@@ -186,10 +186,10 @@ def _ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: str) -> list
             raise DataError(f"{where}: found a lone surrogate, expected Unicode.")
         return without_appended(tokenizer(prompt, return_special_tokens_mask=True)) if prompt else []
     if not tokenizer.chat_template:
-        raise TaskError(f"{where}: found messages, expected a text: the tokenizer has no chat template.")
+        raise TaskError(f"{where}: found messages, expected a string: the tokenizer has no chat template.")
     messages: list[Any] = [*prompt]
     if isinstance(prompt, Mapping) or not all(isinstance(message, Mapping) for message in messages):
-        raise DataError(f"{where}: found {prompt!r}"[:120] + ", expected a text or a list of messages.")
+        raise DataError(f"{where}: found {prompt!r}"[:120] + ", expected a string or a list of messages.")
     try:
         encoding: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
     except Exception as error:  # whatever the template raises

@@ -54,9 +54,9 @@ class Blob(Method):
 
     recipe: Literal["default", "paper"] = Field(
         "default",
-        description="Values of settings that are not given. default: std 0.3 x the prior's unless it starts wider, "
-        "uniform KL weights, no cycle longer than the run, and a scale chosen on held-out rows. paper: the paper's "
-        "KL weights, KL rate and flipout, and no scale.",
+        description="Preset for the settings that you leave out. default: a target std of 0.3 x the prior's, unless "
+        "it starts wider; uniform KL weights; a KL cycle no longer than the run; and a scale chosen on held-out rows. "
+        "paper: the paper's KL weights, KL rate and flipout, and no scale.",
     )
     prior_std: float = Field(0.2, gt=0, description="Standard deviation of the prior.")
     rho_init: float = Field(0.05, gt=0, description="Initial G; the standard deviation is G^2.")

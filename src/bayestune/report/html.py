@@ -12,7 +12,7 @@ from bayestune.report.views import Page, Section, Table
 try:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("reports need jinja2: pip install 'bayestune[report]'", name=error.name) from error
+    raise ModuleNotFoundError("reports need jinja2: pip install '.[report]'", name=error.name) from error
 
 _TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent, encoding="utf-8"),

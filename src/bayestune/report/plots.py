@@ -23,7 +23,7 @@ try:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("diagrams need matplotlib: pip install 'bayestune[report]'", name=error.name) from error
+    raise ModuleNotFoundError("diagrams need matplotlib: pip install '.[report]'", name=error.name) from error
 
 Curves = Mapping[str, tuple[Tensor, Tensor]]
 

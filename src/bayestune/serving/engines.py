@@ -29,7 +29,7 @@ def check_engine(backend: str, base: Path | None, api_key: str | None) -> None:
     if backend not in ("llamacpp", "vllm"):
         raise ConfigError(f"backend: found {backend!r}, expected 'llamacpp' or 'vllm'.")
     package, install = {
-        "llamacpp": ("xllamacpp", "pip install 'bayestune[serve]'"),
+        "llamacpp": ("xllamacpp", "pip install '.[serve]'"),
         "vllm": ("vllm", "install it beside this project's transformers, as docs/serving.md says"),
     }[backend]
     if importlib.util.find_spec(package) is None:

@@ -74,9 +74,7 @@ def check_gguf_package() -> None:
         ConfigError: the package is missing.
     """
     if importlib.util.find_spec("gguf") is None:
-        raise ConfigError(
-            "format 'gguf': found no package gguf, expected it installed; run: pip install 'bayestune[serve]'"
-        )
+        raise ConfigError("format 'gguf': found no package gguf, expected it installed; run: pip install '.[serve]'")
 
 
 def gguf_layers(model: PeftModel, adapter: str) -> tuple[Architecture, dict[str, GgufLayer]]:

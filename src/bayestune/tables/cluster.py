@@ -19,7 +19,7 @@ try:
     import ray  # pyright: ignore[reportMissingImports]
     from ray.exceptions import RayError, RayTaskError  # pyright: ignore[reportMissingImports]
 except ModuleNotFoundError as error:
-    message = "--ray: found no package ray, expected it installed; run: pip install 'bayestune[cluster]'"
+    message = "--ray: found no package ray, expected it installed; run: pip install '.[cluster]'"
     raise ModuleNotFoundError(message, name=error.name) from error
 
 RETRIES = 3

@@ -22,7 +22,7 @@ from bayestune.tasks.preference_rows import PreferenceRow
 from bayestune.tasks.prompted import PromptRow
 from bayestune.tasks.rows import AnyRow, Fields, NumberRow, Row, TextRow, fault, shown
 
-_KINDS = {str: "a text", int: "a whole number", float: "a number", tuple: "a list of numbers"}
+_KINDS = {str: "a string", int: "a whole number", float: "a number", tuple: "a list of numbers"}
 FORMATS: tuple[type[AnyRow], ...] = (Row, TextRow, NumberRow, PreferenceRow, PromptRow)
 """The row classes that data sets can have."""
 LINE_LIMIT = 10_000_000

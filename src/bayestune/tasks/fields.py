@@ -34,14 +34,14 @@ class Fields:
     labeled: bool = True
 
     def text(self, name: str) -> str:
-        """Return a text."""
+        """Return a string."""
         value = self.values.get(name)
         if not isinstance(value, str):
-            raise self.fault(name, "a text")
+            raise self.fault(name, "a string")
         return value
 
     def optional_text(self, name: str) -> str | None:
-        """Return a text, or None if the field is absent or null."""
+        """Return a string, or None if the field is absent or null."""
         return None if self.values.get(name) is None else self.text(name)
 
     def texts(self, name: str) -> tuple[str, ...]:

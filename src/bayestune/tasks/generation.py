@@ -100,7 +100,7 @@ class TextPrediction(AnyPrediction[TextScores]):
 
     def _known_tokens(self) -> Int[Tensor, " rows"]:
         if self.tokens is None:
-            raise DataError("evaluate: some rows have no answer; found None, expected a text for every row.")
+            raise DataError("evaluate: some rows have no answer; found None, expected an answer for every row.")
         return self.tokens
 
     def records(self, rows: Sequence[AnyRow]) -> list[dict[str, Any]]:
@@ -162,7 +162,7 @@ class GenerationTask(TokenizedTask[TextPrediction]):
         prompt: Any = row.prompt
         if not isinstance(prompt, str):
             if not self.tokenizer.chat_template:
-                raise row.fault("messages", "messages", "a text: the tokenizer has no chat template")
+                raise row.fault("messages", "messages", "a string: the tokenizer has no chat template")
             messages = [dict(message) for message in prompt]
             prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return [(prompt, None), (prompt + (row.answer or ""), None)]

@@ -37,7 +37,7 @@ def fetch(source: HubSource, split: str) -> Iterator[tuple[str, dict[str, Any]]]
     except ImportError as error:
         raise ConfigError(
             f"loading {source.repository} from the Hub needs the package 'datasets': "
-            "pip install 'bayestune[hub]', or name a folder of files with data= (--data DIR)"
+            "pip install '.[hub]', or name a folder of files with data= (--data DIR)"
         ) from error
     their_split = source.splits[split]
     place = "/".join(part for part in ("hub:" + source.repository, source.configuration, their_split) if part)

@@ -42,7 +42,7 @@ class PromptRow(AnyRow):
 
     @classmethod
     def from_fields(cls, fields: Fields) -> "PromptRow":
-        own: dict[str, Any] = {"id": fields.text("id"), "answer": fields.label("answer", str, expected="a text")}
+        own: dict[str, Any] = {"id": fields.text("id"), "answer": fields.label("answer", str, expected="a string")}
         messages = fields.values.get("messages")
         if messages is None:
             return cls(prompt=fields.text("prompt"), where=fields.where, **own)

@@ -201,7 +201,7 @@ class TextRow(AnyRow):
             id=fields.text("id"),
             text=fields.text("text"),
             text_pair=fields.optional_text("text_pair"),
-            label=fields.label("label", int, str, expected="a whole number, counted from 0, or a text"),
+            label=fields.label("label", int, str, expected="a whole number, counted from 0, or a string"),
             where=fields.where,
         )
 
