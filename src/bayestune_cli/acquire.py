@@ -22,6 +22,7 @@ from bayestune_cli.arguments import (
     load,
 )
 from bayestune_cli.batches import OnBadRow, batches, check_all, check_files
+from bayestune_cli.errors import FlagError
 
 if TYPE_CHECKING:
     from bayestune.experiment import Run
@@ -51,6 +52,8 @@ def acquire(
 ) -> None:
     """Choose the rows of a pool that are most worth labeling; print ids and scores. Training rows are left out."""
     check_run(run)
+    if score == "random" and (draws is not None or predictive is not None):
+        raise FlagError("acquire: found --draws or --predictive, but --score random asks no draws; leave it out.")
     if output is not None:
         check_output_file(output, overwrite=overwrite)
     check_files(pool, output, flag="--pool", whole=on_bad_row == "stop")

@@ -5,6 +5,7 @@ command runs, so `bayestune --help` is instant.
 """
 
 import contextlib
+import os
 import signal
 import sys
 import traceback
@@ -72,7 +73,7 @@ def invoke(arguments: Sequence[str]) -> int:
 
     In the main thread SIGINT and SIGTERM end the command; a second one ends the process.
     """
-    with contextlib.redirect_stderr(LastingStream(sys.stderr)):
+    with contextlib.redirect_stderr(LastingStream(sys.stderr or open(os.devnull, "w"))):
         return flush_output(_invoke(arguments))
 
 

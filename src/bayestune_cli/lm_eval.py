@@ -56,7 +56,8 @@ def lm_eval(
 
     if output is not None:
         check_writable(output.parent, f"--output {output}")
-    known = Tasks(include_path=None if include_path is None else str(include_path))
+    folder = None if include_path is None else str(include_path)
+    known = Tasks(include_path=folder)
     names = known.named(tasks)  # before the model is loaded
     loaded = load(run, data, None)
     asked = {"draws": draw_count(loaded, draws), "seed": seed, "batch_size": batch_size}
@@ -64,5 +65,5 @@ def lm_eval(
     results = ask(loaded, known, names, **asked, **options)
     print(tables(results))
     if output is not None:
-        write_json(output, record(results, loaded, run, tasks=names, **asked, **options))
+        write_json(output, record(results, loaded, run, tasks=names, include_path=folder, **asked, **options))
         print(f"{output}: {', '.join(names)} with {asked['draws']} draws of seed {seed}")

@@ -91,12 +91,14 @@ def test_a_wrong_use_has_valid_json_too_and_done_is_0(world: Path, capsys: pytes
 
 
 @pytest.mark.property("R09")
-def test_a_program_started_without_a_stdout_still_ends_in_its_own_way() -> None:
+def test_a_program_started_without_a_stdout_or_a_stderr_still_ends_in_its_own_way() -> None:
     for arguments, code in (["--help"], 0), (["evaluate", "/nowhere", "--json"], 2):
         command = ["sh", "-c", 'exec "$0" -m bayestune_cli "$@" >&-', sys.executable, *arguments]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == code
         assert "Traceback" not in done.stderr and ("/nowhere" in done.stderr) == (code == 2)
+        closed = ["sh", "-c", 'exec "$0" -m bayestune_cli "$@" 2>&-', sys.executable, *arguments]
+        assert subprocess.run(closed, capture_output=True).returncode == code
 
 
 # Odd environments.

@@ -109,6 +109,21 @@ def test_what_cost_time_is_kept_and_the_earlier_run_waits(tmp_path: Path) -> Non
     assert whole(output) == "new" and not earlier_run(output).exists()
 
 
+def test_an_unfinished_run_is_kept_until_the_next_one_starts(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    write_run(output, "old")
+    with pytest.raises(KeyboardInterrupt), run_folder(output, GIVEN, overwrite=True, resume=False):
+        (output / "checkpoints" / "checkpoint-2").mkdir(parents=True)
+        (output / "checkpoints" / "checkpoint-2" / "state").write_text("new")
+        raise KeyboardInterrupt
+    (output / "notes.txt").write_text("mine")
+    check_output(output, GIVEN, overwrite=True, resume=False)  # a setting may be refused after this
+    assert (output / "checkpoints" / "checkpoint-2" / "state").is_file()
+    with pytest.raises(KeyboardInterrupt):
+        replace(output, fails=True)
+    assert whole(output) == "old" and (output / "notes.txt").read_text() == "mine"
+
+
 def test_files_of_others_stay(tmp_path: Path) -> None:
     output = tmp_path / "run"
     write_run(output, "old")

@@ -37,7 +37,7 @@ def the_litter_of_killed_saves_stays() -> None:
 
 @defect(STORAGE, "overwrite or existing")
 def any_folder_is_overwritten() -> None:
-    replace(f"{FILES}._check_target", lambda target, overwrite: None)
+    replace(f"{FILES}._check_target", lambda target, overwrite, kind: None)
 
 
 @defect(STORAGE, "interrupted or killed_at")
@@ -159,9 +159,9 @@ def a_folder_is_looked_at_before_its_lock_is_held() -> None:
 
     def make(right: Any) -> Any:
         @contextmanager
-        def wrong(path: Any, *, overwrite: bool) -> Any:
-            folders._check_target(Path(path).absolute(), overwrite)
-            with right(path, overwrite=overwrite) as work:
+        def wrong(path: Any, *, overwrite: bool, kind: Any = None) -> Any:
+            folders._check_target(Path(path).absolute(), overwrite, kind)
+            with right(path, overwrite=overwrite, kind=kind) as work:
                 yield work
 
         return wrong

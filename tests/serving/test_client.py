@@ -196,7 +196,7 @@ def test_a_draw_that_changes_nothing_is_refused(tmp_path: Path) -> None:
             pass
 
 
-def test_a_start_that_fails_leaves_nothing(tmp_path: Path) -> None:
+def test_a_start_that_fails_leaves_nothing_and_keeps_the_folder_that_it_replaces(tmp_path: Path) -> None:
     (tmp_path / "base.gguf").write_bytes(b"GGUF but not really")
     with pytest.raises(
         ServingError, match="llama.cpp did not start with .*: the file is not a GGUF model or not the adapters' base"
@@ -204,6 +204,17 @@ def test_a_start_that_fails_leaves_nothing(tmp_path: Path) -> None:
         with serving(tmp_path, posterior(), task(tmp_path)):
             pass
     assert not (tmp_path / "served").exists()
+    base(tmp_path)
+    with serving(tmp_path, posterior(), task(tmp_path)):
+        record = (tmp_path / "served" / "served.json").read_bytes()
+    (tmp_path / "base.gguf").write_bytes(b"GGUF but not really")
+    with pytest.raises(ServingError), serving(tmp_path, posterior(), task(tmp_path), overwrite=True):
+        pass
+    assert (tmp_path / "served" / "served.json").read_bytes() == record
+    base(tmp_path)
+    with serving(tmp_path, posterior(), task(tmp_path), overwrite=True):
+        assert (tmp_path / "served" / "served.json").read_bytes() != record  # another port
+    assert {path.name for path in tmp_path.iterdir() if "served" in path.name} == {"served"}
 
 
 def test_a_record_is_read_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

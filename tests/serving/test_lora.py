@@ -18,7 +18,7 @@ from bayestune.adapters import gaussian_layers
 from bayestune.errors import BayestuneWarning, ConfigError, DrawError, PosteriorError
 from bayestune.functional import prediction_noise
 from bayestune.inference.draws import draw, evaluation_mode
-from bayestune.methods import EnsemblePosterior, SwagPosterior, fit_laplace, load_posterior
+from bayestune.methods import EnsemblePosterior, SwagPosterior, fit_laplace, load_posterior, save_posterior
 from bayestune.methods.swag import Moments, trained_weights
 from bayestune.sampling.base import Substituted, SubstitutedDraws
 from bayestune.serving.lora import export_lora
@@ -299,6 +299,13 @@ def test_an_existing_folder_is_replaced_whole_and_only_if_asked(
     assert os.listdir(tmp_path) == ["e"] and len(os.listdir(tmp_path / "e")) == 5
     export_lora(blob(), tmp_path / "e", draws=1, overwrite=True)
     assert sorted(os.listdir(tmp_path / "e")) == ["bayestune_manifest.json", "draw_0", "mean"]
+
+
+def test_a_posterior_is_not_replaced_by_its_export(tmp_path: Path) -> None:
+    save_posterior(blob(), tmp_path / "posterior")
+    with pytest.raises(ConfigError, match="posterior: found a folder that bayestune wrote for another purpose"):
+        export_lora(blob(), tmp_path / "posterior", draws=1, overwrite=True)
+    load_posterior(LLAMA.build(), tmp_path / "posterior")
 
 
 def test_the_members_of_an_ensemble_are_exported_as_they_are(tmp_path: Path) -> None:

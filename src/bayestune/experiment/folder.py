@@ -60,6 +60,7 @@ def check_output(output: Path, experiment: Experiment, *, overwrite: bool, resum
     check_writable(output, f"output {output}")
     if output.resolve().parent.is_dir():
         with _alone(output.resolve()):
+            _recover(output.resolve(), overwrite=False)  # an unfinished run is kept until the new one starts
             _check_content(output, experiment, overwrite=overwrite, resume=resume)
 
 
@@ -70,7 +71,6 @@ def _alone(output: Path) -> AbstractContextManager[None]:
 
 def _check_content(output: Path, experiment: Experiment, *, overwrite: bool, resume: bool) -> None:
     """The part of `check_output` that needs the lock."""
-    _recover(output.resolve(), overwrite=overwrite)
     found = _names(output)
     if resume:
         _check_resumed(output, experiment)
@@ -134,6 +134,7 @@ def run_folder(output: Path, experiment: Experiment, *, overwrite: bool, resume:
     output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
     with _alone(output):
+        _recover(output, overwrite=overwrite)
         _check_content(output, experiment, overwrite=overwrite, resume=resume)
         with _in_place(output, experiment, resume=resume):
             yield
@@ -175,13 +176,13 @@ def _has_something(output: Path) -> bool:
 def _put_back(before: Path, output: Path) -> None:
     """Replace the new run, which has nothing worth keeping, with the earlier one."""
     if output.exists():
-        remove(output)
+        _drop(output, before)
     os.rename(before, output)
 
 
-def _drop(before: Path, output: Path) -> None:
-    """Remove the earlier run; move files that are not part of a run to the new one."""
-    for path in list(before.iterdir()):
-        if path.name not in _OWN and not (output / path.name).exists():
-            os.rename(path, output / path.name)
-    remove(before)
+def _drop(run: Path, kept: Path) -> None:
+    """Remove a run; move the files in its folder that are not part of a run to the folder of the other run."""
+    for path in list(run.iterdir()):
+        if path.name not in _OWN and not (kept / path.name).exists():
+            os.rename(path, kept / path.name)
+    remove(run)

@@ -30,7 +30,7 @@ def provenance(backbone: Backbone, rows: Mapping[str, Sequence[AnyRow]], adapter
     """
     start = {} if adapter is None else {"start": file_sha256(adapter_file(Path(adapter)))}
     hashes = {
-        "base": _hashes(backbone, "*.safetensors", GGUF_RECORD),
+        "base": _hashes(backbone, "*.safetensors", "pytorch_model*.bin", GGUF_RECORD),
         "base_settings": _hashes(backbone, *_SETTINGS),
         **start,
         **{f"{use}_rows": rows_sha256(found) for use, found in rows.items() if found},

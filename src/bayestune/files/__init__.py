@@ -15,6 +15,7 @@ from bayestune.files.folders import existing_folder as existing_folder
 from bayestune.files.folders import new_folder as new_folder
 from bayestune.files.folders import publish as publish
 from bayestune.files.folders import remove as remove
+from bayestune.files.folders import replaced_if as replaced_if
 from bayestune.files.json_files import read_json as read_json
 from bayestune.files.json_files import read_sealed as read_sealed
 from bayestune.files.json_files import sealed as sealed

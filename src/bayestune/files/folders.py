@@ -6,7 +6,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -18,13 +18,14 @@ MANIFEST = "bayestune_manifest.json"
 
 
 @contextlib.contextmanager
-def new_folder(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
+def new_folder(path: str | os.PathLike[str], *, overwrite: bool, kind: str | None = None) -> Iterator[Path]:
     """Yield an empty folder beside `path` that replaces it when the block ends without an exception.
 
     Everything is flushed to disk before the renames. An older folder is moved aside first and removed last, so a
     crash leaves either the old folder or the new one whole. After a crash between the two renames, the old folder is
     beside `path`, where `existing_folder` finds it. With `overwrite`, only an empty folder or one that holds a
-    bayestune manifest is replaced. Leftovers of killed saves to `path` are removed first.
+    bayestune manifest is replaced; if its content is of another `kind`, such as a posterior where an export is to be
+    written, it is not. Leftovers of killed saves to `path` are removed first.
 
     Raises:
         ConfigError: `path` exists and must not be replaced, or is a link; something that bayestune did not write
@@ -38,7 +39,7 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Pat
         _remove_litter(target)
         if aside.is_dir() and not os.path.lexists(target):
             os.rename(aside, target)
-        _check_target(target, overwrite)
+        _check_target(target, overwrite, kind)
         work = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
         work.mkdir()
         try:
@@ -53,6 +54,38 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Pat
         finally:
             if os.path.lexists(target):
                 remove(aside)
+
+
+@contextlib.contextmanager
+def replaced_if(path: Path, *, overwrite: bool, kind: str) -> Iterator[Callable[[], None]]:
+    """Context that makes the folder `path`, and yields a function to call once the new folder has proved good.
+
+    An older folder is beside `path` until then, as `.NAME.before`. It is removed by the call, and put back if the
+    context ends without one; so is one that a crash has left there.
+
+    Raises:
+        ConfigError: `path` exists and must not be replaced, as for `new_folder`.
+    """
+    before, good = path.with_name(f".{path.name}.before"), False
+
+    def succeed() -> None:
+        nonlocal good
+        good = True
+        remove(before)
+
+    if before.is_dir() and not os.path.lexists(path):
+        os.rename(before, path)
+    _check_target(path, overwrite, kind)
+    if os.path.lexists(path):
+        remove(before)
+        os.rename(path, before)
+    try:
+        yield succeed
+    finally:
+        if not good:
+            remove(path)
+            if before.is_dir():
+                os.rename(before, path)
 
 
 def publish(work: Path, target: Path, aside: Path) -> None:
@@ -142,7 +175,7 @@ def _check_aside(aside: Path) -> None:
         )
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def _check_target(target: Path, overwrite: bool, kind: str | None) -> None:
     if not os.path.lexists(target):
         return
     if not overwrite:
@@ -153,6 +186,11 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise ConfigError(
             f"{target} is not a folder that bayestune wrote (it holds no {MANIFEST}), so overwrite=True does not "
             "replace it: remove it by hand, or choose another path."
+        )
+    if kind is not None and any(target.iterdir()) and f'"{kind}":' not in (target / MANIFEST).read_text("utf-8"):
+        raise ConfigError(
+            f"{target}: found a folder that bayestune wrote for another purpose, expected one with {kind!r} in its "
+            f"{MANIFEST}; choose another path."
         )
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bayestune.errors import BayestuneWarning, ConfigError
-from bayestune.files import file_sha256, new_folder, read_json, remove
+from bayestune.files import file_sha256, new_folder, read_json, replaced_if
 from bayestune.inference import predict
+from bayestune.packaged import model_source
 from bayestune.sampling import Posterior
 from bayestune.serving.asking import described
 from bayestune.serving.client import Client
@@ -20,6 +21,8 @@ from bayestune.storage.manifest import CONFIG_FILE, TENSOR_FILE, write_manifest
 from bayestune.tasks import Row, TokenizedTask
 
 ADAPTERS = "adapters"
+_KIND = "served"
+"""The entry of the manifest by which `overwrite` knows a folder of `serve`."""
 Backend = Literal["llamacpp", "vllm"]
 _AGREES = 1e-3
 """Largest difference of probabilities without a warning."""
@@ -65,17 +68,14 @@ def serve(
     """
     check_engine(backend, None if base is None else Path(base), api_key)
     folder, port, sizes = Path(path).absolute(), check_port(host, port), _sizes(posterior, task, context)
-    paths = _exported(posterior, task, folder, backend, draws=draws, seed=seed, overwrite=overwrite)
-    source, answered = str(base or posterior.model.name_or_path), False
-    try:
+    source = model_source(posterior.model.name_or_path) if base is None else str(base)
+    with replaced_if(folder, overwrite=overwrite, kind=_KIND) as succeed:
+        paths = _exported(posterior, task, folder, backend, draws=draws, seed=seed)
         with _started(backend, source, paths, host=host, port=port, api_key=api_key, **sizes) as url:
             known = {"draws": draws, "seed": seed, "backend": backend, "api_key": api_key, **sizes}
             served = _recorded(posterior, task, url, folder, paths, **known)
-            answered = True
+            succeed()
             yield served
-    finally:
-        if not answered:
-            remove(folder)
 
 
 def _sizes(posterior: Posterior, task: TokenizedTask, context: int | None) -> dict[str, int]:
@@ -92,15 +92,15 @@ def _sizes(posterior: Posterior, task: TokenizedTask, context: int | None) -> di
 
 
 def _exported(
-    posterior: Posterior, task: TokenizedTask, folder: Path, backend: str, *, draws: int, seed: int, overwrite: bool
+    posterior: Posterior, task: TokenizedTask, folder: Path, backend: str, *, draws: int, seed: int
 ) -> list[Path]:
     """Write the adapters and the tokenizer, and return the paths of the adapters to serve."""
-    with new_folder(folder, overwrite=overwrite) as made:
+    with new_folder(folder, overwrite=False) as made:
         inner, format = made / ADAPTERS, "gguf" if backend == "llamacpp" else "peft"
         written = export_draws(posterior, inner, draws=draws, seed=seed, format=format, limits=[])
         task.tokenizer.save_pretrained(made / TOKENIZER)
         inside = [file.relative_to(made).as_posix() for file in made.rglob("*") if file.is_file()]
-        write_manifest(made, {"served": backend}, inside)
+        write_manifest(made, {_KIND: backend}, inside)
     return [folder / ADAPTERS / each.name for each in written if draws == 0 or each.stem != "mean"]
 
 

@@ -83,7 +83,7 @@ def export_draws(
     notes = _notes(posterior, adapter, limits)
     names: dict[str, int | None] = {"mean": None} if posterior.has_mean else {}
     names |= {f"draw_{index}": index for index in range(draws)}
-    with new_folder(path, overwrite=overwrite) as folder:
+    with new_folder(path, overwrite=overwrite, kind="exported") as folder:
         for name, index in names.items():
             tensors = _tensors(model, adapter, seed, index, substituted)
             source = {"draw": "mean"} if index is None else {"draw": str(index), "seed": str(seed)}

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from bayestune.errors import ConfigError, PosteriorError
+from bayestune.errors import ConfigError, PosteriorError, one_line
 from bayestune.files import existing_folder, strict_json
 from bayestune.sampling.base import Posterior
 from bayestune.sampling.posteriors import Point, Variational
@@ -162,7 +162,7 @@ class _Saved:
             unused = {"auto_mapping": None, "base_model_name_or_path": None, "revision": None}
             return state.ADAPTERS[kind](**{**values, **unused})
         except (ValueError, TypeError) as error:
-            raise PosteriorError(f"{self.folder / CONFIG_FILE}: {_one_line(error)}") from error
+            raise PosteriorError(f"{self.folder / CONFIG_FILE}: {one_line(error)}") from error
 
     def tensors(self, name: str, entry: str) -> dict[str, Tensor]:
         """Return the tensors in the file `name`, checked against the manifest's `entry`."""
@@ -189,7 +189,7 @@ class _Saved:
             model = skeleton(base, config, autocast=autocast)
         except Exception as error:  # whatever PEFT raises when settings and base do not go together
             raise PosteriorError(
-                f"{self.folder / CONFIG_FILE} does not fit the base model: {_one_line(error)}"
+                f"{self.folder / CONFIG_FILE} does not fit the base model: {one_line(error)}"
             ) from error
         fault = state.tensor_fault(state.describe(state.adapter_tensors(model, "default")), state.describe(tensors))
         if fault:
@@ -230,7 +230,3 @@ def skeleton(base: nn.Module, config: LoraConfig, *, autocast: bool) -> PeftMode
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT will repeat the warnings for the base itself
         return state.adapted(copy.deepcopy(base, memo), copy.deepcopy(config), autocast=autocast)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

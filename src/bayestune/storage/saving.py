@@ -55,7 +55,7 @@ def save_posterior(model: nn.Module | Posterior, path: str | os.PathLike[str], *
         raise ConfigError(f"a {posterior.kind!r} posterior: found a {kind!r} adapter, expected {posterior.adapter!r}.")
     config, tensors = state.adapter_config(model, adapter), state.adapter_tensors(model, adapter)
     _check_savable(model, tensors)
-    with new_folder(path, overwrite=overwrite) as folder:
+    with new_folder(path, overwrite=overwrite, kind="posterior") as folder:
         _write_adapter(model, adapter, folder)
         adapter_only = posterior.kind in (Point.kind, Variational.kind) and posterior.temperature == 1.0
         write_card(folder, model.get_base_model(), config, posterior.kind, adapter_only=adapter_only)

@@ -34,7 +34,10 @@ from bayestune.tasks.rows import shown
 SHARED = ("steps", "batch_size", "rank", "lora_alpha", "target_modules", "max_tokens", "precision", "train_split")
 """Settings that must be the same for all methods of a table on one training set."""
 
-OWN = ("seed", "data", "draws", "method", "task", "checkpoint_steps", "eval_split", "model", "adapter", "report_to")
+OWN = (
+    *("seed", "data", "draws", "method", "task", "eval_split", "model", "adapter", "report_to"),
+    *("checkpoint_steps", "activation_checkpointing"),
+)
 """Settings that may differ between a method's cells: they are recorded elsewhere in the cell, or do not affect it."""
 
 
