@@ -209,6 +209,8 @@ def main() -> None:
         return
     if options.data is None:
         made.error("expected --data DIR or --page")
+    if options.rounds != ROUNDS and options.results == RESULTS:
+        made.error(f"--rounds: found {options.rounds}, expected {ROUNDS} for the page, or another --results")
     unknown = set(options.scores.split(",")) - set(ACQUISITIONS)
     if unknown:
         made.error(f"--scores: found {min(unknown)}, expected some of {', '.join(ACQUISITIONS)}")

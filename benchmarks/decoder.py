@@ -26,8 +26,10 @@ from typing import Any
 import transformers
 from decoder_page import RESULTS, ROOT, TUNING, page, picture, read_records
 from options import parser
+from widths import usable
 
 from bayestune import Prediction, evaluate, metrics
+from bayestune.errors import ConfigError
 from bayestune.experiment import Experiment, load_run, run
 from bayestune.experiment.backbone import build_task, find_backbone
 from bayestune.experiment.record import hardware, row_json, rows_sha256, versions
@@ -109,6 +111,8 @@ def main() -> None:
         write_rows(options.cut, options.task, cut(options.task, options.data, int(options.seeds.split(",")[0])))
         return
     if options.tune:
+        if options.task != TASKS[0]:
+            made.error(f"--tune: found --task {options.task}, expected {TASKS[0]}, whose records the page shows")
         cells = [("tune", name, GRID[name], 0) for name in options.tune.split(",")]
     else:
         seeds, variants = map(int, options.seeds.split(",")), options.variants.split(",")
@@ -135,11 +139,16 @@ def record(variant: str, own: dict[str, Any], seed: int, options: argparse.Names
         if experiment.method.start is not None:
             start = f"{task}-{experiment.method.start.name}-seed{seed}"
             experiment = experiment.replace(adapter=str(options.runs / start))
-        if not (output / "result.json").is_file():
+        if (output / "result.json").is_file():
+            result = json.loads((output / "result.json").read_text())
+            started -= result["seconds"]
+        else:
             run(experiment.replace(eval=False), output, overwrite=True, command=[], progress=True)
+            result = json.loads((output / "result.json").read_text())
+        if result["sha256"]["train_rows"] != rows_sha256(rows["train"]):
+            raise ConfigError(f"{output}: found a run on other rows, expected those of {task}; choose other --runs.")
         trained = load_run(output, data=folder)
         scores = scored(trained, rows, seed)
-    result = json.loads((output / "result.json").read_text())
     return {
         **{name: result[name] for name in ("posterior_std", "fitted", "kl") if name in result},
         "model": "smollm2",
@@ -170,10 +179,10 @@ def cut(name: str, data: str, seed: int, *, tune: bool = False) -> dict[str, lis
     backbone = find_backbone("smollm2")
     asked = Experiment.from_dict({**SETTINGS, "task": name, "method": "mle"}, where="decoder")
     task = build_task(backbone, name, data, SETTINGS["max_tokens"], prompt=asked.asked_prompt())
-    usable = _usable(task, "train")
-    first, further = usable[: TRAINED + HELD_OUT], usable[TRAINED + HELD_OUT :]
+    rows = usable(task, task.rows("train"))
+    first, further = rows[: TRAINED + HELD_OUT], rows[TRAINED + HELD_OUT :]
     random.Random(derive_seed("decoder", seed)).shuffle(first)
-    scored = further[:TUNED] if tune else _usable(task, "dev")[:SCORED]
+    scored = further[:TUNED] if tune else usable(task, task.rows("dev"))[:SCORED]
     return {"train": first[:TRAINED], "held": first[TRAINED:], "scored": scored}
 
 
@@ -183,11 +192,6 @@ def write_rows(folder: Path, task: str, rows: Mapping[str, Sequence[AnyRow]]) ->
         path = folder / task / f"{split}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(f"{row_json(row)}\n" for row in several), encoding="utf-8")
-
-
-def _usable(task: Any, split: str) -> list[AnyRow]:
-    rows = task.rows(split)
-    return [row for row, fault in zip(rows, task.faults(rows), strict=True) if fault is None]
 
 
 def scored(trained: Run, rows: dict[str, list[AnyRow]], seed: int) -> dict[str, Any]:

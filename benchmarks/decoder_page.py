@@ -32,8 +32,8 @@ RIVAL = ("mle", "mle_temperature")
 
 
 def read_records() -> list[dict[str, Any]]:
-    """Return the records of the comparison."""
-    return [read_json(path, "a record") for path in sorted(RESULTS.glob("*.json"))]
+    """Return the records of the comparison, which is on ARC-Easy."""
+    return [read_json(path, "a record") for path in sorted(RESULTS.glob("arc_easy-*.json"))]
 
 
 def page() -> str:

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from decoder import write_rows
 from options import parser
@@ -97,7 +98,7 @@ def main() -> None:
             if not file.exists():
                 found = record(model, task, seed, options.data, options.runs / name)
                 file.parent.mkdir(parents=True, exist_ok=True)
-                write_json(file, found | header("cpu"))
+                write_json(file, found | header("cuda" if torch.cuda.is_available() else "cpu"))
                 print(name, {who: round(scores["nll"], 4) for who, scores in found["scores"].items()}, flush=True)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from options import parser
+from widths import usable
 
 from bayestune import metrics
 from bayestune.errors import DrawError
@@ -66,9 +67,9 @@ def record(options: argparse.Namespace) -> dict[str, Any]:
     trained = load_run(options.run, data=options.data)
     task = trained.task
     if trained.posterior.known is None:
-        known = [row for row in task.rows(trained.experiment.train_split) if task.faults([row]) == [None]]
+        known = usable(task, task.rows(trained.experiment.train_split))
         trained.posterior.known = features(trained.posterior, task, known[:1000])
-    own = usable(task, options.split or str(trained.experiment.eval_split), OWN_ROWS)
+    own = first_rows(task, options.split or str(trained.experiment.eval_split), OWN_ROWS)
     prediction = trained.predict(own, draws=trained.default_draws, progress=True)
     information, far = informed(trained, task, own), novelty_of(trained, task, own)
     others = {}
@@ -77,7 +78,7 @@ def record(options: argparse.Namespace) -> dict[str, Any]:
         if dataset == task.name:
             continue
         other = other_task(trained, dataset)
-        rows = usable(other, split, OTHER_ROWS)
+        rows = first_rows(other, split, OTHER_ROWS)
         others[name] = detection(trained, prediction, own, other, rows, known_novelty=far)
         others[name]["sha256"] = rows_sha256(rows)
         if information is not None:
@@ -108,11 +109,9 @@ def _command(options: argparse.Namespace) -> list[str]:
     return ["--data", "DIR", "--run", "RUN", "--name", options.name, *split]
 
 
-def usable(task: TokenizedTask, split: str, count: int) -> list[Row]:
+def first_rows(task: TokenizedTask, split: str, count: int) -> list[Row]:
     """Return the first `count` rows of a split that the task can use."""
-    rows = task.rows(split)
-    found = [row for row, fault in zip(rows, task.faults(rows), strict=True) if fault is None]
-    return [row for row in found[:count] if isinstance(row, Row)]
+    return [row for row in usable(task, task.rows(split))[:count] if isinstance(row, Row)]
 
 
 def informed(trained: Run, task: TokenizedTask, rows: Sequence[Row]) -> torch.Tensor | None:

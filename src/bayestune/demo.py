@@ -76,7 +76,7 @@ def run_demo(output: str | Path, *, model: str = "minilm", seed: int = 0, overwr
     trained = load_run(output / BAYES)
     _show_questions(trained.task.rows("test")[:SHOWN], predictions[PLAIN], predictions[AVERAGED])
     _section("Questions from subjects that were not trained on")
-    ood = {key: _out_of_distribution(output / method, predictions[key], seed) for method, key in _BEST.items()}
+    ood = {key: _out_of_distribution(output / method, predictions[key]) for method, key in _BEST.items()}
     _show_ood(ood)
     words = _in_words(trained, seed) if trained.task.generates else {}
     labeled = {NAMES[key]: (predictions[key].log_probs, predictions[key].labels) for key in NAMES}
@@ -137,7 +137,7 @@ def _show_questions(rows: Sequence[AnyRow], mle: Prediction, blob: Prediction) -
         print(f"    epistemic {blob.epistemic[i]:.3f} of total {blob.total[i]:.3f} nats\n")
 
 
-def _out_of_distribution(folder: Path, known: Prediction, seed: int) -> dict[str, int | float]:
+def _out_of_distribution(folder: Path, known: Prediction) -> dict[str, int | float]:
     """Return the mean uncertainty on known and unknown subjects (nats), and how well it separates them (AUROC)."""
     trained = load_run(folder)
     unknown = trained.predict(trained.task.rows("ood"), draws=known.draws, progress=True)

@@ -77,8 +77,7 @@ def acquire(
         print(text, end="")
     else:
         write_text(output, text)
-    left_out = f", {seen.skipped} skipped; the first: {seen.first}" if seen.skipped else ""
-    counts = f"{len(chosen)} of {seen.ranked} rows by {score}, {seen.trained} training rows left out{left_out}"
+    counts = f"{len(chosen)} of {seen.ranked} rows by {score}, {seen.left_out()}"
     print(f"{output or pool}: {counts}", file=sys.stderr if output is None else sys.stdout)
 
 
@@ -90,6 +89,10 @@ class _Seen:
     trained: int = 0
     skipped: int = 0
     first: str = ""
+
+    def left_out(self) -> str:
+        skipped = f", {self.skipped} skipped; the first: {self.first}" if self.skipped else ""
+        return f"{self.trained} training rows left out{skipped}"
 
 
 def _answered(

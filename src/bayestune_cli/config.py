@@ -1,5 +1,6 @@
 """Config files of `bayestune train` and `table`: settings as YAML, or the record of a run."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import yaml
 
 from bayestune_cli.errors import FlagError
 
-_LIMIT = 1 << 16
+_LIMIT, _RECORD_LIMIT = 1 << 16, 1 << 24
 
 
 class _Loader(yaml.SafeLoader):
@@ -27,14 +28,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         FlagError: the file cannot be read, is longer than 64 KiB, or is not a mapping.
     """
-    try:
-        with path.open("rb") as file:
-            content = file.read(_LIMIT + 1)
-        text = content.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FlagError(f"--config {path}: cannot be read: {error}") from error
-    if len(content) > _LIMIT:
-        raise FlagError(f"--config {path}: found more than {_LIMIT} bytes, expected one setting per line.")
+    text = _text(path, _LIMIT)
     try:
         settings = _Loader(text).get_single_data()
     except (yaml.YAMLError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError) as error:
@@ -45,13 +39,42 @@ def read_config(path: Path) -> dict[str, Any]:
     return settings
 
 
+def _text(path: Path, limit: int) -> str:
+    try:
+        with path.open("rb") as file:
+            content = file.read(limit + 1)
+        text = content.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FlagError(f"--config {path}: cannot be read: {error}") from error
+    if len(content) > limit:
+        raise FlagError(f"--config {path}: found more than {limit} bytes, expected one setting per line.")
+    return text
+
+
+def _record(path: Path) -> Any:
+    """Return the content of a JSON file of at most 16 MiB; a table cell has a line for each scored row."""
+    try:
+        return json.loads(_text(path, _RECORD_LIMIT), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise FlagError(f"--config {path}: not JSON: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"found {twice!r} twice")
+    return dict(pairs)
+
+
 def read_run_file(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Return the settings in a YAML file and None, or the settings in a result.json or table cell and that record.
 
     Raises:
         FlagError: as `read_config`.
     """
-    content = read_config(path)
+    record = _record(path) if path.suffix == ".json" else None
+    content = record if isinstance(record, dict) else read_config(path)
     if isinstance(content.get("experiment"), dict) and isinstance(content.get("sha256"), dict):
         return content["experiment"], content
     return content, None

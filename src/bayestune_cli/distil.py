@@ -8,6 +8,7 @@ import typer
 
 from bayestune_cli.arguments import Data, Overwrite, RunFolder, check_run
 from bayestune_cli.errors import FlagError
+from bayestune_cli.train import show
 
 
 def distil(
@@ -30,18 +31,16 @@ def distil(
     if output.exists() and not overwrite:
         raise FlagError(f"--output {output}: it exists; choose another, or pass --overwrite.")
 
-    from bayestune.experiment import Experiment, score_table
+    from bayestune.experiment import Experiment
     from bayestune.experiment import run as train
     from bayestune.files import read_json
     from bayestune.methods import Distilled
 
-    recorded = read_json(run / "experiment.json", "the settings of a run")
-    taught = Experiment.from_dict(recorded, where=str(run))
+    taught = Experiment.from_dict(read_json(run / "experiment.json", "the settings of a run"), where=str(run))
     method = Distilled(teacher=str(run), teacher_draws=draws, distil_rows=None if rows is None else str(rows))
     own: dict[str, Any] = {"method": method, "adapter": None, "temperature_split": None}
     own |= {"steps": steps or taught.steps, "data": data or taught.data}
+    if "learning_rate" in taught.method.run_defaults("causal"):  # the rate of its own optimizer
+        own["learning_rate"] = None
     command = ["bayestune", *sys.argv[1:]]
-    older = {} if "prompt" in recorded else {"experiment": recorded}  # keeps its prompt
-    result = train(taught.replace(**own), output, overwrite=overwrite, command=command, record=older, progress=True)
-    print(score_table(result.scores))
-    print(f"{result.output}: posterior/, experiment.json, result.json ({result.seconds:.0f} s)")
+    show(train(taught.replace(**own), output, overwrite=overwrite, command=command, progress=True))

@@ -52,7 +52,8 @@ def evaluate(
     diagnosed = None if prediction.spread() is None else diagnostics(loaded.posterior, prediction)
     if as_json:
         answer = {**scores.as_dict(), "task": loaded.task.name, "split": chosen, "seed": seed}
-        answer |= {"temperature": temperature, "predictive": predictive or "mc", "method": method}
+        averaged = predictive or loaded.posterior.settings().get("predictive", "mc")
+        answer |= {"temperature": temperature, "predictive": averaged, "method": method}
         answer |= {"diagnostics": asdict(diagnosed)} if diagnosed else {}
         print(json.dumps({**answer, **({"ood": detected} if detected else {})}))
         return

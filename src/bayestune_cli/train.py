@@ -92,10 +92,11 @@ def train(
     command = ["bayestune", *sys.argv[1:]]
     result = run(experiment, output, overwrite=overwrite, resume=resume, command=command, record=record, progress=True)
     if is_main():
-        _show(result)
+        show(result)
 
 
-def _show(result: "Result") -> None:
+def show(result: "Result") -> None:
+    """Print the scores of a finished run, and what was fitted."""
     from bayestune.experiment import score_table
     from bayestune.experiment.processes import process_count
 

@@ -11,7 +11,7 @@ import pytest
 from bayestune.errors import ConfigError
 from bayestune.experiment import Experiment
 from bayestune_cli.app import invoke
-from bayestune_cli.config import read_config
+from bayestune_cli.config import read_config, read_run_file
 from bayestune_cli.errors import FlagError
 
 REQUIRED = "model: m\ntask: t\n"
@@ -129,3 +129,13 @@ def test_wrong_settings_and_folders_are_refused_before_torch_is_imported(tmp_pat
     for line, words in zip(done.stderr.splitlines(), cases.values(), strict=True):
         assert line.startswith("error: ") and words in line
     assert not (tmp_path / "new").exists()
+
+
+def test_the_record_of_a_cell_with_many_rows_is_read(tmp_path: Path) -> None:
+    record = {"experiment": {"model": "m"}, "sha256": {"train_rows": "0"}, "row_scores": [[0.5] * 5] * 10_000}
+    path = tmp_path / "cell.json"
+    path.write_text(json.dumps(record, indent=2))
+    assert path.stat().st_size > 1 << 16 and read_run_file(path) == (record["experiment"], record)
+    path.write_text('{"experiment": {}, "experiment": {}}')
+    with pytest.raises(FlagError, match="not JSON: found 'experiment' twice"):
+        read_run_file(path)

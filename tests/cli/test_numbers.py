@@ -154,7 +154,7 @@ def test_a_method_that_is_started_from_an_adapter_has_its_units(
     assert [record["experiment"]["target_mean"] for record in records] == [[400.0], [400.0]]
     assert records[1]["methods"]["laplace_n0"]["rmse"] == pytest.approx(records[0]["methods"]["mle"]["rmse"], rel=1e-5)
     other = training(world, tmp_path / "other", *start, "--target-std", "3", task="few")
-    assert "target_std: found (3.0,), expected (100.0,), as the run of adapter" in refused(other, capsys)
+    assert "target_std: found (3.0,), expected (100.0,), as the run in" in refused(other, capsys)
 
 
 def refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:

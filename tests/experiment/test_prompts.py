@@ -162,11 +162,12 @@ def test_a_record_from_before_there_were_prompts_means_the_papers(world: Path, t
         check_output(tmp_path / "begun", other, overwrite=False, resume=True)
 
 
-def test_a_run_asks_as_the_adapter_that_it_starts_from(world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "setting"), [("tfb", "adapter"), ("distilled", "teacher")])
+def test_a_run_asks_as_the_run_that_it_starts_from(method: str, setting: str, world: Path, tmp_path: Path) -> None:
     run(experiment(world, "llama", scoring="text", shots=1, seed=5), tmp_path / "mle", command=[])
-    start = {"method": "tfb", "adapter": str(tmp_path / "mle")}
+    start = {"method": method, setting: str(tmp_path / "mle")}
     found, task = resolve(experiment(world, "llama", **start), find_backbone(str(world / "llama")))
     assert (found.scoring, found.shots) == ("text", 1) and isinstance(task, CausalTextChoice)
     assert task.worked == load_run(tmp_path / "mle").task.worked
-    with pytest.raises(ConfigError, match="scoring: found 'letters', expected 'text', as the run of adapter"):
+    with pytest.raises(ConfigError, match="scoring: found 'letters', expected 'text', as the run in"):
         resolve(experiment(world, "llama", scoring="letters", **start), find_backbone(str(world / "llama")))

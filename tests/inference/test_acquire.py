@@ -18,6 +18,14 @@ def predicted(probs: list[list[list[float]]], *, draws: int | None = None, start
     return Prediction(ids=ids, draw_log_probs=log_probs, labels=None, draws=count, seed=0, task="made")
 
 
+def test_one_average_for_all_draws_has_no_mutual_information() -> None:
+    probit = predicted([[[0.5, 0.5]]], draws=10)
+    with pytest.raises(ConfigError, match="acquire: found 1 draws, of which the mutual information is 0"):
+        acquire([probit], 1)
+    with pytest.raises(ConfigError, match="first: found 5 draws, expected 1 to 1"):
+        probit.first(5)
+
+
 SURE, OTHER, UNSURE = [1.0, 0.0], [0.0, 1.0], [0.5, 0.5]
 
 

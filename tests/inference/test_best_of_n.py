@@ -1,13 +1,17 @@
 """Rewards of single texts, and the ranking of candidates by their lower bound."""
 
+import copy
+import math
+from typing import Any
+
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import BertForSequenceClassification
 
 import bayestune as bt
-from bayestune.errors import ConfigError, DataError
-from bayestune.methods import Variational
+from bayestune.errors import ConfigError, DataError, DrawError
+from bayestune.methods import LaplacePosterior, Variational
 from bayestune.tasks import DatasetSpec, Preference, PreferenceRow
 from models import scatter
 from toys import bert_config, byte_tokenizer
@@ -47,6 +51,18 @@ def test_the_rewards_are_those_of_the_prediction(task: Preference, posterior: Va
         assert (difference.sigmoid() - expected.draw_log_probs[..., 0].exp()).abs().max() <= 1e-12
         assert difference.abs().min() > 1e-4
     assert found.std(0).min() > 1e-3
+
+
+def test_rewards_without_draws_of_weights(task: Preference, posterior: Variational) -> None:
+    """Linearized draws of a model whose head alone is random are exact; the probit answer is one of classes."""
+    found = bt.rewards(posterior.with_predictive("linearised"), task, PROMPT, TEXTS, draws=4000)
+    mode = bt.rewards(posterior, task, PROMPT, TEXTS, draws=0)
+    assert ((found.mean(0) - mode[0]).abs() < 5 * found.std(0) / math.sqrt(4000)).all() and found.std(0).min() > 1e-3
+    point = get_peft_model(copy.deepcopy(posterior.model).unload(), LoraConfig(r=2, target_modules=["query"]))
+    factors: Any = {}
+    probit = LaplacePosterior(point, factors, layers="all", precision=1.0, rows=1, predictive="probit")
+    with pytest.raises(DrawError, match="probit: found task pairs without classes"):
+        bt.rewards(probit, task, PROMPT, TEXTS, draws=1)
 
 
 def test_each_text_has_its_own_prompt(task: Preference, posterior: Variational) -> None:

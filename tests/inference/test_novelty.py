@@ -15,7 +15,7 @@ from transformers import FunnelConfig, FunnelForMaskedLM, T5Config, T5ForConditi
 import bayestune as bt
 from bayestune import methods
 from bayestune.adapters.layers import is_disabled
-from bayestune.errors import BayestuneWarning, ConfigError, DataError, DrawError
+from bayestune.errors import BayestuneWarning, ConfigError, DataError, DrawError, PosteriorError
 from bayestune.experiment import Experiment, Run, detection, load_run, novelty_of, other_task, run
 from bayestune.inference import features, prompt_information
 from bayestune.inference.novelty import distances
@@ -136,6 +136,15 @@ def test_the_information_of_a_prompt_is_that_of_a_loop_over_draws(world: Path) -
     answer = prompt_information(model, task, rows, draws=3, seed=4)
     assert (answer - torch.stack(expected)).abs().max() <= 1e-13 * math.log(model.config.vocab_size)
     assert (answer > 1e-6).all()
+
+
+def test_logits_that_are_not_finite_are_refused(world: Path) -> None:
+    found = trained(world, "llama")
+    assert isinstance(found.task, CausalChoice)
+    with torch.no_grad():
+        next(p for name, p in found.model.named_parameters() if "lora_B" in name).fill_(math.nan)
+    with pytest.raises(PosteriorError, match="prompt_information: the logits of row .* are not finite"):
+        prompt_information(found.model, found.task, some_rows(found.task)[:1], draws=2)
 
 
 def test_draws_that_say_nothing_about_prompts_are_refused(world: Path) -> None:

@@ -1,20 +1,25 @@
 """Distillation: its loss in closed form, a student that comes nearer to its teacher, and the command."""
 
+import hashlib
 import json
 import math
 import shutil
 import warnings
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from bayestune.errors import ConfigError
+from bayestune.errors import ConfigError, DataError
 from bayestune.experiment import Experiment, Run, load_run, run
 from bayestune.inference import predict
-from bayestune.methods import Distilled, Point, save_posterior
+from bayestune.methods import Distilled, Point, save_posterior, temperature_of
 from bayestune.methods.distilled import Distillation
+from bayestune.methods.distilled import _answers as answers_of
 from bayestune.tasks import Row, read_rows
 from bayestune_cli.app import invoke
 from inference.cases import Fixed
@@ -112,6 +117,57 @@ def test_rows_without_labels_are_learned_too(world: Path, student: Run) -> None:
     assert near < far
 
 
+def test_the_record_names_the_teacher_and_the_further_rows(world: Path, student: Run, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [{**questions(40, 1)[0], "answer": None}])
+    asked = student.experiment.replace(
+        method=Distilled(**{"teacher": str(world / "teacher"), "distil_rows": str(rows)}), steps=1, eval=False
+    )
+    run(asked, tmp_path / "out", command=[])
+    hashes = json.loads((tmp_path / "out" / "result.json").read_text())["sha256"]
+    manifest = (world / "teacher" / "posterior" / "bayestune_manifest.json").read_bytes()
+    assert hashes["source_run"] == hashlib.sha256(manifest).hexdigest() and "distil_rows" in hashes
+    write_rows(rows, [{**questions(40, 1)[0], "question": "long " * 300, "answer": None}])
+    with pytest.raises(DataError, match="rows.jsonl:1"):
+        run(asked, tmp_path / "none", command=[])
+    assert not (tmp_path / "none").exists()
+
+
+def test_an_unfinished_teacher_is_refused(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "teacher", tmp_path / "teacher")
+    (tmp_path / "teacher" / "result.json").unlink()
+    asked = load_run(world / "teacher").experiment
+    with pytest.raises(ConfigError, match="teacher: found no result.json, expected a finished run"):
+        run(asked.replace(method=Distilled(**{"teacher": str(tmp_path / "teacher")})), tmp_path / "out", command=[])
+
+
+def test_a_temperature_that_is_asked_for_is_fitted_in_place_of_the_teachers(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "teacher", tmp_path / "teacher")
+    taught = load_run(tmp_path / "teacher")
+    taught.posterior.temperature = 2.5
+    save_posterior(taught.posterior, tmp_path / "teacher" / "posterior", overwrite=True)
+    own = {"method": Distilled(**{"teacher": str(tmp_path / "teacher")}), "steps": 1, "learning_rate": 1e-12}
+    asked = taught.experiment.replace(**own, temperature_split="train")
+    made = run(asked, tmp_path / "student", command=[])
+    student = load_run(tmp_path / "student")
+    found = student.predict(taught.task.rows("train"), draws=0)
+    assert made.temperature not in (1.0, 2.5)
+    assert temperature_of(found) == pytest.approx(1.0, abs=1e-3)  # the best divisor is in the answers already
+
+
+def test_a_resumed_run_reads_the_answers_that_it_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = [Row(id=str(i), question="?", choices=("a", "b"), answer=0) for i in range(3)]
+    given = torch.rand(3, 2, dtype=torch.float64)
+    monkeypatch.setattr("bayestune.methods.distilled.predict", lambda *_, **__: SimpleNamespace(probs=given))
+    fields = {"folder": tmp_path / "checkpoints", "checkpoints": True, "seed": 0, "task": None, "progress": False}
+    fitting = partial(SimpleNamespace, **fields, precision=nullcontext)
+    teacher: Any = None
+    first: Any = fitting(resume=False)
+    assert torch.equal(answers_of(teacher, asked, 1, first), given)
+    kept, given = given, given + 1
+    resumed: Any = fitting(resume=True)
+    assert torch.equal(answers_of(teacher, asked, 1, resumed), kept)
+
+
 @pytest.mark.parametrize("method", ["mle", "ensemble"])
 def test_a_teacher_without_draws_of_weights_answers_as_it_does(method: str, world: Path, tmp_path: Path) -> None:
     record = json.loads((world / "teacher" / "experiment.json").read_text())
@@ -144,6 +200,18 @@ def test_the_command_checks_its_paths_first(world: Path, capsys: pytest.CaptureF
     ]:
         assert invoke(arguments) == 2
         assert expected in capsys.readouterr().err
+
+
+def test_a_student_of_ivon_trains_at_the_rate_of_its_own_optimizer(world: Path, tmp_path: Path) -> None:
+    record = json.loads((world / "teacher" / "experiment.json").read_text())
+    kept = {name: record[name] for name in ("model", "task", "data", "max_tokens", "batch_size", "rank")}
+    asked = Experiment.from_dict({**kept, "method": "ivon", "steps": 2, "eval": False}, where="test")
+    run(asked, tmp_path / "ivon", command=[])
+    assert invoke(["distil", str(tmp_path / "ivon"), "--output", str(tmp_path / "out"), "--draws", "2"]) == 0
+    rates = [
+        json.loads((tmp_path / name / "experiment.json").read_text())["learning_rate"] for name in ("ivon", "out")
+    ]
+    assert rates == [0.1, 5e-4]
 
 
 def test_labels_are_not_looked_at(world: Path) -> None:

@@ -338,6 +338,19 @@ def test_restore_puts_the_mean_back(tmp_path: Path) -> None:
     assert_same(trained(model), start)
 
 
+def test_an_adapter_that_cannot_have_a_posterior_is_refused_and_left_as_it_is(world: Path, tmp_path: Path) -> None:
+    asked = experiment(world, target_modules=("query", "word_embeddings"))
+    with pytest.raises(ConfigError, match="word_embeddings' is a Embedding"):
+        run(asked, tmp_path / "run", command=[])
+    assert not (tmp_path / "run").exists()
+    model = lora(use_dora=True)
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    optimizer = IvonOptimizer(named, lr=1, sample_size=1, prior_std=1, h0=1)
+    with pytest.raises(ConfigError, match="use_dora"):
+        ivon_posterior(model, optimizer, prior_std=0.1)
+    assert dict(named).keys() <= dict(model.named_parameters()).keys()
+
+
 def test_the_posterior_of_a_run_is_saved_loaded_and_exported_as_it_is(tmp_path: Path) -> None:
     model = lora()
     trainer = trainer_of(tmp_path / "steps", model, max_steps=3)

@@ -95,6 +95,8 @@ def test_what_is_no_mixture_is_refused() -> None:
     ):
         with pytest.raises(DataError, match="metrics: "):
             metrics.mixture_crps(*bad)
+    with pytest.raises(DataError, match="metrics: "):
+        metrics.mixture_quantiles(means[:0], stds[:0], [0.5])
     for level in (0.0, 1.0, math.nan):
         with pytest.raises(ConfigError, match="quantiles: level is"):
             metrics.mixture_quantiles(means, stds, [level])

@@ -152,6 +152,14 @@ def test_a_fresh_process_loads_as_the_model_card_says(tmp_path: Path, kind: str)
     assert done.stdout.split() == ["PeftModelForSequenceClassification", str(kind != "point"), "3"]
 
 
+def test_the_card_gives_the_number_of_labels_whatever_the_task_type(tmp_path: Path) -> None:
+    config = BlobConfig(r=2, target_modules=["query"], modules_to_save=["classifier"])
+    BERT.build().save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    save_posterior(get_peft_model(base, config), tmp_path / "p")
+    assert "num_labels=3)" in (tmp_path / "p" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("kind", ["variational", "point"])
 def test_the_model_card_loads_the_packaged_base(tmp_path: Path, kind: str) -> None:
     experiment = Experiment(

@@ -291,7 +291,7 @@ def test_a_changed_schema_and_an_absent_split_are_named(monkeypatch: pytest.Monk
 
 def test_without_the_package_datasets_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ConfigError, match=r"pip install 'bayestune\[hub\]'"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[hub\]'"):
         load_rows("openbookqa", "train")
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import get_peft_model
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 import bayestune as bt
@@ -98,6 +99,42 @@ def test_a_chat_is_put_by_the_template_once(tokenizer: PreTrainedTokenizerBase, 
     (row,) = task.rows("dev")
     assert tokenizer.decode(task.example(row)["context"]) == "[Sky?]>"
     assert tokenizer.decode(task.example(row)["answer"][:-1]) == "blue"
+
+
+@pytest.mark.parametrize("bos", ["", "{{ bos_token }}"])
+def test_a_chat_has_the_tokens_that_generate_reads(bos: str, tokenizer: PreTrainedTokenizerBase, data: Path) -> None:
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    backend: Any = tokenizer
+    backend.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.convert_tokens_to_ids("<s>"))]
+    )
+    tokenizer.chat_template = bos + "{% for m in messages %}[{{ m['content'] }}]{% endfor %}>"
+    chat = [{"role": "user", "content": "Sky?"}]
+    write_rows(data / "colours" / "dev.jsonl", [{"id": "m", "messages": chat, "answer": "blue"}])
+    task = bt.tasks.generation("colours", tokenizer, data=data)
+    expected: Any = tokenizer.apply_chat_template(chat, return_dict=True)
+    assert task.example(task.rows("dev")[0])["context"] == expected["input_ids"]
+    assert task.example(task.rows("train")[0])["context"][0] == tokenizer.bos_token_id
+
+
+def test_a_chat_that_the_template_refuses_is_an_error_of_its_row(
+    tokenizer: PreTrainedTokenizerBase, data: Path
+) -> None:
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    )
+    asked = {"role": "user", "content": "Sky?"}
+    chats = [[asked], [{"role": "system", "content": "Be short."}, asked]]
+    write_rows(
+        data / "colours" / "dev.jsonl",
+        [{"id": f"m{i}", "messages": chat, "answer": "blue"} for i, chat in enumerate(chats)],
+    )
+    task = bt.tasks.generation("colours", tokenizer, data=data)
+    rows = task.rows("dev")
+    first, second = task.faults(rows)
+    assert first is None and "(id m1): field 'messages': found messages that the chat template refuses" in str(second)
+    assert rows[1].texts[0] == ("messages", "Sky?")  # the question, of which `novelty` is
 
 
 @pytest.mark.parametrize(

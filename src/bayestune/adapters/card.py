@@ -65,7 +65,7 @@ def write_card(folder: Path, base: nn.Module, config: LoraConfig, kind: str, *, 
     name, architecture = config.base_model_name_or_path, type(base).__name__
     lines = ""
     if name and isinstance(base, PreTrainedModel) and architecture in dir(transformers):
-        labels = f", num_labels={base.config.num_labels}" if "CLS" in str(config.task_type) else ""
+        labels = f", num_labels={base.config.num_labels}" if architecture.endswith("ForSequenceClassification") else ""
         source, imported = json.dumps(name), ""
         if name in PACKAGED or name.endswith(".gguf"):
             source, imported = f"model_source({source})", "from bayestune.packaged import model_source\n"

@@ -27,7 +27,8 @@ _REFUSED = {
     "kasa_config": "it changes the base weights",
     "megatron_config": "tensor-parallel layers would see different noise on each rank",
 }
-_INITS = (True, False, "gaussian", "orthogonal")
+INITS = (True, False, "gaussian", "orthogonal")
+"""The values of init_lora_weights that leave the base weights unchanged."""
 
 
 @dataclass
@@ -90,9 +91,9 @@ class BayesLoraConfig(LoraConfig):
             value = getattr(self, name)
             if value:
                 raise ConfigError(f"{type(self).__name__} does not support {name}={value!r}: {reason}. Leave it out.")
-        if self.init_lora_weights not in _INITS:
+        if self.init_lora_weights not in INITS:
             others = "other values change the base weights or replace A after the posterior is made."
-            raise self._error("init_lora_weights", f"one of {_INITS}; {others}")
+            raise self._error("init_lora_weights", f"one of {INITS}; {others}")
 
     def _error(self, name: str, expected: str) -> ConfigError:
         return ConfigError(f"{type(self).__name__} {name}: found {getattr(self, name)!r}, expected {expected}")

@@ -45,7 +45,7 @@ class BayesLoraModel(LoraModel):
         for key, module in self.model.named_modules():
             if config.target_modules is not None and isinstance(module, _NOT_LINEAR):
                 if self._check_target_module_exists(config, key):
-                    raise _not_linear(key, module)
+                    check_linear(key, module)
         noise = find_noise(self.model)
         if noise is None or noise.estimator == config.estimator:
             return
@@ -122,6 +122,12 @@ def _matrices(a: nn.Linear, b: nn.Linear, config: BayesLoraConfig, name: str) ->
     if config.distribution == "gaussian_a":
         return gaussian, FullPrecisionLinear.taking_over(b)
     return gaussian, GaussianLinear.from_linear(b, name=f"{name}.lora_B", **settings)
+
+
+def check_linear(key: str, module: nn.Module) -> None:
+    """Raise a ConfigError if the module `key` is of a type whose adapter cannot have a posterior."""
+    if isinstance(module, _NOT_LINEAR):
+        raise _not_linear(key, module)
 
 
 def _not_linear(key: str, module: nn.Module) -> ConfigError:

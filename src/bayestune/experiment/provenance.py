@@ -9,10 +9,12 @@ from huggingface_hub import try_to_load_from_cache
 
 from bayestune.errors import BayestuneWarning
 from bayestune.experiment.backbone import Backbone
+from bayestune.experiment.folder import POSTERIOR
 from bayestune.experiment.processes import process_count
 from bayestune.experiment.record import hardware, rows_sha256, versions
+from bayestune.experiment.settings import Experiment
 from bayestune.experiment.start import adapter_file
-from bayestune.files import file_sha256
+from bayestune.files import MANIFEST, file_sha256
 from bayestune.packaged import GGUF_RECORD
 from bayestune.tasks import AnyRow
 
@@ -20,15 +22,19 @@ _SETTINGS = ("config.json", "tokenizer*.json", "*.model", "vocab.*", "merges.txt
 """The configuration and tokenizer files beside the weights."""
 
 
-def provenance(backbone: Backbone, rows: Mapping[str, Sequence[AnyRow]], adapter: str | None) -> dict[str, Any]:
-    """Return hashes of the base's files, the rows and the starting adapter, and the processes, versions and hardware.
+def provenance(backbone: Backbone, rows: Mapping[str, Sequence[AnyRow]], experiment: Experiment) -> dict[str, Any]:
+    """Return hashes of what a run is made from, and the processes, versions and hardware.
+
+    The hashes are those of the base's files, the rows, the adapter to start from, and the run that the method asks.
 
     Args:
         backbone: the base model.
         rows: the rows by use, such as "train" and "eval"; empty lists are left out.
-        adapter: the folder of the adapter to start from; None for a new adapter.
+        experiment: the settings.
     """
+    adapter, source = experiment.adapter, experiment.method.source_run
     start = {} if adapter is None else {"start": file_sha256(adapter_file(Path(adapter)))}
+    start |= {} if source is None else {"source_run": file_sha256(Path(source) / POSTERIOR / MANIFEST)}
     hashes = {
         "base": _hashes(backbone, "*.safetensors", "pytorch_model*.bin", GGUF_RECORD),
         "base_settings": _hashes(backbone, *_SETTINGS),

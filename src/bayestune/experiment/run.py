@@ -30,7 +30,7 @@ from bayestune.experiment.folder import (
 from bayestune.experiment.processes import is_main
 from bayestune.experiment.provenance import differences, provenance, warn_if_other
 from bayestune.experiment.record import row_json
-from bayestune.experiment.rows import RunRows
+from bayestune.experiment.rows import RunRows, own_files
 from bayestune.experiment.settings import Experiment
 from bayestune.experiment.start import Start
 from bayestune.experiment.train import Training
@@ -163,12 +163,13 @@ def _prepared(
     )
     training.check(model)
     used = {**rows.by_use(), "shots": list(task.worked)}
-    origin = provenance(backbone, used, experiment.adapter) if is_main() else {}
+    origin = provenance(backbone, used, experiment) if is_main() else {}
     return _Prepared(training=training, start=start, model=model, rows=rows, origin=origin, repeated=repeated)
 
 
 def _fit(ready: _Prepared, found: dict[str, Any]) -> Posterior:
-    more = ready.rows.more if is_main() else {}  # the others only help to train
+    files = own_files(ready.training.experiment)
+    more = {name: rows for name, rows in ready.rows.more.items() if is_main() or name in files}  # others only train
     job = fitting(ready.training, ready.start, more, found)
     return ready.training.experiment.method.fit(ready.model, job)
 

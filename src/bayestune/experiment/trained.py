@@ -105,9 +105,7 @@ def load_run(folder: str | Path, *, data: str | Path | None = None) -> Run:
         experiment = experiment.replace(data=str(data))
     backbone = find_backbone(experiment.model)
     shots = _kept_shots(folder) if experiment.shots else None
-    adapter = experiment.adapter  # that folder may have changed by now
-    experiment, task = resolve(experiment.replace(adapter=None), backbone, shots=shots, older=older)
-    experiment = experiment.replace(adapter=adapter)
+    experiment, task = resolve(experiment, backbone, shots=shots, older=older, finished=True)
     base, _ = load_base(backbone, task, experiment)
     posterior = load(base, folder / POSTERIOR)
     if not scored and experiment.temperature_split is not None and posterior.temperature == 1:
@@ -140,17 +138,26 @@ def other_task(trained: Run, name: str) -> TokenizedTask:
 
 
 def resolve(
-    experiment: Experiment, backbone: Backbone, *, shots: tuple[Row, ...] | None = None, older: bool = False
+    experiment: Experiment,
+    backbone: Backbone,
+    *,
+    shots: tuple[Row, ...] | None = None,
+    older: bool = False,
+    finished: bool = False,
 ) -> tuple[Experiment, TokenizedTask]:
     """Fill in the defaults of an experiment; return it and its task.
 
     Args:
-        shots: the shots of a finished run; by default they come from the adapter's run, or are drawn.
+        shots: the shots of a finished run; by default they come from the run that it starts from, or are drawn.
         older: whether the settings come from a record made before there were prompts.
+        finished: whether the run is finished; what it started from may have changed by now, and is not read.
+
+    Raises:
+        ConfigError: a setting cannot be used here, or differs from that of the run that it starts from.
     """
-    record = _of_adapter(experiment)
-    if "prompt" in record:
-        experiment, shots = _asked_as(experiment, record)
+    source, record = (None, {}) if finished else _source(experiment)
+    if source is not None and "prompt" in record:
+        experiment, shots = _asked_as(experiment, source, record)
     asked = any(dict(experiment)[name] for name in PROMPT)
     older = older or (bool(record) and "prompt" not in record)
     experiment = experiment.resolved(backbone.family, chat=backbone.chat and not older)
@@ -196,26 +203,37 @@ def _check_splits(experiment: Experiment) -> None:
             )
 
 
-def _of_adapter(experiment: Experiment) -> dict[str, Any]:
-    """Return the settings of the run whose adapter the experiment starts from; empty if that is not a run's."""
-    file = Path(experiment.adapter or "") / EXPERIMENT
-    found = experiment.adapter is not None and file.is_file()
-    return read_json(file, "the settings of the adapter's run") if found else {}
+def _source(experiment: Experiment) -> tuple[Path | None, dict[str, Any]]:
+    """Return the run that an experiment starts from and its settings; none for an adapter of another program.
+
+    Raises:
+        ConfigError: the run that the method asks is not finished.
+    """
+    asked = experiment.method.source_run
+    if asked is not None and not (Path(asked) / RESULT).is_file():
+        raise ConfigError(f"{asked}: found no {RESULT}, expected a finished run; continue it: train --resume.")
+    named = experiment.adapter or asked
+    file = Path(named or "") / EXPERIMENT
+    if named is None or not file.is_file():
+        return None, {}
+    return Path(named), read_json(file, "the settings of the run to start from")
 
 
-def _asked_as(experiment: Experiment, record: Mapping[str, Any]) -> tuple[Experiment, tuple[Row, ...] | None]:
-    """Return the experiment with the prompt and number settings of its adapter's run, and the shots of that run.
+def _asked_as(
+    experiment: Experiment, folder: Path, record: Mapping[str, Any]
+) -> tuple[Experiment, tuple[Row, ...] | None]:
+    """Return the experiment with the prompt and number settings of the run in `folder`, and the shots of that run.
 
     Raises:
         ConfigError: the experiment sets one of them to a different value.
     """
-    folder, asked = Path(experiment.adapter or ""), (*PROMPT, *OF_TASKS)
+    asked = (*PROMPT, *OF_TASKS)
     kept = {name: record[name] for name in ("model", "task", *asked) if name in record}
     own = Experiment.from_dict(kept, where=str(folder / EXPERIMENT))
     for name in asked:
         given, there = dict(experiment)[name], dict(own)[name]
         if given not in (None, 0, there):
-            raise ConfigError(f"{name}: found {given!r}, expected {there!r}, as the run of adapter {folder} has it.")
+            raise ConfigError(f"{name}: found {given!r}, expected {there!r}, as the run in {folder} has it.")
     shots = _kept_shots(folder) if own.shots else None
     return experiment.replace(**{name: dict(own)[name] for name in asked}), shots
 

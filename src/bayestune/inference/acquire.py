@@ -61,7 +61,7 @@ def check_acquisition(score: str, draws: int, *, classes: bool = True) -> None:
 
 def _scored(prediction: Prediction | Sequence[str], score: str, seed: int) -> list[tuple[str, float]]:
     known = isinstance(prediction, Prediction)
-    check_acquisition(score, prediction.draws if known else 0)
+    check_acquisition(score, min(prediction.draws, len(prediction.draw_log_probs)) if known else 0)
     if score == "random":
         ids = prediction.ids if known else prediction
         return [(row, derive_seed("acquire", seed, row) / 2**63) for row in ids]

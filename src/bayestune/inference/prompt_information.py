@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from bayestune.errors import ConfigError, DataError, DrawError
+from bayestune.errors import ConfigError, DataError, DrawError, PosteriorError
 from bayestune.inference.draws import evaluation_mode
 from bayestune.inference.logits import Logits
 from bayestune.sampling.base import Posterior, Sampler
@@ -47,6 +47,7 @@ def prompt_information(
         ConfigError: there are fewer than two draws.
         DataError: there are no rows, or a row cannot be used; names the row.
         DrawError: the posterior has no such draws, or draws outputs instead of weights, as linearized ones do.
+        PosteriorError: the model's logits are not finite; names the row.
     """
     if draws < 2:
         raise ConfigError(f"prompt_information: found {draws} draws, whose disagreement is 0, expected at least 2.")
@@ -63,7 +64,16 @@ def prompt_information(
         for row in tqdm(rows, desc="prompts", unit="row", disable=not progress):
             (encoding,) = task.encode([(task.prompt_text(row), None)])
             found.append(_information(sampler, torch.tensor([without_appended(encoding)], device=device)).cpu())
+            _check_finite(found[-1], row)
     return torch.stack(found)
+
+
+def _check_finite(value: Tensor, row: Row) -> None:
+    if not value.isfinite():
+        raise PosteriorError(
+            f"prompt_information: the logits of row {row.id!r} are not finite: the adapter's weights, or the "
+            "precision, are too large or too small for this model."
+        )
 
 
 def _information(sampler: Sampler, input_ids: Int[Tensor, "1 tokens"]) -> Float[Tensor, ""]:
@@ -72,7 +82,6 @@ def _information(sampler: Sampler, input_ids: Int[Tensor, "1 tokens"]) -> Float[
     mean, entropy = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for k in range(sampler.slices):
         logits = sampler.outputs(reader, {"input_ids": input_ids}, range(k, k + 1))[0, 0]
-        log_probs = widen(logits).log_softmax(-1).double()
-        probs = log_probs.exp()
-        mean, entropy = mean + probs / sampler.slices, entropy - (probs * log_probs).sum(-1) / sampler.slices
+        probs = widen(logits).log_softmax(-1).double().exp()
+        mean, entropy = mean + probs / sampler.slices, entropy + torch.special.entr(probs).sum(-1) / sampler.slices
     return (torch.special.entr(mean).sum(-1) - entropy).mean().clamp(min=0)

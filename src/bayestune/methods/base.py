@@ -63,7 +63,7 @@ class Fitting:
 
     task: Task
     rows: Sequence[AnyRow]  # of the training split
-    more_rows: Mapping[str, Sequence[AnyRow]]  # of splits that the method names, by setting; held-out rows
+    more_rows: Mapping[str, Sequence[AnyRow]]  # of splits and files that the method names, by setting; held-out rows
     seed: int
     learning_rate: float  # the peak of the schedule
     draws: int  # draws in the run's predictions
@@ -93,6 +93,7 @@ class Method(Settings, ABC):
     start: ClassVar["type[Method] | None"] = None  # the method whose finished adapter it is fitted to after training
     needs: ClassVar[tuple[str, ...]] = ()  # settings of the run, not its own, that must be given
     splits: ClassVar[tuple[str, ...]] = ()  # its own settings that name splits of rows
+    files: ClassVar[tuple[str, ...]] = ()  # its own settings that name files of further rows, without labels
     one_training: ClassVar[bool] = True  # whether it trains one adapter, and only then looks at the whole model
     has_no_draws: ClassVar[bool] = False  # whether it always answers with one set of weights
     variants: ClassVar[Mapping[str, Line]] = MappingProxyType({})  # further lines of tables, by name
@@ -103,6 +104,11 @@ class Method(Settings, ABC):
     def as_published(self) -> bool:
         """Whether the method follows its paper's recipe; the run then uses the paper's prompt too."""
         return False
+
+    @property
+    def source_run(self) -> str | None:
+        """The folder of a finished run that the method asks, whose prompt this run keeps; None without one."""
+        return None
 
     def resolved(self, family: Family) -> "Method":
         """Return a copy in which settings that are None have the paper's values for this family of models."""

@@ -8,6 +8,7 @@ in nats, with draws theta_k of the teacher. The loss is linear in the teacher's 
 average over all draws, taken once, has the same expected gradient as fresh draws in every pass, and less noise.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bayestune.errors import ConfigError
+from bayestune.files import write_text
 from bayestune.functional import derive_seed
 from bayestune.inference import Prediction, predict
 from bayestune.methods.base import Fitting, Line, PointMethod, Updates
 from bayestune.sampling import Posterior
 from bayestune.settings import LARGEST_WHOLE
 from bayestune.storage.state import adapter_tensors
-from bayestune.tasks import AnyRow, Task, read_rows
+from bayestune.tasks import AnyRow, Task
 
 
 class Distillation(Task[Prediction]):
@@ -91,9 +93,9 @@ class Distillation(Task[Prediction]):
 class Distilled(PointMethod):
     """Plain LoRA trained to answer in one forward pass like the average over the draws of another run.
 
-    The student starts at the teacher's mean (its mode, or its first member). It keeps the teacher's temperature, if
-    there is one, and learns the tempered answers. The `nll` that training shows is the KL divergence from the
-    teacher's answers.
+    The student starts at the teacher's mean (its mode, or its first member) and learns the tempered answers. It keeps
+    the teacher's temperature, if there is one, unless the run fits its own (`temperature_split`). The `nll` that
+    training shows is the KL divergence from the teacher's answers.
     """
 
     name = "distilled"
@@ -101,12 +103,17 @@ class Distilled(PointMethod):
     summary = "one plain LoRA adapter trained on the averaged answers of another run"
     paper = "Hinton et al. 2015, arXiv 1503.02531; of posteriors Balan et al. 2015, arXiv 1506.04416"
     one_training = False
+    files = ("distil_rows",)
 
     teacher: str | None = Field(None, min_length=1, description="Run whose averaged answers distilled learns.")
     teacher_draws: int = Field(50, ge=1, le=LARGEST_WHOLE, description="Draws of the teacher that are averaged.")
     distil_rows: str | None = Field(
         None, min_length=1, description="File of further rows that the teacher answers; labels are not needed."
     )
+
+    @property
+    def source_run(self) -> str | None:
+        return self.teacher
 
     @classmethod
     def lines(cls) -> dict[str, Line]:
@@ -124,21 +131,32 @@ class Distilled(PointMethod):
 
     def fit(self, model: PeftModel, run: Fitting) -> Posterior:
         assert self.teacher is not None, "check has refused it"
-        further = [] if self.distil_rows is None else read_rows(Path(self.distil_rows), labelled=False)
-        rows = [*run.rows, *further]
+        rows = [*run.rows, *run.more_rows.get("distil_rows", ())]
         teacher = run.load(model, Path(self.teacher))
         sampled = teacher.has_mean and teacher.default_draws > 0  # not members, and not a point
         draws = self.teacher_draws if sampled else teacher.default_draws
-        with run.precision():
-            seed = derive_seed("teacher", run.seed)
-            answers = predict(teacher, run.task, rows, draws=draws, seed=seed, progress=run.progress)
+        probs = _answers(teacher, rows, draws, run)
         mean = {key: tensor.detach().clone() for key, tensor in adapter_tensors(teacher.model, "default").items()}
         student = run.renew(teacher.model, run.seed)
         _start_at(student, mean)
-        task = Distillation(run.task, rows, answers.probs, temperature=teacher.temperature)
+        task = Distillation(run.task, rows, probs, temperature=teacher.temperature)
         run.train(student, label=self.name, task=task, rows=rows)
         run.found["teacher_draws"] = draws
-        return self.posterior(student.eval(), temperature=teacher.temperature)
+        return self.posterior(student.eval(), temperature=1.0 if run.tempered else teacher.temperature)
+
+
+def _answers(teacher: Posterior, rows: Sequence[AnyRow], draws: int, run: Fitting) -> Float[Tensor, "rows classes"]:
+    """Return the averaged answers of the teacher; a run with checkpoints keeps them, and a resumed one reads them."""
+    kept = run.folder / "answers.jsonl"
+    if run.resume and kept.is_file():
+        return torch.tensor([json.loads(line) for line in kept.read_text().splitlines()], dtype=torch.float64)
+    with run.precision():
+        seed = derive_seed("teacher", run.seed)
+        probs = predict(teacher, run.task, rows, draws=draws, seed=seed, progress=run.progress).probs
+    if run.checkpoints:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        write_text(kept, "".join(f"{json.dumps(row)}\n" for row in probs.tolist()))
+    return probs
 
 
 @torch.no_grad()

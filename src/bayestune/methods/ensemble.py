@@ -58,9 +58,9 @@ class EnsemblePosterior(Posterior):
             raise refuse_draws(draws, f"this ensemble has members to average, expected 1 to {len(self.members)}.")
         _, adapter, _ = active_adapter(self.model)
         names = parameter_names(self.model, adapter)
-        device = next(self.model.parameters()).device
+        own = dict(self.model.named_parameters())  # a base may be spread over devices
         chosen = self.members[:draws]
-        weights = [{name: member[key].to(device) for key, name in names.items()} for member in chosen]
+        weights = [{name: member[key].to(own[name].device) for key, name in names.items()} for member in chosen]
         return SubstitutedDraws(self.model, weights)
 
 

@@ -26,13 +26,14 @@ from transformers import TrainerCallback
 
 from bayestune.errors import ConfigError, TrainingError
 from bayestune.functional import derive_seed
-from bayestune.methods.base import Family, Fitting, Method, plain_adapter
+from bayestune.methods.base import Family, Fitting, Method, Updates, plain_adapter
 from bayestune.sampling import Variational
-from bayestune.storage.state import adapter_tensors, as_bayesian, parameter_names
+from bayestune.storage.state import adapter_tensors, as_bayesian, bayesian_config, parameter_names
 from bayestune.training.sharding import sharded_like
 
 _RATES: dict[Family, float] = {"causal": 0.03, "encoder": 0.1}
 _LEAST_SAMPLE_SIZE = 10_000
+_DISTRIBUTION = {"distribution": "gaussian_ab"}
 """With lambda of a few hundred rows, the ELBO keeps a LoRA adapter near the prior (docs/methods/ivon.md)."""
 
 
@@ -213,7 +214,7 @@ def ivon_posterior(model: PeftModel, optimizer: IvonOptimizer, *, prior_std: flo
         if name not in std:
             raise ConfigError(f"ivon_posterior: found no {name} in the optimizer, expected every adapter weight.")
     stds = {key.removesuffix("weight") + "rho": std[name] for key, name in names.items()}
-    bayesian = as_bayesian(model, adapter, distribution="gaussian_ab", prior_std=prior_std)
+    bayesian = as_bayesian(model, adapter, **_DISTRIBUTION, prior_std=prior_std)
     for key, tensor in adapter_tensors(bayesian, "default").items():
         if key.endswith(".rho"):
             tensor.copy_(stds[key].sqrt())
@@ -247,6 +248,10 @@ class Ivon(Method):
 
     def run_defaults(self, family: Family) -> dict[str, Any]:
         return {"learning_rate": _RATES[family]}
+
+    def check(self, model: PeftModel, updates: Updates) -> None:
+        _, adapter = plain_adapter(model, by="ivon")
+        bayesian_config(model, adapter, **_DISTRIBUTION)
 
     def fit(self, model: PeftModel, run: Fitting) -> Variational:
         sample_size = self.sample_size or max(len(run.rows), _LEAST_SAMPLE_SIZE)

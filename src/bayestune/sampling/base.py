@@ -61,7 +61,7 @@ class Posterior(ABC):
         has_mean: whether ``draws=0`` answers with one set of weights.
         model: the model with the adapter at the mean (the mode, or the first member), in evaluation mode.
         default_draws: default number of draws of a prediction.
-        temperature: T; every draw answers with ``softmax(logits / T)``. 1 unless `fit_temperature` set it.
+        temperature: T; every draw answers with ``softmax(logits / T)``. 1 unless it was fitted, or is a teacher's.
         known: features of training rows, [rows, width], to which `novelty` compares; None if none are kept.
     """
 

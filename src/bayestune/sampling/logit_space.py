@@ -67,7 +67,7 @@ def _covariance(forward: Traced, layers: dict[str, GaussianLinear], vectors: Ite
         for name, jacobian in jacobians:
             scaled[name].append(jacobian.flatten(1) * widths[name])
     stacked = [torch.stack(rows, 1) for rows in scaled.values() if rows]
-    return torch.stack([j @ j.transpose(1, 2) for j in stacked]).sum(0)
+    return torch.stack([(j @ j.transpose(1, 2)).to(forward.logits.device) for j in stacked]).sum(0)
 
 
 def symmetric_root(covariance: Float[Tensor, "rows d d"]) -> Float[Tensor, "rows d d"]:

@@ -14,6 +14,8 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from bayestune.adapters import BayesLoraConfig
+from bayestune.adapters.config import INITS
+from bayestune.adapters.model import check_linear
 from bayestune.errors import ConfigError, PosteriorError
 
 ADAPTERS: dict[str, type[LoraConfig]] = {"point": LoraConfig, "variational": BayesLoraConfig}
@@ -29,7 +31,6 @@ _FREE = frozenset(
     + ("rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "use_rslora", "init_lora_weights")
     + ("prior_std", "rho_init", "estimator", "distribution")
 )
-_INITS = (True, False, "gaussian", "orthogonal")  # other values change the base weights
 
 
 def active_adapter(model: nn.Module) -> tuple[PeftModel, str, str]:
@@ -157,14 +158,27 @@ def settings_fault(values: Any, kind: str) -> str | None:
     for rank in (values.get("r", 1), *(values.get("rank_pattern") or {}).values()):
         if type(rank) is not int or not 1 <= rank <= MAX_RANK:
             return f"rank: found {rank!r}, expected 1 to {MAX_RANK}"
-    if values.get("init_lora_weights", True) not in _INITS:
-        return f"init_lora_weights: found {values['init_lora_weights']!r}, expected one of {_INITS}"
+    if values.get("init_lora_weights", True) not in INITS:
+        return f"init_lora_weights: found {values['init_lora_weights']!r}, expected one of {INITS}"
     return None
 
 
 def config_fault(config: LoraConfig, kind: str) -> str | None:
     """Return the `settings_fault` of a configuration in memory."""
     return settings_fault(json.loads(json.dumps(config.to_dict(), default=sorted)), kind)
+
+
+def bayesian_config(model: PeftModel, adapter: str, **posterior: Any) -> BayesLoraConfig:
+    """Return the configuration of the plain LoRA `adapter` as a Bayesian one with the settings `posterior`.
+
+    Raises:
+        ConfigError: a setting, or a layer with the adapter, cannot have a posterior.
+    """
+    config = adapter_config(model, adapter)
+    for name, layer in lora_layers(model, adapter).items():
+        check_linear(name, layer.get_base_layer())
+    values = {f.name: copy.deepcopy(getattr(config, f.name)) for f in dataclasses.fields(LoraConfig) if f.init}
+    return BayesLoraConfig(**{**values, **posterior, "inference_mode": True})
 
 
 @torch.no_grad()
@@ -177,14 +191,16 @@ def as_bayesian(model: PeftModel, adapter: str, **posterior: Any) -> PeftModel:
         model: a model with one plain LoRA adapter, not merged.
         adapter: name of the adapter.
         **posterior: settings of `BayesLoraConfig` that `LoraConfig` does not have.
+
+    Raises:
+        ConfigError: as `bayesian_config`; the model is unchanged.
     """
+    bayesian = bayesian_config(model, adapter, **posterior)
     config, tensors, base = adapter_config(model, adapter), adapter_tensors(model, adapter), model.get_base_model()
     heads = {path: m.original_module for path, m in base.named_modules() if isinstance(m, ModulesToSaveWrapper)}
     model.unload()
     for path, head in heads.items():
         base.set_submodule(path, head)  # unload leaves the trained copy of the adapter there
-    values = {f.name: copy.deepcopy(getattr(config, f.name)) for f in dataclasses.fields(LoraConfig) if f.init}
-    bayesian = BayesLoraConfig(**{**values, **posterior, "inference_mode": True})
     made = adapted(base, bayesian, autocast=True)  # A and B are float32 in any case
     adapter_config(made, "default").modules_to_save = copy.copy(config.modules_to_save)  # PEFT added the heads again
     for key, tensor in adapter_tensors(made, "default").items():

@@ -146,6 +146,13 @@ def without_appended(encoding: Mapping[str, list[int]]) -> list[int]:
     return ids[:end]
 
 
+def without_added(encoding: Mapping[str, list[int]]) -> list[int]:
+    """Return the ids without those that the tokenizer adds on either side, as a BOS before a chat template's own."""
+    ids, special = without_appended(encoding), encoding["special_tokens_mask"]
+    start = next((place for place, added in enumerate(special) if not added), len(ids))
+    return ids[start:]
+
+
 def sequence_log_probs(
     model: Any, inputs: Mapping[str, Tensor], label_ids: Int[Tensor, "sequences labels"]
 ) -> Float[Tensor, " sequences"]:

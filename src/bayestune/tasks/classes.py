@@ -77,8 +77,9 @@ class Prediction(AnyPrediction[Scores]):
         Raises:
             ConfigError: there are fewer draws.
         """
-        if not 1 <= draws <= self.draws:
-            raise ConfigError(f"first: found {draws} draws, expected 1 to {self.draws}, those of the prediction.")
+        most = min(self.draws, len(self.draw_log_probs))  # a probit prediction has one average for all draws
+        if not 1 <= draws <= most:
+            raise ConfigError(f"first: found {draws} draws, expected 1 to {most}, those of the prediction.")
         return dataclasses.replace(self, draw_log_probs=self.draw_log_probs[:draws], draws=draws)
 
     @property

@@ -21,13 +21,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from bayestune import metrics
-from bayestune.errors import DataError, TaskError
+from bayestune.errors import DataError, TaskError, one_line
 from bayestune.tasks.base import AnyPrediction, AnyScores
-from bayestune.tasks.causal import beyond_common_prefix, sequence_log_probs, without_appended
+from bayestune.tasks.causal import beyond_common_prefix, sequence_log_probs, without_added, without_appended
 from bayestune.tasks.datasets import DatasetSpec, dataset
 from bayestune.tasks.prompted import PromptRow
 from bayestune.tasks.rows import AnyRow
-from bayestune.tasks.tensors import labels_of, pad
+from bayestune.tasks.tensors import labels_of, left_padded, pad
 from bayestune.tasks.tokenized import Text, TokenizedTask
 
 
@@ -164,13 +164,17 @@ class GenerationTask(TokenizedTask[TextPrediction]):
             if not self.tokenizer.chat_template:
                 raise row.fault("messages", "messages", "a string: the tokenizer has no chat template")
             messages = [dict(message) for message in prompt]
-            prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            try:
+                prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            except Exception as error:  # whatever the template raises
+                found = f"messages that the chat template refuses ({one_line(error)})"
+                raise row.fault("messages", found, "a chat as the template allows it") from error
         return [(prompt, None), (prompt + (row.answer or ""), None)]
 
     def encoded(self, row: AnyRow, encodings: list[dict[str, list[int]]]) -> dict[str, Any]:
-        context, (_, answer) = beyond_common_prefix([without_appended(encoding) for encoding in encodings])
-        if context[:2] == [self.tokenizer.bos_token_id] * 2:
-            context = context[1:]  # a chat template has already added one
+        assert isinstance(row, PromptRow)
+        kept = without_appended if isinstance(row.prompt, str) else without_added  # a chat has the template's own
+        context, (_, answer) = beyond_common_prefix([kept(encoding) for encoding in encodings])
         if not context:
             raise row.fault("prompt", "a prompt without a token before the answer", "at least one")
         return {"context": context, "answer": [*answer, self.tokenizer.eos_token_id]}
@@ -181,11 +185,8 @@ class GenerationTask(TokenizedTask[TextPrediction]):
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Return `input_ids`, `attention_mask`, `position_ids` and `label_ids`, all padded on the left."""
         sequences = [example["context"] + example["answer"] for example in examples]
-        mask = pad([[1] * len(sequence) for sequence in sequences], 0, left=True)
         return {
-            "input_ids": pad(sequences, self.pad_id, left=True),
-            "attention_mask": mask,
-            "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
+            **left_padded(sequences, self.pad_id),
             "label_ids": pad([example["answer"] for example in examples], -1, left=True),
             **labels_of(examples),
         }

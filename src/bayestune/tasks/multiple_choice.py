@@ -17,7 +17,7 @@ from bayestune.tasks.choices import choice_mask, mask_absent, with_filler
 from bayestune.tasks.datasets import DatasetSpec, dataset
 from bayestune.tasks.prompts import Prompt
 from bayestune.tasks.rows import AnyRow, Row, shown
-from bayestune.tasks.tensors import labels_of, pad, widen
+from bayestune.tasks.tensors import labels_of, left_padded, pad, widen
 
 PROBED = 50
 """The number of rows that the untrained model is asked."""
@@ -150,11 +150,8 @@ class CausalMultipleChoice(CausalChoice):
             ]
         label_ids = pad([ids for labels in scored for ids in labels], -1, left=True)
         shape = (len(examples),) if single else (len(examples), count)
-        mask = pad([[1] * len(sequence) for sequence in sequences], 0, left=True)
         return {
-            "input_ids": pad(sequences, self.pad_id, left=True).unflatten(0, shape),
-            "attention_mask": mask.unflatten(0, shape),
-            "position_ids": (mask.cumsum(-1) - 1).clamp(min=0).unflatten(0, shape),
+            **{key: tensor.unflatten(0, shape) for key, tensor in left_padded(sequences, self.pad_id).items()},
             "label_ids": label_ids.view(len(examples), count) if single else label_ids.unflatten(0, shape),
             "choice_mask": present,
             **labels_of(examples),

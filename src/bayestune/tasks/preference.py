@@ -140,6 +140,7 @@ class Rewards(Preference):
     """The rewards of single texts from the head of a `Preference` task: one output per row, and no label."""
 
     row = Candidate
+    has_classes = False  # a reward is a number: adding a constant to all outputs of a row would change it
 
     @classmethod
     def of(cls, task: Preference) -> "Rewards":

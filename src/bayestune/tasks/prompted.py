@@ -61,8 +61,11 @@ class PromptRow(AnyRow):
 
     @property
     def texts(self) -> list[tuple[str, str]]:
-        """Every text that is put to a model, each after the name of its field."""
+        """Every text that is put to a model, each after the name of its field; of a chat, the last question first."""
         answer = [] if self.answer is None else [("answer", self.answer)]
         if isinstance(self.prompt, str):
             return [("prompt", self.prompt), *answer]
-        return [*(("messages", str(message["content"])) for message in self.prompt), *answer]
+        asked = [place for place, message in enumerate(self.prompt) if message["role"] == "user"]
+        last = asked[-1] if asked else len(self.prompt) - 1
+        ordered = [self.prompt[last], *self.prompt[:last], *self.prompt[last + 1 :]]
+        return [*(("messages", str(message["content"])) for message in ordered), *answer]

@@ -17,6 +17,13 @@ def pad(sequences: Sequence[Sequence[int]], value: int, *, left: bool) -> Int[Te
     return torch.tensor([[*sequence, *blank] for blank, sequence in zip(fill, sequences, strict=True)])
 
 
+def left_padded(sequences: Sequence[Sequence[int]], pad_id: int) -> dict[str, Int[Tensor, "sequences tokens"]]:
+    """Return `input_ids`, `attention_mask` and `position_ids`, padded on the left; positions count real tokens."""
+    mask = pad([[1] * len(sequence) for sequence in sequences], 0, left=True)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return {"input_ids": pad(sequences, pad_id, left=True), "attention_mask": mask, "position_ids": positions}
+
+
 def pad_encodings(encodings: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, Tensor]:
     """Return a tokenizer's outputs (`input_ids`, `attention_mask`, ...) as tensors padded on the right.
 

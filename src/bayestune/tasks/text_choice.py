@@ -24,7 +24,7 @@ from bayestune.tasks.choices import choice_mask, mask_absent, warn_of_alike, wit
 from bayestune.tasks.datasets import dataset
 from bayestune.tasks.prompts import Prompt
 from bayestune.tasks.rows import AnyRow, Row, shown
-from bayestune.tasks.tensors import labels_of, pad, widen
+from bayestune.tasks.tensors import labels_of, left_padded, pad, widen
 from bayestune.tasks.tokenized import Text
 
 
@@ -168,11 +168,8 @@ class CausalTextChoice(CausalChoice):
         sequences = [
             example["context"] + ids for example, several in zip(examples, branches, strict=True) for ids in several
         ]
-        mask = pad([[1] * len(sequence) for sequence in sequences], 0, left=True)
         flat = {
-            "input_ids": pad(sequences, self.pad_id, left=True),
-            "attention_mask": mask,
-            "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
+            **left_padded(sequences, self.pad_id),
             "label_ids": pad([ids for several in branches for ids in several], -1, left=True),
         }
         return {key: t.unflatten(0, (len(examples), count)) for key, t in flat.items()} | self._shared(examples)

@@ -175,18 +175,23 @@ class TokenizedTask(Task[P]):
         found: list[dict[str, Any] | DataError] = []
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             part = rows[start : start + _ROWS_AT_ONCE]
-            faults = [_fault_of(self.spec.check, row) for row in part]
-            good = [row for row, fault in zip(part, faults, strict=True) if fault is None]
+            texts = [self._texts(row) for row in part]
+            good = [row for row, several in zip(part, texts, strict=True) if isinstance(several, list)]
             empty = self._empty_texts(good)
-            texts = [self.sequences(row) for row in good]
-            encodings = iter(self.encode([text for several in texts for text in several]))
-            done = [
-                self._example(row, [next(encodings) for _ in several], empty)
-                for row, several in zip(good, texts, strict=True)
+            encodings = iter(self.encode([text for several in texts if isinstance(several, list) for text in several]))
+            found += [
+                self._example(row, [next(encodings) for _ in several], empty) if isinstance(several, list) else several
+                for row, several in zip(part, texts, strict=True)
             ]
-            results = iter(done)
-            found += [next(results) if fault is None else fault for fault in faults]
         return found
+
+    def _texts(self, row: AnyRow) -> list[Text] | DataError:
+        """Return the texts of a row, or its error."""
+        try:
+            self.spec.check(row)
+            return self.sequences(row)
+        except DataError as error:
+            return error
 
     def _example(
         self, row: AnyRow, encodings: list[dict[str, list[int]]], empty: set[str]
@@ -246,14 +251,6 @@ class TokenizedTask(Task[P]):
                 token = f"token {shown(self.tokenizer.convert_ids_to_tokens(largest))} with id {largest}"
                 checked[i] = row.fault(row.texts[0][0], token, f"ids below {known}, the embeddings of the model")
         return checked
-
-
-def _fault_of(check: Any, row: AnyRow) -> DataError | None:
-    try:
-        check(row)
-    except DataError as error:
-        return error
-    return None
 
 
 def _sound(found: Sequence[dict[str, Any] | DataError]) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from bayestune.errors import DrawError
 from bayestune.functional import prediction_noise
 from bayestune.methods.laplace.kfac import KroneckerFactor
 from bayestune.sampling.base import Sampler
@@ -71,6 +72,8 @@ class ProbitAnswer(Sampler):
     precision: float
 
     def outputs(self, task: Task, batch: dict[str, Tensor], part: range) -> Float[Tensor, "draws rows classes"]:
+        if not task.has_classes:
+            raise DrawError(f"probit: found task {task.name} without classes, expected classes; use predictive='mc'.")
         forward = traced(self.model, self.linears, task, batch)
         return probit_logits(forward, self.factors, [self.precision])
 
