@@ -154,5 +154,5 @@ def test_without_jinja2_the_error_says_what_to_install(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "jinja2", None)
     spec = importlib.util.spec_from_file_location("html_without_jinja2", html.__file__)
     assert spec is not None and spec.loader is not None
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'bayestune\[report\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[report\]'"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))

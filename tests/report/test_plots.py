@@ -159,5 +159,5 @@ def test_an_svg_for_a_page_is_the_same_again_with_its_texts_as_text():
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     spec = importlib.util.spec_from_file_location("plots_without_matplotlib", plots.__file__)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'bayestune\[report\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[report\]'"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))

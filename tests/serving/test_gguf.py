@@ -169,7 +169,7 @@ def test_an_unknown_format_and_a_missing_package_are_refused(tmp_path: Path, mon
     with pytest.raises(ConfigError, match="format: found 'onnx', expected 'peft' or 'gguf'"):
         export_lora(blob(), tmp_path / "e", draws=0, format="onnx")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"found no package gguf.*pip install 'bayestune\[serve\]'"):
+    with pytest.raises(ConfigError, match=r"found no package gguf.*pip install '\.\[serve\]'"):
         export_lora(blob(), tmp_path / "e", draws=0, format="gguf")
     assert os.listdir(tmp_path) == []
 

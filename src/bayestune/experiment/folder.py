@@ -117,7 +117,7 @@ def _recover(output: Path, *, overwrite: bool) -> None:
         os.rename(before, output)
     elif (output / RESULT).is_file():
         _drop(before, output)
-    elif overwrite:
+    elif overwrite or not (output / EXPERIMENT).is_file():
         _put_back(before, output)
 
 

@@ -34,9 +34,10 @@ def provenance(backbone: Backbone, rows: Mapping[str, Sequence[AnyRow]], experim
     """
     adapter, source = experiment.adapter, experiment.method.source_run
     start = {} if adapter is None else {"start": file_sha256(adapter_file(Path(adapter)))}
-    start |= {} if source is None else {"source_run": file_sha256(Path(source) / POSTERIOR / MANIFEST)}
+    asked = Path(source or "") / POSTERIOR / MANIFEST
+    start |= {"source_run": file_sha256(asked)} if source is not None and asked.is_file() else {}
     hashes = {
-        "base": _hashes(backbone, "*.safetensors", "pytorch_model*.bin", GGUF_RECORD),
+        "base": _hashes(backbone, "*.safetensors", GGUF_RECORD) or _hashes(backbone, "pytorch_model*.bin"),
         "base_settings": _hashes(backbone, *_SETTINGS),
         **start,
         **{f"{use}_rows": rows_sha256(found) for use, found in rows.items() if found},

@@ -34,7 +34,7 @@ from bayestune.experiment.rows import RunRows, own_files
 from bayestune.experiment.settings import Experiment
 from bayestune.experiment.start import Start
 from bayestune.experiment.train import Training
-from bayestune.experiment.trained import Run, resolve
+from bayestune.experiment.trained import Run, kept_shots, resolve
 from bayestune.files import file_sha256, read_json, write_json, write_text, writing
 from bayestune.functional import derive_seed
 from bayestune.inference import evaluate, features, predict
@@ -143,14 +143,16 @@ def _prepared(
     settings = {} if record is None else record.get("experiment", {})
     if resume and (output / EXPERIMENT).is_file():
         settings = read_json(output / EXPERIMENT, "the settings of the run to resume")
-    experiment, task = resolve(experiment, backbone, older=bool(settings) and "prompt" not in settings)
+    scores = resume and is_trained(output)  # what it started from is not needed any more
+    shots = kept_shots(output) if scores and experiment.shots else None
+    older = bool(settings) and "prompt" not in settings
+    experiment, task = resolve(experiment, backbone, shots=shots, older=older, finished=scores)
     rows = RunRows.of(experiment, task)
     if is_main():
         check_output(output, experiment, overwrite=overwrite, resume=resume)
     repeated = rows.repeated(experiment) if is_main() else {}
     # A base that is to be sharded may not fit on one GPU.
-    trains = not (resume and is_trained(output))
-    base, new = load_base(backbone, task, experiment, device="cpu" if asked_by_launcher() and trains else None)
+    base, new = load_base(backbone, task, experiment, device="cpu" if asked_by_launcher() and not scores else None)
     start = Start(base=base, new=new, task_type="CAUSAL_LM" if task.generates else None)
     model, experiment = start.model(experiment)
     training = Training(
@@ -215,13 +217,13 @@ def _restored(ready: _Prepared, output: Path) -> tuple[Posterior, dict[str, Any]
     """
     made = read_json(output / TRAINED, "the record of a training")
     now = ready.origin["sha256"]
-    changed = set(differences(made["sha256"], now)) - {"eval_rows"}
+    changed = set(differences(made["sha256"], now)) - {"eval_rows", "source_run"}
     if changed:
         raise ConfigError(
             f"output {output}: its posterior was trained with different {', '.join(sorted(changed))}; restore them, "
             "or train again with --overwrite."
         )
-    made["sha256"] = now
+    made["sha256"] = {**made["sha256"], **{name: now[name] for name in now if name != "source_run"}}
     return load(ready.model.unload(), output / POSTERIOR), made
 
 

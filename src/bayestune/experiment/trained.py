@@ -104,7 +104,7 @@ def load_run(folder: str | Path, *, data: str | Path | None = None) -> Run:
     if data is not None:
         experiment = experiment.replace(data=str(data))
     backbone = find_backbone(experiment.model)
-    shots = _kept_shots(folder) if experiment.shots else None
+    shots = kept_shots(folder) if experiment.shots else None
     experiment, task = resolve(experiment, backbone, shots=shots, older=older, finished=True)
     base, _ = load_base(backbone, task, experiment)
     posterior = load(base, folder / POSTERIOR)
@@ -234,11 +234,11 @@ def _asked_as(
         given, there = dict(experiment)[name], dict(own)[name]
         if given not in (None, 0, there):
             raise ConfigError(f"{name}: found {given!r}, expected {there!r}, as the run in {folder} has it.")
-    shots = _kept_shots(folder) if own.shots else None
+    shots = kept_shots(folder) if own.shots else None
     return experiment.replace(**{name: dict(own)[name] for name in asked}), shots
 
 
-def _kept_shots(folder: Path) -> tuple[Row, ...]:
+def kept_shots(folder: Path) -> tuple[Row, ...]:
     """Return the shots of the run in `folder`, checked against its record."""
     shots = tuple(read_rows(folder / SHOTS, formats=(Row,)))
     record = folder / (RESULT if (folder / RESULT).is_file() else TRAINED)

@@ -57,14 +57,14 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool, kind: str | Non
 
 
 @contextlib.contextmanager
-def replaced_if(path: Path, *, overwrite: bool, kind: str) -> Iterator[Callable[[], None]]:
+def replaced_if(path: Path, *, proof: str, overwrite: bool, kind: str) -> Iterator[Callable[[], None]]:
     """Context that makes the folder `path`, and yields a function to call once the new folder has proved good.
 
     An older folder is beside `path` until then, as `.NAME.before`. It is removed by the call, and put back if the
-    context ends without one; so is one that a crash has left there.
+    context ends without one; after a crash, the next one puts it back unless the new folder holds the file `proof`.
 
     Raises:
-        ConfigError: `path` exists and must not be replaced, as for `new_folder`.
+        ConfigError: `path` exists and must not be replaced, as for `new_folder`; or another process is here.
     """
     before, good = path.with_name(f".{path.name}.before"), False
 
@@ -73,19 +73,27 @@ def replaced_if(path: Path, *, overwrite: bool, kind: str) -> Iterator[Callable[
         good = True
         remove(before)
 
-    if before.is_dir() and not os.path.lexists(path):
-        os.rename(before, path)
-    _check_target(path, overwrite, kind)
-    if os.path.lexists(path):
-        remove(before)
-        os.rename(path, before)
-    try:
-        yield succeed
-    finally:
-        if not good:
-            remove(path)
-            if before.is_dir():
-                os.rename(before, path)
+    def put_back() -> None:
+        remove(path)
+        if before.is_dir():
+            os.rename(before, path)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with alone(before):
+        if before.is_dir() and not (path / proof).is_file():
+            put_back()
+        older = existing_folder(path)
+        if older != path:
+            os.rename(older, path)
+        _check_target(path, overwrite, kind)
+        if os.path.lexists(path):
+            remove(before)
+            os.rename(path, before)
+        try:
+            yield succeed
+        finally:
+            if not good:
+                put_back()
 
 
 def publish(work: Path, target: Path, aside: Path) -> None:

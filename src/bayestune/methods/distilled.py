@@ -8,7 +8,6 @@ in nats, with draws theta_k of the teacher. The loss is linear in the teacher's 
 average over all draws, taken once, has the same expected gradient as fresh draws in every pass, and less noise.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bayestune.errors import ConfigError
-from bayestune.files import write_text
 from bayestune.functional import derive_seed
 from bayestune.inference import Prediction, predict
 from bayestune.methods.base import Fitting, Line, PointMethod, Updates
@@ -61,6 +59,9 @@ class Distillation(Task[Prediction]):
     def examples(self, rows: Sequence[AnyRow], model: nn.Module) -> list[dict[str, Any]]:
         examples = self._task.examples(rows, model)
         return [{**example, "teacher": self.target(row)} for row, example in zip(rows, examples, strict=True)]
+
+    def identity(self, example: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in example.items() if key != "teacher"}  # whose last bits may differ
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         teacher = torch.tensor([example["teacher"] for example in examples], dtype=torch.float64)
@@ -135,28 +136,16 @@ class Distilled(PointMethod):
         teacher = run.load(model, Path(self.teacher))
         sampled = teacher.has_mean and teacher.default_draws > 0  # not members, and not a point
         draws = self.teacher_draws if sampled else teacher.default_draws
-        probs = _answers(teacher, rows, draws, run)
+        with run.precision():
+            seed = derive_seed("teacher", run.seed)
+            answers = predict(teacher, run.task, rows, draws=draws, seed=seed, progress=run.progress)
         mean = {key: tensor.detach().clone() for key, tensor in adapter_tensors(teacher.model, "default").items()}
         student = run.renew(teacher.model, run.seed)
         _start_at(student, mean)
-        task = Distillation(run.task, rows, probs, temperature=teacher.temperature)
+        task = Distillation(run.task, rows, answers.probs, temperature=teacher.temperature)
         run.train(student, label=self.name, task=task, rows=rows)
         run.found["teacher_draws"] = draws
         return self.posterior(student.eval(), temperature=1.0 if run.tempered else teacher.temperature)
-
-
-def _answers(teacher: Posterior, rows: Sequence[AnyRow], draws: int, run: Fitting) -> Float[Tensor, "rows classes"]:
-    """Return the averaged answers of the teacher; a run with checkpoints keeps them, and a resumed one reads them."""
-    kept = run.folder / "answers.jsonl"
-    if run.resume and kept.is_file():
-        return torch.tensor([json.loads(line) for line in kept.read_text().splitlines()], dtype=torch.float64)
-    with run.precision():
-        seed = derive_seed("teacher", run.seed)
-        probs = predict(teacher, run.task, rows, draws=draws, seed=seed, progress=run.progress).probs
-    if run.checkpoints:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        write_text(kept, "".join(f"{json.dumps(row)}\n" for row in probs.tolist()))
-    return probs
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from bayestune.serving.asking import described
 from bayestune.serving.client import Client
 from bayestune.serving.engines import check_engine, check_port, llamacpp, vllm
 from bayestune.serving.lora import export_draws
-from bayestune.serving.record import TOKENIZER, Served, ServedDraw, write_served
+from bayestune.serving.record import SERVED, TOKENIZER, Served, ServedDraw, write_served
 from bayestune.storage.manifest import CONFIG_FILE, TENSOR_FILE, write_manifest
 from bayestune.tasks import Row, TokenizedTask
 
@@ -69,7 +69,7 @@ def serve(
     check_engine(backend, None if base is None else Path(base), api_key)
     folder, port, sizes = Path(path).absolute(), check_port(host, port), _sizes(posterior, task, context)
     source = model_source(posterior.model.name_or_path) if base is None else str(base)
-    with replaced_if(folder, overwrite=overwrite, kind=_KIND) as succeed:
+    with replaced_if(folder, proof=SERVED, overwrite=overwrite, kind=_KIND) as succeed:
         paths = _exported(posterior, task, folder, backend, draws=draws, seed=seed)
         with _started(backend, source, paths, host=host, port=port, api_key=api_key, **sizes) as url:
             known = {"draws": draws, "seed": seed, "backend": backend, "api_key": api_key, **sizes}

@@ -158,6 +158,10 @@ class Task(ABC, Generic[P]):
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Return one batch: tensors with rows first, with `labels` [rows] if every example has one."""
 
+    def identity(self, example: dict[str, Any]) -> dict[str, Any]:
+        """Return the part of an example that must be the same if a run is resumed: all of it, unless overridden."""
+        return example
+
     @abstractmethod
     def tokens(self, example: dict[str, Any]) -> int:
         """Return the number of tokens in the example's longest sequence, to sort by."""

@@ -33,7 +33,7 @@ class Examples(Dataset[tuple[int, dict[str, Any]]]):
                 raise row.fault(row.target_field, "nothing", "a label to train or evaluate on")
         self._task, self.ids = task, [row.id for row in rows]
         self._examples = task.examples(rows, model)
-        content = json.dumps(self._examples, sort_keys=True)
+        content = json.dumps([task.identity(example) for example in self._examples], sort_keys=True)
         self.sha256 = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
         self.lengths = [task.tokens(example) for example in self._examples]
 
