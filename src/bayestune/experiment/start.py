@@ -79,7 +79,10 @@ def _finished(start: Start, folder: Path) -> PeftModel:
             raise ConfigError(f"adapter {folder}: found one with a temperature, expected plain LoRA without.")
         model = load_posterior(start.base, folder)
         if active_adapter(model)[2] != "point":
-            raise ConfigError(f"adapter {folder}: found a posterior, expected plain LoRA, as method mle trains it.")
+            raise ConfigError(
+                f"adapter {folder}: found a posterior, expected plain LoRA, as method mle trains it; for a temperature, "
+                "train the posterior again with --temperature-split."
+            )
         return model
     return _of_another_program(start, folder)
 
