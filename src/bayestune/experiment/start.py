@@ -80,8 +80,8 @@ def _finished(start: Start, folder: Path) -> PeftModel:
         model = load_posterior(start.base, folder)
         if active_adapter(model)[2] != "point":
             raise ConfigError(
-                f"adapter {folder}: found a posterior, expected plain LoRA, as method mle trains it; for a temperature, "
-                "train the posterior again with --temperature-split."
+                f"adapter {folder}: found a posterior, expected plain LoRA, as method mle trains it; for a "
+                "temperature, train the posterior again with --temperature-split."
             )
         return model
     return _of_another_program(start, folder)
