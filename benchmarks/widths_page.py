@@ -134,7 +134,8 @@ means, with the standard deviation over seeds if there are several; NLL is in na
 VERDICT = """**Of five methods (plain LoRA, plain LoRA with a temperature, the ensemble, BLoB by the paper's recipe and
 the default), the default has the lowest or second-lowest mean NLL on {good} of {all} data sets.** Its mean NLL is
 above that of the paper's recipe by more than the standard error of the paired difference {than}. The ensemble costs
-three trainings. On ARC-Challenge and RTE no method answers much better than a guess; what counts is to be unsure.
+three trainings. On ARC-Challenge, RTE and BoolQ no method answers much better than a guess; what counts is to be
+unsure.
 """
 
 AGAINST = """The lowest mean NLL has rank 1. The nine are the lines of the tables; the five are plain LoRA, plain LoRA
