@@ -2,10 +2,12 @@
 
 import dataclasses
 import hashlib
+import importlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from transformers import AutoTokenizer
@@ -160,6 +162,26 @@ def test_a_record_from_before_there_were_prompts_means_the_papers(world: Path, t
     with pytest.raises(ConfigError, match="cannot resume with scoring='text'"):
         other = again.experiment.replace(scoring="text")
         check_output(tmp_path / "begun", other, overwrite=False, resume=True)
+
+
+@pytest.mark.filterwarnings("ignore:tfb")  # so small a model knows little
+@pytest.mark.parametrize(("method", "setting"), [("tfb", "adapter"), ("distilled", "teacher")])
+def test_a_run_that_is_only_scored_does_not_need_what_it_started_from(
+    method: str, setting: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(experiment(world, "llama", scoring="text", shots=1, seed=5), tmp_path / "mle", command=[])
+    asked = experiment(world, "llama", method=method, **{setting: str(tmp_path / "mle")})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(
+            importlib.import_module("bayestune.experiment.run"), "_scored", Mock(side_effect=KeyboardInterrupt)
+        )
+        run(asked, tmp_path / "run", command=[])
+    (tmp_path / "mle" / "result.json").unlink()
+    shots = (tmp_path / "mle" / "shots.jsonl").read_text()
+    (tmp_path / "mle" / "shots.jsonl").write_text("")
+    again = run(asked, tmp_path / "run", command=[], resume=True)
+    assert (again.experiment.scoring, again.experiment.shots) == ("text", 1)
+    assert (tmp_path / "run" / "shots.jsonl").read_text() == shots
 
 
 @pytest.mark.parametrize(("method", "setting"), [("tfb", "adapter"), ("distilled", "teacher")])

@@ -54,7 +54,7 @@ def test_the_rewards_are_those_of_the_prediction(task: Preference, posterior: Va
 
 
 def test_rewards_without_draws_of_weights(task: Preference, posterior: Variational) -> None:
-    """Linearized draws of a model whose head alone is random are exact; the probit answer is one of classes."""
+    """Linearized draws of rewards have the mean's rewards as their mean; the probit answer needs classes."""
     found = bt.rewards(posterior.with_predictive("linearised"), task, PROMPT, TEXTS, draws=4000)
     mode = bt.rewards(posterior, task, PROMPT, TEXTS, draws=0)
     assert ((found.mean(0) - mode[0]).abs() < 5 * found.std(0) / math.sqrt(4000)).all() and found.std(0).min() > 1e-3

@@ -64,12 +64,17 @@ def test_the_loss_is_the_divergence_from_the_teacher() -> None:
     assert torch.allclose(gradient, logits.double().softmax(-1) - teacher, atol=1e-7)
 
 
-def test_the_student_of_a_tempered_teacher_starts_at_its_tempered_mean(world: Path, tmp_path: Path) -> None:
-    shutil.copytree(world / "teacher", tmp_path / "teacher")
-    taught = load_run(tmp_path / "teacher")
+def tempered(world: Path, folder: Path) -> tuple[Run, dict[str, Any]]:
+    """The teacher with the temperature 2.5, and the settings of a student that hardly leaves its start."""
+    shutil.copytree(world / "teacher", folder)
+    taught = load_run(folder)
     taught.posterior.temperature = 2.5
-    save_posterior(taught.posterior, tmp_path / "teacher" / "posterior", overwrite=True)
-    own = {"method": Distilled(**{"teacher": str(tmp_path / "teacher")}), "steps": 1, "learning_rate": 1e-12}
+    save_posterior(taught.posterior, folder / "posterior", overwrite=True)
+    return taught, {"method": Distilled(**{"teacher": str(folder)}), "steps": 1, "learning_rate": 1e-12}
+
+
+def test_the_student_of_a_tempered_teacher_starts_at_its_tempered_mean(world: Path, tmp_path: Path) -> None:
+    taught, own = tempered(world, tmp_path / "teacher")
     run(taught.experiment.replace(**own, eval=False), tmp_path / "student", command=[])
     student, asked = load_run(tmp_path / "student"), taught.task.rows("train")
     assert student.posterior.temperature == 2.5
@@ -138,11 +143,7 @@ def test_an_unfinished_teacher_is_refused(world: Path, tmp_path: Path) -> None:
 
 
 def test_a_temperature_that_is_asked_for_is_fitted_in_place_of_the_teachers(world: Path, tmp_path: Path) -> None:
-    shutil.copytree(world / "teacher", tmp_path / "teacher")
-    taught = load_run(tmp_path / "teacher")
-    taught.posterior.temperature = 2.5
-    save_posterior(taught.posterior, tmp_path / "teacher" / "posterior", overwrite=True)
-    own = {"method": Distilled(**{"teacher": str(tmp_path / "teacher")}), "steps": 1, "learning_rate": 1e-12}
+    taught, own = tempered(world, tmp_path / "teacher")
     asked = taught.experiment.replace(**own, temperature_split="train")
     made = run(asked, tmp_path / "student", command=[])
     student = load_run(tmp_path / "student")

@@ -1,5 +1,6 @@
 """Saving and loading posteriors: the same answers in another process, nothing lost, nothing else touched."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from bayestune.errors import ConfigError, PosteriorError
 from bayestune.experiment import Experiment
 from bayestune.experiment.backbone import add_adapter, find_backbone, load_base
 from bayestune.experiment.trained import resolve
-from bayestune.files import disk
+from bayestune.files import disk, replaced_if
 from bayestune.files import folders as folder_module
 from bayestune.inference.draws import draw
 from bayestune.methods import EnsemblePosterior, load_posterior, save_posterior
@@ -323,6 +325,31 @@ def test_overwrite_replaces_only_what_bayestune_wrote(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=words):
             save_posterior(blob(), tmp_path / name, overwrite=True)
     assert sorted(os.listdir(tmp_path)) == ["file", "home", "link"] and os.listdir(tmp_path / "home") == ["thesis.tex"]
+
+
+def test_a_folder_that_is_not_proved_good_gives_way_to_the_older_one(saved: Path, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"proof": "proof", "overwrite": True, "kind": "posterior"}
+    path = tmp_path / "inside" / ".." / "p"
+    for good in (False, True, False):
+        with contextlib.suppress(KeyboardInterrupt), replaced_if(path, **asked) as succeed:
+            save_posterior(blob(), path)
+            if good:
+                (tmp_path / "p" / "proof").touch()
+                succeed()
+            raise KeyboardInterrupt
+        assert os.listdir(tmp_path) == (["p"] if (tmp_path / "p").exists() else [])
+    assert (tmp_path / "p" / "proof").is_file()
+    (tmp_path / "p").rename(tmp_path / ".p.before")  # as a process leaves it that is killed before its proof
+    save_posterior(blob(), tmp_path / "p")
+    with contextlib.suppress(KeyboardInterrupt), replaced_if(path, **asked):
+        raise KeyboardInterrupt
+    assert (tmp_path / "p" / "proof").is_file() and os.listdir(tmp_path) == ["p"]
+    (tmp_path / "p").rename(tmp_path / ".p.before")
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "thesis.tex").write_text("mine")
+    with pytest.raises(ConfigError, match="not a folder that bayestune wrote"), replaced_if(path, **asked):
+        pass
+    assert os.listdir(tmp_path / "p") == ["thesis.tex"] and (tmp_path / ".p.before" / "proof").is_file()
 
 
 def test_overwrite_replaces_the_whole_folder(saved: Path, tmp_path: Path) -> None:

@@ -32,10 +32,11 @@ def provenance(backbone: Backbone, rows: Mapping[str, Sequence[AnyRow]], experim
         rows: the rows by use, such as "train" and "eval"; empty lists are left out.
         experiment: the settings.
     """
-    adapter, source = experiment.adapter, experiment.method.source_run
-    start = {} if adapter is None else {"start": file_sha256(adapter_file(Path(adapter)))}
-    asked = Path(source or "") / POSTERIOR / MANIFEST
-    start |= {"source_run": file_sha256(asked)} if source is not None and asked.is_file() else {}
+    start, source = {}, experiment.method.source_run
+    if experiment.adapter is not None:
+        start["start"] = file_sha256(adapter_file(Path(experiment.adapter)))
+    if source is not None and (asked := Path(source) / POSTERIOR / MANIFEST).is_file():
+        start["source_run"] = file_sha256(asked)
     hashes = {
         "base": _hashes(backbone, "*.safetensors", GGUF_RECORD) or _hashes(backbone, "pytorch_model*.bin"),
         "base_settings": _hashes(backbone, *_SETTINGS),

@@ -34,7 +34,7 @@ from bayestune.experiment.rows import RunRows, own_files
 from bayestune.experiment.settings import Experiment
 from bayestune.experiment.start import Start
 from bayestune.experiment.train import Training
-from bayestune.experiment.trained import Run, kept_shots, resolve
+from bayestune.experiment.trained import Run, asked_as, resolve
 from bayestune.files import file_sha256, read_json, write_json, write_text, writing
 from bayestune.functional import derive_seed
 from bayestune.inference import evaluate, features, predict
@@ -143,8 +143,9 @@ def _prepared(
     settings = {} if record is None else record.get("experiment", {})
     if resume and (output / EXPERIMENT).is_file():
         settings = read_json(output / EXPERIMENT, "the settings of the run to resume")
-    scores = resume and is_trained(output)  # what it started from is not needed any more
-    shots = kept_shots(output) if scores and experiment.shots else None
+    scores, shots = resume and is_trained(output), None
+    if scores and "prompt" in settings:  # the run that it started from may have changed by now
+        experiment, shots = asked_as(experiment, output, settings)
     older = bool(settings) and "prompt" not in settings
     experiment, task = resolve(experiment, backbone, shots=shots, older=older, finished=scores)
     rows = RunRows.of(experiment, task)
@@ -170,8 +171,8 @@ def _prepared(
 
 
 def _fit(ready: _Prepared, found: dict[str, Any]) -> Posterior:
-    files = own_files(ready.training.experiment)
-    more = {name: rows for name, rows in ready.rows.more.items() if is_main() or name in files}  # others only train
+    files = own_files(ready.training.experiment)  # which every process trains on
+    more = {name: rows for name, rows in ready.rows.more.items() if is_main() or name in files}
     job = fitting(ready.training, ready.start, more, found)
     return ready.training.experiment.method.fit(ready.model, job)
 

@@ -104,7 +104,7 @@ def load_run(folder: str | Path, *, data: str | Path | None = None) -> Run:
     if data is not None:
         experiment = experiment.replace(data=str(data))
     backbone = find_backbone(experiment.model)
-    shots = kept_shots(folder) if experiment.shots else None
+    shots = _kept_shots(folder) if experiment.shots else None
     experiment, task = resolve(experiment, backbone, shots=shots, older=older, finished=True)
     base, _ = load_base(backbone, task, experiment)
     posterior = load(base, folder / POSTERIOR)
@@ -150,14 +150,14 @@ def resolve(
     Args:
         shots: the shots of a finished run; by default they come from the run that it starts from, or are drawn.
         older: whether the settings come from a record made before there were prompts.
-        finished: whether the run is finished; what it started from may have changed by now, and is not read.
+        finished: whether the run is trained; what it started from may have changed by now, and is not read.
 
     Raises:
         ConfigError: a setting cannot be used here, or differs from that of the run that it starts from.
     """
     source, record = (None, {}) if finished else _source(experiment)
     if source is not None and "prompt" in record:
-        experiment, shots = _asked_as(experiment, source, record)
+        experiment, shots = asked_as(experiment, source, record)
     asked = any(dict(experiment)[name] for name in PROMPT)
     older = older or (bool(record) and "prompt" not in record)
     experiment = experiment.resolved(backbone.family, chat=backbone.chat and not older)
@@ -219,7 +219,7 @@ def _source(experiment: Experiment) -> tuple[Path | None, dict[str, Any]]:
     return Path(named), read_json(file, "the settings of the run to start from")
 
 
-def _asked_as(
+def asked_as(
     experiment: Experiment, folder: Path, record: Mapping[str, Any]
 ) -> tuple[Experiment, tuple[Row, ...] | None]:
     """Return the experiment with the prompt and number settings of the run in `folder`, and the shots of that run.
@@ -234,11 +234,11 @@ def _asked_as(
         given, there = dict(experiment)[name], dict(own)[name]
         if given not in (None, 0, there):
             raise ConfigError(f"{name}: found {given!r}, expected {there!r}, as the run in {folder} has it.")
-    shots = kept_shots(folder) if own.shots else None
+    shots = _kept_shots(folder) if own.shots else None
     return experiment.replace(**{name: dict(own)[name] for name in asked}), shots
 
 
-def kept_shots(folder: Path) -> tuple[Row, ...]:
+def _kept_shots(folder: Path) -> tuple[Row, ...]:
     """Return the shots of the run in `folder`, checked against its record."""
     shots = tuple(read_rows(folder / SHOTS, formats=(Row,)))
     record = folder / (RESULT if (folder / RESULT).is_file() else TRAINED)

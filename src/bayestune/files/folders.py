@@ -23,9 +23,9 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool, kind: str | Non
 
     Everything is flushed to disk before the renames. An older folder is moved aside first and removed last, so a
     crash leaves either the old folder or the new one whole. After a crash between the two renames, the old folder is
-    beside `path`, where `existing_folder` finds it. With `overwrite`, only an empty folder or one that holds a
-    bayestune manifest is replaced; if its content is of another `kind`, such as a posterior where an export is to be
-    written, it is not. Leftovers of killed saves to `path` are removed first.
+    beside `path`, where `existing_folder` finds it. With `overwrite`, only an empty folder or one with a bayestune
+    manifest is replaced, and with `kind` only one whose manifest has that entry: an export does not replace a
+    posterior. Leftovers of killed saves to `path` are removed first.
 
     Raises:
         ConfigError: `path` exists and must not be replaced, or is a link; something that bayestune did not write
@@ -57,15 +57,19 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool, kind: str | Non
 
 
 @contextlib.contextmanager
-def replaced_if(path: Path, *, proof: str, overwrite: bool, kind: str) -> Iterator[Callable[[], None]]:
-    """Context that makes the folder `path`, and yields a function to call once the new folder has proved good.
+def replaced_if(
+    path: str | os.PathLike[str], *, proof: str, overwrite: bool, kind: str
+) -> Iterator[Callable[[], None]]:
+    """Context in which a new folder is made at `path`; it yields a function to call once that folder has proved good.
 
-    An older folder is beside `path` until then, as `.NAME.before`. It is removed by the call, and put back if the
-    context ends without one; after a crash, the next one puts it back unless the new folder holds the file `proof`.
+    An older folder is beside `path` until then, as `.NAME.before`. The call removes it; without a call, it is put back
+    at the end. After a crash, the next context puts it back unless the new folder holds the file `proof`.
 
     Raises:
-        ConfigError: `path` exists and must not be replaced, as for `new_folder`; or another process is here.
+        ConfigError: `path` exists and must not be replaced, as for `new_folder`; or another process is in this
+            context.
     """
+    path = Path(os.path.abspath(path))
     before, good = path.with_name(f".{path.name}.before"), False
 
     def succeed() -> None:
@@ -79,12 +83,16 @@ def replaced_if(path: Path, *, proof: str, overwrite: bool, kind: str) -> Iterat
             os.rename(before, path)
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with alone(before):
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(alone(before))
+        except ConfigError:
+            raise ConfigError(f"{path}: it is in use; stop that process, or choose another path.") from None
         if before.is_dir() and not (path / proof).is_file():
+            _check_target(path, True, kind)  # it may be somebody's own by now
             put_back()
-        older = existing_folder(path)
-        if older != path:
-            os.rename(older, path)
+        if _aside(path).is_dir() and not os.path.lexists(path):
+            os.rename(_aside(path), path)  # left by a crash in `new_folder`
         _check_target(path, overwrite, kind)
         if os.path.lexists(path):
             remove(before)
@@ -195,7 +203,7 @@ def _check_target(target: Path, overwrite: bool, kind: str | None) -> None:
             f"{target} is not a folder that bayestune wrote (it holds no {MANIFEST}), so overwrite=True does not "
             "replace it: remove it by hand, or choose another path."
         )
-    if kind is not None and any(target.iterdir()) and f'"{kind}":' not in (target / MANIFEST).read_text("utf-8"):
+    if kind is not None and any(target.iterdir()) and f'"{kind}":'.encode() not in (target / MANIFEST).read_bytes():
         raise ConfigError(
             f"{target}: found a folder that bayestune wrote for another purpose, expected one with {kind!r} in its "
             f"{MANIFEST}; choose another path."

@@ -33,8 +33,8 @@ from bayestune.training.sharding import sharded_like
 
 _RATES: dict[Family, float] = {"causal": 0.03, "encoder": 0.1}
 _LEAST_SAMPLE_SIZE = 10_000
-_DISTRIBUTION = {"distribution": "gaussian_ab"}
 """With lambda of a few hundred rows, the ELBO keeps a LoRA adapter near the prior (docs/methods/ivon.md)."""
+_DISTRIBUTION = {"distribution": "gaussian_ab"}
 
 
 def next_curvature(

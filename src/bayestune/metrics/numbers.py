@@ -57,6 +57,7 @@ def mixture_quantiles(
 
     Raises:
         ConfigError: a level is not between 0 and 1.
+        DataError: the shapes differ, there are no draws, or a value is not finite.
     """
     means, stds, _ = _checked(means, stds, means.new_zeros(means.shape[1:]))
     return torch.stack([_quantile(means, stds, level) for level in levels])

@@ -67,7 +67,7 @@ def serve(
         ServingError: the server does not start, or does not answer as it should.
     """
     check_engine(backend, None if base is None else Path(base), api_key)
-    folder, port, sizes = Path(path).absolute(), check_port(host, port), _sizes(posterior, task, context)
+    folder, port, sizes = Path(os.path.abspath(path)), check_port(host, port), _sizes(posterior, task, context)
     source = model_source(posterior.model.name_or_path) if base is None else str(base)
     with replaced_if(folder, proof=SERVED, overwrite=overwrite, kind=_KIND) as succeed:
         paths = _exported(posterior, task, folder, backend, draws=draws, seed=seed)
