@@ -64,7 +64,7 @@ def _verdict(found: dict[str, Scored]) -> str:
     """Say how often the default is among the two best of the five methods, and where it is worse than the paper's."""
     good = sum(_rank(scored, METHODS) <= 2 for scored in found.values())
     worse = [task for task, scored in found.items() if _beyond_error(scored)]
-    than = f"on {' and '.join(worse)}" if worse else "on none of them"
+    than = f"On {' and '.join(worse)}, its mean NLL is" if worse else "On none of them is its mean NLL"
     return VERDICT.format(good=good, all=len(found), than=than)
 
 
@@ -132,10 +132,10 @@ means, with the standard deviation over seeds if there are several; NLL is in na
 """
 
 VERDICT = """**Of five methods (plain LoRA, plain LoRA with a temperature, the ensemble, BLoB by the paper's recipe and
-the default), the default has the lowest or second-lowest mean NLL on {good} of {all} data sets.** Its mean NLL is
-above that of the paper's recipe by more than the standard error of the paired difference {than}. The ensemble costs
-three trainings. On ARC-Challenge, RTE and BoolQ no method answers much better than a guess; what counts is to be
-unsure.
+the default), the default has the lowest or second-lowest mean NLL on {good} of {all} data sets.** {than}
+above that of the paper's recipe by more than the standard error of the paired difference. The ensemble costs three
+trainings. On ARC-Challenge, RTE and BoolQ no method answers much better than a guess; a low NLL there means that a
+method is not overconfident.
 """
 
 AGAINST = """The lowest mean NLL has rank 1. The nine are the lines of the tables; the five are plain LoRA, plain LoRA

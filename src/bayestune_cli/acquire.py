@@ -53,7 +53,7 @@ def acquire(
     """Choose the rows of a pool that are most worth labeling; print ids and scores. Training rows are left out."""
     check_run(run)
     if score == "random" and (draws is not None or predictive is not None):
-        raise FlagError("acquire: found --draws or --predictive, but --score random asks no draws; leave it out.")
+        raise FlagError("acquire: found --draws or --predictive, expected neither: --score random uses no draws.")
     if output is not None:
         check_output_file(output, overwrite=overwrite)
     check_files(pool, output, flag="--pool", whole=on_bad_row == "stop")

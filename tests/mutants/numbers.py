@@ -144,12 +144,12 @@ def constant_noise_is_never_fitted() -> None:
 @defect(RUNS, "started_from")
 def an_adapter_gets_other_units() -> None:
     def make(right: Any) -> Any:
-        def wrong(experiment: Any, record: Any) -> Any:
-            return right(experiment, {name: value for name, value in record.items() if "target" not in name})
+        def wrong(experiment: Any, source: Any, record: Any) -> Any:
+            return right(experiment, source, {name: value for name, value in record.items() if "target" not in name})
 
         return wrong
 
-    wrap("bayestune.experiment.trained._asked_as", make)
+    wrap("bayestune.experiment.trained.asked_as", make)
 
 
 @defect(RUNS, "means_nothing")

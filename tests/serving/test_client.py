@@ -207,7 +207,10 @@ def test_a_start_that_fails_leaves_nothing_and_keeps_the_folder_that_it_replaces
     base(tmp_path)
     with serving(tmp_path, posterior(), task(tmp_path)):
         record = (tmp_path / "served" / "served.json").read_bytes()
-        with pytest.raises(ConfigError, match="served: it is in use; stop that process, or choose another path"):
+        with pytest.raises(
+            ConfigError,
+            match="served: found it in use, expected no other process; stop that one, or choose another path",
+        ):
             with serving(tmp_path, posterior(), task(tmp_path), overwrite=True):
                 pass
     (tmp_path / "base.gguf").write_bytes(b"GGUF but not really")

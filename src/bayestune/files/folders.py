@@ -87,7 +87,9 @@ def replaced_if(
         try:
             held.enter_context(alone(before))
         except ConfigError:
-            raise ConfigError(f"{path}: it is in use; stop that process, or choose another path.") from None
+            raise ConfigError(
+                f"{path}: found it in use, expected no other process; stop that one, or choose another path."
+            ) from None
         if before.is_dir() and not (path / proof).is_file():
             _check_target(path, True, kind)  # it may be somebody's own by now
             put_back()

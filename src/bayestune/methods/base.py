@@ -107,7 +107,7 @@ class Method(Settings, ABC):
 
     @property
     def source_run(self) -> str | None:
-        """The folder of a finished run that the method asks, whose prompt this run keeps; None without one."""
+        """The folder of a finished run that the method queries; this run keeps its prompt. None without one."""
         return None
 
     def resolved(self, family: Family) -> "Method":

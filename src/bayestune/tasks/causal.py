@@ -147,7 +147,7 @@ def without_appended(encoding: Mapping[str, list[int]]) -> list[int]:
 
 
 def without_added(encoding: Mapping[str, list[int]]) -> list[int]:
-    """Return the ids without those that the tokenizer adds on either side, as a BOS before a chat template's own."""
+    """Return the ids without the special tokens that the tokenizer adds: a chat template writes its own."""
     ids, special = without_appended(encoding), encoding["special_tokens_mask"]
     start = next((place for place, added in enumerate(special) if not added), len(ids))
     return ids[start:]

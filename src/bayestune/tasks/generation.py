@@ -168,7 +168,7 @@ class GenerationTask(TokenizedTask[TextPrediction]):
                 prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             except Exception as error:  # whatever the template raises
                 found = f"messages that the chat template refuses ({one_line(error)})"
-                raise row.fault("messages", found, "a chat as the template allows it") from error
+                raise row.fault("messages", found, "a chat that the template accepts") from error
         return [(prompt, None), (prompt + (row.answer or ""), None)]
 
     def encoded(self, row: AnyRow, encodings: list[dict[str, list[int]]]) -> dict[str, Any]:

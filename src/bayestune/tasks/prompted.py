@@ -61,7 +61,7 @@ class PromptRow(AnyRow):
 
     @property
     def texts(self) -> list[tuple[str, str]]:
-        """Every text that is put to a model, each after the name of its field; of a chat, the last question first."""
+        """Every text that is put to a model, each after the name of its field; the last question of a chat first."""
         answer = [] if self.answer is None else [("answer", self.answer)]
         if isinstance(self.prompt, str):
             return [("prompt", self.prompt), *answer]
