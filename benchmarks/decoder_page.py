@@ -101,6 +101,11 @@ def _keys(records: Sequence[dict[str, Any]], variant: str) -> list[str]:
     return list(mine[0]["scores"]) if mine else []
 
 
+def nlls(records: Sequence[dict[str, Any]], variant: str, key: str) -> dict[int, float]:
+    """Return the NLL of a line of the tables by seed."""
+    return _values(records, variant, key, "nll")
+
+
 def _values(records: Sequence[dict[str, Any]], variant: str, key: str, measure: str) -> dict[int, float]:
     return {made["seed"]: made["scores"][key][measure] for made in records if made["variant"] == variant}
 
@@ -117,17 +122,17 @@ def score_lines(records: Sequence[dict[str, Any]], lines: Sequence[tuple[str, st
     table = [f"| | {' | '.join(MEASURES.values())} | seeds |", "|---" * (len(MEASURES) + 2) + "|"]
     for variant, key in lines:
         cells = [spread(_values(records, variant, key, measure).values()) for measure in MEASURES]
-        seeds = ", ".join(map(str, sorted(_values(records, variant, key, "nll"))))
+        seeds = ", ".join(map(str, sorted(nlls(records, variant, key))))
         table.append(f"| {label(variant, key)} | {' | '.join(cells)} | {seeds} |")
     return table
 
 
 def _differences(records: Sequence[dict[str, Any]], lines: Sequence[tuple[str, str]]) -> list[str]:
     """Return a table of the NLL minus that of plain LoRA with a temperature, on the same rows and seeds."""
-    rival = _values(records, *RIVAL, "nll")
+    rival = nlls(records, *RIVAL)
     table = ["| | difference in NLL, mean ± standard error over seeds | by seed |", "|---|---|---|"]
     for variant, key in lines:
-        less, by_seed = difference(_values(records, variant, key, "nll"), rival)
+        less, by_seed = difference(nlls(records, variant, key), rival)
         if less and (variant, key) != RIVAL:
             table.append(f"| {label(variant, key)} | {less} | {by_seed} |")
     return table

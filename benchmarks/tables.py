@@ -13,6 +13,7 @@ from typing import Any
 import decoder_page
 import other_data
 import widths_page
+import worth
 from options import parser
 from over_seeds import spread
 
@@ -31,7 +32,12 @@ def main() -> None:
     pages: dict[str, dict[str, Callable[[], str]]] = {
         "README.md": {"real": real_table, "decoder": decoder_table},
         "docs/serving.md": {"cost": serving_table, "distil": distil_table},
-        "docs/results.md": {"demo": demo_table, "tuning": tuning_table, "methods": methods_table},
+        "docs/results.md": {
+            "worth": worth.table,
+            "demo": demo_table,
+            "tuning": tuning_table,
+            "methods": methods_table,
+        },
     }
     for name, tables in pages.items():
         before = after = (ROOT / name).read_text(encoding="utf-8")
@@ -163,6 +169,8 @@ def methods_table() -> str:
                 scores = [spread(cell[m] for cell in found) for m in (*METRICS, "aurc")]
                 places = [column.label, found[0]["steps"], line_label(method, draws), *scores, found[0]["rows"]]
                 lines.append(f"| {' | '.join(map(str, places))} | {len(found)} |")
+    took = {(cell["method"], cell["seed"]): cell["seconds"] for cell in cells if cell["task"] == "openbookqa"}
+    lines.append(f"\nThe {len(took)} runs on OpenBookQA took {sum(took.values()) / 3600:.1f} hours on one core.")
     return "\n".join(lines) + "\n"
 
 

@@ -1,7 +1,7 @@
 """docs/width.md: the records of `widths.py` as tables."""
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from over_seeds import difference, spread
@@ -30,17 +30,8 @@ Scored = dict[tuple[str, str], dict[int, dict[str, float]]]
 
 def page() -> str:
     """Return the page as Markdown."""
-    records = [read_json(path, "a record") for path in sorted(RESULTS.glob("*.json"))]
-    found = {(made["task"], made["variant"], made["seed"]): made for made in records}
-    seeds = {task: [seed for seed in SEEDS if all((task, one, seed) in found for one in VARIANTS)] for task in TASKS}
-    whole: dict[str, Scored] = {
-        task: {
-            (variant, key): {seed: found[task, variant, seed]["scores"][key] for seed in complete}
-            for variant, key in RIVALS
-        }
-        for task, complete in seeds.items()
-        if complete
-    }
+    found = read_records()
+    whole = complete(found)
     planned = len(TASKS) * len(VARIANTS) * len(SEEDS)
     parts = [INTRODUCTION]
     if len(found) < planned:
@@ -48,16 +39,35 @@ def page() -> str:
     parts += [_verdict(whole)]
     other = sum(
         chosen({float(factor): nll for factor, nll in made["nll_by_scale"].items()}) != made["scale"]
-        for made in records
+        for made in found.values()
         if "scale" in made
     )
     if other:
         parts += [f"In {other} records, the current rule of `fit_scale` would choose a different factor.\n"]
     parts += ["## NLL\n", *_table(whole, "nll"), "\n## Accuracy\n", *_table(whole, "accuracy")]
     parts += ["\n## ECE\n", *_table(whole, "ece"), "\n## The default against the others\n", AGAINST, *_against(whole)]
-    used = {key: made for key, made in found.items() if key[2] in seeds[key[0]]}
+    used = {key: made for key, made in found.items() if key[2] in whole.get(key[0], {}).get(DEFAULT, {})}
     parts += ["\n## Chosen scales\n", *_scales(used)]
     return "\n".join(parts) + "\n"
+
+
+def read_records() -> dict[tuple[str, str, int], dict[str, Any]]:
+    """Return the records by data set, variant and seed."""
+    records = [read_json(path, "a record") for path in sorted(RESULTS.glob("*.json"))]
+    return {(made["task"], made["variant"], made["seed"]): made for made in records}
+
+
+def complete(found: Mapping[tuple[str, str, int], dict[str, Any]]) -> dict[str, Scored]:
+    """Return the scores by data set, of the seeds of which every variant has a record."""
+    seeds = {task: [seed for seed in SEEDS if all((task, one, seed) in found for one in VARIANTS)] for task in TASKS}
+    return {
+        task: {
+            (variant, key): {seed: found[task, variant, seed]["scores"][key] for seed in whole}
+            for variant, key in RIVALS
+        }
+        for task, whole in seeds.items()
+        if whole
+    }
 
 
 def _verdict(found: dict[str, Scored]) -> str:
