@@ -76,7 +76,7 @@ _TUNED: dict[str, dict[str, Any]] = {
         for rate in (1e-3, 2e-3)
     },
     **{f"bbb-prior{prior}-0.001": {"method": "bbb", "prior_std": prior} for prior in (0.2, 1.0)},
-    **{f"ivon-{rate}": {"method": "ivon", "learning_rate": rate} for rate in (0.0003, 0.001, 0.003, 0.01)},
+    **{f"ivon-{rate}": {"method": "ivon", "learning_rate": rate} for rate in (0.0001, 0.0003, 0.001, 0.003, 0.01)},
     "mle-all-layers": {"method": "mle", "target_modules": ALL_LAYERS},
     "blob-all-layers-prior0.2": {"method": "blob", "target_modules": ALL_LAYERS},
     "blob-all-layers-prior1.0": {"method": "blob", "target_modules": ALL_LAYERS, "prior_std": 1.0},

@@ -31,7 +31,7 @@ from bayestune.sampling import Variational
 from bayestune.storage.state import adapter_tensors, as_bayesian, bayesian_config, parameter_names
 from bayestune.training.sharding import sharded_like
 
-_RATES: dict[Family, float] = {"causal": 0.03, "encoder": 0.1}
+_RATES: dict[Family, float] = {"causal": 0.0003, "encoder": 0.1}
 _LEAST_SAMPLE_SIZE = 10_000
 """With lambda of a few hundred rows, the ELBO keeps a LoRA adapter near the prior (docs/methods/ivon.md)."""
 _DISTRIBUTION = {"distribution": "gaussian_ab"}
