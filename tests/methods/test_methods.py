@@ -300,6 +300,17 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bayestune.methods.tfb.fit_tfb", refuse)
 
 
+def test_the_search_of_tfb_shows_its_passes(
+    world: Path, mle: Result, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tfb = experiment(world, method="tfb", adapter=str(mle.output))
+    run(tfb, tmp_path / "quiet")
+    assert "tfb:" not in capsys.readouterr().err
+    run(tfb, tmp_path / "shown", progress=True)
+    shown = capsys.readouterr().err
+    assert "tfb:" in shown and "3/11" in shown  # at 0 and at both ends of the range
+
+
 def test_a_refused_fit_leaves_the_run_that_was_to_be_replaced(
     world: Path, mle: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

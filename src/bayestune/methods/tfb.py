@@ -11,8 +11,6 @@ sigma_q is the largest value whose loss on some anchor rows stays within a toler
 result is an ordinary BAYES_LORA adapter with ``M = A'`` and ``G = sqrt(Omega)``.
 """
 
-import dataclasses
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,13 +23,15 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from pydantic import Field
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from bayestune.adapters import gaussian_layers
-from bayestune.errors import BayestuneWarning, ConfigError, DataError, PosteriorError
+from bayestune.errors import BayestuneWarning, ConfigError, DataError
 from bayestune.functional import derive_seed
 from bayestune.inference.predict import predict
 from bayestune.methods.base import Fitting, PostHocMethod, plain_adapter
 from bayestune.methods.mle import Mle
+from bayestune.methods.search import SigmaSearch, search_sigma
 from bayestune.sampling import Variational
 from bayestune.settings import LARGEST_WHOLE
 from bayestune.storage.state import (
@@ -44,74 +44,10 @@ from bayestune.storage.state import (
 )
 from bayestune.tasks import AnyRow, Task
 
+ITERATIONS = 8
+"""Bisections of a search, which then knows log sigma to 1/256 of its range."""
 NOTHING = 1e-18
 """A singular value below this counts as 0, so that no standard deviation overflows float32."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Trial:
-    """One evaluation of a search: the loss at `sigma`, and whether it was within the tolerance."""
-
-    sigma: float
-    loss: float
-    accepted: bool
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SigmaSearch:
-    """The result of `search_sigma`."""
-
-    sigma: float  # the largest sigma_q that was evaluated and accepted
-    loss: float  # the loss there
-    reference: float  # the loss at sigma_q = 0
-    at_high: bool  # whether the upper end of the range was accepted, so that a larger sigma_q might be too
-    trace: tuple[Trial, ...]  # every evaluation above 0, in order
-
-
-def search_sigma(
-    loss: Callable[[float], float], *, tolerance: float, low: float, high: float, iterations: int
-) -> SigmaSearch:
-    """Search for the largest sigma with ``|loss(sigma) - loss(0)| <= tolerance |loss(0)|``, by bisection in log sigma.
-
-    `low` and `high` are tried first. Then the geometric mean of an accepted and a rejected sigma is tried
-    `iterations` times; the two end a factor ``(high / low)^(2^-iterations)`` apart. The result was always tried and
-    accepted. If the loss is not monotone, a larger sigma that was never tried may be within the tolerance too.
-
-    Raises:
-        ConfigError: a setting is out of range, or `low` is rejected.
-        PosteriorError: a loss is NaN, or the loss at 0 is infinite.
-    """
-    if not 0 < low < high < math.inf:
-        raise ConfigError(f"search_sigma: found low={low}, high={high}, expected 0 < low < high, both finite.")
-    if not 0 <= tolerance < math.inf or iterations < 0:
-        raise ConfigError(f"search_sigma: found tolerance={tolerance}, iterations={iterations}, expected 0 or more.")
-    trace: list[Trial] = []
-
-    def loss_at(sigma: float) -> float:
-        value = loss(sigma)
-        if math.isnan(value):
-            raise PosteriorError(f"search_sigma: the loss at sigma_q={sigma:.6g} is NaN, expected a number.")
-        return value
-
-    def accepted(sigma: float) -> bool:
-        value = loss_at(sigma)
-        trace.append(Trial(sigma=sigma, loss=value, accepted=abs(value - reference) <= tolerance * abs(reference)))
-        return trace[-1].accepted
-
-    reference = loss_at(0.0)
-    if math.isinf(reference):
-        raise PosteriorError("search_sigma: the loss at the mean is infinite, so no change from it can be measured.")
-    if not accepted(low):
-        raise ConfigError(
-            f"search_sigma: the loss is {trace[0].loss:.6g} at low={low} and {reference:.6g} at the mean, a change "
-            f"beyond tolerance={tolerance}: lower low, or raise the tolerance."
-        )
-    at_high = accepted(high)
-    for _ in range(0 if at_high else iterations):
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if accepted(middle) else (low, middle)
-    best = max((trial for trial in trace if trial.accepted), key=lambda trial: trial.sigma)
-    return SigmaSearch(sigma=best.sigma, loss=best.loss, reference=reference, at_high=at_high, trace=tuple(trace))
 
 
 def fit_tfb(
@@ -121,7 +57,7 @@ def fit_tfb(
     tolerance: float = 0.003,
     low: float = 1e-4,
     high: float = 1.0,
-    iterations: int = 8,
+    iterations: int = ITERATIONS,
 ) -> tuple[PeftModel, SigmaSearch]:
     """Turn a finished LoRA adapter into a posterior (module docstring); return it and the search for its width.
 
@@ -287,8 +223,15 @@ class Tfb(PostHocMethod):
         rows = [run.rows[i] for i in chosen]
         draws = run.draws or Variational.default_draws
         loss = anchor_loss(run.task, rows, draws=draws, seed=run.seed)
-        with run.precision():
-            fitted, search = fit_tfb(model, loss, tolerance=self.tolerance)
+        passes = 3 + ITERATIONS  # 0 and both ends of the range come first
+        with run.precision(), tqdm(total=passes, desc="tfb", unit="pass", disable=not run.progress) as bar:
+
+            def counted(posterior: PeftModel) -> float:
+                value = loss(posterior)
+                bar.update()
+                return value
+
+            fitted, search = fit_tfb(model, counted, tolerance=self.tolerance, iterations=ITERATIONS)
         if search.at_high:
             warnings.warn(
                 f"tfb: sigma_q = {search.sigma:g}, the upper end of the search, is within the tolerance: the "
