@@ -25,7 +25,7 @@ NAMES = {
     "blob_tempered": "BLoB, scale and temperature chosen together",
     "blob_wide": "BLoB, std 0.3 under a prior of 1",
 }
-WHERE = {"cpu": "one core", "NVIDIA H100 80GB HBM3": "an H100 shared by 15 such processes"}
+WHERE = {"cpu": "one of two busy cores", "NVIDIA H100 80GB HBM3": "an H100 shared by 15 such processes"}
 SEEDS = (1, 2, 3)
 TEMPERATURE = "_temperature"
 RIVAL = ("mle", "mle_temperature")
@@ -77,8 +77,8 @@ def _cost(records: Sequence[dict[str, Any]]) -> list[str]:
     hours = sum(len(SEEDS) * statistics.mean(minutes) for minutes in took.get("cpu", {}).values()) / 60
     not_run = (
         f"Not run: {left}and all of OpenBookQA (`--task openbookqa`), which has as many rows and updates: the "
-        f"{len(took.get('cpu', {}))} variants timed on one core would take {hours:.0f} hours. Records of one seed may "
-        "come from different devices; each record names its device."
+        f"{len(took.get('cpu', {}))} variants timed on a CPU would take {hours:.0f} hours there. Records of one seed "
+        "may come from different devices; each record names its device."
     )
     return [f"{there} {'. '.join(lines)}.\n", f"{not_run}\n"]
 
@@ -221,8 +221,8 @@ Without a temperature, ten draws of BLoB have a lower NLL than plain LoRA for ea
 than the ensemble, MC dropout and IVON. Only ten draws of Laplace have a lower one, and they lose more than a tenth of
 the accuracy. With a temperature BLoB's NLL is higher than plain LoRA's: the std that is best without a temperature is
 too wide with one. If the scale is chosen with a temperature, the difference is 0.01 nats. By the paper's recipe the
-posterior is so narrow that ten draws and the mean give the same answers. Of IVON only the learning rate was tuned; its
-noise costs accuracy here.
+posterior is so narrow that ten draws and the mean have the same NLL to 0.002 nats. Of IVON only the learning rate was
+tuned; its noise costs accuracy here.
 
 **Use a temperature here** (`--temperature-split`), with plain LoRA or with BLoB. A wider prior, a posterior over both
 matrices, more layers and more updates (the last table) do not change that.
@@ -248,8 +248,8 @@ This page compares the methods, each without and with a fitted temperature, on a
 `python benchmarks/decoder.py --page` makes it from the records in `results/decoder`, each of which holds its command.
 
 SmolLM2-135M-Instruct (quantized to Q4_1, used in float32) learns ARC-Easy, scored by the texts of the choices: 400
-training rows in 300 updates of 4, rank 8 on `q_proj` and `v_proj`, learning rate 1e-3. 60 further training rows choose
-every temperature and BLoB's scale; the first 200 rows of dev are scored. Numbers are means over seeds, with the
-standard deviation if there are several; NLL is in nats, and ECE is the bias-corrected one. N is the number of draws;
-N = 0 is the mean.
+training rows in 300 updates of 4, rank 8 on `q_proj` and `v_proj`, learning rate 1e-3 (IVON: 3e-4). 60 further
+training rows choose every temperature and BLoB's scale; the first 200 rows of dev are scored. Numbers are means over
+seeds, with the standard deviation if there are several; NLL is in nats, and ECE is the bias-corrected one. N is the
+number of draws; N = 0 is the mean.
 """
