@@ -23,7 +23,8 @@ ROWS_AT_ONCE = 4
 def launch(folder: Path, *command_lines: Sequence[str], dies: int = 0) -> list[tuple[int, str, str]]:
     """Run a command line in each process; return its exit code, its stdout and its stderr.
 
-    As with torchrun, this process holds the store by which they meet, and the first that fails ends the others.
+    As with torchrun, this process holds the store by which they meet, and the first that fails ends the others, unless
+    it was killed with `dies`: then the others notice it themselves, and no signal comes in between.
 
     Args:
         folder: a new folder, for their output.
@@ -46,7 +47,7 @@ def launch(folder: Path, *command_lines: Sequence[str], dies: int = 0) -> list[t
             for sentinel in wait(list(running), 120) or [next(iter(running))]:
                 child = running.pop(sentinel)
                 child.join(0)
-                if child.exitcode != 0:
+                if child.exitcode != 0 and not dies:
                     for other in running.values():
                         other.terminate()
         files = [[folder / f"{i}.{name}" for name in ("out", "err")] for i in range(len(children))]
