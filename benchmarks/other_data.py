@@ -86,7 +86,8 @@ def record(options: argparse.Namespace) -> dict[str, Any]:
             assert there is not None
             both = torch.cat([information, there])
             others[name][PROMPT] = metrics.auroc(both, torch.tensor([False] * len(own) + [True] * len(rows)))
-        print(name, {key: round(others[name][key], 3) for key in others[name] if key.startswith("auroc")}, flush=True)
+        found = {key: value for key, value in others[name].items() if key.startswith("auroc") and value is not None}
+        print(name, {key: round(value, 3) for key, value in found.items()}, flush=True)
     return {
         "model": trained.experiment.model,
         "task": task.name,
