@@ -127,26 +127,16 @@ def main() -> None:
 
 
 def record(variant: str, own: dict[str, Any], seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Train a variant unless its run exists, and return its scores without and with a temperature."""
-    started = time.monotonic()
+    """Return the scores of a variant without and with a temperature; `trained_run` trains it."""
     task, tune = options.task, options.tune is not None
     rows = cut(task, options.data, seed, tune=tune)
-    output = options.runs / f"{'tune' if tune else task}-{variant}-seed{seed}"
     with tempfile.TemporaryDirectory() as folder:
         write_rows(Path(folder), task, rows)
-        settings = {**SETTINGS, **own, "task": task, "data": folder, "seed": seed, "draws": 4 if tune else DRAWS}
-        experiment = Experiment.from_dict(settings, where=variant)
-        if experiment.method.start is not None:
-            start = f"{task}-{experiment.method.start.name}-seed{seed}"
-            experiment = experiment.replace(adapter=str(options.runs / start))
-        if (output / "result.json").is_file():
-            result = json.loads((output / "result.json").read_text())
-            started -= result["seconds"]
-        else:
-            run(experiment.replace(eval=False), output, overwrite=True, command=[], progress=True)
-            result = json.loads((output / "result.json").read_text())
+        output = trained_run(variant, own, seed, options, folder)
+        result = json.loads((output / "result.json").read_text())
         if result["sha256"]["train_rows"] != rows_sha256(rows["train"]):
             raise ConfigError(f"{output}: found a run on other rows, expected those of {task}; choose other --runs.")
+        started = time.monotonic()
         trained = load_run(output, data=folder)
         scores = scored(trained, rows, seed)
     return {
@@ -154,19 +144,35 @@ def record(variant: str, own: dict[str, Any], seed: int, options: argparse.Names
         "model": "smollm2",
         "task": task,
         "variant": variant,
-        "method": experiment.method.name,
+        "method": trained.experiment.method.name,
         "seed": seed,
-        "draws": experiment.draws,
+        "draws": trained.experiment.draws,
         "scores": scores,
         "rows": {name: len(several) for name, several in rows.items()},
         "sha256": {name: rows_sha256(several) for name, several in rows.items()},
         "train_seconds": result["seconds"],
-        "score_seconds": round(time.monotonic() - started, 1),
+        "score_seconds": round(result["seconds"] + time.monotonic() - started, 1),
         "command": ["python", "benchmarks/decoder.py", *map(portable, _command(task, variant, seed, tune))],
         "experiment": {**trained.experiment.as_dict(), "data": None, "adapter": None},
         "versions": versions(),
         "hardware": hardware(),
     }
+
+
+def trained_run(variant: str, own: dict[str, Any], seed: int, options: argparse.Namespace, data: str) -> Path:
+    """Return the folder of a variant's run. If it is missing, train it, and first the run that it starts from."""
+    tune = options.tune is not None
+    output = options.runs / f"{'tune' if tune else options.task}-{variant}-seed{seed}"
+    if (output / "result.json").is_file():
+        return output
+    settings = {**SETTINGS, **own, "task": options.task, "data": data, "seed": seed, "draws": 4 if tune else DRAWS}
+    experiment = Experiment.from_dict(settings, where=variant)
+    if experiment.method.start is not None:
+        first = experiment.method.start.name
+        adapter = trained_run(first, VARIANTS[first], seed, options, data)
+        experiment = experiment.replace(adapter=str(adapter))
+    run(experiment.replace(eval=False), output, overwrite=True, command=[], progress=True)
+    return output
 
 
 def _command(task: str, variant: str, seed: int, tune: bool) -> list[str]:

@@ -11,7 +11,13 @@ from widths import TRAINED
 from bayestune.tables import read_cells
 
 ROOT = Path(__file__).parent.parent
-COLUMNS = ("plain LoRA", "plain LoRA, temperature", "plain LoRA, temperature for both", "ensemble of three")
+COLUMNS = (
+    "plain LoRA",
+    "plain LoRA, temperature",
+    "plain LoRA, temperature for both",
+    "ensemble of three",
+    "ensemble of three, temperature for both",
+)
 
 Nlls = Mapping[int, float]
 """NLL by seed."""
@@ -20,8 +26,8 @@ Nlls = Mapping[int, float]
 def table() -> str:
     """Return a line per data set: BLoB's NLL minus that of each rival, over the seeds of both."""
     lines = [f"| model, data set, training rows | seeds | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 2) + "|"]
-    for name, (blob, tempered, mle, mle_tempered, ensemble) in {**_widths(), **_cells(), **_decoder()}.items():
-        pairs = ((blob, mle), (blob, mle_tempered), (tempered, mle_tempered), (blob, ensemble))
+    for name, (blob, warm, mle, warm_mle, ensemble, warm_ensemble) in {**_widths(), **_cells(), **_decoder()}.items():
+        pairs = ((blob, mle), (blob, warm_mle), (warm, warm_mle), (blob, ensemble), (warm, warm_ensemble))
         lines.append(f"| {name} | {len(blob)} | {' | '.join(difference(*pair)[0] for pair in pairs)} |")
     return "\n".join(lines) + "\n"
 
@@ -34,9 +40,12 @@ def _widths() -> dict[str, Sequence[Nlls]]:
         ("point", "mle"),
         ("point", "mle_temperature"),
         ("point", "ensemble"),
+        ("point", "ensemble_temperature"),  # not recorded
     )
     return {
-        f"MiniLM, {task}, {TRAINED}": [{seed: one["nll"] for seed, one in scored[side].items()} for side in sides]
+        f"MiniLM, {task}, {TRAINED}": [
+            {seed: one["nll"] for seed, one in scored.get(side, {}).items()} for side in sides
+        ]
         for task, scored in widths_page.complete(widths_page.read_records()).items()
     }
 
@@ -48,7 +57,7 @@ def _cells() -> dict[str, Sequence[Nlls]]:
         method: {cell["seed"]: cell["nll"] for cell in cells if (cell["method"], cell["draws"]) == (method, draws)}
         for method, draws in {"blob_wide": 10, "mle": 0, "temperature": 0, "ensemble": 3}.items()
     }
-    sides = (found["blob_wide"], {}, found["mle"], found["temperature"], found["ensemble"])
+    sides = (found["blob_wide"], {}, found["mle"], found["temperature"], found["ensemble"], {})
     return {f"MiniLM, openbookqa, {cells[0]['train_rows']}": sides}
 
 
@@ -61,6 +70,7 @@ def _decoder() -> dict[str, Sequence[Nlls]]:
         ("mle", "mle"),
         ("mle", "mle_temperature"),
         ("ensemble", "ensemble"),
+        ("ensemble", "ensemble_temperature"),
     )
     name = f"SmolLM2, arc_easy, {records[0]['rows']['train']}"
     return {name: [decoder_page.nlls(records, *side) for side in sides]}

@@ -224,9 +224,9 @@ def ivon_posterior(model: PeftModel, optimizer: IvonOptimizer, *, prior_std: flo
 class Ivon(Method):
     """A Gaussian over A and B whose mean and variance come from one Newton-like optimizer.
 
-    The learning rate is relative to the curvature, so it is larger than AdamW's. All rows of an update share one draw
-    of the weights. Layers that are trained in full get the same noise and steps, but the posterior keeps only their
-    means. Holding a draw takes two extra copies of the trained weights.
+    The learning rate is relative to the curvature, so it is not comparable with AdamW's. All rows of an update share
+    one draw of the weights. Layers that are trained in full get the same noise and steps, but the posterior keeps only
+    their means. Holding a draw takes two extra copies of the trained weights.
     """
 
     name = "ivon"

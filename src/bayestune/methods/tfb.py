@@ -211,7 +211,7 @@ class Tfb(PostHocMethod):
 
     tolerance: float = Field(0.003, gt=0, description="Largest relative change of the NLL.")
     anchor_rows: int = Field(
-        200, ge=1, le=LARGEST_WHOLE, description="Training rows to measure that change on, about ten times."
+        200, ge=1, le=LARGEST_WHOLE, description="Training rows to measure that change on, 11 times."
     )
 
     def check_task(self, task: Task) -> None:
