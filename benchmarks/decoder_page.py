@@ -21,7 +21,7 @@ NAMES = {
     "tfb": "TFB",
     "ivon": "IVON",
     "blob_paper": "BLoB, the paper's recipe",
-    "blob": "BLoB, std 0.06",
+    "blob": "BLoB, the default",
     "blob_tempered": "BLoB, scale and temperature chosen together",
     "blob_wide": "BLoB, std 0.3 under a prior of 1",
 }
@@ -61,13 +61,13 @@ def _cost(records: Sequence[dict[str, Any]]) -> list[str]:
         mine = took.setdefault(made["hardware"]["device"], {})
         mine.setdefault(made["variant"], []).append(made["score_seconds"] / 60)
     lines = [
-        f"Minutes per record with training (Laplace, TFB: besides plain LoRA's) on {WHERE.get(device, device)}: "
+        f"On {WHERE.get(device, device)}: "
         + "; ".join(f"{NAMES[variant]}: {statistics.mean(mine[variant]):.0f}" for variant in NAMES if variant in mine)
         for device, mine in sorted(took.items())
     ]
     there = (
-        f"{len(records)} of {3 * len(NAMES)} planned records (ten variants, three seeds) exist. Means over different\n"
-        "seeds are not comparable; the differences below use the same seeds and rows."
+        f"{len(records)} of {3 * len(NAMES)} planned records (ten variants, three seeds) exist. Means over different "
+        "seeds are not\ncomparable; the differences below use the same seeds and rows."
     )
     missing = {
         variant: [str(seed) for seed in SEEDS if (variant, seed) not in {(m["variant"], m["seed"]) for m in records}]
@@ -79,10 +79,10 @@ def _cost(records: Sequence[dict[str, Any]]) -> list[str]:
     not_run = (
         f"Not run: {left}and all of OpenBookQA (`--task openbookqa`), which has as many rows and updates: the "
         f"{len(timed)} variants timed on a CPU would take {hours:.0f} hours there; not timed were "
-        f"{', '.join(name for variant, name in NAMES.items() if variant not in timed)}. Records of one seed may come "
+        f"{'; '.join(name for variant, name in NAMES.items() if variant not in timed)}. Records of one seed may come "
         "from different devices; each record names its device."
     )
-    return [f"{there} {'. '.join(lines)}.\n", f"{not_run}\n"]
+    return [f"{there}\n", f"{COST} {'. '.join(lines)}.\n", f"{not_run}\n"]
 
 
 def picture(records: Sequence[dict[str, Any]], path: Path) -> None:
@@ -235,6 +235,10 @@ def _tuned() -> list[str]:
     return table
 
 
+COST = (
+    "Minutes to train, to choose the scale and the temperatures, and to score (Laplace and TFB: without plain LoRA's\n"
+    "training)."
+)
 PICTURE = "![NLL of each method, without and with a temperature](images/decoder.png)\n"
 VERDICT = """
 **With a temperature for both, {below} an NLL below that of plain LoRA by more than two standard errors of the
@@ -244,16 +248,16 @@ on the same 200 rows, and train on 400 of the same 460, so these errors leave ou
 
 All fitted temperatures are well above 1: the summed log-probabilities of the texts, used as logits, are too large.
 Noise in the weights does not replace the temperature at these settings: where it lowers the NLL much (ten draws of
-Laplace, four draws under a prior of 3), accuracy falls too. Only BLoB's scale is chosen on held-out rows; Laplace
-has the prior precision with the largest marginal likelihood, MC dropout and IVON have their default widths.
+Laplace), accuracy falls too. Only BLoB's scale is chosen on held-out rows; Laplace has the prior precision with the
+largest marginal likelihood, MC dropout and IVON have their default widths.
 
-Without a temperature, ten draws of BLoB have a lower NLL than plain LoRA for each of three seeds, but are 2 to 5
-points less accurate and have a higher Brier score. Their mean NLL is also below that of the ensemble, MC dropout and
-IVON; only ten draws of Laplace have a lower one, and they lose more than a tenth of the accuracy. With a temperature
-BLoB's NLL is higher than plain LoRA's: the std that is best without a temperature is too wide with one. If the scale
-is chosen with a temperature, the difference is 0.01 nats. By the paper's recipe the posterior is so narrow that ten
-draws and the mean have the same NLL to 0.002 nats. Of IVON only the learning rate was tuned; its mean is 9 points
-less accurate than plain LoRA, and the draws cost up to 4 points more.
+Without a temperature, ten draws of the default BLoB have a lower NLL than plain LoRA for each of three seeds, but
+are 2 to 5 points less accurate and have a higher Brier score. Their mean NLL is also below that of the ensemble, MC
+dropout and IVON; only ten draws of Laplace have a lower one, and they lose more than a tenth of the accuracy. With a
+temperature BLoB's NLL is higher than plain LoRA's: the std that is best without a temperature is too wide with one.
+With `--temperature-split`, which chooses scale and temperature together, the difference is 0.01 nats. By the paper's
+recipe the posterior is so narrow that ten draws and the mean have the same NLL to 0.002 nats. Of IVON only the
+learning rate was tuned; its mean is 9 points less accurate than plain LoRA, and the draws cost up to 4 points more.
 
 **If the NLL matters, use a temperature here** (`--temperature-split`), with plain LoRA or with BLoB. A wider prior,
 a posterior over both matrices, more layers and more updates (the last table) do not change that. A temperature does
@@ -280,12 +284,13 @@ best.
 """
 INTRODUCTION = """# On a language model
 
-This page compares the methods, each without and with a fitted temperature, on a small language model.
-`python benchmarks/decoder.py --page` makes it from the records in `results/decoder`, each of which holds its command.
+This page compares the methods, each without and with a fitted temperature, on a small language model. It is made from
+the records in `results/decoder`, each of which holds its command, by `python benchmarks/decoder.py --page`.
 
 SmolLM2-135M-Instruct (quantized to Q4_1, used in float32) learns ARC-Easy, scored by the texts of the choices: 400
 training rows in 300 updates of 4, rank 8 on `q_proj` and `v_proj`, learning rate 1e-3 (IVON: 3e-4). 60 further
 training rows choose every temperature and BLoB's scale; the first 200 rows of dev are scored. Numbers are means over
-seeds, with the standard deviation if there are several; NLL is in nats, and ECE is the bias-corrected one. N is the
-number of draws; N = 0 is the mean.
+seeds, with the standard deviation if there are several; NLL is in nats, and "ECE corrected" is the ECE without the
+bias that few rows add to it. N is the number of draws; N = 0 is the mean adapter. "BLoB, the default" was trained
+with a std of 0.06, which its scale then multiplies.
 """

@@ -131,9 +131,11 @@ def page() -> str:
     parts = [INTRODUCTION]
     for path in sorted(RESULTS.glob("*.json")):
         made = read_json(path, "a record")
+        run, own = made["experiment"], made["task"]
         parts.append(
-            f"\n## {path.stem}\n\n{made['rows']} rows of {made['task']}, {made['draws']} draws, "
-            f"seed {made['seed']}; each cell is an AUROC.\n"
+            f"\n## {path.stem}\n\nTrained in {run['steps']} updates of {run['batch_size']} rows of {own} with seed "
+            f"{made['seed']}. {made['rows']} other rows of {own} against {OTHER_ROWS} of each data set, with "
+            f"{made['draws']} draws; each cell is an AUROC.\n"
         )
         parts += [f"| | {' | '.join(made['others'])} |", "|---" * (len(made["others"]) + 1) + "|"]
         for key, heading in headings.items():
@@ -149,7 +151,8 @@ INTRODUCTION = """# Other data
 This page shows how well a score separates the rows of other data sets from those of the data set that a run was
 trained on. `python benchmarks/other_data.py --page` makes it from the records in `results/other_data`.
 
-An AUROC of 0.5 is chance. **Below 0.5, the score is lower on the other data.** The mutual information of the draws
+The AUROC is the probability that a row of the other data has a higher score than a row of the run's own data set;
+0.5 is chance. **Below 0.5, the score is lower on the other data.** The mutual information of the draws
 ("epistemic") measures how much the draws disagree about an answer; it is not designed to detect other data. Compare
 every score with the length of the question, which needs no model and can separate two data sets by itself.
 """

@@ -66,7 +66,7 @@ def _decoder() -> dict[str, Sequence[Nlls]]:
     records = decoder_page.read_records()
     sides = (
         ("blob", "blob_n10"),
-        ("blob", "blob_n10_temperature"),
+        ("blob_tempered", "blob_n10_temperature"),  # as --temperature-split does
         ("mle", "mle"),
         ("mle", "mle_temperature"),
         ("ensemble", "ensemble"),
