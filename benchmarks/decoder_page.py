@@ -249,15 +249,17 @@ on the same 200 rows, and train on 400 of the same 460, so these errors leave ou
 All fitted temperatures are well above 1: the summed log-probabilities of the texts, used as logits, are too large.
 Noise in the weights does not replace the temperature at these settings: where it lowers the NLL much (ten draws of
 Laplace), accuracy falls too. Only BLoB's scale is chosen on held-out rows; Laplace has the prior precision with the
-largest marginal likelihood, MC dropout and IVON have their default widths.
+largest marginal likelihood, TFB the largest width that keeps the NLL of training rows, and MC dropout and IVON have
+their default widths.
 
 Without a temperature, ten draws of the default BLoB have a lower NLL than plain LoRA for each of three seeds, but
 are 2 to 5 points less accurate and have a higher Brier score. Their mean NLL is also below that of the ensemble, MC
 dropout and IVON; only ten draws of Laplace have a lower one, and they lose more than a tenth of the accuracy. With a
 temperature BLoB's NLL is higher than plain LoRA's: the std that is best without a temperature is too wide with one.
 With `--temperature-split`, which chooses scale and temperature together, the difference is 0.01 nats. By the paper's
-recipe the posterior is so narrow that ten draws and the mean have the same NLL to 0.002 nats. Of IVON only the
-learning rate was tuned; its mean is 9 points less accurate than plain LoRA, and the draws cost up to 4 points more.
+recipe and by TFB the posterior is so narrow that ten draws and the mean have the same NLL to 0.004 nats. Of IVON
+only the learning rate was tuned; its mean is 9 points less accurate than plain LoRA, and the draws cost up to 4
+points more.
 
 **If the NLL matters, use a temperature here** (`--temperature-split`), with plain LoRA or with BLoB. A wider prior,
 a posterior over both matrices, more layers and more updates (the last table) do not change that. A temperature does
