@@ -3,9 +3,9 @@
     python benchmarks/other_data.py --data DIR --run RUN --name smollm2-blob    # make a record in results/other_data
     python benchmarks/other_data.py --page                                      # make docs/other_data.md from records
 
-RUN is the folder of a run on ARC-Easy or OpenBookQA. The first 200 usable rows of its evaluation split are compared
-with the first 100 of each other data set. For a causal model with draws, one more score is the mutual information of
-the draws, averaged over the tokens of the prompt.
+RUN is the folder of a run on ARC-Easy or OpenBookQA; for a teacher of distil.py add --split dev. The first 200
+usable rows of its evaluation split are compared with the first 100 of each other data set. For a causal model with
+draws, one more score is the mutual information of the draws, averaged over the tokens of the prompt.
 """
 
 import argparse
@@ -134,8 +134,8 @@ def page() -> str:
         run, own = made["experiment"], made["task"]
         parts.append(
             f"\n## {path.stem}\n\nTrained in {run['steps']} updates of {run['batch_size']} rows of {own} with seed "
-            f"{made['seed']}. {made['rows']} other rows of {own} against {OTHER_ROWS} of each data set, with "
-            f"{made['draws']} draws; each cell is an AUROC.\n"
+            f"{made['seed']}. {made['rows']} other rows of {own} against {OTHER_ROWS} of each data set (or all), "
+            f"with {made['draws']} draws; each cell is an AUROC.\n"
         )
         parts += [f"| | {' | '.join(made['others'])} |", "|---" * (len(made["others"]) + 1) + "|"]
         for key, heading in headings.items():
@@ -155,6 +155,11 @@ The AUROC is the probability that a row of the other data has a higher score tha
 0.5 is chance. **Below 0.5, the score is lower on the other data.** The mutual information of the draws
 ("epistemic") measures how much the draws disagree about an answer; it is not designed to detect other data. Compare
 every score with the length of the question, which needs no model and can separate two data sets by itself.
+
+Of each model one run was measured. On MiniLM, total uncertainty separates the data sets of MMLU from OpenBookQA, but
+on two of five data sets the length of the question separates better. On SmolLM2, scored by the texts of the choices,
+total uncertainty has AUROCs of 0.47 to 0.59. There the distance to the training rows and the information of the
+prompt's tokens separate MMLU in part, and ARC-Challenge and OpenBookQA not at all.
 """
 
 
